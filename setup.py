@@ -1,0 +1,130 @@
+"""Installs yaongi; where nvcc is found, also builds `yaongi/_C.so` for sm_90a through CMake.
+
+YAONGI_CUDA=auto (default) builds when nvcc is there, 0 never builds, 1 fails when it can't build.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build"
+LOG = BUILD / "build.log"
+SERIALISED_WGMMA = re.compile(r"C75\d\d")  # ptxas only informs that wgmma was serialised or setmaxnreg ignored
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc: CUDACXX, CUDA_HOME, PATH, then the usual folder."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc" if "CUDA_HOME" in os.environ else None]
+    candidates += [shutil.which("nvcc"), f"{home}/bin/nvcc"]
+    return next((c for c in candidates if c and Path(c).is_file()), None)
+
+
+def find_torch() -> Path | None:
+    """Folder of the torch package, without importing it: also visible from pip's isolated build."""
+    folder = Path(sysconfig.get_path("platlib")) / "torch"
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def wanted_extensions() -> list[Extension]:
+    """The `_C` extension when it is to be built, after saying in one line what is missing when it must be."""
+    mode = os.environ.get("YAONGI_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"yaongi: YAONGI_CUDA must be auto, 0 or 1, got {mode!r}")
+    if mode == "0":
+        return []
+    if find_nvcc() is None:
+        if mode == "1":
+            sys.exit("yaongi: YAONGI_CUDA=1 but nvcc was not found: install CUDA 13 or set CUDACXX=/path/to/nvcc")
+        print("yaongi: nvcc was not found, so the CUDA kernels are not built; Triton and the references remain")
+        return []
+    if find_torch() is None:
+        sys.exit("yaongi: building the CUDA kernels needs torch: `pip install torch` first (or YAONGI_CUDA=0 to skip)")
+    if shutil.which("cmake") is None:
+        sys.exit("yaongi: building the CUDA kernels needs cmake: `pip install cmake ninja` first (or YAONGI_CUDA=0)")
+    return [Extension("yaongi._C", sources=[])]
+
+
+class CMakeBuild(build_ext):
+    """Builds `yaongi/_C.so` in build/cmake, kept between builds so that an edit rebuilds in seconds."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"  # no Python in it: one file serves every version
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = BUILD / "cmake"
+        folder.mkdir(parents=True, exist_ok=True)
+        LOG.write_text("")
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        defines = ["-DCMAKE_BUILD_TYPE=Release", f"-DYAONGI_TORCH={find_torch()}"]
+        defines += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+            f"-DYAONGI_TORCH={find_torch()}",
+        ]
+        run_logged(["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *defines])
+        run_logged(["cmake", "--build", str(folder), "--parallel"])
+        refuse_serialised_wgmma()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / "_C.so", target)
+
+
+def run_logged(command: list[str]) -> None:
+    """Runs a command, appends its output to build/build.log, and ends with its last lines when it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with LOG.open("a") as log:
+        log.write(f"$ {' '.join(command)}\n{done.stdout}")
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-25:])
+        sys.exit(f"{tail}\nyaongi: building the CUDA kernels failed; the whole log is in {LOG}")
+
+
+def refuse_serialised_wgmma() -> None:
+    """A kernel whose wgmma ptxas serialised is correct and several times slower: never ship it."""
+    lines = [line for line in LOG.read_text().splitlines() if SERIALISED_WGMMA.search(line)]
+    if lines:
+        (BUILD / "cmake" / "_C.so").unlink(missing_ok=True)
+        sys.exit("\n".join(lines[:5]) + "\nyaongi: ptxas serialised wgmma or ignored setmaxnreg (see above)")
+
+
+REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tyro", "rich", "wandb"]
+REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokenizers", "zstandard", "datasketch"]
+EXTRAS = {
+    "eval": ["lm-eval"],
+    "peers": [
+        "mamba-ssm",
+        "causal-conv1d",
+        "flash-attn",
+        "transformer-engine",
+        "gram-newton-schulz",
+        "liger-kernel",
+    ],
+    "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "transformers>=5.17", "psutil"],
+}
+
+setup(
+    name="yaongi",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "yaongi/__init__.py").read_text())[1],  # type: ignore[index]
+    description="Kernels and a trainer for Mamba-2 + mixture-of-experts language models on one H100",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["yaongi", "yaongi.*"]),
+    package_data={"yaongi": ["_C.so", "data/embedded/prose/*.txt", "kernels/*/README.md"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    ext_modules=wanted_extensions(),
+    cmdclass={"build_ext": CMakeBuild},
+)

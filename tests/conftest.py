@@ -1,0 +1,34 @@
+"""What every test shares: uninitialised memory is poisoned, and tests that need a GPU or the interpreter say so."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips, with the reason, what this process can't run."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_HOPPER:
+            item.add_marker(pytest.mark.skip(reason="needs an H100 (compute capability 9.0)"))
+        if item.get_closest_marker("interpret") and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fills uninitialised memory (torch.empty and its kin) with NaN, so that an unwritten element is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test draws the same random numbers each time."""
+    torch.manual_seed(0)

@@ -1,0 +1,35 @@
+"""The tolerance rule of every kernel test, once (quack's rule).
+
+With `exact` the reference in float64 and `plain` the reference in the kernel's own dtype, a kernel may err at most
+twice as much as the plain computation does: max|kernel − exact| ≤ 2·max|plain − exact| + tiny.
+"""
+
+import torch
+
+TINY = 1e-6  # lets a plain result that happens to be exact pass; relative to the largest exact value
+
+
+def assert_close(kernel: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, name: str = "result") -> None:
+    """Asserts the rule for one tensor; prints both errors and the worst place when it fails."""
+    assert kernel.shape == exact.shape == plain.shape, f"{name}: shape {tuple(kernel.shape)} != {tuple(exact.shape)}"
+    assert kernel.dtype == plain.dtype, f"{name}: dtype {kernel.dtype} != {plain.dtype}"
+    if not kernel.numel():
+        return
+    exact = exact.double()
+    error = (kernel.double() - exact).abs()
+    allowed = 2 * (plain.double() - exact).abs().max() + TINY * exact.abs().max().clamp(min=TINY)
+    assert error.isfinite().all(), f"{name}: {int((~error.isfinite()).sum())} non-finite values"
+    worst = int(error.argmax())
+    assert error.max() <= allowed, (
+        f"{name}: error {error.max():.3e} > allowed {allowed:.3e} at flat index {worst} of {tuple(kernel.shape)}: "
+        f"got {kernel.flatten()[worst]:.6g}, exact {exact.flatten()[worst]:.6g}"
+    )
+
+
+def assert_equal_to_float64(actual: torch.Tensor, exact: torch.Tensor, relative: float, name: str = "result") -> None:
+    """Asserts max|actual − exact| ≤ relative · max|exact|, for results computed in float32 or float64 throughout."""
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(exact.shape)}"
+    if actual.numel():
+        error = (actual.double() - exact.double()).abs().max()
+        allowed = relative * exact.double().abs().max().clamp(min=1e-30)
+        assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}"

@@ -1,0 +1,209 @@
+"""Which implementation of an op runs: defines ops, knows what this machine can run, and picks.
+
+Every op has a plain torch `reference`, and may have a `triton` and a `cuda` implementation with the same signature.
+On a CPU tensor the reference runs; on a GPU tensor the first of cuda, triton, reference that the machine and the
+arguments allow. `use_backend` forces one, and then what it can't take is an error, never something else.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+
+Backend = Literal["cuda", "triton", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference on a GPU
+LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_C.so"
+_library = torch.library.Library("yaongi", "DEF")
+_forced: dict[str | None, Backend] = {}  # op, or None for every op; not a context variable: backward has its own thread
+_value_checks = False
+
+
+@dataclass
+class Op:
+    """One op of `torch.ops.yaongi` and its implementations, all with the same signature."""
+
+    name: str
+    implementations: dict[Backend, Callable[..., Any] | str]
+    refuses: dict[Backend, Callable[..., str | None]]
+    value_check: Callable[..., None] | None
+    resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
+
+    def implementation(self, backend: Backend) -> Callable[..., Any]:
+        """The function of a backend; a name such as `package.module:function` is imported at its first use."""
+        if backend not in self.resolved:
+            function = self.implementations[backend]
+            if isinstance(function, str):
+                module, attribute = function.split(":")
+                function = getattr(importlib.import_module(module), attribute)
+            self.resolved[backend] = function
+        return self.resolved[backend]
+
+    def unavailable(self, backend: Backend) -> str | None:
+        """Why this machine can't run the op on a backend, or None when it can."""
+        if backend not in self.implementations:
+            return "not written"
+        return unavailable(backend)
+
+    def run_on_cpu(self, *args: Any) -> Any:
+        """Runs the reference, the only implementation for CPU tensors."""
+        forced = _forced.get(self.name) or _forced.get(None)
+        if forced not in (None, "reference"):
+            raise RuntimeError(f'{self.name}: use_backend("{forced}") needs tensors on a GPU, got tensors on the CPU')
+        return self._run("reference", args)
+
+    def run_on_gpu(self, *args: Any) -> Any:
+        """Runs the forced implementation, or else the first that takes these arguments."""
+        forced = _forced.get(self.name) or _forced.get(None)
+        if forced is not None:
+            reason = self.unavailable(forced) or self._refusal(forced, args)
+            if reason:
+                raise RuntimeError(f'{self.name}: use_backend("{forced}") is impossible here: {reason}')
+            return self._run(forced, args)
+        for backend in BACKENDS:
+            if self.unavailable(backend) is None and self._refusal(backend, args) is None:
+                return self._run(backend, args)
+        raise RuntimeError(f"{self.name}: no backend takes these arguments")  # unreachable: the reference takes all
+
+    def _refusal(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
+        refuses = self.refuses.get(backend)
+        return refuses(*args) if refuses else None
+
+    def _run(self, backend: Backend, args: tuple[Any, ...]) -> Any:
+        if _value_checks and self.value_check:
+            self.value_check(*args)
+        return self.implementation(backend)(*args)
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: str | None = None,
+    cuda: Callable[..., Any] | None = None,
+    triton_refuses: Callable[..., str | None] | None = None,
+    cuda_refuses: Callable[..., str | None] | None = None,
+    value_check: Callable[..., None] | None = None,
+) -> torch._ops.OpOverload:
+    """Defines `torch.ops.yaongi.<name>` from a torch.library schema and returns its overload.
+
+    All implementations take the schema's arguments by position. `triton` is `package.module:function`, imported when
+    first picked. A `refuses` function gets the same arguments and returns why its backend can't take them, or None.
+    `value_check` runs before the op in checked mode (`check_values(True)`) and raises ValueError.
+    """
+    name = schema.partition("(")[0]
+    implementations: dict[Backend, Callable[..., Any] | str] = {"reference": reference}
+    refuses: dict[Backend, Callable[..., str | None]] = {}
+    if triton:
+        implementations["triton"] = triton
+        refuses["triton"] = triton_refuses or _triton_refuses
+    if cuda:
+        implementations["cuda"] = cuda
+        if cuda_refuses:
+            refuses["cuda"] = cuda_refuses
+    op = OPS[name] = Op(name, implementations, refuses, value_check)
+    _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    _library.impl(name, op.run_on_cpu, "CPU")
+    _library.impl(name, op.run_on_gpu, "CUDA")
+    torch.library.register_fake(f"yaongi::{name}", fake, lib=_library)
+    return getattr(torch.ops.yaongi, name).default
+
+
+def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Registers the autograd formula of an op, as `torch.library.register_autograd`."""
+    torch.library.register_autograd(f"yaongi::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def _triton_refuses(*args: Any) -> str | None:
+    if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):
+        return "it takes no float64"
+    return None
+
+
+@functools.cache
+def unavailable(backend: Backend) -> str | None:
+    """Why this machine can't run a backend, in one line, or None when it can."""
+    if backend == "reference":
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
+    capability = torch.cuda.get_device_capability()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install triton"
+        return None if capability >= (8, 0) else f"needs compute capability 8.0 or newer, got {capability}"
+    if capability != (9, 0):
+        return f"built for compute capability 9.0 (H100, H200) alone, got {capability[0]}.{capability[1]}"
+    return _load_library()
+
+
+def _load_library() -> str | None:
+    if not LIBRARY_FILE.exists():
+        return "yaongi/_C.so is not built: `YAONGI_CUDA=1 pip install -e .` builds it or says why it can't"
+    try:
+        torch.ops.load_library(str(LIBRARY_FILE))
+    except OSError as error:
+        return f"yaongi/_C.so does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+class use_backend:
+    """Forces a backend, for every op or for one: `use_backend("triton")`, `use_backend("reference", op="moe")`.
+
+    Takes effect at once and for every thread; as a context manager it restores the former choice at its end.
+    `use_backend(None)` picks by itself again. Raises ValueError for an unknown name and RuntimeError, saying why, when
+    this machine can't run the backend.
+    """
+
+    def __init__(self, backend: Backend | None, *, op: str | None = None) -> None:
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"use_backend: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        if op is not None and op not in OPS:
+            raise ValueError(f"use_backend: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
+        reason = unavailable(backend) if backend else None
+        if reason:
+            raise RuntimeError(f'use_backend: "{backend}" can\'t run here: {reason}')
+        self._op, self._former = op, _forced.get(op)
+        _force(op, backend)
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _force(self._op, self._former)
+
+
+def _force(op: str | None, backend: Backend | None) -> None:
+    if backend is None:
+        _forced.pop(op, None)
+    else:
+        _forced[op] = backend
+
+
+def check_values(enabled: bool) -> None:
+    """Turns checked mode on or off: ops then also refuse bad values, at the cost of a synchronisation a call."""
+    global _value_checks
+    _value_checks = enabled
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether this machine can run one op on one backend; `reason` says why not."""
+
+    op: str
+    backend: Backend
+    reason: str | None
+
+
+def info() -> list[Availability]:
+    """Every op on every backend: what this machine can run, and for what it can't, why."""
+    return [Availability(op.name, backend, op.unavailable(backend)) for op in OPS.values() for backend in BACKENDS]

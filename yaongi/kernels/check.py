@@ -1,0 +1,115 @@
+"""Checks of an op's arguments: one form of message, `op: argument must be wanted, got what came`.
+
+A call makes one `Arguments`; sizes named by the same letter must agree over all of its tensors, and so must devices.
+"""
+
+from collections.abc import Collection
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Arguments:
+    """The arguments of one call of an op, checked one after another."""
+
+    __slots__ = ("device", "op", "sizes")
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.sizes: dict[str, int] = {}
+        self.device: torch.device | None = None
+
+    def tensor(
+        self,
+        name: str,
+        value: object,
+        dims: tuple[str, ...],
+        dtypes: Collection[torch.dtype] = FLOATS,
+        *,
+        unit_stride: bool = False,
+    ) -> None:
+        """Checks a tensor's rank, sizes, dtype and device, and binds its letters to sizes.
+
+        `dims` names its dimensions; a leading `"..."` stands for any number of them. With `unit_stride` the last
+        dimension must be contiguous. Raises TypeError for the kind, dtype and device, ValueError for shape and stride.
+        """
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(value).__name__}")
+        if value.dtype not in dtypes:
+            wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{self.op}: {name} must be {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+        if self.device is None:
+            self.device = value.device
+        elif value.device != self.device:
+            raise TypeError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
+        self._shape(name, tuple(value.shape), dims)
+        if unit_stride and value.shape[-1] > 1 and value.stride(-1) != 1:
+            raise ValueError(
+                f"{self.op}: {name} must have stride 1 along {dims[-1]}, got strides {tuple(value.stride())}"
+            )
+
+    def optional(
+        self, name: str, value: object, dims: tuple[str, ...], dtypes: Collection[torch.dtype] = FLOATS
+    ) -> None:
+        """As `tensor`, for an argument that may be None."""
+        if value is not None:
+            self.tensor(name, value, dims, dtypes)
+
+    def _shape(self, name: str, shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
+        named = dims[1:] if dims[0] == "..." else dims
+        tail = shape[len(shape) - len(named) :]
+        fits = len(tail) == len(named) and (len(shape) == len(named) or dims[0] == "...")
+        for letter, size in zip(named, tail, strict=False):
+            fits = fits and self.sizes.get(letter, size) == size
+        if not fits:
+            known = [str(self.sizes.get(letter, letter)) for letter in dims]
+            bound = f" = ({', '.join(known)})" if known != list(dims) else ""
+            raise ValueError(f"{self.op}: {name} must be ({', '.join(dims)}){bound}, got {shape}")
+        self.sizes.update(zip(named, tail, strict=True))
+
+    def require(self, condition: bool, name: str, wanted: str, got: object) -> None:
+        """Raises ValueError `op: name must be wanted, got …` when the condition doesn't hold."""
+        if not condition:
+            raise ValueError(f"{self.op}: {name} must be {wanted}, got {got}")
+
+    def integer(self, name: str, value: object, low: int, high: int | None = None, meaning: str = "") -> None:
+        """Checks a whole number in low..high; `meaning` explains the upper bound, as in `64 (E)`."""
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
+        if value < low or (high is not None and value > high):
+            upper = "or more" if high is None else f"to {high}{meaning}"
+            raise ValueError(f"{self.op}: {name} must be {low} {upper}, got {value}")
+
+    def number(self, name: str, value: object) -> None:
+        """Checks a finite int or float."""
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(f"{self.op}: {name} must be finite, got {value}")
+
+    def choice(self, name: str, value: object, choices: tuple[object, ...]) -> None:
+        """Checks that a value is one of a few."""
+        if value not in choices:
+            wanted = " or ".join(repr(c) for c in choices)
+            raise ValueError(f"{self.op}: {name} must be {wanted}, got {value!r}")
+
+    def same_dtype(self, name: str, value: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+        """Checks that an optional tensor has another's dtype."""
+        if value is not None and value.dtype != like.dtype:
+            wanted, got = (str(t.dtype).removeprefix("torch.") for t in (like, value))
+            raise TypeError(f"{self.op}: {name} must be {wanted} like {like_name}, got {got}")
+
+
+def finite(op: str, **tensors: torch.Tensor | None) -> None:
+    """Checked mode: refuses non-finite values; synchronises."""
+    for name, value in tensors.items():
+        if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{op}: {name} must be finite, got {int((~value.isfinite()).sum())} non-finite values")
+
+
+def documents(op: str, document_ids: torch.Tensor | None) -> None:
+    """Checked mode: refuses document ids that decrease along the sequence; synchronises."""
+    if document_ids is not None and bool((document_ids[:, 1:] < document_ids[:, :-1]).any()):
+        raise ValueError(f"{op}: document_ids must be non-decreasing along L, got a decreasing pair")

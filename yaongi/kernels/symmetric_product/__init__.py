@@ -1,0 +1,1 @@
+"""α·X·Yᵀ + β·C for results known to be symmetric."""

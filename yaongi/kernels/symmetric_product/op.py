@@ -1,0 +1,99 @@
+"""`symmetric_product`: registration, the CUDA launcher, and the public function."""
+
+import torch
+
+from yaongi.kernels import backend, check
+from yaongi.kernels.symmetric_product.reference import symmetric_product_reference
+
+Tensor = torch.Tensor
+
+
+def _symmetric_product_cuda(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], x.shape[-2])  # (…, m, m)
+    if out.numel():
+        torch.ops.yaongi_cuda.symmetric_product(x, y, c, alpha, beta, out)
+    return out
+
+
+def _cuda_refuses(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> str | None:
+    if x.dtype not in check.HALVES:
+        return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+    if x.shape[-2] % 8 or x.shape[-1] % 8:
+        return f"it takes m and n that are multiples of 8, got m = {x.shape[-2]}, n = {x.shape[-1]}"
+    if not all(_aligned(t) for t in (x, y, c) if t is not None):
+        return "it takes rows that start on 16 bytes and one stride over the batch, got another layout"
+    return None
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether the tensor copy engine can address it: 16-byte rows, and a batch that is one dimension in memory."""
+    if t.data_ptr() % 16 or any(stride % 8 for stride in t.stride()[:-1]):
+        return False
+    return all(t.stride(i) == t.stride(i + 1) * t.shape[i + 1] for i in range(t.dim() - 3))
+
+
+def _fake(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-2])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, y, _, ctx.alpha, ctx.beta = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _backward(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
+    """dX = α·dS·Y, dY = α·dSᵀ·X, dC = β·dS; with Y = X both halves reach X."""
+    x, y = ctx.saved_tensors
+    needs_x, needs_y, needs_c = ctx.needs_input_grad[:3]
+    dx = dy = None
+    if y is None:
+        dx = ctx.alpha * ((dout + dout.mT) @ x)
+    else:
+        dx = ctx.alpha * (dout @ y) if needs_x else None
+        dy = ctx.alpha * (dout.mT @ x) if needs_y else None
+    return dx, dy, ctx.beta * dout if needs_c else None, None, None
+
+
+def _value_check(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> None:
+    check.finite("symmetric_product", x=x, y=y, c=c)
+
+
+_op = backend.define(
+    "symmetric_product(Tensor x, Tensor? y, Tensor? c, float alpha, float beta) -> Tensor",
+    reference=symmetric_product_reference,
+    fake=_fake,
+    cuda=_symmetric_product_cuda,
+    cuda_refuses=_cuda_refuses,
+    value_check=_value_check,
+)
+backend.define_autograd("symmetric_product", _backward, _setup_context)
+
+
+def symmetric_product(
+    x: Tensor, y: Tensor | None = None, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """α·X·Yᵀ + β·C for results known to be symmetric; on an H100 half of it is computed and mirrored.
+
+    The caller promises that X·Yᵀ and C are symmetric: the CUDA kernel reads and computes only their lower triangle.
+
+    Args:
+        x: (…, m, n), float16, bfloat16, float32 or float64, unit stride along n.
+        y: like x; X itself when None.
+        c: (…, m, m), x's dtype, unit stride along its last dimension; no addend when None.
+        alpha, beta: finite numbers.
+
+    Returns:
+        (…, m, m) in x's dtype, contiguous; accumulated in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError: dtype or device. ValueError: shape or stride.
+    """
+    args = check.Arguments("symmetric_product")
+    args.tensor("x", x, ("...", "m", "n"), unit_stride=True)
+    for name, value, dims in (("y", y, ("...", "m", "n")), ("c", c, ("...", "m", "m"))):
+        if value is not None:
+            args.tensor(name, value, dims, (x.dtype,), unit_stride=True)
+            args.require(value.shape[:-2] == x.shape[:-2], name, f"batched as x, {tuple(x.shape[:-2])}", value.shape)
+    args.number("alpha", alpha)
+    args.number("beta", beta)
+    return _op(x, y, c, alpha, beta)
