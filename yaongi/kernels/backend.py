@@ -105,7 +105,7 @@ def define(
     refuses: dict[Backend, Callable[..., str | None]] = {}
     if triton:
         implementations["triton"] = triton
-        refuses["triton"] = triton_refuses or _triton_refuses
+        refuses["triton"] = triton_refuses or refuses_float64
     if cuda:
         implementations["cuda"] = cuda
         if cuda_refuses:
@@ -123,7 +123,8 @@ def define_autograd(name: str, backward: Callable[..., Any], setup_context: Call
     torch.library.register_autograd(f"yaongi::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-def _triton_refuses(*args: Any) -> str | None:
+def refuses_float64(*args: Any) -> str | None:
+    """The `refuses` function of a backend that takes every call but those in float64."""
     if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):
         return "it takes no float64"
     return None

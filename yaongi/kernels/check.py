@@ -89,6 +89,11 @@ class Arguments:
         if value != value or value in (float("inf"), float("-inf")):
             raise ValueError(f"{self.op}: {name} must be finite, got {value}")
 
+    def flag(self, name: str, value: object) -> None:
+        """Checks a bool."""
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.op}: {name} must be a bool, got {type(value).__name__}")
+
     def choice(self, name: str, value: object, choices: tuple[object, ...]) -> None:
         """Checks that a value is one of a few."""
         if value not in choices:

@@ -1,0 +1,1 @@
+"""Depthwise causal convolution over short windows, with its activation, its document boundaries and its state."""

@@ -1,0 +1,126 @@
+"""The causal convolution in plain torch: see README.md beside this file for the mathematics.
+
+The sequence is extended to the left by its W − 1 earlier inputs (the initial state, or zeros), so that tap k of output
+l reads the extended position l + k; the final state is the extended sequence's last W − 1 positions.
+"""
+
+import torch
+from torch.nn import functional as F
+
+Tensor = torch.Tensor
+
+
+def causal_conv1d_reference(
+    x: Tensor,  # (B, L, C)
+    weight: Tensor,  # (C, W)
+    bias: Tensor | None,  # (C)
+    document_ids: Tensor | None,  # (B, L)
+    initial_state: Tensor | None,  # (B, C, W − 1)
+    activation: str | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor]:  # (B, L, C), (B, C, W − 1) or empty
+    """y = activation(bias + Σ_k weight_k · x_{l−W+1+k}) within documents, and the last W − 1 inputs."""
+    wide = _wide(x, weight)
+    extended = _extended(x, initial_state, weight.shape[1]).to(wide)
+    masks = _masks(document_ids, weight.shape[1])
+    pre = _pre_activation(extended, weight.to(wide), bias, masks)
+    y = F.silu(pre) if activation == "silu" else pre
+    if not return_final_state:
+        return y.to(x.dtype), x.new_empty(0)
+    final = _masked(extended[:, x.shape[1] :], _final_mask(document_ids, weight.shape[1]))
+    return y.to(x.dtype), final.mT.to(x.dtype).contiguous()
+
+
+def causal_conv1d_backward_reference(
+    dy: Tensor,  # (B, L, C)
+    dfinal_state: Tensor | None,  # (B, C, W − 1)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    document_ids: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # like x, weight, bias, initial_state; empty for what is None
+    """The gradients; the value before the activation is computed again."""
+    wide, length, width = _wide(x, weight), x.shape[1], weight.shape[1]
+    extended = _extended(x, initial_state, width).to(wide)
+    masks = _masks(document_ids, width)
+    dpre = dy.to(wide)
+    if activation == "silu":
+        pre = _pre_activation(extended, weight.to(wide), bias, masks)
+        gate = torch.sigmoid(pre)
+        dpre = dpre * gate * (1 + pre * (1 - gate))
+    dextended = torch.zeros_like(extended)  # (B, W − 1 + L, C)
+    dweight = torch.zeros_like(weight, dtype=wide)
+    for k, mask in enumerate(masks):
+        dtap = _masked(dpre, mask)
+        dextended[:, k : k + length] += dtap * weight[:, k].to(wide)
+        dweight[:, k] = (dtap * extended[:, k : k + length]).sum((0, 1))
+    if dfinal_state is not None:
+        dextended[:, length:] += _masked(dfinal_state.to(wide).mT, _final_mask(document_ids, width))
+    dx = dextended[:, width - 1 :].to(x.dtype).contiguous()
+    dbias = x.new_empty(0) if bias is None else dpre.sum((0, 1)).to(bias.dtype)
+    if initial_state is None:
+        return dx, dweight.to(weight.dtype), dbias, x.new_empty(0)
+    return dx, dweight.to(weight.dtype), dbias, dextended[:, : width - 1].mT.to(x.dtype).contiguous()
+
+
+def causal_conv1d_step_reference(
+    x: Tensor,  # (B, C)
+    state: Tensor,  # (B, C, W − 1), updated in place
+    weight: Tensor,  # (C, W)
+    bias: Tensor | None,  # (C)
+    activation: str | None,
+) -> Tensor:  # (B, C)
+    """One output of the convolution; the state forgets its oldest input and takes x."""
+    wide = _wide(x, weight)
+    window = torch.cat([state, x.unsqueeze(-1)], dim=-1)  # (B, C, W)
+    pre = (window.to(wide) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        pre = pre + bias.to(wide)
+    state.copy_(window[..., 1:])
+    return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
+
+
+def _wide(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
+def _extended(x: Tensor, initial_state: Tensor | None, width: int) -> Tensor:
+    """The W − 1 inputs before the sequence, then the sequence: (B, W − 1 + L, C)."""
+    before = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if initial_state is None else initial_state.mT
+    return torch.cat([before, x], dim=1)
+
+
+def _masks(document_ids: Tensor | None, width: int) -> list[Tensor | None]:
+    """For each tap where it reads its own document, (B, L, 1), or None for everywhere."""
+    if document_ids is None:
+        return [None] * width
+    ids, length = _extended_ids(document_ids, width), document_ids.shape[1]
+    return [(ids[:, k : k + length] == document_ids).unsqueeze(-1) for k in range(width)]
+
+
+def _final_mask(document_ids: Tensor | None, width: int) -> Tensor | None:
+    """Which of the last W − 1 extended positions belong to the last document: (B, W − 1, 1)."""
+    if document_ids is None:
+        return None
+    tail = _extended_ids(document_ids, width)[:, document_ids.shape[1] :]
+    return (tail == document_ids[:, -1:]).unsqueeze(-1)
+
+
+def _extended_ids(document_ids: Tensor, width: int) -> Tensor:
+    """The initial state belongs to the first document: (B, W − 1 + L)."""
+    return torch.cat([document_ids[:, :1].expand(-1, width - 1), document_ids], dim=1)
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero where another document is; by selection, so that nothing of a neighbour leaks, not even a NaN."""
+    return values if mask is None else torch.where(mask, values, 0)
+
+
+def _pre_activation(extended: Tensor, weight: Tensor, bias: Tensor | None, masks: list[Tensor | None]) -> Tensor:
+    """bias + Σ_k weight_k · extended_{l+k}: (B, L, C)."""
+    length = extended.shape[1] - len(masks) + 1
+    taps = [_masked(extended[:, k : k + length], mask) * weight[:, k] for k, mask in enumerate(masks)]
+    pre = torch.stack(taps).sum(0) if bias is None else torch.stack(taps).sum(0) + bias.to(weight.dtype)
+    return pre
