@@ -89,8 +89,13 @@ class Arguments:
         if value != value or value in (float("inf"), float("-inf")):
             raise ValueError(f"{self.op}: {name} must be finite, got {value}")
 
-    def flag(self, name: str, value: object) -> None:
+    def boolean(self, name: str, value: object) -> None:
         """Checks a bool."""
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.op}: {name} must be a bool, got {type(value).__name__}")
+
+    def boolean(self, name: str, value: object) -> None:
+        """Checks that a value is True or False."""
         if not isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be a bool, got {type(value).__name__}")
 

@@ -1,0 +1,180 @@
+"""`moe_route` and `moe`: registration and the public functions."""
+
+from typing import Literal
+
+import torch
+
+from yaongi.kernels import backend, check
+from yaongi.kernels.moe.reference import (
+    moe_backward_reference,
+    moe_reference,
+    moe_route_backward_reference,
+    moe_route_reference,
+)
+
+Tensor = torch.Tensor
+
+
+def _route_fake(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = logits.shape
+    int32 = torch.int32
+    return logits.new_empty(T, top_k, dtype=int32), logits.new_empty(T, top_k), logits.new_empty(E, dtype=int32)
+
+
+def _route_backward_fake(dweights: Tensor, logits: Tensor, expert_ids: Tensor, scale: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _route_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, _, _, ctx.scale = inputs
+    expert_ids, _, load = output
+    ctx.mark_non_differentiable(expert_ids, load)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, expert_ids)
+
+
+def _route_backward(ctx, _dids, dweights: Tensor | None, _dload):  # type: ignore[no-untyped-def]
+    dlogits = None
+    if dweights is not None and ctx.needs_input_grad[0]:
+        logits, expert_ids = ctx.saved_tensors
+        dlogits = _route_backward_op(dweights, logits, expert_ids, ctx.scale)
+    return dlogits, None, None, None
+
+
+def _route_value_check(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> None:
+    check.finite("moe_route", logits=logits, bias=bias)
+
+
+_route_op = backend.define(
+    "moe_route(Tensor logits, Tensor bias, int top_k, float scale) -> (Tensor, Tensor, Tensor)",
+    reference=moe_route_reference,
+    fake=_route_fake,
+    value_check=_route_value_check,
+)
+_route_backward_op = backend.define(
+    "moe_route_backward(Tensor dweights, Tensor logits, Tensor expert_ids, float scale) -> Tensor",
+    reference=moe_route_backward_reference,
+    fake=_route_backward_fake,
+)
+backend.define_autograd("moe_route", _route_backward, _route_setup_context)
+
+
+def _fake(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(expert_ids.shape[0] * expert_ids.shape[1], w_up.shape[1])
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dw_up, dw_down, dweights = (t.new_empty(t.shape) for t in (x, w_up, w_down, expert_weights))
+    return dx, dw_up, dw_down, dweights
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, a = output
+    ctx.mark_non_differentiable(a)
+    ctx.set_materialize_grads(False)  # or autograd would make zeros for the gradient of A
+    ctx.save_for_backward(*inputs, a)
+
+
+def _backward(ctx, dy: Tensor | None, _da):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return None, None, None, None, None
+    dx, dw_up, dw_down, dweights = _backward_op(dy, *ctx.saved_tensors)
+    grads = (dx, dw_up, dw_down, None, dweights)
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+def _value_check(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
+    check.finite("moe", x=x, w_up=w_up, w_down=w_down, expert_weights=expert_weights)
+    E = w_up.shape[0]
+    bad = expert_ids[(expert_ids < 0) | (expert_ids >= E)]
+    if bad.numel():
+        raise ValueError(f"moe: expert_ids must be 0 to {E - 1} (E - 1), got {int(bad[0])}")
+    ranked = expert_ids.sort(dim=-1).values
+    repeats = (ranked[:, 1:] == ranked[:, :-1]).nonzero()
+    if repeats.numel():
+        token, place = repeats[0].tolist()
+        raise ValueError(
+            f"moe: expert_ids must name an expert once a token, got {int(ranked[token, place])} twice in token {token}"
+        )
+
+
+_op = backend.define(
+    "moe(Tensor x, Tensor w_up, Tensor w_down, Tensor expert_ids, Tensor expert_weights) -> (Tensor y, Tensor a)",
+    reference=moe_reference,
+    fake=_fake,
+    value_check=_value_check,
+)
+_backward_op = backend.define(
+    "moe_backward(Tensor dy, Tensor x, Tensor w_up, Tensor w_down, Tensor expert_ids, Tensor expert_weights, Tensor a)"
+    " -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dexpert_weights)",
+    reference=moe_backward_reference,
+    fake=_backward_fake,
+)
+backend.define_autograd("moe", _backward, _setup_context)
+
+
+def moe_route(logits: Tensor, bias: Tensor, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses each token's experts and weighs them.
+
+    scores = sigmoid(logits). A token takes the K experts with the largest score + bias, ties to the lowest index, in
+    that order; it weighs them by the score alone, divided by their sum + 1e-20, times `scale`.
+
+    Args:
+        logits: (T, E), float32 (float64 too, for tests of gradients).
+        bias: (E), dtype of logits; it steers the choice and gets no gradient.
+        top_k: K, 1 to E.
+        scale: a finite number.
+
+    Returns:
+        expert_ids (T, K) int32; expert_weights (T, K) in the dtype of logits, through which the gradient flows;
+        load (E) int32, the number of tokens that chose each expert.
+
+    Raises:
+        TypeError: dtype, device or kind. ValueError: shape or value.
+    """
+    args = check.Arguments("moe_route")
+    args.tensor("logits", logits, ("T", "E"), (torch.float32, torch.float64))
+    args.tensor("bias", bias, ("E",), (logits.dtype,))
+    args.integer("top_k", top_k, 1, logits.shape[1], " (E)")
+    args.number("scale", scale)
+    return _route_op(logits, bias, top_k, scale)
+
+
+def moe(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    precision: Literal["bf16", "fp8"] = "bf16",
+) -> Tensor:
+    """Squared-ReLU experts: y_t = Σ_k g_tk · W_down[e]·relu(W_up[e]·x_t)², with e = expert_ids[t, k].
+
+    A pair whose expert id is not in 0..E − 1 is skipped; checked mode refuses it, and an expert twice in one token.
+    The backward pass keeps the arguments and one activation, relu(H)² of (T·K, F) in x's dtype.
+
+    Args:
+        x: (T, D), float16, bfloat16, float32 or float64.
+        w_up: (E, F, D), dtype of x.
+        w_down: (E, D, F), dtype of x.
+        expert_ids: (T, K) int32.
+        expert_weights: (T, K) float32 (float64 for x in float64), g.
+        precision: "bf16" takes the operands as they are; "fp8" is not available yet.
+
+    Returns:
+        y: (T, D) in x's dtype, contiguous; accumulated in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError: dtype, device or kind. ValueError: shape or value.
+    """
+    args = check.Arguments("moe")
+    args.tensor("x", x, ("T", "D"))
+    args.tensor("w_up", w_up, ("E", "F", "D"), (x.dtype,))
+    args.tensor("w_down", w_down, ("E", "D", "F"), (x.dtype,))
+    args.tensor("expert_ids", expert_ids, ("T", "K"), (torch.int32,))
+    args.tensor("expert_weights", expert_weights, ("T", "K"), (torch.promote_types(x.dtype, torch.float32),))
+    args.choice("precision", precision, ("bf16", "fp8"))
+    args.require(precision != "fp8", "precision", "'bf16' (fp8 is not available yet)", repr(precision))
+    return _op(x, w_up, w_down, expert_ids, expert_weights)[0]

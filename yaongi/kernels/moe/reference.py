@@ -1,0 +1,107 @@
+"""Routing and the squared-ReLU experts in plain torch: see README.md beside this file for the mathematics.
+
+T tokens, D model width, E experts, F expert width, K experts a token; R the rows of one expert.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+Tensor = torch.Tensor
+EPSILON = 1e-20  # keeps the weights finite when every chosen score is zero
+
+
+def moe_route_reference(
+    logits: Tensor,  # (T, E)
+    bias: Tensor,  # (E)
+    top_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (T, K), (T, K), (E)
+    """The K experts of each token by score + bias, their weights by the score alone, and the load of each expert."""
+    scores = logits.sigmoid()
+    ranked = (scores + bias).sort(dim=-1, descending=True, stable=True)  # stable: ties go to the lowest index
+    expert_ids = ranked.indices[:, :top_k].contiguous()
+    chosen = scores.gather(-1, expert_ids).contiguous()
+    expert_weights = scale * (chosen / (chosen.sum(-1, keepdim=True) + EPSILON))
+    expert_ids = expert_ids.int()
+    load = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    load.index_add_(0, expert_ids.flatten(), torch.ones_like(expert_ids).flatten())
+    return expert_ids, expert_weights, load
+
+
+def moe_route_backward_reference(
+    dweights: Tensor,  # (T, K)
+    logits: Tensor,  # (T, E)
+    expert_ids: Tensor,  # (T, K)
+    scale: float,
+) -> Tensor:  # (T, E)
+    """dlogits from the gradient of the weights; an expert that was not chosen gets none."""
+    ids = expert_ids.long()
+    chosen = logits.gather(-1, ids)
+    scores = chosen.sigmoid()
+    share = scores / (scores.sum(-1, keepdim=True) + EPSILON)
+    mean = (share * dweights).sum(-1, keepdim=True)
+    dchosen = scale * share * (dweights - mean) * (-chosen).sigmoid()
+    return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_(-1, ids, dchosen)
+
+
+def _experts_with_rows(expert_ids: Tensor, experts: int) -> Iterator[tuple[int, slice, Tensor]]:
+    """Yields (expert, its rows of A, the routed pairs p = t·K + k in those rows), experts and pairs ascending."""
+    pairs = expert_ids.flatten()
+    key = torch.where((pairs >= 0) & (pairs < experts), pairs, experts)  # a bad id sorts last and is never yielded
+    order = key.argsort(stable=True)
+    counts = torch.bincount(key, minlength=experts + 1).tolist()
+    start = 0
+    for expert, count in enumerate(counts[:experts]):
+        rows = slice(start, start + count)
+        if count:
+            yield expert, rows, order[rows]
+        start += count
+
+
+def moe_reference(
+    x: Tensor,  # (T, D)
+    w_up: Tensor,  # (E, F, D)
+    w_down: Tensor,  # (E, D, F)
+    expert_ids: Tensor,  # (T, K)
+    expert_weights: Tensor,  # (T, K)
+) -> tuple[Tensor, Tensor]:  # (T, D), (T·K, F)
+    """y_t = Σ_k g_tk · W_down·relu(W_up·x_t)², and A = relu(H)² with its rows sorted by expert."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    T, K = expert_ids.shape
+    a = x.new_zeros(T * K, w_up.shape[1])
+    weights = expert_weights.flatten()
+    parts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # g·Y of each pair; a skipped pair contributes zero
+    for expert, rows, pairs in _experts_with_rows(expert_ids, w_up.shape[0]):
+        hidden = x[pairs // K].to(wide) @ w_up[expert].to(wide).T  # (R, F)
+        a[rows] = hidden.relu().square().to(x.dtype)
+        parts[pairs] = weights[pairs, None] * (a[rows].to(wide) @ w_down[expert].to(wide).T)  # (R, D)
+    return parts.view(T, K, x.shape[1]).sum(1).to(x.dtype), a
+
+
+def moe_backward_reference(
+    dy: Tensor,  # (T, D)
+    x: Tensor,  # (T, D)
+    w_up: Tensor,  # (E, F, D)
+    w_down: Tensor,  # (E, D, F)
+    expert_ids: Tensor,  # (T, K)
+    expert_weights: Tensor,  # (T, K)
+    a: Tensor,  # (T·K, F), as the forward saved it
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dw_up, dw_down and dexpert_weights."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    T, K = expert_ids.shape
+    dw_up, dw_down = w_up.new_zeros(w_up.shape), w_down.new_zeros(w_down.shape)
+    weights = expert_weights.flatten()
+    dweights = weights.new_zeros(T * K)
+    dparts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # each pair's share of dx
+    for expert, rows, pairs in _experts_with_rows(expert_ids, w_up.shape[0]):
+        tokens, g, act = pairs // K, weights[pairs, None], a[rows].to(wide)
+        dy_rows = dy[tokens].to(wide)  # (R, D)
+        dact = dy_rows @ w_down[expert].to(wide)  # (R, F), dA′: not yet weighted by g
+        dweights[pairs] = (dact * act).sum(-1)
+        dhidden = (2 * act.sqrt() * (g * dact)).to(x.dtype).to(wide)  # relu(H) = sqrt(A); rounded as it is stored
+        dparts[pairs] = dhidden @ w_up[expert].to(wide)
+        dw_up[expert] = (dhidden.T @ x[tokens].to(wide)).to(w_up.dtype)
+        dw_down[expert] = ((g * dy_rows).T @ act).to(w_down.dtype)
+    return dparts.view(T, K, x.shape[1]).sum(1).to(x.dtype), dw_up, dw_down, dweights.view(T, K)

@@ -1,0 +1,1 @@
+"""Orthogonalisation by Newton-Schulz steps, and the Teon/Muon update built on it."""

@@ -1,0 +1,92 @@
+"""Newton-Schulz and the Teon update in plain torch: see README.md beside this file for the mathematics.
+
+m rows, n columns; the iteration works on wide matrices, m ≤ n, and transposes tall ones on the way in and out.
+"""
+
+import math
+
+import torch
+
+Tensor = torch.Tensor
+RESTART = 2  # the Gram form builds the Gram matrix anew after this many steps
+
+
+def _triples(coefficients: list[float]) -> list[tuple[float, float, float]]:
+    """(a, b, c) of each step from a flat list."""
+    return list(zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True))
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """X/‖X‖_F without overflow or underflow of the squares; a zero matrix stays zero."""
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    return x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1)  # the norm is ≥ 1 unless X = 0
+
+
+def _standard(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
+    """X ← aX + (bA + cA²)X with A = XXᵀ."""
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def _gram(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
+    """The same polynomials on the m × m matrices alone: X is touched before and after each part."""
+    for part in (steps[:RESTART], steps[RESTART:]):
+        gram = x @ x.mT  # R
+        q = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(gram)
+        for a, b, c in part:
+            z = b * gram + c * gram @ gram
+            q = a * q + q @ z
+            gram = a * gram + z @ gram  # (aI + Z)·R
+            gram = a * gram + gram @ z  # (aI + Z)·R·(aI + Z)
+        x = q @ x
+    return x
+
+
+def newton_schulz_reference(x: Tensor, coefficients: list[float], form: str) -> Tensor:  # (…, m, n)
+    """The steps applied to X/‖X‖_F, in x's dtype but at least float32; rounded once, at the end."""
+    if not x.numel():
+        return x.new_empty(x.shape)
+    tall = x.shape[-2] > x.shape[-1]
+    wide = _normalised(x.to(torch.promote_types(x.dtype, torch.float32)))
+    wide = (_gram if form == "gram" else _standard)(wide.mT if tall else wide, _triples(coefficients))
+    return (wide.mT if tall else wide).to(x.dtype).contiguous()
+
+
+def teon_update_reference(
+    params: list[Tensor],  # (m, n) or (E, m, n) each
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    masters: list[Tensor],  # empty: the parameters are their own masters
+    stack: int,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    coefficients: list[float],
+) -> None:
+    """M ← μM + G, O = NewtonSchulz([U₁|…|U_K]), W_k ← (1 − ηλ)·W_k − η·sqrt(m/n)·O_k, in place."""
+    if not params[0].numel():
+        return
+    m, n = params[0].shape[-2:]
+    weights = masters or params
+    for first in range(0, len(params), stack):
+        layers = range(first, first + stack)
+        directions = [_momentum_step(grads[i], momenta[i], momentum, nesterov) for i in layers]
+        stacked = newton_schulz_reference(torch.cat(directions, -1), coefficients, "gram")
+        for i, o in zip(layers, stacked.split(n, -1), strict=True):
+            weight = weights[i].to(torch.promote_types(weights[i].dtype, torch.float32))
+            weights[i].copy_((1 - lr * weight_decay) * weight - lr * math.sqrt(m / n) * o)
+            if masters:
+                params[i].copy_(weights[i])
+
+
+def _momentum_step(grad: Tensor, buffer: Tensor, momentum: float, nesterov: bool) -> Tensor:
+    """Updates one momentum M in place and returns the direction U: G + μM with Nesterov, else M."""
+    wide = torch.promote_types(torch.promote_types(grad.dtype, buffer.dtype), torch.float32)
+    grad = grad.to(wide)
+    accumulated = momentum * buffer.to(wide) + grad
+    buffer.copy_(accumulated)
+    return grad + momentum * accumulated if nesterov else accumulated
