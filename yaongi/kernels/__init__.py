@@ -2,6 +2,22 @@
 
 from yaongi.kernels.backend import check_values, info, use_backend
 from yaongi.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from yaongi.kernels.moe.op import moe, moe_route
+from yaongi.kernels.newton_schulz.op import newton_schulz, teon_update
+from yaongi.kernels.norm.op import gated_rms_norm, rms_norm
 from yaongi.kernels.symmetric_product.op import symmetric_product
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "check_values", "info", "symmetric_product", "use_backend"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "check_values",
+    "gated_rms_norm",
+    "info",
+    "moe",
+    "moe_route",
+    "newton_schulz",
+    "rms_norm",
+    "symmetric_product",
+    "teon_update",
+    "use_backend",
+]

@@ -181,7 +181,7 @@ def causal_conv1d(
     _check_filter(args, x, weight, bias, activation)
     args.optional("document_ids", document_ids, ("B", "L"), (torch.int32,))
     args.optional("initial_state", initial_state, ("B", "C", "W-1"), (x.dtype,))
-    args.flag("return_final_state", return_final_state)
+    args.boolean("return_final_state", return_final_state)
     y, final_state = _op(x, weight, bias, document_ids, initial_state, activation, return_final_state)
     return (y, final_state) if return_final_state else y
 
