@@ -90,11 +90,6 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} must be finite, got {value}")
 
     def boolean(self, name: str, value: object) -> None:
-        """Checks a bool."""
-        if not isinstance(value, bool):
-            raise TypeError(f"{self.op}: {name} must be a bool, got {type(value).__name__}")
-
-    def boolean(self, name: str, value: object) -> None:
         """Checks that a value is True or False."""
         if not isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be a bool, got {type(value).__name__}")
