@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from yaongi.kernels import backend, check
 from yaongi.kernels.moe.reference import (
@@ -33,6 +34,7 @@ def _route_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untype
     ctx.save_for_backward(logits, expert_ids)
 
 
+@once_differentiable
 def _route_backward(ctx, _dids, dweights: Tensor | None, _dload):  # type: ignore[no-untyped-def]
     dlogits = None
     if dweights is not None and ctx.needs_input_grad[0]:
@@ -77,6 +79,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs, a)
 
 
+@once_differentiable
 def _backward(ctx, dy: Tensor | None, _da):  # type: ignore[no-untyped-def]
     if dy is None:
         return None, None, None, None, None

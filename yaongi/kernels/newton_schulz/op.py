@@ -70,7 +70,7 @@ _teon_op = backend.define(
 )
 
 
-def _flat(args: check.Arguments, coefficients: object) -> list[float]:
+def _check_coefficients(args: check.Arguments, coefficients: object) -> list[float]:
     """Checks the coefficients and lays their triples end to end."""
     if not isinstance(coefficients, (list, tuple)):
         raise TypeError(f"{args.op}: coefficients must be a list of (a, b, c), got {type(coefficients).__name__}")
@@ -113,10 +113,10 @@ def newton_schulz(
     args.tensor("x", x, ("...", "m", "n"))
     _refuse_grad(args, "x", x)
     args.choice("form", form, ("gram", "standard"))
-    return _op(x, _flat(args, coefficients), form)
+    return _op(x, _check_coefficients(args, coefficients), form)
 
 
-def _tensors(
+def _check_tensors(
     args: check.Arguments,
     name: str,
     values: object,
@@ -175,12 +175,12 @@ def teon_update(
         raise TypeError(f"teon_update: params must be a list of tensors, got {type(params).__name__}")
     count = len(params)
     dims = ("E", "m", "n") if count and getattr(params[0], "ndim", 2) == 3 else ("m", "n")
-    params = _tensors(args, "params", params, count, dims)
-    grads = _tensors(args, "grads", grads, count, dims, written=False)
-    momenta = _tensors(args, "momenta", momenta, count, dims)
+    params = _check_tensors(args, "params", params, count, dims)
+    grads = _check_tensors(args, "grads", grads, count, dims, written=False)
+    momenta = _check_tensors(args, "momenta", momenta, count, dims)
     if masters is not None:
         wanted = torch.float64 if count and params[0].dtype == torch.float64 else torch.float32
-        masters = _tensors(args, "masters", masters, count, dims, (wanted,))
+        masters = _check_tensors(args, "masters", masters, count, dims, (wanted,))
     written = [*params, *momenta, *(masters or [])]
     args.require(
         len({id(t) for t in written}) == len(written),
@@ -195,6 +195,6 @@ def teon_update(
         args.require(value >= 0, name, "0 or more", value)
     args.require(momentum < 1, "momentum", "less than 1", momentum)
     args.boolean("nesterov", nesterov)
-    flat = _flat(args, coefficients)
+    flat = _check_coefficients(args, coefficients)
     if count:
         _teon_op(params, grads, momenta, masters or [], stack, lr, momentum, nesterov, weight_decay, flat)
