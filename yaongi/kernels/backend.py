@@ -123,6 +123,15 @@ def define_autograd(name: str, backward: Callable[..., Any], setup_context: Call
     torch.library.register_autograd(f"yaongi::{name}", backward, setup_context=setup_context, lib=_library)
 
 
+def define_no_autograd(name: str) -> None:
+    """Registers that an op has no derivative: differentiating through it is an error, where torch only warns."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{name}: there is no derivative of this op")
+
+    define_autograd(name, backward, lambda ctx, inputs, output: None)
+
+
 def refuses_float64(*args: Any) -> str | None:
     """The `refuses` function of a backend that takes every call but those in float64."""
     if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):

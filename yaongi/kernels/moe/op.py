@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from yaongi.kernels import backend, check
 from yaongi.kernels.moe.reference import (
@@ -34,7 +33,6 @@ def _route_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untype
     ctx.save_for_backward(logits, expert_ids)
 
 
-@once_differentiable
 def _route_backward(ctx, _dids, dweights: Tensor | None, _dload):  # type: ignore[no-untyped-def]
     dlogits = None
     if dweights is not None and ctx.needs_input_grad[0]:
@@ -59,6 +57,7 @@ _route_backward_op = backend.define(
     fake=_route_backward_fake,
 )
 backend.define_autograd("moe_route", _route_backward, _route_setup_context)
+backend.define_no_autograd("moe_route_backward")
 
 
 def _fake(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +78,6 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs, a)
 
 
-@once_differentiable
 def _backward(ctx, dy: Tensor | None, _da):  # type: ignore[no-untyped-def]
     if dy is None:
         return None, None, None, None, None
@@ -116,6 +114,7 @@ _backward_op = backend.define(
     fake=_backward_fake,
 )
 backend.define_autograd("moe", _backward, _setup_context)
+backend.define_no_autograd("moe_backward")
 
 
 def moe_route(logits: Tensor, bias: Tensor, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,6 +37,7 @@ _op = backend.define(
     fake=_fake,
     value_check=_value_check,
 )
+backend.define_no_autograd("newton_schulz")
 
 
 def _teon_fake(

@@ -1,0 +1,97 @@
+"""What the tests of the ops share: backends as a parameter, the house's rule over a whole call, and refused calls."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_close
+
+import yaongi.kernels
+from yaongi.kernels import use_backend
+from yaongi.kernels.backend import OPS
+
+Results = dict[str, torch.Tensor]
+
+
+def backends(*on_gpu: str) -> list[Any]:
+    """The values of a `backend` parameter: the reference on the CPU, and the named ones on a GPU."""
+    return ["reference", *(pytest.param(name, marks=pytest.mark.gpu) for name in on_gpu)]
+
+
+def device_of(backend: str, op: str) -> str:
+    """Where a backend is tested; skips when the op has no such implementation yet."""
+    if backend not in OPS[op].implementations:
+        pytest.skip(f"{op} has no {backend} implementation")
+    return "cpu" if backend == "reference" else "cuda"
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of a nest of dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def converted(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nest with every floating-point tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value.detach()) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: converted(item, change) for key, item in value.items()}
+    return type(value)(converted(item, change) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def assert_rule(run: Callable[[Any], Results], arguments: Any, backend: str) -> None:
+    """Asserts the tolerance rule for every result, and that a second run gives the same bits."""
+    with use_backend("reference"):
+        exact, plain = run(converted(arguments, torch.Tensor.double)), run(converted(arguments, torch.clone))
+    with use_backend(backend):
+        first, second = run(converted(arguments, torch.clone)), run(converted(arguments, torch.clone))
+    for name, result in first.items():
+        assert_close(result, exact[name], plain[name], name)
+        assert torch.equal(result, second[name]), f"{name}: other bits in a second run"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad call: the arguments that differ from a good one, and the error it must raise."""
+
+    changes: dict[str, Any]
+    error: type[Exception]
+    message: str
+
+
+def bad_calls(cases: Iterable[tuple[dict[str, Any], type[Exception], str]]) -> Any:
+    """Parametrises a test over bad calls, named after the argument and the message."""
+    calls = [Bad(*case) for case in cases]
+    return pytest.mark.parametrize(
+        "bad", [pytest.param(bad, id=f"{i}-{'-'.join(bad.changes)}") for i, bad in enumerate(calls)]
+    )
+
+
+def assert_refused(function: Callable[..., Any], good: dict[str, Any], bad: Bad) -> None:
+    """Asserts that the bad call raises its one line, op first, and changes no tensor."""
+    arguments = good | bad.changes
+    tensors = [t for t in tensors_in(arguments) if not t.is_meta]
+    before = [t.detach().clone() for t in tensors]
+    with pytest.raises(bad.error) as caught:
+        function(**arguments)
+    assert type(caught.value) is bad.error
+    assert str(caught.value) == f"{function.__name__}: {bad.message}"
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.detach().nan_to_num(9), old.nan_to_num(9))
+
+
+@contextlib.contextmanager
+def checked_mode() -> Iterator[None]:
+    """Checked mode for a while."""
+    yaongi.kernels.check_values(True)
+    try:
+        yield
+    finally:
+        yaongi.kernels.check_values(False)
