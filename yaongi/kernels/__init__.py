@@ -2,6 +2,7 @@
 
 from yaongi.kernels.backend import check_values, info, use_backend
 from yaongi.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from yaongi.kernels.mamba_scan.op import mamba_scan, mamba_step
 from yaongi.kernels.moe.op import moe, moe_route
 from yaongi.kernels.newton_schulz.op import newton_schulz, teon_update
 from yaongi.kernels.norm.op import gated_rms_norm, rms_norm
@@ -13,6 +14,8 @@ __all__ = [
     "check_values",
     "gated_rms_norm",
     "info",
+    "mamba_scan",
+    "mamba_step",
     "moe",
     "moe_route",
     "newton_schulz",
