@@ -9,6 +9,8 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
+torch.set_num_threads(1)  # the tests' tensors are small: on a busy machine waiting for a second thread costs 5 times more
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips, with the reason, what this process can't run."""
