@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_refused, assert_rule, backends, bad_calls, checked_mode, device_of
 
-from yaongi.kernels import moe_route
+from yaongi.kernels import moe_route, use_backend
 
 
 def weights_by_definition(logits: torch.Tensor, expert_ids: torch.Tensor, scale: float) -> torch.Tensor:
@@ -72,7 +72,8 @@ def test_ties_go_to_the_lowest_index(backend: str) -> None:
     logits = torch.tensor(
         [[0.0, 0, 0, 0, 0], [1, 3, 1, 3, 1], [200, 300, 100, 0, 400]], device=device
     )  # saturated: 1.0
-    ids, _, load = moe_route(logits, torch.zeros(5, device=device), 3)
+    with use_backend(backend):
+        ids, _, load = moe_route(logits, torch.zeros(5, device=device), 3)
     assert ids.tolist() == [[0, 1, 2], [1, 3, 0], [0, 1, 2]]
     assert load.tolist() == [3, 3, 2, 1, 0]
 
@@ -82,12 +83,13 @@ def test_bias_steers_the_choice_alone(backend: str) -> None:
     device = device_of(backend, "moe_route")
     logits = torch.tensor([[2.0, 1, 0, -1]], device=device)
     bias = torch.tensor([0.0, 0, 0, 5], device=device, requires_grad=True)
-    ids, weights, load = moe_route(logits.requires_grad_(), bias, 2, 2.5)
+    with use_backend(backend):
+        ids, weights, load = moe_route(logits.requires_grad_(), bias, 2, 2.5)
+        weights[0, 0].backward()
     assert ids.tolist() == [[3, 0]]
     assert load.tolist() == [1, 0, 0, 1]
     score = torch.tensor([-1.0, 2.0]).sigmoid()
     torch.testing.assert_close(weights.detach().cpu(), 2.5 * (score / score.sum())[None])
-    weights[0, 0].backward()
     assert bias.grad is None
     assert logits.grad is not None
     assert logits.grad[0, 1:3].tolist() == [0, 0]  # the experts not chosen
@@ -97,7 +99,8 @@ def test_bias_steers_the_choice_alone(backend: str) -> None:
 @pytest.mark.parametrize("logit", [-1000.0, -100.0, -60.0, 1000.0])
 def test_extreme_logits_stay_finite(logit: float, backend: str) -> None:
     device = device_of(backend, "moe_route")
-    got = results(torch.full((3, 4), logit, device=device), torch.zeros(4, device=device), 2, 2.5)
+    with use_backend(backend):
+        got = results(torch.full((3, 4), logit, device=device), torch.zeros(4, device=device), 2, 2.5)
     assert got["weights"].isfinite().all()
     assert got["dlogits"].isfinite().all()
     expected = weights_by_definition(torch.full((3, 4), logit).double(), got["ids"].cpu(), 2.5)
