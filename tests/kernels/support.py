@@ -57,6 +57,21 @@ def assert_rule(run: Callable[[Any], Results], arguments: Any, backend: str) -> 
         assert torch.equal(result, second[name]), f"{name}: other bits in a second run"
 
 
+def outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, Any], wanted: Iterable[str]) -> Results:
+    """The outputs 0, 1, … of a call, and the gradients of Σ output·cos(0, 1, 2, …) for the wanted arguments."""
+    wanted = list(wanted)
+    arguments = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+    inputs = [arguments[name].requires_grad_() for name in wanted]
+    outputs = function(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    if wanted:
+        waves = [torch.arange(o.numel(), dtype=torch.float64).cos().view(o.shape).to(o) for o in outputs]
+        gradients = torch.autograd.grad(outputs, inputs, waves)
+        results |= {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return results
+
+
 @dataclass(frozen=True)
 class Bad:
     """One bad call: the arguments that differ from a good one, and the error it must raise."""

@@ -118,6 +118,7 @@ _step_op = backend.define(
     value_check=_step_value_check,
 )
 backend.define_autograd("causal_conv1d", _backward, _setup_context)
+backend.define_no_autograd("causal_conv1d_backward")
 
 
 @overload

@@ -28,7 +28,7 @@ def causal_conv1d_reference(
     if not return_final_state:
         return y.to(x.dtype), x.new_empty(0)
     final = _masked(extended[:, x.shape[1] :], _final_mask(document_ids, weight.shape[1]))
-    return y.to(x.dtype), final.mT.to(x.dtype).contiguous()
+    return y.to(x.dtype), _as_state(final, x.dtype)
 
 
 def causal_conv1d_backward_reference(
@@ -62,7 +62,7 @@ def causal_conv1d_backward_reference(
     dbias = x.new_empty(0) if bias is None else dpre.sum((0, 1)).to(bias.dtype)
     if initial_state is None:
         return dx, dweight.to(weight.dtype), dbias, x.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias, dextended[:, : width - 1].mT.to(x.dtype).contiguous()
+    return dx, dweight.to(weight.dtype), dbias, _as_state(dextended[:, : width - 1], x.dtype)
 
 
 def causal_conv1d_step_reference(
@@ -90,6 +90,11 @@ def _extended(x: Tensor, initial_state: Tensor | None, width: int) -> Tensor:
     """The W − 1 inputs before the sequence, then the sequence: (B, W − 1 + L, C)."""
     before = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if initial_state is None else initial_state.mT
     return torch.cat([before, x], dim=1)
+
+
+def _as_state(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, W − 1, C) as a state of its own memory, (B, C, W − 1)."""
+    return positions.mT.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _masks(document_ids: Tensor | None, width: int) -> list[Tensor | None]:
@@ -122,5 +127,5 @@ def _pre_activation(extended: Tensor, weight: Tensor, bias: Tensor | None, masks
     """bias + Σ_k weight_k · extended_{l+k}: (B, L, C)."""
     length = extended.shape[1] - len(masks) + 1
     taps = [_masked(extended[:, k : k + length], mask) * weight[:, k] for k, mask in enumerate(masks)]
-    pre = torch.stack(taps).sum(0) if bias is None else torch.stack(taps).sum(0) + bias.to(weight.dtype)
-    return pre
+    pre = torch.stack(taps).sum(0)
+    return pre if bias is None else pre + bias.to(weight.dtype)

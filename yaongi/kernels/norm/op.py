@@ -90,6 +90,8 @@ _gated_backward_op = backend.define(
 )
 backend.define_autograd("rms_norm", _backward, _setup_context)
 backend.define_autograd("gated_rms_norm", _gated_backward, _gated_setup_context)
+backend.define_no_autograd("rms_norm_backward")
+backend.define_no_autograd("gated_rms_norm_backward")
 
 
 @overload
