@@ -1,0 +1,121 @@
+"""Benchmark texts must not be trained on: a document that shares 13 words in a row with one is dropped.
+
+Korean questions are often shorter than 13 words. An item of 8 to 12 words is therefore looked for whole; a shorter one
+is too common a phrase to tell anything.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yaongi.data.readers import data_files, file_format, read_rows
+from yaongi.data.text import ngram_hashes, normalize, word_hashes
+
+NGRAM = 13
+SHORTEST = 8
+
+
+@dataclass(frozen=True)
+class HubBenchmark:
+    """A benchmark on the hub: every split of every config that is scored."""
+
+    id: str
+    configs: tuple[str, ...] | None = None  # None: all of them
+    splits: tuple[str, ...] | None = None  # None: all of them
+
+
+HUB_BENCHMARKS: Mapping[str, HubBenchmark] = {
+    "kmmlu": HubBenchmark("HAERAE-HUB/KMMLU"),  # its train split too: it must never enter
+    "haerae": HubBenchmark("HAERAE-HUB/HAE_RAE_BENCH_1.1"),
+    "logickor": HubBenchmark("maywell/LogicKor"),
+    "gsm8k": HubBenchmark("openai/gsm8k", ("main",), ("test",)),
+}
+
+
+class Benchmarks:
+    """The word runs of the benchmarks, as sorted 64-bit hashes by length."""
+
+    def __init__(self, items: Iterable[str]) -> None:
+        """``items``: the texts of the benchmarks, a question with its choices each."""
+        by_length: dict[int, list[NDArray[np.uint64]]] = {}
+        self.items = 0
+        for item in items:
+            words = word_hashes(normalize(item))
+            length = min(NGRAM, len(words))
+            if length >= SHORTEST:
+                by_length.setdefault(length, []).append(ngram_hashes(words, length))
+                self.items += 1
+        self._hashes = {length: np.unique(np.concatenate(parts)) for length, parts in sorted(by_length.items())}
+
+    def touches(self, words: NDArray[np.uint64]) -> bool:
+        """Whether a document, given as the hashes of its words, shares a run of words with an item."""
+        for length, known in self._hashes.items():
+            grams = ngram_hashes(words, length)
+            places = np.minimum(np.searchsorted(known, grams), len(known) - 1)
+            if (known[places] == grams).any():
+                return True
+        return False
+
+    def __bool__(self) -> bool:
+        return bool(self._hashes)
+
+
+def benchmark_texts(names: Sequence[str]) -> Iterator[str]:
+    """The items of local files or folders, or of ``kmmlu``, ``haerae``, ``logickor``, ``gsm8k`` from the hub.
+
+    A row's strings are joined, lists too; a .txt gives an item a line.
+
+    Raises:
+        ValueError: a name that is neither, or a benchmark without items.
+    """
+    for name in names:
+        if Path(name).exists():
+            items = _local_items(Path(name))
+        elif name in HUB_BENCHMARKS:
+            items = _hub_items(HUB_BENCHMARKS[name])
+        else:
+            raise ValueError(f"benchmark: wanted a path or one of {', '.join(HUB_BENCHMARKS)}, got {name!r}")
+        count = 0
+        for item in items:
+            count += 1
+            yield item
+        if not count:
+            raise ValueError(f"benchmark: {name} holds no items")
+
+
+def _local_items(path: Path) -> Iterator[str]:
+    for file in data_files(path):
+        if file_format(file.name) == ".parquet":
+            from pyarrow import parquet
+
+            fields: Sequence[str] = parquet.read_schema(file).names
+        else:
+            fields = ("text",)
+        with file.open("rb") as stream:
+            for row in read_rows(stream, file.name, fields):
+                item = " ".join(_strings(row))
+                yield from item.splitlines() if file_format(file.name) == ".txt" else [item]
+
+
+def _hub_items(benchmark: HubBenchmark) -> Iterator[str]:
+    from datasets import get_dataset_config_names, load_dataset
+
+    for config in benchmark.configs or get_dataset_config_names(benchmark.id):
+        for split, rows in load_dataset(benchmark.id, config).items():
+            if benchmark.splits is None or split in benchmark.splits:
+                yield from (" ".join(_strings(row)) for row in rows)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _strings(part)

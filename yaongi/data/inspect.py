@@ -1,0 +1,48 @@
+"""Show what a folder of token shards holds."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from yaongi.data.loader import TokenStream
+from yaongi.data.shards import ShardSet
+from yaongi.data.tokenizer import Tokenizer
+
+_SHOWN_CHARACTERS = 300
+
+
+def inspect_shards(folder: Path, samples: int = 1, console: Console | None = None) -> None:
+    """Check every file, then print counts a domain, what was dropped, and the first held-out documents.
+
+    Raises:
+        ValueError, FileNotFoundError: as in ``ShardSet.open``.
+    """
+    console = console or Console()
+    shard_set = ShardSet.open(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    manifest = shard_set.manifest
+    table = Table("split", "domain", "documents", "tokens", "MB of text", "bytes/token", "shards", "sources (licence)")
+    for split, domains in manifest["splits"].items():
+        for domain, part in domains.items():
+            origins = sorted({f"{s['source']} ({s['licence']})" for s in part["shards"]})
+            counts = f"{part['documents']:,}", f"{part['tokens']:,}", f"{part['bytes'] / 1e6:.1f}"
+            ratio = f"{part['bytes'] / part['tokens']:.2f}"
+            table.add_row(split, domain, *counts, ratio, str(len(part["shards"])), "; ".join(origins))
+    console.print(table)
+    for label, counts in manifest["counts"].items():
+        dropped = {key: counts[key] for key in ("exact", "near", "contaminated")}
+        console.print(f"{label}: dropped " + ", ".join(f"{count:,} {key}" for key, count in dropped.items()))
+    console.print(f"tokenizer {tokenizer.hash[:12]} ({tokenizer.vocab_size:,} pieces), manifest {shard_set.hash[:12]}")
+    for domain in manifest["splits"].get("val", {}):
+        _show_documents(shard_set, tokenizer, domain, samples, console)
+
+
+def _show_documents(shard_set: ShardSet, tokenizer: Tokenizer, domain: str, samples: int, console: Console) -> None:
+    first = shard_set.shards("val", domain)[0]
+    ends = shard_set.index(first)[:samples, 0].astype(int).tolist()
+    stream = TokenStream(shard_set, "val", domain)
+    for start, end in zip([0, *ends], ends, strict=False):
+        text = tokenizer.decode(stream.read(start, end - start).tolist())
+        console.rule(f"{domain}, {end - start} tokens")
+        console.print(text[:_SHOWN_CHARACTERS] + ("…" if len(text) > _SHOWN_CHARACTERS else ""), markup=False)

@@ -1,0 +1,286 @@
+"""Batches of packed rows, as a pure function of (seed, sample number). Needs numpy and torch only.
+
+A row is ``row_tokens`` consecutive ids of the token stream of one domain; rows don't overlap, and the few tokens after
+the last whole row are not used. Sample ``n`` gets its domain from the mixture (``mix.Mixture``), and is the ``k``-th of that
+domain: epoch ``k // rows``, and within the epoch the row that a seeded permutation (``permute``) puts at ``k % rows``.
+So what step 1200 trains on does not depend on how many processes, workers or micro-batches there are, nor on what was
+read before; the position of a run is one number.
+
+Documents are cut at EOS, which belongs to the document it ends. ``document_ids`` count from 0 in each row; the model
+predicts a token from the one before it in the same document.
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from yaongi.data.mix import DEFAULT_MIX, Mixture
+from yaongi.data.permute import permute
+from yaongi.data.shards import TOKEN, ShardSet
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for a step or a part of it."""
+
+    input_ids: torch.Tensor  # (B, L) int64
+    document_ids: torch.Tensor  # (B, L) int32, not decreasing within a row, from 0
+    domains: torch.Tensor  # (B,) int64, index into Loader.domains
+    samples: torch.Tensor  # (B,) int64, sample numbers
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, so that copies to a GPU run beside its work."""
+        return Batch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Fixed rows of a domain's held-out split, for bits per byte."""
+
+    input_ids: torch.Tensor  # (R, L) int64
+    document_ids: torch.Tensor  # (R, L) int32
+    predicted: torch.Tensor  # (R, L) bool: positions t whose token is predicted from t - 1 and counts (text, not EOS)
+    text_bytes: torch.Tensor  # (R,) int64: UTF-8 bytes of the predicted tokens of a row
+
+
+class TokenStream:
+    """The shards of one domain and split, read as one sequence of ids."""
+
+    def __init__(self, shard_set: ShardSet, split: str, domain: str) -> None:
+        shards = shard_set.shards(split, domain)
+        self._parts = [np.memmap(shard_set.folder / shard.file, TOKEN, "r") for shard in shards]
+        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self.tokens = int(self._starts[-1])
+
+    def read(self, start: int, count: int) -> NDArray[np.uint16]:
+        """Ids ``start`` to ``start + count``: (count,)."""
+        out = np.empty(count, TOKEN)
+        filled = 0
+        part = int(np.searchsorted(self._starts, start, "right")) - 1
+        while filled < count:
+            offset = start + filled - int(self._starts[part])
+            piece = self._parts[part][offset : offset + count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            part += 1
+        return out
+
+
+class Loader:
+    """The training order over a folder of token shards."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        row_tokens: int,
+        batch_rows: int,
+        seed: int = 0,
+        mix: Mapping[str, float] | None = None,
+        tokenizer_hash: str | None = None,
+    ) -> None:
+        """Open and check the shards (see ``ShardSet.open``).
+
+        Args:
+            row_tokens: L, the length of a row.
+            batch_rows: rows of a global batch: of one optimizer step, all processes and micro-batches together.
+            mix: shares a domain; ``mix.DEFAULT_MIX`` if None.
+            tokenizer_hash: what the shards must have been made with; not compared if None.
+
+        Raises:
+            FileNotFoundError: no manifest, or a file of it is missing.
+            ValueError: another tokenizer, a truncated or changed file, a domain of the mix that the shards lack or
+                that does not fill one row.
+        """
+        if row_tokens < 2 or batch_rows < 1:
+            raise ValueError(
+                f"loader: wanted rows of 2 tokens or more in batches of 1 or more, got {row_tokens}, {batch_rows}"
+            )
+        self.shard_set = ShardSet.open(folder, tokenizer_hash=tokenizer_hash)
+        self.row_tokens, self.batch_rows, self.seed = row_tokens, batch_rows, seed
+        self.mixture = Mixture(DEFAULT_MIX if mix is None else mix)
+        self.domains = self.mixture.domains
+        self.vocab_size = int(self.shard_set.manifest["vocab_size"])
+        self.eos_id = int(self.shard_set.manifest["eos_id"])
+        self._streams = [self._stream("train", domain) for domain in self.domains]
+        self.rows = {d: s.tokens // row_tokens for d, s in zip(self.domains, self._streams, strict=True)}
+        self.samples = 0  # consumed so far by ``stream``
+
+    def read(self, samples: Iterable[int]) -> Batch:
+        """The rows of the given sample numbers (B,), whatever was read before."""
+        numbers = np.fromiter(samples, np.int64)
+        domains, places = self.mixture.locate(numbers)
+        rows = np.empty((len(numbers), self.row_tokens), TOKEN)
+        for i, (domain, row) in enumerate(zip(domains.tolist(), self._rows_at(domains, places).tolist(), strict=True)):
+            rows[i] = self._streams[domain].read(row * self.row_tokens, self.row_tokens)
+        ids, documents = self._pack(rows)
+        return Batch(ids, documents, torch.from_numpy(domains), torch.from_numpy(numbers))
+
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro: int = 0, micro_batch: int | None = None
+    ) -> Batch:
+        """Micro-batch ``micro`` of process ``rank`` in optimizer step ``step``, if every step has ``batch_rows``.
+
+        Raises:
+            ValueError: ``batch_rows`` is not a multiple of ``world_size * micro_batch``, or a number out of its range.
+        """
+        per_rank, micro_batch = self._shares(world_size, micro_batch)
+        if not (0 <= rank < world_size and 0 <= micro < per_rank // micro_batch and step >= 0):
+            raise ValueError(f"loader: no step {step}, rank {rank} of {world_size}, micro-batch {micro}")
+        first = step * self.batch_rows + rank * per_rank + micro * micro_batch
+        return self.read(range(first, first + micro_batch))
+
+    def stream(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch: int | None = None,
+        ahead: int = 4,
+        pin_memory: bool = False,
+    ) -> Iterator[Batch]:
+        """Micro-batches from the consumed position on, without end, read ``ahead`` of use by a thread.
+
+        ``state_dict`` counts a step once its last micro-batch has been handed out. Closing the generator ends the
+        thread.
+        """
+        per_rank, micro_batch = self._shares(world_size, micro_batch)
+        micros = per_rank // micro_batch
+        start = self.samples
+
+        def batches() -> Iterator[Batch]:
+            first = start + rank * per_rank
+            while True:
+                for micro in range(micros):
+                    batch = self.read(range(first + micro * micro_batch, first + (micro + 1) * micro_batch))
+                    yield batch.pin_memory() if pin_memory else batch
+                first += self.batch_rows
+
+        for number, batch in enumerate(_ahead(batches(), ahead), 1):
+            self.samples = start + number // micros * self.batch_rows
+            yield batch
+
+    def held_out(self, domain: str, rows: int) -> HeldOut:
+        """``rows`` rows spread evenly over the domain's held-out split, or all it has; always the same ones.
+
+        Raises:
+            ValueError: the split is missing or does not fill one row.
+        """
+        stream = self._stream("val", domain)
+        available = stream.tokens // self.row_tokens
+        wanted = np.arange(min(rows, available)) * available // min(rows, available)
+        tokens = np.stack([stream.read(int(row) * self.row_tokens, self.row_tokens) for row in wanted])
+        ids, documents = self._pack(tokens)
+        predicted = torch.zeros_like(ids, dtype=torch.bool)
+        predicted[:, 1:] = (documents[:, 1:] == documents[:, :-1]) & (ids[:, 1:] != self.eos_id)
+        sizes = torch.from_numpy(self.shard_set.token_bytes().astype(np.int64))
+        return HeldOut(ids, documents, predicted, (sizes[ids] * predicted).sum(1))
+
+    def consumed(self) -> dict[str, int]:
+        """Samples consumed so far of each domain."""
+        return self.mixture.counts(self.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as a small dict that JSON can hold."""
+        return {"samples": self.samples, "consumed": self.consumed(), **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``. It may come from another number of processes, micro-batch or batch size.
+
+        Raises:
+            ValueError: the state is of other data, another order or mixture; says what differs.
+        """
+        identity = self._identity()
+        differing = [key for key in identity if state.get(key) != identity[key]]
+        if differing:
+            details = "; ".join(f"{key}: wanted {identity[key]}, got {state.get(key)}" for key in differing)
+            raise ValueError(f"loader: the saved position is of other data ({details})")
+        self.samples = int(state["samples"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "seed": self.seed,
+            "row_tokens": self.row_tokens,
+            "mix": self.mixture.shares,
+            "manifest": self.shard_set.hash,
+        }
+
+    def _stream(self, split: str, domain: str) -> TokenStream:
+        stream = TokenStream(self.shard_set, split, domain)
+        if stream.tokens < self.row_tokens:
+            where = f"{self.shard_set.folder}, {split}"
+            raise ValueError(
+                f"loader: wanted a row of {self.row_tokens} tokens of {domain} in {where}, got {stream.tokens}"
+            )
+        return stream
+
+    def _shares(self, world_size: int, micro_batch: int | None) -> tuple[int, int]:
+        """Rows of a step for each process, and of a micro-batch."""
+        micro = self.batch_rows // world_size if micro_batch is None else micro_batch
+        if micro < 1 or self.batch_rows % (world_size * micro):
+            wanted = f"a multiple of {world_size} processes x {micro} rows"
+            raise ValueError(f"loader: wanted a batch of {wanted}, got {self.batch_rows} rows")
+        return self.batch_rows // world_size, micro
+
+    def _rows_at(self, domains: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row numbers at ``places`` (B,) of the orders of ``domains`` (B,): (B,)."""
+        rows = np.empty_like(places)
+        for domain, name in enumerate(self.domains):
+            epochs, within = np.divmod(places, self.rows[name])
+            for epoch in np.unique(epochs[domains == domain]).tolist():
+                here = (domains == domain) & (epochs == epoch)
+                rows[here] = permute(within[here], self.rows[name], f"{self.seed}/{name}/{epoch}")
+        return rows
+
+    def _pack(self, rows: NDArray[np.uint16]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (B, L) int64 and document ids (B, L) int32 of rows of tokens (B, L)."""
+        if int(rows.max()) >= self.vocab_size:
+            raise ValueError(f"loader: wanted token ids below {self.vocab_size}, got {int(rows.max())}")
+        ends = np.zeros(rows.shape, np.int32)
+        ends[:, 1:] = rows[:, :-1] == self.eos_id
+        return torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(ends.cumsum(1, dtype=np.int32))
+
+
+def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """The same items, made by a thread that runs ``depth`` ahead; its exceptions are raised here."""
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, depth))
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+        except BaseException as error:  # handed to the consumer, which raises it
+            put(error)
+
+    thread = threading.Thread(target=work, name="yaongi-loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,136 @@
+"""The mixture: which domain a sample comes from, so that every prefix holds the ratios within one row.
+
+Shares become integers that sum to W. One period of W samples is laid out by Tijdeman's solution of the chairman
+assignment problem (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980): error diffusion with
+deadlines, which keeps |n · share - count| ≤ 1 - 1/(2k-2) < 1 for k domains at every n, where plain error diffusion
+(largest deficit first) can exceed 1. Periods repeat, so the domain of sample n, and its place within that domain, are
+table look-ups: no state.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+DOMAINS = ("ko", "en", "code", "math")
+DEFAULT_MIX: Mapping[str, float] = {"ko": 40, "en": 20, "code": 25, "math": 15}
+_FINEST = 10_000
+
+
+def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
+    """The positive shares of ``mix`` in the order of ``DOMAINS``.
+
+    Raises:
+        ValueError: an unknown domain, a negative or non-finite share, or nothing above zero.
+    """
+    for domain, share in mix.items():
+        if domain not in DOMAINS:
+            raise ValueError(f"mix: wanted domains among {list(DOMAINS)}, got {domain!r}")
+        if not 0 <= share < float("inf"):
+            raise ValueError(f"mix: wanted a share of 0 or more for {domain}, got {share}")
+    kept = {domain: float(mix[domain]) for domain in DOMAINS if mix.get(domain, 0) > 0}
+    if not kept:
+        raise ValueError(f"mix: wanted a share above 0, got {dict(mix)}")
+    return kept
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """``"ko=40,en=20"`` as shares. ValueError as in ``check_mix``."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        domain, _, share = part.strip().partition("=")
+        try:
+            shares[domain] = float(share)
+        except ValueError as error:
+            raise ValueError(f"mix: wanted DOMAIN=SHARE,…, got {text!r}") from error
+    return check_mix(shares)
+
+
+def integer_shares(mix: Mapping[str, float]) -> dict[str, int]:
+    """Shares as small whole numbers: exact where a common denominator up to 10,000 exists, else to 1 in 10,000."""
+    exact = {domain: Fraction(repr(share)) for domain, share in check_mix(mix).items()}
+    total = sum(exact.values())
+    shares = {domain: share / total for domain, share in exact.items()}
+    size = 1
+    for share in shares.values():
+        size = size * share.denominator // gcd(size, share.denominator)
+    if size <= _FINEST:
+        return {domain: int(share * size) for domain, share in shares.items()}
+    rounded = {domain: max(1, round(share * _FINEST)) for domain, share in shares.items()}
+    rounded[max(rounded, key=rounded.__getitem__)] += _FINEST - sum(rounded.values())
+    return rounded
+
+
+class Mixture:
+    """The domain of every sample, and its place among the samples of that domain."""
+
+    def __init__(self, mix: Mapping[str, float]) -> None:
+        """``mix``: shares a domain, on any scale. ValueError as in ``check_mix``."""
+        self.shares = integer_shares(mix)
+        self.domains = tuple(self.shares)
+        self._size = np.array(list(self.shares.values()), np.int64)  # (domains,)
+        self._pattern = _tijdeman(self._size)  # (W,)
+        one_hot = self._pattern[:, None] == np.arange(len(self.domains))
+        before = np.vstack([np.zeros(len(self.domains), np.int64), one_hot.cumsum(0)])
+        self._before = before  # (W + 1, domains): samples of each domain before a place in the period
+
+    def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For sample numbers (n,): index into ``domains`` (n,), and how many of that domain came before (n,)."""
+        period, place = np.divmod(samples, len(self._pattern))
+        domain = self._pattern[place]
+        return domain, period * self._size[domain] + self._before[place, domain]
+
+    def counts(self, samples: int) -> dict[str, int]:
+        """How many of the first ``samples`` samples each domain gives."""
+        period, place = divmod(samples, len(self._pattern))
+        total = period * self._size + self._before[place]
+        return dict(zip(self.domains, total.tolist(), strict=True))
+
+
+def _tijdeman(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One period of the domain pattern for whole-number shares ``sizes`` (domains,)."""
+    shares = sizes.tolist()
+    total, domains = sum(shares), len(shares)
+    if domains == 1:
+        return np.zeros(total, np.int64)
+    scale = 2 * domains - 2  # everything below is in units of 1 / (scale · total), so the arithmetic is exact
+    taken = [0] * domains
+    pattern = []
+    for step in range(1, total + 1):
+        ready = (i for i in range(domains) if scale * (shares[i] * step - total * taken[i]) >= total)
+        chosen = min(ready, key=lambda i: Fraction(scale * taken[i] + scale - 1, shares[i]))
+        taken[chosen] += 1
+        pattern.append(chosen)
+    return np.array(pattern, np.int64)
+
+
+def mixed_documents(
+    sources: Mapping[str, Callable[[], Iterator[str]]], mix: Mapping[str, float], total_bytes: int
+) -> Iterator[str]:
+    """About ``total_bytes`` of documents, the domains at their ratios by bytes; a domain that runs out starts again.
+
+    Args:
+        sources: for each domain, a function that gives its documents from the start.
+
+    Raises:
+        ValueError: a domain of the mix has no source, or no text.
+    """
+    shares = check_mix(mix)
+    missing = [domain for domain in shares if domain not in sources]
+    if missing:
+        raise ValueError(f"mix: wanted text for {', '.join(shares)}, got none for {', '.join(missing)}")
+    scale = sum(shares.values())
+    streams = {domain: sources[domain]() for domain in shares}
+    given = dict.fromkeys(shares, 0)
+    while (done := sum(given.values())) < total_bytes:
+        domain = max(shares, key=lambda d: shares[d] / scale * done - given[d])
+        text = next(streams[domain], None)
+        if text is None:
+            if not given[domain]:
+                raise ValueError(f"mix: no text in the sources of {domain}")
+            streams[domain] = sources[domain]()
+            continue
+        given[domain] += len(text.encode("utf-8", "surrogatepass"))
+        yield text

@@ -1,0 +1,151 @@
+"""Documents out of files: .txt, .jsonl (each plain or .xz, .zst, .gz) and .parquet, from disk or any binary stream."""
+
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from yaongi.data.chat import render_chat
+
+COMPRESSIONS = (".xz", ".zst", ".gz")
+FORMATS = (".txt", ".jsonl", ".json", ".parquet")
+TEXT_FIELDS = ("text", "content", "messages")
+_TXT_DOCUMENT_CHARACTERS = 1 << 16
+
+
+def file_format(name: str) -> str | None:
+    """``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` for a name that can be read, compressed or not, else None."""
+    stem = name.lower()
+    for ending in COMPRESSIONS:
+        stem = stem.removesuffix(ending)
+    found = Path(stem).suffix
+    if found not in FORMATS or (found == ".parquet" and stem != name.lower()):
+        return None
+    return found
+
+
+def data_files(path: Path) -> list[Path]:
+    """``path`` itself, or every readable file below it, sorted.
+
+    Raises:
+        FileNotFoundError: nothing there, or nothing in a known format.
+    """
+    if path.is_file():
+        found = [path] if file_format(path.name) else []
+    else:
+        found = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p.name) and p.name != "source.json")
+    if not found:
+        kinds = " ".join(FORMATS)
+        raise FileNotFoundError(f"data: wanted {kinds} files (or {' '.join(COMPRESSIONS)} of them) at {path}, got none")
+    return found
+
+
+def read_documents(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[str]:
+    """The documents of one file. A .txt is one document, or several of about 64k characters when it is longer.
+
+    Raises:
+        ValueError: broken compression, not UTF-8, not JSON, or a row with none of ``fields``; names file and row.
+    """
+    with path.open("rb") as file:
+        for row, record in enumerate(read_rows(file, path.name, fields)):
+            yield document(record, fields, f"{path.name}, row {row}")
+
+
+def document(record: Mapping[str, Any], fields: Sequence[str], where: str) -> str:
+    """The text of a row: its first field among ``fields``; a list of chat messages is rendered.
+
+    Raises:
+        ValueError: no such field, or one that is neither text nor messages.
+    """
+    for field in fields:
+        value = record.get(field)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list):
+            return render_chat(value)
+    raise ValueError(f"data: {where}: wanted text in one of {list(fields)}, got fields {sorted(record)}")
+
+
+def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows of a file from number ``start`` on; ``name`` gives the format. Parquet reads only ``fields``.
+
+    Raises:
+        ValueError: the content is not what the name says; names the row.
+    """
+    kind = file_format(name)
+    if kind == ".parquet":
+        yield from _parquet_rows(file, name, fields, start)
+        return
+    try:
+        lines = io.TextIOWrapper(_decompressed(file, name), encoding="utf-8", newline="")
+        if kind == ".txt":
+            yield from islice(({"text": text} for text in _txt_documents(lines)), start, None)
+        else:
+            yield from islice(_json_rows(lines, name, start), start, None)
+    except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"data: {name} cannot be read: {error}") from error
+
+
+def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+    ending = Path(name.lower()).suffix
+    if ending == ".xz":
+        return lzma.open(file)
+    if ending == ".gz":
+        return cast(IO[bytes], gzip.open(file))
+    if ending == ".zst":
+        import zstandard
+
+        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    return file
+
+
+def _txt_documents(lines: io.TextIOWrapper) -> Iterator[str]:
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        held.append(line)
+        size += len(line)
+        if size >= _TXT_DOCUMENT_CHARACTERS:
+            yield "".join(held)
+            held, size = [], 0
+    if held:
+        yield "".join(held)
+
+
+def _json_rows(lines: io.TextIOWrapper, name: str, start: int) -> Iterator[dict[str, Any]]:
+    rows = (line for line in lines if line.strip())
+    for number, line in enumerate(rows):
+        if number < start:
+            yield {}
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data: {name}, row {number}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"data: {name}, row {number}: wanted a JSON object, got {type(record).__name__}")
+        yield record
+
+
+def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        columns = [field for field in fields if field in table.schema_arrow.names]
+        if not columns:
+            raise ValueError(f"data: {name}: wanted one of {list(fields)}, got fields {table.schema_arrow.names}")
+        first = 0
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if first + rows > start:
+                batches = table.iter_batches(256, row_groups=[group], columns=columns)
+                yield from islice((r for b in batches for r in b.to_pylist()), max(0, start - first), None)
+            first += rows
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"data: {name} is not a whole parquet file ({error})") from error

@@ -1,0 +1,206 @@
+"""Token shards on disk.
+
+A folder of shards holds ``manifest.json``, ``tokenizer/``, ``token_bytes.npy`` (UTF-8 bytes of each id) and, for each
+split and domain, pairs of files::
+
+    train/ko-00000.bin   the ids of its documents one after another, each ending in EOS: uint16, little-endian
+    train/ko-00000.idx   for each document, where it ends and its UTF-8 bytes: uint64 (documents, 2)
+
+The manifest gives SHA-256, tokens, bytes, documents, source and licence of each shard, and the tokenizer's hash. The
+folder is built under another name and renamed when whole, so a manifest always describes complete files.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yaongi.data.files import sha256_file, write_atomically
+
+MANIFEST = "manifest.json"
+TOKEN_BYTES = "token_bytes.npy"
+VERIFIED = ".verified.json"
+VERSION = 1
+TOKEN = np.dtype("<u2")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One pair of files, as the manifest describes it."""
+
+    file: str
+    index: str
+    sha256: str
+    index_sha256: str
+    tokens: int
+    bytes: int
+    documents: int
+    source: str
+    licence: str
+
+
+class ShardWriter:
+    """Writes the documents of one source into shards of about ``shard_tokens`` tokens."""
+
+    def __init__(self, folder: Path, stem: str, source: str, licence: str, shard_tokens: int, vocab_size: int) -> None:
+        self._folder, self._stem, self._source, self._licence = folder, stem, source, licence
+        self._shard_tokens, self._vocab_size = shard_tokens, vocab_size
+        self._file: IO[bytes] | None = None
+        self.shards: list[Shard] = []
+
+    def add(self, tokens: NDArray[np.int32], text_bytes: int) -> None:
+        """Append a document: its ids with EOS (n,), and the UTF-8 bytes of its text.
+
+        Raises:
+            ValueError: an id outside the vocabulary or above 65,535.
+        """
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= min(self._vocab_size, 1 << 16):
+            got = low if low < 0 else high
+            raise ValueError(f"shards: wanted ids from 0 to {min(self._vocab_size, 1 << 16) - 1}, got {got}")
+        if self._file is None:
+            self._open()
+        data = tokens.astype(TOKEN).tobytes()
+        self._hash.update(data)
+        self._file.write(data)  # type: ignore[union-attr]
+        self._tokens += len(tokens)
+        self._rows.append((self._tokens, text_bytes))
+        if self._tokens >= self._shard_tokens:
+            self.close()
+
+    def close(self) -> None:
+        """End the shard that is open, if one is."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        index = np.array(self._rows, "<u8").tobytes()
+        (self._folder / f"{self._name}.idx").write_bytes(index)
+        text_bytes = sum(size for _, size in self._rows)
+        digests = self._hash.hexdigest(), hashlib.sha256(index).hexdigest()
+        counts = self._tokens, text_bytes, len(self._rows)
+        files = f"{self._name}.bin", f"{self._name}.idx"
+        self.shards.append(Shard(*files, *digests, *counts, self._source, self._licence))
+
+    def _open(self) -> None:
+        self._name = f"{self._stem}-{len(self.shards):05d}"
+        path = self._folder / f"{self._name}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._rows: list[tuple[int, int]] = []
+        self._tokens = 0
+
+
+def totals(shards: Sequence[Shard]) -> dict[str, int]:
+    """Tokens, bytes and documents of several shards."""
+    return {key: sum(getattr(shard, key) for shard in shards) for key in ("tokens", "bytes", "documents")}
+
+
+def write_manifest(folder: Path, splits: dict[str, dict[str, list[Shard]]], **fields: Any) -> None:
+    """Write ``manifest.json``; ``fields`` are added to it as they are."""
+    described = {
+        split: {domain: {**totals(shards), "shards": [asdict(s) for s in shards]} for domain, shards in domains.items()}
+        for split, domains in splits.items()
+    }
+    manifest = {"version": VERSION, **fields, "splits": described}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A folder of shards that was opened and checked."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    hash: str  # of manifest.json, so of all content
+
+    @classmethod
+    def open(cls, folder: str | Path, *, tokenizer_hash: str | None = None) -> "ShardSet":
+        """Read the manifest, and check every file against it.
+
+        SHA-256 is computed for files whose size and modification time are not those of the last check, so the first
+        start reads everything once (``tokenize`` leaves the record of that, too) and later starts are instant.
+
+        Raises:
+            FileNotFoundError: no manifest or no shard.
+            ValueError: another tokenizer's hash, or a truncated or changed file.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"shards: no {MANIFEST} in {folder}; make it with python -m yaongi.data tokenize")
+        content = path.read_bytes()
+        try:
+            manifest = json.loads(content)
+            version, built_for = manifest["version"], manifest["tokenizer_hash"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"shards: {path} is damaged ({error}); run python -m yaongi.data tokenize again"
+            ) from error
+        if version != VERSION:
+            raise ValueError(f"shards: wanted version {VERSION} in {path}, got {version}")
+        if tokenizer_hash is not None and tokenizer_hash != built_for:
+            raise ValueError(f"shards: {folder} was made with tokenizer {built_for[:12]}, got {tokenizer_hash[:12]}")
+        _verify(folder, manifest)
+        return cls(folder, manifest, hashlib.sha256(content).hexdigest())
+
+    def shards(self, split: str, domain: str) -> list[Shard]:
+        """The shards of a domain, in order; none if it is missing."""
+        return [Shard(**s) for s in self.manifest["splits"].get(split, {}).get(domain, {}).get("shards", [])]
+
+    def index(self, shard: Shard) -> NDArray[np.uint64]:
+        """Ends and UTF-8 bytes of the documents of a shard: (documents, 2)."""
+        return np.fromfile(self.folder / shard.index, "<u8").reshape(-1, 2)
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """UTF-8 bytes that each id stands for: (vocab_size,)."""
+        return np.load(self.folder / TOKEN_BYTES)
+
+
+def described_files(manifest: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """Every file a manifest describes: its SHA-256 and its size in bytes."""
+    files = {TOKEN_BYTES: (manifest["token_bytes_sha256"], manifest["token_bytes_size"])}
+    for domains in manifest["splits"].values():
+        for domain in domains.values():
+            for shard in domain["shards"]:
+                files[shard["file"]] = (shard["sha256"], shard["tokens"] * TOKEN.itemsize)
+                files[shard["index"]] = (shard["index_sha256"], shard["documents"] * 16)
+    return files
+
+
+def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+    record = folder / VERIFIED
+    try:
+        known = json.loads(record.read_text())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    fresh = {}
+    for name, (sha256, size) in described_files(manifest).items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"shards: {path} is missing; run python -m yaongi.data tokenize again")
+        status = path.stat()
+        if status.st_size != size:
+            raise ValueError(f"shards: {path} is truncated or changed: wanted {size} bytes, got {status.st_size}")
+        fresh[name] = [sha256, status.st_size, status.st_mtime_ns]
+        if known.get(name) != fresh[name] and sha256_file(path) != sha256:
+            raise ValueError(f"shards: {path} has changed since it was made (SHA-256 differs from {MANIFEST})")
+    if fresh != known:
+        _remember(record, fresh)
+
+
+def _remember(record: Path, checked: dict[str, list[Any]]) -> None:
+    """Keep what was checked; in a folder that cannot be written, each start checks again."""
+    try:
+        write_atomically(record, json.dumps(checked).encode())
+    except PermissionError:
+        return
+    except OSError as error:
+        if error.errno != 30:  # a read-only file system
+            raise

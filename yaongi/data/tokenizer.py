@@ -1,0 +1,182 @@
+"""The tokenizer: SentencePiece BPE, lossless up to NFC.
+
+Two things are added to SentencePiece itself.
+
+* Text is brought to NFC by Python first, so that a syllable costs the same whichever way it was typed.
+* SentencePiece writes a blank as U+2581 ("▁") and could not tell a typed U+2581 from a blank. A typed one is therefore
+  spelt by its three UTF-8 bytes, the pieces ``<0xE2> <0x96> <0x81>``, and nothing merges across it. Decoding needs no
+  special case, and ``tokenizer.json`` (see ``tokenizer_hf``) gives the same ids.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from yaongi.data.text import normalize
+
+CONTROL_PIECES = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>")
+NEWLINE_RUNS = ("\n\n", "\n\n\n", "\n\n\n\n")
+CHAT_PIECES = ("<|im_start|>", "<|im_end|>", "<|step|>", "<|code|>")
+USER_PIECES = (*NEWLINE_RUNS, *CHAT_PIECES, *(f"<|reserved_{i}|>" for i in range(100)))
+MODEL_FILE = "tokenizer.model"
+SPACE_MARK = "\u2581"
+_MARK_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
+_MAX_SENTENCE_CHARACTERS = 1 << 20
+
+
+class Tokenizer:
+    """Text to ids and back. Ids 0 to 3 are pad, unk, bos and eos; control names inside a text stay plain text."""
+
+    def __init__(self, model: bytes) -> None:
+        """``model``: the bytes of a SentencePiece model trained by ``train_tokenizer``."""
+        self.model = model
+        self.hash = hashlib.sha256(model).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces = tuple(self._processor.id_to_piece(i) for i in range(4))
+        if pieces != CONTROL_PIECES:
+            raise ValueError(f"tokenizer: wanted {CONTROL_PIECES} as pieces 0 to 3, got {pieces}")
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id = range(4)
+        self.vocab_size: int = self._processor.vocab_size()
+        self._mark_ids = [self.piece_to_id(piece) for piece in _MARK_BYTES]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read ``tokenizer.model``, or the folder that holds it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is no SentencePiece model, or one with other control pieces.
+        """
+        path = Path(path)
+        file = path / MODEL_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"tokenizer: no {MODEL_FILE} at {path}; train one with python -m yaongi.data tokenizer"
+            )
+        try:
+            return cls(file.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer: {file} is not a SentencePiece model ({error})") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokenizer.model``, ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``."""
+        from yaongi.data.files import write_atomically
+        from yaongi.data.tokenizer_hf import export
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        export(self, folder)
+        write_atomically(folder / MODEL_FILE, self.model)
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of ``text`` in NFC. ValueError on lone surrogates."""
+        text = normalize(text)
+        ids = self._encode_marks(text) if SPACE_MARK in text else self._processor.encode(text)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: Iterable[str], *, bos: bool = False, eos: bool = False) -> list[list[int]]:
+        """``encode`` of each text, on this thread; use processes to go faster, as ``tokenize`` does."""
+        return [self.encode(text, bos=bos, eos=eos) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``. Control pieces have none; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        plain = [int(i) for i in ids]
+        if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
+            wrong = next(i for i in plain if not 0 <= i < self.vocab_size)
+            raise ValueError(f"tokenizer: wanted ids from 0 to {self.vocab_size - 1}, got {wrong}")
+        return self._processor.decode([i for i in plain if i > self.eos_id])
+
+    def piece_to_id(self, piece: str) -> int:
+        """The id of a piece as SentencePiece writes it: ``<|im_start|>``, ``▁the``. KeyError if there is none."""
+        found = self._processor.piece_to_id(piece)
+        if self._processor.id_to_piece(found) != piece:
+            raise KeyError(f"tokenizer: no piece {piece!r}")
+        return found
+
+    def pieces(self) -> list[str]:
+        """All pieces in the order of their ids, as SentencePiece writes them."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+
+    def is_byte(self, token: int) -> bool:
+        """Whether ``token`` is one of the 256 byte pieces."""
+        return self._processor.is_byte(token)
+
+    @property
+    def byte_lengths(self) -> NDArray[np.int32]:
+        """UTF-8 bytes of text that each id stands for: (vocab_size,). Control pieces stand for none.
+
+        The sum over a text's ids is the number of its UTF-8 bytes, which is what bits per byte divides by.
+        """
+        lengths = [
+            1 if self.is_byte(i) else len(p.replace(SPACE_MARK, " ").encode()) for i, p in enumerate(self.pieces())
+        ]
+        lengths[: len(CONTROL_PIECES)] = [0] * len(CONTROL_PIECES)
+        return np.array(lengths, np.int32)
+
+    def _encode_marks(self, text: str) -> list[int]:
+        first, *rest = self._processor.encode(text.split(SPACE_MARK))
+        for part in rest:
+            first += self._mark_ids + part
+        return first
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768, *, threads: int = 0) -> Tokenizer:
+    """Train on ``texts``, each a document; the caller mixes the domains (``mix.mixed_documents``).
+
+    Args:
+        vocab_size: pieces in all, of which 367 are fixed (control, user-defined and byte pieces).
+        threads: 0 means one for each core. The result does not depend on it.
+
+    Raises:
+        ValueError: more pieces asked for than the text supports, more than 65,536, or no text.
+    """
+    if not 512 <= vocab_size <= 65536:
+        raise ValueError(f"tokenizer: wanted a vocabulary of 512 to 65536 pieces, got {vocab_size}")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=4 * _MAX_SENTENCE_CHARACTERS,
+            user_defined_symbols=list(USER_PIECES),
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece=CONTROL_PIECES[0],
+            unk_piece=CONTROL_PIECES[1],
+            bos_piece=CONTROL_PIECES[2],
+            eos_piece=CONTROL_PIECES[3],
+            num_threads=threads or os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"tokenizer: training failed: {' '.join(str(error).split())}") from error
+    return Tokenizer(model.getvalue())
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Documents in NFC, cut where they are longer than the trainer takes; it skips what holds a NUL."""
+    for text in texts:
+        text = normalize(text).replace("\0", "")
+        for start in range(0, len(text), _MAX_SENTENCE_CHARACTERS):
+            yield text[start : start + _MAX_SENTENCE_CHARACTERS]
