@@ -93,7 +93,8 @@ def symmetric_product(
     for name, value, dims in (("y", y, ("...", "m", "n")), ("c", c, ("...", "m", "m"))):
         if value is not None:
             args.tensor(name, value, dims, (x.dtype,), unit_stride=True)
-            args.require(value.shape[:-2] == x.shape[:-2], name, f"batched as x, {tuple(x.shape[:-2])}", value.shape)
+            batch, got = tuple(x.shape[:-2]), tuple(value.shape[:-2])
+            args.require(got == batch, name, f"batched as x, {batch}", got)
     args.number("alpha", alpha)
     args.number("beta", beta)
     return _op(x, y, c, alpha, beta)
