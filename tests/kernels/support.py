@@ -38,12 +38,19 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def converted(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same nest with every floating-point tensor changed."""
+    """The same nest with every floating-point tensor changed and its strides kept."""
     if isinstance(value, torch.Tensor):
-        return change(value.detach()) if value.is_floating_point() else value
+        return with_strides(change(value.detach()), value.stride()) if value.is_floating_point() else value
     if isinstance(value, dict):
         return {key: converted(item, change) for key, item in value.items()}
     return type(value)(converted(item, change) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def with_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The same values laid out with these strides, as a slice of a wider tensor has them."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def assert_rule(run: Callable[[Any], Results], arguments: Any, backend: str) -> None:

@@ -47,7 +47,7 @@ def arguments(
     """Arguments of one call, x a slice of a wider tensor; options may drop optional ones or set document lengths."""
     lengths = options.get("documents")
     made = {
-        "x": torch.randn(B, L, C + 24).to(dtype)[..., 8 : C + 8],
+        "x": torch.randn(B, L, C + 24).to(device, dtype)[..., 8 : C + 8],
         "weight": torch.randn(C, W).to(dtype),
         "bias": torch.randn(C).to(dtype) if options.get("bias", True) else None,
         "initial_state": torch.randn(B, C, W - 1).to(dtype) if options.get("initial_state", True) else None,
