@@ -64,6 +64,12 @@ def assert_rule(run: Callable[[Any], Results], arguments: Any, backend: str) -> 
         assert torch.equal(result, second[name]), f"{name}: other bits in a second run"
 
 
+def document_ids(batch: int, lengths: tuple[int, ...]) -> torch.Tensor:
+    """(B, L): documents of these lengths in the first row, and in reversed order in every other one."""
+    rows = [torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (lengths, lengths[::-1])]
+    return torch.stack([rows[i % 2] + 3 * i for i in range(batch)]).int()
+
+
 def outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, Any], wanted: Iterable[str]) -> Results:
     """The outputs 0, 1, … of a call, and the gradients of Σ output·cos(0, 1, 2, …) for the wanted arguments."""
     wanted = list(wanted)

@@ -16,6 +16,7 @@ from support import (
     bad_calls,
     checked_mode,
     device_of,
+    document_ids,
     outputs_and_gradients,
 )
 from torch.nn import functional as F
@@ -55,12 +56,6 @@ def arguments(
     }
     tensors = {name: None if t is None else t.to(device) for name, t in made.items()}
     return tensors | {"activation": options.get("activation", "silu"), "return_final_state": True}
-
-
-def document_ids(batch: int, lengths: tuple[int, ...]) -> torch.Tensor:
-    """(B, L): documents of these lengths in the first row, and in reversed order in every other one."""
-    rows = [torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (lengths, lengths[::-1])]
-    return torch.stack([rows[i % 2] + 3 * i for i in range(batch)]).int()
 
 
 def differentiable(args: dict[str, Any]) -> list[str]:

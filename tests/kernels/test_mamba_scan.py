@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_equal_to_float64
-from support import assert_refused, assert_rule, backends, bad_calls, checked_mode, device_of, outputs_and_gradients
+from support import (
+    assert_refused,
+    assert_rule,
+    backends,
+    bad_calls,
+    checked_mode,
+    device_of,
+    document_ids,
+    outputs_and_gradients,
+)
 from torch.nn import functional as F
 
 from yaongi.kernels import mamba_scan, mamba_step
@@ -59,12 +68,6 @@ def arguments(
     }
     tensors = {name: None if t is None or name in absent else t.to(device) for name, t in made.items()}
     return tensors | {"return_final_state": True}
-
-
-def document_ids(batch: int, lengths: tuple[int, ...]) -> torch.Tensor:
-    """(B, L): documents of these lengths in the first row, and in reversed order in every other one."""
-    rows = [torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (lengths, lengths[::-1])]
-    return torch.stack([rows[i % 2] + 3 * i for i in range(batch)]).int()
 
 
 def differentiable(args: dict[str, Any]) -> list[str]:
@@ -302,7 +305,7 @@ def test_extremes_equal_the_recurrence(extreme: str) -> None:
     args |= EXTREMES[extreme](args)
     results, expected = (outputs_and_gradients(f, args, DIFFERENTIABLE) for f in (mamba_scan, mamba_scan_sequential))
     for name, value in expected.items():
-        assert_equal_to_float64(results[name], value, 1e-11, name)
+        assert_equal_to_float64(results[name], value, 1e-9, name)  # sums near −1e6 lose 1e-10 of float64
 
 
 def test_long_decays_keep_small_differences() -> None:
