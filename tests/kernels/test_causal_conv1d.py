@@ -371,10 +371,30 @@ def test_checked_mode_of_the_step(bad: Any) -> None:
         assert_refused(causal_conv1d_step, GOOD_STEP, bad)
 
 
+def bad_options() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
+    """Bad calls beside GOOD in the keyword arguments."""
+    ids, ones, meta = GOOD["document_ids"], torch.ones, torch.device("meta")
+    yield {"activation": "relu"}, ValueError, "activation must be 'silu' or None, got 'relu'"
+    yield {"activation": True}, ValueError, "activation must be 'silu' or None, got True"
+    yield {"document_ids": ids.tolist()}, TypeError, f"document_ids {TENSOR} list"
+    yield {"document_ids": ids.long()}, TypeError, "document_ids must be int32, got int64"
+    yield {"document_ids": ids.float()}, TypeError, "document_ids must be int32, got float32"
+    yield {"document_ids": ids[0]}, ValueError, "document_ids must be (B, L) = (2, 5), got (5,)"
+    yield {"document_ids": ids[:, 1:]}, ValueError, "document_ids must be (B, L) = (2, 5), got (2, 4)"
+    yield {"document_ids": ids.to(meta)}, TypeError, f"document_ids {ON_META}"
+    yield {"initial_state": "zeros"}, TypeError, f"initial_state {TENSOR} str"
+    yield {"initial_state": ones(2, 3, 3).half()}, TypeError, "initial_state must be float32, got float16"
+    yield {"initial_state": ones(2, 3, 4)}, ValueError, "initial_state must be (B, C, W-1) = (2, 3, 3), got (2, 3, 4)"
+    yield {"initial_state": ones(3, 3)}, ValueError, "initial_state must be (B, C, W-1) = (2, 3, 3), got (3, 3)"
+    yield {"initial_state": ones(2, 3, 3, device=meta)}, TypeError, f"initial_state {ON_META}"
+    yield {"return_final_state": None}, TypeError, "return_final_state must be a bool, got NoneType"
+    yield {"return_final_state": 1}, TypeError, "return_final_state must be a bool, got int"
+
+
 def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
     """Bad calls beside GOOD."""
     ones, meta = torch.ones, torch.device("meta")
-    ids = GOOD["document_ids"]
+    yield from bad_options()
     yield {"x": None}, TypeError, f"x {TENSOR} NoneType"
     yield {"x": [[[1.0]]]}, TypeError, f"x {TENSOR} list"
     yield {"x": ones(2, 5, 3).int()}, TypeError, f"x {FLOATS} int32"
@@ -404,21 +424,6 @@ def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
     yield {"bias": ones(4)}, ValueError, "bias must be (C) = (3), got (4,)"
     yield {"bias": ones(1, 3)}, ValueError, "bias must be (C) = (3), got (1, 3)"
     yield {"bias": ones(3, device=meta)}, TypeError, f"bias {ON_META}"
-    yield {"activation": "relu"}, ValueError, "activation must be 'silu' or None, got 'relu'"
-    yield {"activation": True}, ValueError, "activation must be 'silu' or None, got True"
-    yield {"document_ids": ids.tolist()}, TypeError, f"document_ids {TENSOR} list"
-    yield {"document_ids": ids.long()}, TypeError, "document_ids must be int32, got int64"
-    yield {"document_ids": ids.float()}, TypeError, "document_ids must be int32, got float32"
-    yield {"document_ids": ids[0]}, ValueError, "document_ids must be (B, L) = (2, 5), got (5,)"
-    yield {"document_ids": ids[:, 1:]}, ValueError, "document_ids must be (B, L) = (2, 5), got (2, 4)"
-    yield {"document_ids": ids.to(meta)}, TypeError, f"document_ids {ON_META}"
-    yield {"initial_state": "zeros"}, TypeError, f"initial_state {TENSOR} str"
-    yield {"initial_state": ones(2, 3, 3).half()}, TypeError, "initial_state must be float32, got float16"
-    yield {"initial_state": ones(2, 3, 4)}, ValueError, "initial_state must be (B, C, W-1) = (2, 3, 3), got (2, 3, 4)"
-    yield {"initial_state": ones(3, 3)}, ValueError, "initial_state must be (B, C, W-1) = (2, 3, 3), got (3, 3)"
-    yield {"initial_state": ones(2, 3, 3, device=meta)}, TypeError, f"initial_state {ON_META}"
-    yield {"return_final_state": None}, TypeError, "return_final_state must be a bool, got NoneType"
-    yield {"return_final_state": 1}, TypeError, "return_final_state must be a bool, got int"
 
 
 @bad_calls(bad_arguments())

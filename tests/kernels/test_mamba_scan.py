@@ -495,11 +495,32 @@ def bad_parameters() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
         yield {name: ones(4, device=meta)}, TypeError, f"{name} {ON_META}"
 
 
+def bad_options() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
+    """Bad calls beside GOOD in the keyword arguments."""
+    ids, meta = GOOD["document_ids"], torch.device("meta")
+    yield {"document_ids": ids.tolist()}, TypeError, f"document_ids {TENSOR} list"
+    yield {"document_ids": ids.long()}, TypeError, "document_ids must be int32, got int64"
+    yield {"document_ids": ids[0]}, ValueError, "document_ids must be (B, L) = (2, 6), got (6,)"
+    yield {"document_ids": ids[:, 1:]}, ValueError, "document_ids must be (B, L) = (2, 6), got (2, 5)"
+    yield {"document_ids": ids.to(meta)}, TypeError, f"document_ids {ON_META}"
+    yield {"initial_state": 0}, TypeError, f"initial_state {TENSOR} int"
+    state, wanted = torch.ones(2, 4, 3, 5), "initial_state must be (B, H, P, N) = (2, 4, 3, 5), got"
+    yield {"initial_state": state.half()}, TypeError, "initial_state must be float32 or float64, got float16"
+    yield {"initial_state": state[0]}, ValueError, f"{wanted} (4, 3, 5)"
+    yield {"initial_state": state.mT}, ValueError, f"{wanted} (2, 4, 5, 3)"
+    yield {"initial_state": state.to(meta)}, TypeError, f"initial_state {ON_META}"
+    yield {"return_final_state": "yes"}, TypeError, "return_final_state must be a bool, got str"
+    yield {"return_final_state": 0}, TypeError, "return_final_state must be a bool, got int"
+    yield {"precision": "fp8"}, ValueError, "precision must be 'bf16' (fp8 is not available yet), got 'fp8'"
+    yield {"precision": "fp32"}, ValueError, "precision must be 'bf16' or 'fp8', got 'fp32'"
+    yield {"precision": None}, ValueError, "precision must be 'bf16' or 'fp8', got None"
+
+
 def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
     """Bad calls beside GOOD."""
     ones, meta = torch.ones, torch.device("meta")
-    ids = GOOD["document_ids"]
     yield from bad_parameters()
+    yield from bad_options()
     yield {"x": None}, TypeError, f"x {TENSOR} NoneType"
     yield {"x": ones(2, 6, 4, 3).long()}, TypeError, f"x {FLOATS} int64"
     yield {"x": ones(2, 6, 4, 3).half()}, TypeError, "b must be float16, got float32"
@@ -527,22 +548,6 @@ def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
     dividing = "b must be (B, L, G, N) with G dividing H = 4, got"
     yield {"b": three, "c": three}, ValueError, f"{dividing} (2, 6, 3, 5)"
     yield {"b": none, "c": none}, ValueError, f"{dividing} (2, 6, 0, 5)"
-    yield {"document_ids": ids.tolist()}, TypeError, f"document_ids {TENSOR} list"
-    yield {"document_ids": ids.long()}, TypeError, "document_ids must be int32, got int64"
-    yield {"document_ids": ids[0]}, ValueError, "document_ids must be (B, L) = (2, 6), got (6,)"
-    yield {"document_ids": ids[:, 1:]}, ValueError, "document_ids must be (B, L) = (2, 6), got (2, 5)"
-    yield {"document_ids": ids.to(meta)}, TypeError, f"document_ids {ON_META}"
-    yield {"initial_state": 0}, TypeError, f"initial_state {TENSOR} int"
-    state, wanted = ones(2, 4, 3, 5), "initial_state must be (B, H, P, N) = (2, 4, 3, 5), got"
-    yield {"initial_state": state.half()}, TypeError, "initial_state must be float32 or float64, got float16"
-    yield {"initial_state": state[0]}, ValueError, f"{wanted} (4, 3, 5)"
-    yield {"initial_state": state.mT}, ValueError, f"{wanted} (2, 4, 5, 3)"
-    yield {"initial_state": state.to(meta)}, TypeError, f"initial_state {ON_META}"
-    yield {"return_final_state": "yes"}, TypeError, "return_final_state must be a bool, got str"
-    yield {"return_final_state": 0}, TypeError, "return_final_state must be a bool, got int"
-    yield {"precision": "fp8"}, ValueError, "precision must be 'bf16' (fp8 is not available yet), got 'fp8'"
-    yield {"precision": "fp32"}, ValueError, "precision must be 'bf16' or 'fp8', got 'fp32'"
-    yield {"precision": None}, ValueError, "precision must be 'bf16' or 'fp8', got None"
 
 
 @bad_calls(bad_arguments())

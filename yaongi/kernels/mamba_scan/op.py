@@ -200,11 +200,7 @@ def mamba_scan(
         TypeError: kind, dtype or device. ValueError: shape, stride or value.
     """
     args = check.Arguments("mamba_scan")
-    args.tensor("x", x, ("B", "L", "H", "P"), unit_stride=True)
-    args.require(x.shape[1] >= 1, "x", "(B, L, H, P) with L >= 1", tuple(x.shape))
-    args.tensor("dt", dt, ("B", "L", "H"))
-    _check_parameters(args, A, D, dt_bias)
-    _check_projections(args, x, b, c, ("B", "L", "G", "N"))
+    _check_operands(args, ("B", "L"), x, dt, A, b, c, D, dt_bias)
     args.optional("document_ids", document_ids, ("B", "L"), (torch.int32,))
     args.optional("initial_state", initial_state, ("B", "H", "P", "N"), WIDE)
     args.boolean("return_final_state", return_final_state)
@@ -243,23 +239,31 @@ def mamba_step(
     """
     args = check.Arguments("mamba_step")
     args.tensor("state", state, ("B", "H", "P", "N"), (torch.float16, *WIDE))
-    args.tensor("x", x, ("B", "H", "P"), unit_stride=True)
-    args.tensor("dt", dt, ("B", "H"))
-    _check_parameters(args, A, D, dt_bias)
-    _check_projections(args, x, b, c, ("B", "G", "N"))
+    _check_operands(args, ("B",), x, dt, A, b, c, D, dt_bias)
     return _step_op(state, x, dt, A, b, c, D, dt_bias)
 
 
-def _check_parameters(args: check.Arguments, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
+def _check_operands(
+    args: check.Arguments,
+    lead: tuple[str, ...],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+) -> None:
+    """The checks that scan and step share; `lead` names the dimensions before the heads."""
+    args.tensor("x", x, (*lead, "H", "P"), unit_stride=True)
+    args.require(args.sizes.get("L") != 0, "x", "(B, L, H, P) with L >= 1", tuple(x.shape))
+    args.tensor("dt", dt, (*lead, "H"))
     args.tensor("A", A, ("H",), WIDE)
     args.optional("D", D, ("H",))
     args.optional("dt_bias", dt_bias, ("H",))
-
-
-def _check_projections(args: check.Arguments, x: Tensor, b: Tensor, c: Tensor, dims: tuple[str, ...]) -> None:
-    args.tensor("b", b, dims, (x.dtype,), unit_stride=True)
-    args.tensor("c", c, dims, (x.dtype,), unit_stride=True)
+    projection = (*lead, "G", "N")
+    args.tensor("b", b, projection, (x.dtype,), unit_stride=True)
+    args.tensor("c", c, projection, (x.dtype,), unit_stride=True)
     groups, heads = args.sizes["G"], args.sizes["H"]
-    args.require(
-        groups >= 1 and heads % groups == 0, "b", f"({', '.join(dims)}) with G dividing H = {heads}", tuple(b.shape)
-    )
+    divides = groups >= 1 and heads % groups == 0
+    args.require(divides, "b", f"({', '.join(projection)}) with G dividing H = {heads}", tuple(b.shape))
