@@ -100,10 +100,9 @@ def download_source(
     source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None] = print
 ) -> Progress:
     """One source up to ``budget_bytes`` of UTF-8 text, or its end; its fallback if it cannot be had at all."""
-    unavailable = (*_network_errors(), ValueError)
     try:
         return _Download(source, folder, budget_bytes, places, say).run()
-    except unavailable as error:
+    except _unavailable() as error:
         if source.fallback is None or _kept(folder).get("documents"):
             raise
         say(f"{source.id}: {' '.join(str(error).split())}; taking {FALLBACKS[source.fallback].id} instead")
@@ -243,6 +242,10 @@ class _Download:
 def _kept(folder: Path) -> dict[str, Any]:
     path = folder / "source.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _unavailable() -> tuple[type[Exception], ...]:
+    return *_network_errors(), ValueError
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

@@ -1,10 +1,10 @@
 """Batches of packed rows, as a pure function of (seed, sample number). Needs numpy and torch only.
 
 A row is ``row_tokens`` consecutive ids of the token stream of one domain; rows don't overlap, and the few tokens after
-the last whole row are not used. Sample ``n`` gets its domain from the mixture (``mix.Mixture``), and is the ``k``-th of that
-domain: epoch ``k // rows``, and within the epoch the row that a seeded permutation (``permute``) puts at ``k % rows``.
-So what step 1200 trains on does not depend on how many processes, workers or micro-batches there are, nor on what was
-read before; the position of a run is one number.
+the last whole row are not used. Sample ``n`` gets its domain from the mixture (``mix.Mixture``), and is the ``k``-th of
+that domain: epoch ``k // rows``, and within the epoch the row that a seeded permutation (``permute``) puts at
+``k % rows``. So what step 1200 trains on does not depend on how many processes, workers or micro-batches there are, nor
+on what was read before; the position of a run is one number.
 
 Documents are cut at EOS, which belongs to the document it ends. ``document_ids`` count from 0 in each row; the model
 predicts a token from the one before it in the same document.

@@ -144,7 +144,8 @@ def _korean_fruit(rng: random.Random) -> str:
     bags, each, eaten = rng.randint(2, 9), rng.randint(4, 12), rng.randint(1, 7)
     total = bags * each
     return (
-        f"문제: {attach(person, '은')} {attach(fruit, '을')} 한 봉지에 {native(each)} 개씩 {native(bags)} 봉지 샀습니다. "
+        f"문제: {attach(person, '은')} {attach(fruit, '을')} "
+        f"한 봉지에 {native(each)} 개씩 {native(bags)} 봉지 샀습니다. "
         f"그중에서 {native(eaten)} 개를 먹었다면 몇 개가 남았습니까?\n"
         f"풀이: 산 {attach(fruit, '은')} {each} × {bags} = {total}개입니다. "
         f"먹은 것을 빼면 {total} - {eaten} = {total - eaten}개입니다.\n"
@@ -169,7 +170,8 @@ def _korean_age(rng: random.Random) -> str:
     age, gap, years = rng.randint(6, 15), rng.randint(20, 32), rng.randint(2, 12)
     then, total = age + years, 2 * age + gap + 2 * years
     return (
-        f"문제: 올해 {attach(person, '은')} {native(age)} 살이고, {attach(relative, '은')} {person}보다 {gap}살 많습니다. "
+        f"문제: 올해 {attach(person, '은')} {native(age)} 살이고, "
+        f"{attach(relative, '은')} {person}보다 {gap}살 많습니다. "
         f"{years}년 뒤에 두 사람의 나이를 더하면 얼마입니까?\n"
         f"풀이: 올해 {relative}의 나이는 {age} + {gap} = {age + gap}살입니다. "
         f"{years}년 뒤에는 {then}살과 {then + gap}살이므로, 합은 {total}살입니다.\n"
@@ -188,8 +190,8 @@ def _korean_area(rng: random.Random) -> str:
 
 
 def _korean_average(rng: random.Random) -> str:
-    middle = rng.randint(60, 90)
-    scores = [middle + rng.randint(-9, 9) for _ in range(3)]
+    middle = rng.randint(60, 85)
+    scores = [middle + rng.randint(-5, 5) for _ in range(3)]
     scores.append(4 * middle - sum(scores))
     subject = rng.choice(words()["과목"])
     listed = ", ".join(f"{score}점" for score in scores)
