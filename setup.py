@@ -71,10 +71,6 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         defines = ["-DCMAKE_BUILD_TYPE=Release", f"-DYAONGI_TORCH={find_torch()}"]
         defines += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
-            "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
-            f"-DYAONGI_TORCH={find_torch()}",
-        ]
         run_logged(["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *defines])
         run_logged(["cmake", "--build", str(folder), "--parallel"])
         refuse_serialised_wgmma()

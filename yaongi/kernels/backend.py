@@ -32,7 +32,20 @@ class Op:
     implementations: dict[Backend, Callable[..., Any] | str]
     refuses: dict[Backend, Callable[..., str | None]]
     value_check: Callable[..., None] | None
+    overload: torch._ops.OpOverload
+    pure: bool  # changes none of its arguments
     resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the op through torch's dispatcher; when nothing asks for a gradient, past its Python autograd layer.
+
+        That layer costs as much host time as all the rest of a call (docs/LAB.md).
+        """
+        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if traced or not self.pure or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return self.overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def implementation(self, backend: Backend) -> Callable[..., Any]:
         """The function of a backend; a name such as `package.module:function` is imported at its first use."""
@@ -93,8 +106,8 @@ def define(
     triton_refuses: Callable[..., str | None] | None = None,
     cuda_refuses: Callable[..., str | None] | None = None,
     value_check: Callable[..., None] | None = None,
-) -> torch._ops.OpOverload:
-    """Defines `torch.ops.yaongi.<name>` from a torch.library schema and returns its overload.
+) -> Op:
+    """Defines `torch.ops.yaongi.<name>` from a torch.library schema; call the result to call the op.
 
     All implementations take the schema's arguments by position. `triton` is `package.module:function`, imported when
     first picked. A `refuses` function gets the same arguments and returns why its backend can't take them, or None.
@@ -110,12 +123,13 @@ def define(
         implementations["cuda"] = cuda
         if cuda_refuses:
             refuses["cuda"] = cuda_refuses
-    op = OPS[name] = Op(name, implementations, refuses, value_check)
     _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    overload = getattr(torch.ops.yaongi, name).default
+    op = OPS[name] = Op(name, implementations, refuses, value_check, overload, pure="!" not in schema)
     _library.impl(name, op.run_on_cpu, "CPU")
     _library.impl(name, op.run_on_gpu, "CUDA")
     torch.library.register_fake(f"yaongi::{name}", fake, lib=_library)
-    return getattr(torch.ops.yaongi, name).default
+    return op
 
 
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

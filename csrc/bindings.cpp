@@ -1,0 +1,63 @@
+// Torch's side of the seam, on the LibTorch stable ABI: unpacks tensors, guards the device, finds the stream. All checks
+// of arguments and all allocation are in Python.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "yaongi.h"
+
+using torch::stable::Tensor;
+
+// Lives in libtorch_cuda: weak, so that the library also loads beside a CPU build of torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace {
+
+cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  if (!aoti_torch_get_current_cuda_stream ||
+      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("yaongi: this build of torch has no CUDA streams");
+  return static_cast<cudaStream_t>(stream);
+}
+
+void raise_on_failure(const char* op, const char* message) {
+  if (message) throw std::runtime_error(std::string(op) + ": " + message);
+}
+
+YaongiType type_of(const Tensor& t) {
+  return t.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? YaongiType::bfloat16 : YaongiType::float16;
+}
+
+// (…, rows, columns): the leading dimensions are one in memory, as Python has checked.
+YaongiMatrices matrices(const Tensor& t) {
+  const int64_t dims = t.dim(), rows = t.size(dims - 2), columns = t.size(dims - 1), row_stride = t.stride(dims - 2);
+  int64_t batch = 1;
+  for (int64_t i = 0; i < dims - 2; ++i) batch *= t.size(i);
+  const int64_t batch_stride = dims > 2 && batch > 1 ? t.stride(dims - 3) : rows * row_stride;
+  return {t.data_ptr(), batch, rows, columns, row_stride, batch_stride};
+}
+
+YaongiMatrices matrices(const std::optional<Tensor>& t) { return t ? matrices(*t) : YaongiMatrices{}; }
+
+void symmetric_product(Tensor x, std::optional<Tensor> y, std::optional<Tensor> c, double alpha, double beta,
+                       Tensor out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  raise_on_failure("symmetric_product",
+                   yaongi_symmetric_product(type_of(x), matrices(x), matrices(y), matrices(c), matrices(out),
+                                            static_cast<float>(alpha), static_cast<float>(beta), current_stream(x)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(yaongi_cuda, library) {
+  library.def("symmetric_product(Tensor x, Tensor? y, Tensor? c, float alpha, float beta, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(yaongi_cuda, CUDA, library) {
+  library.impl("symmetric_product", TORCH_BOX(&symmetric_product));
+}

@@ -1,0 +1,118 @@
+"""Compiles Triton kernels for sm_90 on a machine without a GPU, from the launchers themselves.
+
+`compiled_launches` runs a launcher on meta tensors and, instead of launching, compiles each kernel it would have started
+with exactly those argument types, constants and alignments. So every config of a launcher's table can be checked for
+registers, spills and tensor-core instructions.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of one kernel uses."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    sass: str
+
+
+@contextmanager
+def compiled_launches() -> Iterator[list[Compiled]]:
+    """Within the block, launching a Triton kernel compiles it for sm_90 and appends it to the list."""
+    compiled: list[Compiled] = []
+
+    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(_compile(self, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", compile_instead):
+        yield compiled
+
+
+def compile_launcher(launcher: Callable[..., Any], *args: Any) -> list[Compiled]:
+    """The kernels one call of a launcher starts."""
+    with compiled_launches() as compiled:
+        launcher(*args)
+    return compiled
+
+
+def _compile(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+    names = {parameter.name for parameter in kernel.params}
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    values = dict(zip((p.name for p in kernel.params), args, strict=False)) | {
+        name: value for name, value in kwargs.items() if name in names
+    }
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = values.get(parameter.name, parameter.default)
+        kind = "constexpr" if parameter.is_constexpr else _type(value)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return _inspect(kernel.__name__, triton.compile(source, target=TARGET, options=options))
+
+
+def _type(value: Any) -> str:
+    if value is None or (type(value) is int and value == 1):
+        return "constexpr"  # as the launcher specialises them
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _inspect(name: str, kernel: Any) -> Compiled:
+    path = Path(kernel.metadata_path if hasattr(kernel, "metadata_path") else "")
+    cubin = path.with_suffix(".cubin") if path.suffix else None
+    if cubin is None or not cubin.exists():
+        cubin = _temporary(kernel.asm["cubin"])
+    usage = _run("cuobjdump", "-res-usage", str(cubin))
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return Compiled(name, registers, stack + local, kernel.metadata.shared, _run("cuobjdump", "-sass", str(cubin)))
+
+
+def _temporary(cubin: bytes) -> Path:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(cubin)
+    return Path(file.name)
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *args], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,424 @@
+"""The causal convolution in Triton: each program walks down a strip of channels and keeps the last inputs in registers.
+
+A program owns BLOCK_C channels of ROWS consecutive positions. It reads every input once, four rows ahead of its use, and
+carries the W − 1 earlier inputs along, so the traffic is the floor's: x and y forward; x, dy and dx backward, plus a halo
+of three rows a strip. All arithmetic is fp32. Names: `x_1` is the row one before the current one; `same_1` says whether
+that row is in the current row's document. Weights are padded to four taps, `w_0` meets the current row, `w_1` the one
+before. Gradients of weight and bias leave as one partial sum a program and are added in a fixed order: same bits always.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """ROWS positions and BLOCK_C channels a program."""
+
+    rows: int
+    block_c: int
+    num_warps: int
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no inline assembly
+
+FORWARD = {"long": Config(rows=64, block_c=512, num_warps=2), "short": Config(rows=8, block_c=256, num_warps=1)}
+BACKWARD = {"long": Config(rows=128, block_c=512, num_warps=2), "short": Config(rows=16, block_c=256, num_warps=1)}
+
+
+def _config(table: dict[str, Config], batch: int, length: int, channels: int) -> Config:
+    """The long strips once they fill the GPU's 132 multiprocessors several times over, else the short ones."""
+    long = table["long"]
+    programs = batch * triton.cdiv(length, long.rows) * triton.cdiv(channels, long.block_c)
+    return long if programs >= 1024 else table["short"]
+
+
+@triton.jit
+def _load_row(x_ptr, row, stride_l, c, mask):
+    return tl.load(x_ptr + tl.cast(row, tl.int64) * stride_l + c, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_earlier(x_ptr, state_ptr, row, stride_l, c, mask, C, W: tl.constexpr, HAS_STATE: tl.constexpr):
+    """A row before the strip: an input, or where row < 0 the initial state or zero."""
+    value = _load_row(x_ptr, row, stride_l, c, mask & (row >= 0)).to(tl.float32)
+    if HAS_STATE:
+        place = row + (W - 1)
+        value += tl.load(state_ptr + c * (W - 1) + place, mask=mask & (row < 0) & (place >= 0), other=0.0).to(
+            tl.float32
+        )
+    return value
+
+
+@triton.jit
+def _load_document(document_ptr, row, L):
+    """The document of a row; rows before the sequence are in the first document, rows after it in none."""
+    inside = tl.maximum(row, 0)
+    return tl.load(document_ptr + inside, mask=inside < L, other=-1)
+
+
+@triton.jit
+def _load_tap(weight_ptr, c, mask, back: tl.constexpr, W: tl.constexpr):
+    """The weight of the row `back` rows before the current one, (BLOCK_C,); zero where the filter is shorter."""
+    return tl.load(weight_ptr + c * W + (W - 1 - back), mask=mask & (back < W), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _keep(value, same, W: tl.constexpr, back: tl.constexpr):
+    """A tap's input, or zero in another document or beyond the filter: by selection, so that no NaN leaks."""
+    if back < W:
+        return tl.where(same, value, 0.0)
+    return tl.zeros_like(value)
+
+
+@triton.jit
+def _sigmoid(value):
+    """1 / (1 + 2^(−log2(e)·value)) by the fast exponential and reciprocal, flushing denormals: 2 ulp, a third of the
+    instructions of `tl.sigmoid`, which the kernel would be bound by."""
+    if INTERPRETED:
+        return tl.sigmoid(value)
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .f32 e;
+            mul.ftz.f32 e, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 e, e;
+            add.ftz.f32 e, e, 0f3F800000;
+            rcp.approx.ftz.f32 $0, e;
+        }
+        """,
+        "=f,f",
+        [value],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _causal_conv1d_kernel(
+    x_ptr,  # (B, L, C)
+    weight_ptr,  # (C, W)
+    bias_ptr,  # (C)
+    document_ptr,  # (B, L)
+    state_ptr,  # (B, C, W − 1)
+    y_ptr,  # (B, L, C), contiguous
+    final_ptr,  # (B, C, W − 1)
+    L,
+    C,
+    stride_xb,
+    stride_xl,
+    stride_db,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    start = tl.program_id(1) * ROWS
+    batch = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < C
+    x_ptr += batch * stride_xb
+    y_ptr += (batch * L + start) * C
+    if HAS_DOCUMENTS:
+        document_ptr += batch * stride_db
+    if HAS_STATE:
+        state_ptr += batch * C * (W - 1)
+    w_0, w_1 = _load_tap(weight_ptr, c, mask, 0, W), _load_tap(weight_ptr, c, mask, 1, W)
+    w_2, w_3 = _load_tap(weight_ptr, c, mask, 2, W), _load_tap(weight_ptr, c, mask, 3, W)
+    bias = tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    x_1 = _load_earlier(x_ptr, state_ptr, start - 1, stride_xl, c, mask, C, W, HAS_STATE)
+    x_2 = _load_earlier(x_ptr, state_ptr, start - 2, stride_xl, c, mask, C, W, HAS_STATE)
+    x_3 = _load_earlier(x_ptr, state_ptr, start - 3, stride_xl, c, mask, C, W, HAS_STATE)
+    end = tl.minimum(start + ROWS, L)
+    next_0 = _load_row(x_ptr, start, stride_xl, c, mask)
+    next_1 = _load_row(x_ptr, start + 1, stride_xl, c, mask & (start + 1 < end))
+    next_2 = _load_row(x_ptr, start + 2, stride_xl, c, mask & (start + 2 < end))
+    next_3 = _load_row(x_ptr, start + 3, stride_xl, c, mask & (start + 3 < end))
+    same_1, same_2, same_3 = True, True, True
+    for step in tl.range(0, ROWS, loop_unroll_factor=4):  # four steps rotate the rows without moving registers
+        row = start + step
+        x_0 = next_0.to(tl.float32)
+        next_0, next_1, next_2 = next_1, next_2, next_3
+        next_3 = _load_row(x_ptr, row + 4, stride_xl, c, mask & (row + 4 < end))
+        if HAS_DOCUMENTS:
+            document = _load_document(document_ptr, row, L)
+            same_1 = _load_document(document_ptr, row - 1, L) == document
+            same_2 = _load_document(document_ptr, row - 2, L) == document
+            same_3 = _load_document(document_ptr, row - 3, L) == document
+        y = bias + w_0 * x_0
+        y += w_1 * _keep(x_1, same_1, W, 1)
+        y += w_2 * _keep(x_2, same_2, W, 2)
+        y += w_3 * _keep(x_3, same_3, W, 3)
+        if SILU:
+            y = y * _sigmoid(y)
+        tl.store(y_ptr + c, y.to(y_ptr.dtype.element_ty), mask=mask & (row < end))
+        y_ptr += C
+        x_3, x_2, x_1 = x_2, x_1, x_0
+    if HAS_FINAL:
+        if end == L:
+            for i in tl.static_range(W - 1):
+                row = L - (W - 1) + i
+                value = _load_earlier(x_ptr, state_ptr, row, stride_xl, c, mask, C, W, HAS_STATE)
+                if HAS_DOCUMENTS:
+                    same = _load_document(document_ptr, row, L) == _load_document(document_ptr, L - 1, L)
+                    value = tl.where(same, value, 0.0)
+                place = (batch * C + c) * (W - 1) + i
+                tl.store(final_ptr + place, value.to(final_ptr.dtype.element_ty), mask=mask)
+
+
+def causal_conv1d_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    document_ids: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `causal_conv1d_reference`; W is 2, 3 or 4."""
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = x.new_empty((batch, channels, width - 1) if return_final_state else (0,))
+    document_ids = _unit_stride(document_ids)
+    config = _config(FORWARD, batch, length, channels)
+    if batch * channels:
+        grid = (triton.cdiv(channels, config.block_c), triton.cdiv(length, config.rows), batch)
+        _causal_conv1d_kernel[grid](
+            x,
+            weight.contiguous(),
+            bias,
+            document_ids,
+            None if initial_state is None else initial_state.contiguous(),
+            y,
+            final,
+            length,
+            channels,
+            x.stride(0),
+            x.stride(1),
+            0 if document_ids is None else document_ids.stride(0),
+            W=width,
+            SILU=activation == "silu",
+            HAS_BIAS=bias is not None,
+            HAS_DOCUMENTS=document_ids is not None,
+            HAS_STATE=initial_state is not None,
+            HAS_FINAL=return_final_state,
+            ROWS=config.rows,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+    return y, final
+
+
+def _unit_stride(document_ids: Tensor | None) -> Tensor | None:
+    if document_ids is None or document_ids.stride(1) == 1:
+        return document_ids
+    return document_ids.contiguous()
+
+
+@triton.jit
+def _store_dx(
+    dx,  # (BLOCK_C)
+    row,
+    dx_ptr,
+    dfinal_ptr,
+    dstate_ptr,
+    document_ptr,
+    start,
+    end,
+    L,
+    C,
+    c,
+    mask,
+    W: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_DFINAL: tl.constexpr,
+):
+    """Adds the final state's gradient to a finished row of dx, and stores it where it belongs."""
+    if HAS_DFINAL:
+        i = row - (L - (W - 1))
+        reached = (i >= 0) & (row < L)
+        if HAS_DOCUMENTS:
+            reached &= _load_document(document_ptr, row, L) == _load_document(document_ptr, L - 1, L)
+        dx += tl.load(dfinal_ptr + c * (W - 1) + i, mask=mask & reached, other=0.0).to(tl.float32)
+    own = (row >= start) & (row < end)
+    tl.store(dx_ptr + tl.cast(row, tl.int64) * C + c, dx.to(dx_ptr.dtype.element_ty), mask=mask & own)
+    if HAS_STATE:
+        place = row + (W - 1)
+        before = (start == 0) & (row < 0) & (place >= 0)
+        tl.store(dstate_ptr + c * (W - 1) + place, dx.to(dstate_ptr.dtype.element_ty), mask=mask & before)
+
+
+@triton.jit
+def _causal_conv1d_backward_kernel(
+    dy_ptr,  # (B, L, C)
+    dfinal_ptr,  # (B, C, W − 1)
+    x_ptr,  # (B, L, C)
+    weight_ptr,  # (C, W)
+    bias_ptr,  # (C)
+    document_ptr,  # (B, L)
+    state_ptr,  # (B, C, W − 1)
+    dx_ptr,  # (B, L, C), contiguous
+    dstate_ptr,  # (B, C, W − 1)
+    partial_ptr,  # (B · strips, W + 1, C), fp32: the weight's gradient, then the bias's
+    L,
+    C,
+    stride_yb,
+    stride_yl,
+    stride_xb,
+    stride_xl,
+    stride_db,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_DFINAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Row r gives dp_r, which goes to the weight's gradient and to dx of rows r − 3 … r; row r − 3 is then finished."""
+    start = tl.program_id(1) * ROWS
+    batch = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < C
+    dy_ptr += batch * stride_yb
+    x_ptr += batch * stride_xb
+    dx_ptr += batch * L * C
+    if HAS_DOCUMENTS:
+        document_ptr += batch * stride_db
+    if HAS_STATE:
+        state_ptr += batch * C * (W - 1)
+        dstate_ptr += batch * C * (W - 1)
+    if HAS_DFINAL:
+        dfinal_ptr += batch * C * (W - 1)
+    w_0, w_1 = _load_tap(weight_ptr, c, mask, 0, W), _load_tap(weight_ptr, c, mask, 1, W)
+    w_2, w_3 = _load_tap(weight_ptr, c, mask, 2, W), _load_tap(weight_ptr, c, mask, 3, W)
+    zero = tl.zeros((BLOCK_C,), tl.float32)
+    bias = zero
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    x_1 = _load_earlier(x_ptr, state_ptr, start - 1, stride_xl, c, mask, C, W, HAS_STATE)
+    x_2 = _load_earlier(x_ptr, state_ptr, start - 2, stride_xl, c, mask, C, W, HAS_STATE)
+    x_3 = _load_earlier(x_ptr, state_ptr, start - 3, stride_xl, c, mask, C, W, HAS_STATE)
+    end = tl.minimum(start + ROWS, L)
+    last = tl.minimum(start + ROWS + 3, L)  # three rows of the next strip reach back into this one
+    next_x0, next_dy0 = _load_row(x_ptr, start, stride_xl, c, mask), _load_row(dy_ptr, start, stride_yl, c, mask)
+    next_x1 = _load_row(x_ptr, start + 1, stride_xl, c, mask & (start + 1 < last))
+    next_dy1 = _load_row(dy_ptr, start + 1, stride_yl, c, mask & (start + 1 < last))
+    next_x2 = _load_row(x_ptr, start + 2, stride_xl, c, mask & (start + 2 < last))
+    next_dy2 = _load_row(dy_ptr, start + 2, stride_yl, c, mask & (start + 2 < last))
+    next_x3 = _load_row(x_ptr, start + 3, stride_xl, c, mask & (start + 3 < last))
+    next_dy3 = _load_row(dy_ptr, start + 3, stride_yl, c, mask & (start + 3 < last))
+    dx_1, dx_2, dx_3 = zero, zero, zero
+    dw_0, dw_1, dw_2, dw_3, dbias = zero, zero, zero, zero, zero
+    same_1, same_2, same_3 = True, True, True
+    for step in tl.range(0, ROWS + 4, loop_unroll_factor=4):  # four steps rotate the rows without moving registers
+        row = start + step  # from `last` on, dy is loaded as zero and rows only finish those before them
+        x_0, dp = next_x0.to(tl.float32), next_dy0.to(tl.float32)
+        next_x0, next_x1, next_x2 = next_x1, next_x2, next_x3
+        next_dy0, next_dy1, next_dy2 = next_dy1, next_dy2, next_dy3
+        next_x3 = _load_row(x_ptr, row + 4, stride_xl, c, mask & (row + 4 < last))
+        next_dy3 = _load_row(dy_ptr, row + 4, stride_yl, c, mask & (row + 4 < last))
+        if HAS_DOCUMENTS:
+            document = _load_document(document_ptr, row, L)
+            same_1 = _load_document(document_ptr, row - 1, L) == document
+            same_2 = _load_document(document_ptr, row - 2, L) == document
+            same_3 = _load_document(document_ptr, row - 3, L) == document
+        tap_1, tap_2, tap_3 = _keep(x_1, same_1, W, 1), _keep(x_2, same_2, W, 2), _keep(x_3, same_3, W, 3)
+        if SILU:
+            p = bias + w_0 * x_0
+            p += w_1 * tap_1
+            p += w_2 * tap_2
+            p += w_3 * tap_3
+            gate = _sigmoid(p)
+            dp = dp * gate * (1 + p * (1 - gate))
+        if row < end:
+            dw_0 += dp * x_0
+            dw_1 += dp * tap_1
+            dw_2 += dp * tap_2
+            dw_3 += dp * tap_3
+            dbias += dp
+        dx_3 += _keep(w_3 * dp, same_3, W, 3)
+        dx_2 += _keep(w_2 * dp, same_2, W, 2)
+        dx_1 += _keep(w_1 * dp, same_1, W, 1)
+        _store_dx(
+            dx_3, row - 3, dx_ptr, dfinal_ptr, dstate_ptr, document_ptr, start, end, L, C, c, mask,
+            W, HAS_DOCUMENTS, HAS_STATE, HAS_DFINAL,
+        )  # fmt: skip
+        dx_3, dx_2, dx_1 = dx_2, dx_1, w_0 * dp
+        x_3, x_2, x_1 = x_2, x_1, x_0
+    partial_ptr += (batch * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * C
+    tl.store(partial_ptr + (W - 1) * C + c, dw_0, mask=mask)
+    tl.store(partial_ptr + (W - 2) * C + c, dw_1, mask=mask)
+    if W >= 3:
+        tl.store(partial_ptr + (W - 3) * C + c, dw_2, mask=mask)
+    if W >= 4:
+        tl.store(partial_ptr + c, dw_3, mask=mask)
+    tl.store(partial_ptr + W * C + c, dbias, mask=mask)
+
+
+def causal_conv1d_backward_triton(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    document_ids: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `causal_conv1d_backward_reference`; W is 2, 3 or 4."""
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    config = _config(BACKWARD, batch, length, channels)
+    strips = triton.cdiv(length, config.rows)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
+    partial = x.new_empty(batch * strips, width + 1, channels, dtype=torch.float32)
+    document_ids = _unit_stride(document_ids)
+    if batch * channels:
+        grid = (triton.cdiv(channels, config.block_c), strips, batch)
+        _causal_conv1d_backward_kernel[grid](
+            dy,
+            None if dfinal_state is None else dfinal_state.contiguous(),
+            x,
+            weight.contiguous(),
+            bias,
+            document_ids,
+            None if initial_state is None else initial_state.contiguous(),
+            dx,
+            dinitial_state,
+            partial,
+            length,
+            channels,
+            dy.stride(0),
+            dy.stride(1),
+            x.stride(0),
+            x.stride(1),
+            0 if document_ids is None else document_ids.stride(0),
+            W=width,
+            SILU=activation == "silu",
+            HAS_BIAS=bias is not None,
+            HAS_DOCUMENTS=document_ids is not None,
+            HAS_STATE=initial_state is not None,
+            HAS_DFINAL=dfinal_state is not None,
+            ROWS=config.rows,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+    total = partial.sum(0)  # (W + 1, C)
+    dweight = total[:width].mT.to(weight.dtype).contiguous()
+    dbias = x.new_empty(0) if bias is None else total[width].to(bias.dtype)
+    return dx, dweight, dbias, dinitial_state
