@@ -40,14 +40,11 @@ class TrainTokenizer:
     vocab_size: int = 32768  # pieces in all
     mix: str = _MIX  # shares a domain, by bytes
     megabytes: float = 60.0  # text to train on
-    threads: int = 0  # 0: one a core
 
     def run(self) -> None:
         from yaongi.data.corpus import train_on_sources
 
-        train_on_sources(
-            self.source, self.out, self.vocab_size, parse_mix(self.mix), int(self.megabytes * 1e6), threads=self.threads
-        )
+        train_on_sources(self.source, self.out, self.vocab_size, parse_mix(self.mix), int(self.megabytes * 1e6))
 
 
 @dataclass(frozen=True)

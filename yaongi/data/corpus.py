@@ -22,7 +22,6 @@ def train_on_sources(
     mix: Mapping[str, float],
     total_bytes: int,
     *,
-    threads: int = 0,
     say: Callable[[str], None] = print,
 ) -> Tokenizer:
     """Train on about ``total_bytes`` of ``specs`` (see ``sources``), at the ratios of ``mix``, and save into ``out``.
@@ -41,7 +40,7 @@ def train_on_sources(
     began = time.monotonic()
     by_domain = {domain: [s for s in sources if s.domain == domain] for domain in {s.domain for s in sources}}
     documents = {domain: _reader(found) for domain, found in by_domain.items()}
-    tokenizer = train_tokenizer(mixed_documents(documents, mix, total_bytes), vocab_size, threads=threads)
+    tokenizer = train_tokenizer(mixed_documents(documents, mix, total_bytes), vocab_size)
     tokenizer.save(out)
     write_atomically(out / RECORD, json.dumps({**plan, "hash": tokenizer.hash}, indent=1).encode())
     say(

@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import cache
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def digest(text: str) -> bytes:
 
 def signature(words: NDArray[np.uint64]) -> NDArray[Any] | None:
     """The MinHash of a document from the hashes of its words: (64,), or None when it has fewer than five words."""
-    shingles = np.unique(ngram_hashes(words, SHINGLE_WORDS) >> np.uint64(32))
+    shingles = ngram_hashes(words, SHINGLE_WORDS) >> np.uint64(32)
     if not shingles.size:
         return None
     sketch = _blank().copy()
@@ -62,7 +63,7 @@ def _blank() -> "MinHash":
     """An empty MinHash to copy; making one draws its permutations, which costs more than a signature."""
     from datasketch import MinHash
 
-    return MinHash(num_perm=PERMUTATIONS, hashfunc=int)
+    return MinHash(num_perm=PERMUTATIONS, hashfunc=index)
 
 
 def _new_index() -> "MinHashLSH":

@@ -86,8 +86,17 @@ def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0)
             yield from islice(({"text": text} for text in _txt_documents(lines)), start, None)
         else:
             yield from islice(_json_rows(lines, name, start), start, None)
-    except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+    except _broken() as error:
         raise ValueError(f"data: {name} cannot be read: {error}") from error
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What decompressors and UTF-8 raise on content that is not theirs."""
+    import zlib
+
+    import zstandard
+
+    return UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:

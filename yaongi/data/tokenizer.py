@@ -10,7 +10,6 @@ Two things are added to SentencePiece itself.
 
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ MODEL_FILE = "tokenizer.model"
 SPACE_MARK = "\u2581"
 _MARK_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
 _MAX_SENTENCE_CHARACTERS = 1 << 20
+_TRAINER_THREADS = 16  # the model file records it, so it must not be the number of cores
 
 
 class Tokenizer:
@@ -124,18 +124,17 @@ class Tokenizer:
         return np.array(lengths, np.int32)
 
     def _encode_marks(self, text: str) -> list[int]:
-        first, *rest = self._processor.encode(text.split(SPACE_MARK))
+        first, *rest = map(self._processor.encode, text.split(SPACE_MARK))
         for part in rest:
             first += self._mark_ids + part
         return first
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768, *, threads: int = 0) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
     """Train on ``texts``, each a document; the caller mixes the domains (``mix.mixed_documents``).
 
     Args:
         vocab_size: pieces in all, of which 367 are fixed (control, user-defined and byte pieces).
-        threads: 0 means one for each core. The result does not depend on it.
 
     Raises:
         ValueError: more pieces asked for than the text supports, more than 65,536, or no text.
@@ -166,7 +165,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768, *, threads: i
             unk_piece=CONTROL_PIECES[1],
             bos_piece=CONTROL_PIECES[2],
             eos_piece=CONTROL_PIECES[3],
-            num_threads=threads or os.cpu_count() or 1,
+            num_threads=_TRAINER_THREADS,
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -3,8 +3,8 @@
 ``templates/*.txt`` holds a kind of document a file, in sections with a sentence a line: ``[여는 말]``, ``[가운데]``,
 ``[맺는 말]``, and before them ``[말투]`` with the speech levels that suit it, if not all do. In a sentence stand
 
-* ``{사람:은}``: a word of ``words.txt`` with a fitting particle, or the copula (``{사람:이다}``); ``{장소2}``: another place
-  than ``{장소}``;
+* ``{사람:은}``: a word of ``words.txt`` with a fitting particle, or the copula (``{사람:이다}``);
+  ``{장소2}`` is another place than ``{장소}``;
 * ``{native:2-9}``, ``{sino:10-60}``, ``{digit:10-99}``: a number in native or Sino-Korean words, or in figures;
 * ``<먹다:과거>``: a predicate of ``predicates.txt`` in the document's speech level;
 * ``{나는}``, ``{내가}``, ``{내}``, ``{나에게}``: the speaker, humble in the polite levels.

@@ -1,0 +1,19 @@
+"""Texts and files for tests."""
+
+import json
+import random
+from pathlib import Path
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    """A JSON-lines file of texts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def random_texts(seed: int, count: int, words: int = 40) -> list[str]:
+    """Texts of random words, none near another."""
+    rng = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz가나다라마바사아자차카타파하"
+    return [" ".join("".join(rng.choices(letters, k=5)) for _ in range(words)) for _ in range(count)]
