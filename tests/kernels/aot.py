@@ -1,12 +1,13 @@
 """Compiles Triton kernels for sm_90 on a machine without a GPU, from the launchers themselves.
 
-`compiled_launches` runs a launcher on meta tensors and, instead of launching, compiles each kernel it would have started
-with exactly those argument types, constants and alignments. So every config of a launcher's table can be checked for
-registers, spills and tensor-core instructions.
+Within `compiled_launches` a launcher runs on meta tensors and, instead of launching, each kernel it would have
+started is compiled with exactly those argument types, constants and alignments. So every config of a launcher's table
+can be checked for registers, spills and tensor-core instructions.
 """
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,22 +98,15 @@ def _type(value: Any) -> str:
 
 
 def _inspect(name: str, kernel: Any) -> Compiled:
-    path = Path(kernel.metadata_path if hasattr(kernel, "metadata_path") else "")
-    cubin = path.with_suffix(".cubin") if path.suffix else None
-    if cubin is None or not cubin.exists():
-        cubin = _temporary(kernel.asm["cubin"])
-    usage = _run("cuobjdump", "-res-usage", str(cubin))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage, sass = disassemble(cubin, "-res-usage"), disassemble(cubin, "-sass")
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return Compiled(name, registers, stack + local, kernel.metadata.shared, _run("cuobjdump", "-sass", str(cubin)))
+    return Compiled(name, registers, stack + local, kernel.metadata.shared, sass)
 
 
-def _temporary(cubin: bytes) -> Path:
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
-        file.write(cubin)
-    return Path(file.name)
-
-
-def _run(tool: str, *args: str) -> str:
-    return subprocess.run([str(TOOLS / tool), *args], check=True, capture_output=True, text=True).stdout
+def disassemble(path: Path, what: str) -> str:
+    """What cuobjdump prints of a cubin or a library: `-res-usage` or `-sass`."""
+    done = subprocess.run([TOOLS / "cuobjdump", what, path], check=True, capture_output=True, text=True)
+    return done.stdout

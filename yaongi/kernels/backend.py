@@ -21,6 +21,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference on a
 LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_C.so"
 _library = torch.library.Library("yaongi", "DEF")
 _forced: dict[str | None, Backend] = {}  # op, or None for every op; not a context variable: backward has its own thread
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _value_checks = False
 
 
@@ -37,15 +38,14 @@ class Op:
     resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the op through torch's dispatcher; when nothing asks for a gradient, past its Python autograd layer.
+        """Calls the op: through torch's dispatcher, or past it when nothing there would look at the call.
 
-        That layer costs as much host time as all the rest of a call (docs/LAB.md).
+        The dispatcher and its Python autograd layer cost as much host time as all the rest of a call (docs/LAB.md), so
+        a call on plain tensors that asks for no gradient, under no transform or mode, goes straight to a backend.
         """
-        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-        if traced or not self.pure or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if not self.pure or _dispatcher_needed(args):
             return self.overload(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+        return self.run_on_gpu(*args) if args[0].is_cuda else self.run_on_cpu(*args)
 
     def implementation(self, backend: Backend) -> Callable[..., Any]:
         """The function of a backend; a name such as `package.module:function` is imported at its first use."""
@@ -91,6 +91,17 @@ class Op:
         if _value_checks and self.value_check:
             self.value_check(*args)
         return self.implementation(backend)(*args)
+
+
+def _dispatcher_needed(args: tuple[Any, ...]) -> bool:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        return True
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and (type(arg) not in PLAIN_TENSORS or not (arg.is_cuda or arg.is_cpu)):
+            return True
+    return False
 
 
 OPS: dict[str, Op] = {}

@@ -44,7 +44,7 @@ class Arguments:
             self.device = value.device
         elif value.device != self.device:
             raise TypeError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
-        self._shape(name, tuple(value.shape), dims)
+        self._shape(name, value.shape, dims)
         if unit_stride and value.shape[-1] > 1 and value.stride(-1) != 1:
             raise ValueError(
                 f"{self.op}: {name} must have stride 1 along {dims[-1]}, got strides {tuple(value.stride())}"
@@ -58,16 +58,20 @@ class Arguments:
             self.tensor(name, value, dims, dtypes)
 
     def _shape(self, name: str, shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
-        named = dims[1:] if dims[0] == "..." else dims
-        tail = shape[len(shape) - len(named) :]
-        fits = len(tail) == len(named) and (len(shape) == len(named) or dims[0] == "...")
-        for letter, size in zip(named, tail, strict=False):
-            fits = fits and self.sizes.get(letter, size) == size
-        if not fits:
-            known = [str(self.sizes.get(letter, letter)) for letter in dims]
-            bound = f" = ({', '.join(known)})" if known != list(dims) else ""
-            raise ValueError(f"{self.op}: {name} must be ({', '.join(dims)}){bound}, got {shape}")
+        open_ended = dims[0] == "..."
+        named = dims[1:] if open_ended else dims
+        tail = shape[-len(named) :] if open_ended else shape
+        if len(tail) != len(named):
+            raise self._misshapen(name, shape, dims)
+        for letter, size in zip(named, tail, strict=True):
+            if self.sizes.get(letter, size) != size:
+                raise self._misshapen(name, shape, dims)
         self.sizes.update(zip(named, tail, strict=True))
+
+    def _misshapen(self, name: str, shape: tuple[int, ...], dims: tuple[str, ...]) -> ValueError:
+        known = [str(self.sizes.get(letter, letter)) for letter in dims]
+        bound = f" = ({', '.join(known)})" if known != list(dims) else ""
+        return ValueError(f"{self.op}: {name} must be ({', '.join(dims)}){bound}, got {tuple(shape)}")
 
     def require(self, condition: bool, name: str, wanted: str, got: object) -> None:
         """Raises ValueError `op: name must be wanted, got …` when the condition doesn't hold."""

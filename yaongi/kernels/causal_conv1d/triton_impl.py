@@ -1,10 +1,10 @@
-"""The causal convolution in Triton: each program walks down a strip of channels and keeps the last inputs in registers.
+"""The causal convolution in Triton: a program walks down a strip of channels and keeps the last inputs in registers.
 
-A program owns BLOCK_C channels of ROWS consecutive positions. It reads every input once, four rows ahead of its use, and
-carries the W − 1 earlier inputs along, so the traffic is the floor's: x and y forward; x, dy and dx backward, plus a halo
-of three rows a strip. All arithmetic is fp32. Names: `x_1` is the row one before the current one; `same_1` says whether
-that row is in the current row's document. Weights are padded to four taps, `w_0` meets the current row, `w_1` the one
-before. Gradients of weight and bias leave as one partial sum a program and are added in a fixed order: same bits always.
+A program owns BLOCK_C channels of ROWS consecutive positions. It reads every input once, four rows ahead of use, and
+carries the W − 1 earlier inputs along, so the traffic is the floor's: x and y forward; x, dy and dx backward, plus a
+halo of three rows a strip. All arithmetic is fp32. Names: `x_1` is the row one before the current one, `same_1` says
+whether it is in the current row's document. Weights are padded to four taps: `w_0` meets the current row, `w_1` the one
+before. Gradients of weight and bias leave as a partial sum a program and are added in a fixed order: same bits always.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ class Config:
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no inline assembly
 
-FORWARD = {"long": Config(rows=64, block_c=512, num_warps=2), "short": Config(rows=8, block_c=256, num_warps=1)}
-BACKWARD = {"long": Config(rows=128, block_c=512, num_warps=2), "short": Config(rows=16, block_c=256, num_warps=1)}
+# Found on an H100 by benchmarks/tune_causal_conv1d.py, 2026-11-24.
+FORWARD = {"long": Config(rows=64, block_c=256, num_warps=2), "short": Config(rows=8, block_c=256, num_warps=2)}
+BACKWARD = {"long": Config(rows=256, block_c=256, num_warps=2), "short": Config(rows=16, block_c=256, num_warps=2)}
 
 
 def _config(table: dict[str, Config], batch: int, length: int, channels: int) -> Config:
@@ -147,16 +148,19 @@ def _causal_conv1d_kernel(
     next_2 = _load_row(x_ptr, start + 2, stride_xl, c, mask & (start + 2 < end))
     next_3 = _load_row(x_ptr, start + 3, stride_xl, c, mask & (start + 3 < end))
     same_1, same_2, same_3 = True, True, True
+    if HAS_DOCUMENTS:
+        document_1, document_2 = _load_document(document_ptr, start - 1, L), _load_document(document_ptr, start - 2, L)
+        document_3, next_document = _load_document(document_ptr, start - 3, L), _load_document(document_ptr, start, L)
     for step in tl.range(0, ROWS, loop_unroll_factor=4):  # four steps rotate the rows without moving registers
         row = start + step
         x_0 = next_0.to(tl.float32)
         next_0, next_1, next_2 = next_1, next_2, next_3
         next_3 = _load_row(x_ptr, row + 4, stride_xl, c, mask & (row + 4 < end))
         if HAS_DOCUMENTS:
-            document = _load_document(document_ptr, row, L)
-            same_1 = _load_document(document_ptr, row - 1, L) == document
-            same_2 = _load_document(document_ptr, row - 2, L) == document
-            same_3 = _load_document(document_ptr, row - 3, L) == document
+            document = next_document
+            next_document = _load_document(document_ptr, row + 1, L)
+            same_1, same_2, same_3 = document == document_1, document == document_2, document == document_3
+            document_3, document_2, document_1 = document_2, document_1, document
         y = bias + w_0 * x_0
         y += w_1 * _keep(x_1, same_1, W, 1)
         y += w_2 * _keep(x_2, same_2, W, 2)
@@ -167,15 +171,14 @@ def _causal_conv1d_kernel(
         y_ptr += C
         x_3, x_2, x_1 = x_2, x_1, x_0
     if HAS_FINAL:
-        if end == L:
-            for i in tl.static_range(W - 1):
-                row = L - (W - 1) + i
-                value = _load_earlier(x_ptr, state_ptr, row, stride_xl, c, mask, C, W, HAS_STATE)
-                if HAS_DOCUMENTS:
-                    same = _load_document(document_ptr, row, L) == _load_document(document_ptr, L - 1, L)
-                    value = tl.where(same, value, 0.0)
-                place = (batch * C + c) * (W - 1) + i
-                tl.store(final_ptr + place, value.to(final_ptr.dtype.element_ty), mask=mask)
+        for i in tl.static_range(W - 1):
+            row = L - (W - 1) + i
+            value = _load_earlier(x_ptr, state_ptr, row, stride_xl, c, mask & (end == L), C, W, HAS_STATE)
+            if HAS_DOCUMENTS:
+                same = _load_document(document_ptr, row, L) == _load_document(document_ptr, L - 1, L)
+                value = tl.where(same, value, 0.0)
+            place = (batch * C + c) * (W - 1) + i
+            tl.store(final_ptr + place, value.to(final_ptr.dtype.element_ty), mask=mask & (end == L))
 
 
 def causal_conv1d_triton(
@@ -325,6 +328,9 @@ def _causal_conv1d_backward_kernel(
     dx_1, dx_2, dx_3 = zero, zero, zero
     dw_0, dw_1, dw_2, dw_3, dbias = zero, zero, zero, zero, zero
     same_1, same_2, same_3 = True, True, True
+    if HAS_DOCUMENTS:
+        document_1, document_2 = _load_document(document_ptr, start - 1, L), _load_document(document_ptr, start - 2, L)
+        document_3, next_document = _load_document(document_ptr, start - 3, L), _load_document(document_ptr, start, L)
     for step in tl.range(0, ROWS + 4, loop_unroll_factor=4):  # four steps rotate the rows without moving registers
         row = start + step  # from `last` on, dy is loaded as zero and rows only finish those before them
         x_0, dp = next_x0.to(tl.float32), next_dy0.to(tl.float32)
@@ -333,10 +339,10 @@ def _causal_conv1d_backward_kernel(
         next_x3 = _load_row(x_ptr, row + 4, stride_xl, c, mask & (row + 4 < last))
         next_dy3 = _load_row(dy_ptr, row + 4, stride_yl, c, mask & (row + 4 < last))
         if HAS_DOCUMENTS:
-            document = _load_document(document_ptr, row, L)
-            same_1 = _load_document(document_ptr, row - 1, L) == document
-            same_2 = _load_document(document_ptr, row - 2, L) == document
-            same_3 = _load_document(document_ptr, row - 3, L) == document
+            document = next_document
+            next_document = _load_document(document_ptr, row + 1, L)
+            same_1, same_2, same_3 = document == document_1, document == document_2, document == document_3
+            document_3, document_2, document_1 = document_2, document_1, document
         tap_1, tap_2, tap_3 = _keep(x_1, same_1, W, 1), _keep(x_2, same_2, W, 2), _keep(x_3, same_3, W, 3)
         if SILU:
             p = bias + w_0 * x_0

@@ -9,25 +9,31 @@ Tensor = torch.Tensor
 
 
 def _symmetric_product_cuda(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> Tensor:
-    out = x.new_empty(*x.shape[:-1], x.shape[-2])  # (…, m, m)
-    if out.numel():
-        torch.ops.yaongi_cuda.symmetric_product(x, y, c, alpha, beta, out)
-    return out
+    out = x.new_empty(x.shape[:-1] + x.shape[-2:-1])  # (…, m, m)
+    if x.numel():
+        torch.ops.yaongi_cuda.symmetric_product.default(x, y, c, alpha, beta, out)
+        return out
+    return symmetric_product_reference(x, y, c, alpha, beta)
 
 
 def _cuda_refuses(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> str | None:
+    m, n = x.shape[-2:]
     if x.dtype not in check.HALVES:
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
-    if x.shape[-2] % 8 or x.shape[-1] % 8:
-        return f"it takes m and n that are multiples of 8, got m = {x.shape[-2]}, n = {x.shape[-1]}"
-    if not all(_aligned(t) for t in (x, y, c) if t is not None):
+    if m % 8 or n % 8:
+        return f"it takes m and n that are multiples of 8, got m = {m}, n = {n}"
+    if not (_aligned(x) and (y is None or _aligned(y)) and (c is None or _aligned(c))):
         return "it takes rows that start on 16 bytes and one stride over the batch, got another layout"
     return None
 
 
 def _aligned(t: Tensor) -> bool:
     """Whether the tensor copy engine can address it: 16-byte rows, and a batch that is one dimension in memory."""
-    if t.data_ptr() % 16 or any(stride % 8 for stride in t.stride()[:-1]):
+    if t.data_ptr() % 16:
+        return False
+    if t.is_contiguous():  # its rows are of a multiple of 8 elements
+        return True
+    if any(stride % 8 for stride in t.stride()[:-1]):
         return False
     return all(t.stride(i) == t.stride(i + 1) * t.shape[i + 1] for i in range(t.dim() - 3))
 

@@ -1,0 +1,85 @@
+"""What the benchmarks share: the chip's ceilings, interleaved timing, and the figures of a row."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+COPY_BYTES_PER_S = 3.02e12  # read + write, measured on an H100 80 GB HBM3
+MATMUL_FLOPS_PER_S = {"bf16": 731e12, "fp8": 1453e12}  # 8192³ on random data, measured likewise
+ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call must do at least: floating-point operations, and bytes read and written once."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    kind: str = "bf16"
+
+    @property
+    def floor_ms(self) -> float:
+        """The time below which no implementation can go on this chip."""
+        return 1e3 * max(self.flops / MATMUL_FLOPS_PER_S[self.kind], self.bytes / COPY_BYTES_PER_S)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A peer that isn't installed, and how to get it."""
+
+    reason: str
+
+
+Peer = Callable[[], Any] | Absent
+Compare = Callable[..., dict[str, float]]
+
+
+def interleaved_ms(candidates: dict[str, Callable[[], Any]], flush: Callable[[], Any]) -> dict[str, float]:
+    """Median milliseconds of each candidate over ROUNDS rounds in which all run in turn."""
+    for candidate in candidates.values():
+        for _ in range(3):
+            candidate()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
+    for _ in range(ROUNDS):
+        for name, candidate in candidates.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush()
+            start.record()
+            candidate()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) for name, pairs in events.items()}
+
+
+def figures(times: dict[str, float], work: Work) -> dict[str, Any]:
+    """What a row shows: ms, TFLOP/s, GB/s, the fraction of the floor, and for each peer its ms and our speed-up."""
+    ours = times["yaongi"]
+    info: dict[str, Any] = {"ms": ours, "floor_ms": work.floor_ms, "of_floor": work.floor_ms / ours}
+    if work.flops:
+        info["tflops"] = work.flops / ours / 1e9
+    if work.bytes:
+        info["gb_per_s"] = work.bytes / ours / 1e6
+    for name, ms in times.items():
+        if name != "yaongi":
+            info[f"{name} ms"] = ms
+            info[f"x {name}"] = ms / ours
+    return info
+
+
+def line_of(name: str, info: dict[str, Any]) -> str:
+    """The text of a row."""
+    line = f"{name:<58} {info['ms']:8.4f} ms  {100 * info['of_floor']:3.0f} % of the floor"
+    if "tflops" in info:
+        line += f"  {info['tflops']:5.0f} TFLOP/s"
+    if "gb_per_s" in info:
+        line += f"  {info['gb_per_s']:5.0f} GB/s"
+    for key, value in info.items():
+        if key.startswith("x "):
+            line += f"  | {key[2:]} {info[f'{key[2:]} ms']:.4f} ms, x {value:.2f}"
+        elif isinstance(value, str) and key != "gpu":
+            line += f"  | {key} {value}"
+    return line

@@ -1,0 +1,43 @@
+"""Triton kernels in the interpreter, on tiny fp32 shapes: indexing, masks and boundaries, without a GPU."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_equal_to_float64
+
+from yaongi.kernels.causal_conv1d import reference
+
+pytestmark = pytest.mark.interpret
+
+
+def causal_conv1d_cases() -> list[Any]:
+    """Shapes around the strip's length, and every combination of documents, states and activation."""
+    shapes = [(2, 21, 40, 4), (1, 1, 8, 4), (2, 2, 260, 3), (1, 9, 16, 2)]
+    return list(itertools.product(shapes, (False, True), (False, True), ("silu", None)))
+
+
+@pytest.mark.parametrize(("shape", "documents", "state", "activation"), causal_conv1d_cases())
+def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state: bool, activation: str | None) -> None:
+    """Both directions equal the reference in float64, on a slice of a wider tensor."""
+    from yaongi.kernels.causal_conv1d import triton_impl
+
+    batch, length, channels, taps = shape
+    x = torch.randn(batch, length, channels + 24)[..., 8 : 8 + channels]
+    weight, bias = torch.randn(channels, taps), torch.randn(channels) if state else None
+    ids = (torch.rand(batch, length) < 0.3).cumsum(1).int() if documents else None
+    initial = torch.randn(batch, channels, taps - 1) if state else None
+    dy, dfinal = torch.randn(batch, length, channels), torch.randn(batch, channels, taps - 1) if state else None
+    inputs = (x, weight, bias, ids, initial, activation)
+    wide = tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs)
+    actual = (
+        *triton_impl.causal_conv1d_triton(*inputs, state),
+        *triton_impl.causal_conv1d_backward_triton(dy, dfinal, *inputs),
+    )
+    exact = (
+        *reference.causal_conv1d_reference(*wide, state),
+        *reference.causal_conv1d_backward_reference(dy.double(), None if dfinal is None else dfinal.double(), *wide),
+    )
+    for i, (ours, expected) in enumerate(zip(actual, exact, strict=True)):
+        assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
