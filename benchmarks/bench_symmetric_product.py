@@ -25,13 +25,13 @@ SHAPES = [
 LAUNCHES = 2000
 
 
-def quack_peer(x: torch.Tensor) -> Peer:
+def quack_peer(x: torch.Tensor, c: torch.Tensor | None) -> Peer:
     """quack's symmetric GEMM, where it is installed."""
     if importlib.util.find_spec("quack") is None:
         return Absent("pip install quack-kernels")
     from quack.gemm_interface import gemm_symmetric
 
-    return lambda: gemm_symmetric(x, x.mT)
+    return lambda: gemm_symmetric(x, x.mT, C=c)
 
 
 @pytest.mark.parametrize("addend", [False, True], ids=["", "addend"])
@@ -47,9 +47,7 @@ def test_symmetric_product(shape: tuple[int, int, int], addend: bool, compare: C
     half = batch * m * (m + 1) * n  # 2 · m·(m + 1)/2 · n
     size = 2 * batch * (m * n + (2 if addend else 1) * m * m)
     matmul = (lambda: torch.baddbmm(c, x, x.mT)) if c is not None else (lambda: torch.bmm(x, x.mT))
-    peers: dict[str, Peer] = {"torch": matmul}
-    if not addend:
-        peers["quack"] = quack_peer(x)
+    peers: dict[str, Peer] = {"torch": matmul, "quack": quack_peer(x, c)}
     compare(lambda: symmetric_product(x, c=c), Work(half, size), peers)
 
 
