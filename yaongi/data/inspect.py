@@ -22,14 +22,16 @@ def inspect_shards(folder: Path, samples: int = 1, console: Console | None = Non
     shard_set = ShardSet.open(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     manifest = shard_set.manifest
-    table = Table("split", "domain", "documents", "tokens", "MB of text", "bytes/token", "shards", "sources (licence)")
+    table = Table("split", "domain", "documents", "tokens", "MB", "bytes/token", "shards")
+    origins = set()
     for split, domains in manifest["splits"].items():
         for domain, part in domains.items():
-            origins = sorted({f"{s['source']} ({s['licence']})" for s in part["shards"]})
+            origins |= {f"{domain}: {shard['source']}, licence {shard['licence']}" for shard in part["shards"]}
             counts = f"{part['documents']:,}", f"{part['tokens']:,}", f"{part['bytes'] / 1e6:.1f}"
-            ratio = f"{part['bytes'] / part['tokens']:.2f}"
-            table.add_row(split, domain, *counts, ratio, str(len(part["shards"])), "; ".join(origins))
+            table.add_row(split, domain, *counts, f"{part['bytes'] / part['tokens']:.2f}", str(len(part["shards"])))
     console.print(table)
+    for origin in sorted(origins):
+        console.print(origin, markup=False)
     for label, counts in manifest["counts"].items():
         dropped = {key: counts[key] for key in ("exact", "near", "contaminated")}
         console.print(f"{label}: dropped " + ", ".join(f"{count:,} {key}" for key, count in dropped.items()))
