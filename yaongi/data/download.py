@@ -231,9 +231,12 @@ class _Download:
                 self._wait(failures, error)
 
     def _wait(self, failures: int, error: Exception) -> None:
-        """Sleep before the next try, doubling; raise ``error`` when there have been enough, or trying is no use."""
-        if failures >= TRIES or isinstance(error, _hopeless_errors()):
-            raise error
+        """Sleep before the next try, doubling; raise when there have been enough, or when trying is no use."""
+        if isinstance(error, _hopeless_errors()):
+            raise FileNotFoundError(f"download: {self.source.id} is not to be had: {error}") from error
+        if failures >= TRIES:
+            kind = type(error).__name__
+            raise ConnectionError(f"download: {self.source.id} not reached in {TRIES} tries: {kind} {error}") from error
         seconds = min(60.0, 2.0**failures)
         self.say(f"{self.source.id}: {type(error).__name__}, trying again in {seconds:.0f} s")
         self.places.sleep(seconds)
@@ -249,10 +252,10 @@ def _unavailable() -> tuple[type[Exception], ...]:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    from httpx import TransportError
-    from huggingface_hub.errors import HfHubHTTPError
+    """``HTTPError`` is the base of all that the hub's HTTP client raises, whichever client its version uses."""
+    from huggingface_hub.errors import HTTPError
 
-    return OSError, TransportError, HfHubHTTPError
+    return OSError, HTTPError
 
 
 def _hopeless_errors() -> tuple[type[Exception], ...]:
