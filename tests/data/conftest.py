@@ -7,8 +7,8 @@ from texts import random_texts, write_jsonl
 
 from yaongi.data.embedded import embedded_sources
 from yaongi.data.mix import DEFAULT_MIX, mixed_documents
+from yaongi.data.pipeline import Options, tokenize_sources
 from yaongi.data.sources import TRAIN
-from yaongi.data.tokenize import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -61,7 +61,7 @@ class Tokenize:
     workers: int = 0  # processes; 0: one a core
 
     def run(self) -> None:
-        from yaongi.data.tokenize import Options, tokenize_sources
+        from yaongi.data.pipeline import Options, tokenize_sources
         from yaongi.data.tokenizer import Tokenizer
 
         options = Options(self.held_out, self.near_duplicates, self.benchmark, self.shard_tokens)
@@ -76,7 +76,7 @@ class Inspect:
     samples: int = 1  # documents to show from each domain
 
     def run(self) -> None:
-        from yaongi.data.inspect import inspect_shards
+        from yaongi.data.show import inspect_shards
 
         inspect_shards(self.folder, self.samples)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from yaongi.data.chat import render_chat
+from yaongi.data.text import pieces
 
 COMPRESSIONS = (".xz", ".zst", ".gz")
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
@@ -83,7 +84,7 @@ def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0)
     try:
         lines = io.TextIOWrapper(_decompressed(file, name), encoding="utf-8", newline="")
         if kind == ".txt":
-            yield from islice(({"text": text} for text in _txt_documents(lines)), start, None)
+            yield from islice(({"text": text} for text in pieces(lines, _TXT_DOCUMENT_CHARACTERS)), start, None)
         else:
             yield from islice(_json_rows(lines, name, start), start, None)
     except _broken() as error:
@@ -110,19 +111,6 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
 
         return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     return file
-
-
-def _txt_documents(lines: io.TextIOWrapper) -> Iterator[str]:
-    held: list[str] = []
-    size = 0
-    for line in lines:
-        held.append(line)
-        size += len(line)
-        if size >= _TXT_DOCUMENT_CHARACTERS:
-            yield "".join(held)
-            held, size = [], 0
-    if held:
-        yield "".join(held)
 
 
 def _json_rows(lines: io.TextIOWrapper, name: str, start: int) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ The manifest gives SHA-256, tokens, bytes, documents, source and licence of each
 folder is built under another name and renamed when whole, so a manifest always describes complete files.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -202,5 +203,5 @@ def _remember(record: Path, checked: dict[str, list[Any]]) -> None:
     except PermissionError:
         return
     except OSError as error:
-        if error.errno != 30:  # a read-only file system
+        if error.errno != errno.EROFS:
             raise

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -25,6 +26,20 @@ def normalize(text: str) -> str:
     if found:
         raise ValueError(f"text: wanted no lone surrogates, got U+{ord(found[0]):04X} at character {found.start()}")
     return unicodedata.normalize("NFC", text)
+
+
+def pieces(lines: Iterable[str], characters: int) -> Iterator[str]:
+    """Lines joined into pieces that end with the line that reaches ``characters``; the last may be shorter."""
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        held.append(line)
+        size += len(line)
+        if size >= characters:
+            yield "".join(held)
+            held, size = [], 0
+    if held:
+        yield "".join(held)
 
 
 def word_hashes(text: str) -> NDArray[np.uint64]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from yaongi.data.text import pieces
+
 _CODE_BYTES = 2_000_000
 _ENGLISH_BYTES = 1_500_000
 _PIECE_CHARACTERS = 8_000
@@ -25,7 +27,12 @@ def english_documents() -> Iterator[str]:
 
 def code_documents() -> Iterator[str]:
     """Sources of the standard library, cut at lines into pieces of about 8,000 characters."""
-    yield from _up_to(chain.from_iterable(_pieces(path.read_text("utf-8")) for path in _modules()), _CODE_BYTES)
+    yield from _up_to(
+        chain.from_iterable(
+            pieces(path.read_text("utf-8").splitlines(keepends=True), _PIECE_CHARACTERS) for path in _modules()
+        ),
+        _CODE_BYTES,
+    )
 
 
 def _modules() -> list[Path]:
@@ -43,19 +50,6 @@ def _docstrings(path: Path) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text and len(text) >= _SHORTEST_DOCSTRING:
                 yield text + "\n"
-
-
-def _pieces(text: str) -> Iterator[str]:
-    held: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        held.append(line)
-        size += len(line)
-        if size >= _PIECE_CHARACTERS:
-            yield "".join(held)
-            held, size = [], 0
-    if held:
-        yield "".join(held)
 
 
 def _up_to(documents: Iterator[str], limit: int) -> Iterator[str]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from texts import random_texts, write_jsonl
 
+from yaongi.data.pipeline import Options, tokenize_sources
 from yaongi.data.shards import ShardSet, ShardWriter
-from yaongi.data.tokenize import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer
 
 QUESTION = "다음 가운데 물이 끓는 온도를 바르게 적은 것을 하나만 골라 그 번호를 답란에 쓰시오"
@@ -123,7 +123,7 @@ def test_a_source_without_documents_is_an_error(tokenizer: Tokenizer, tmp_path: 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_lone_surrogate_is_an_error(tokenizer: Tokenizer, tmp_path: Path, workers: int) -> None:
     source = write_jsonl(tmp_path / "en.jsonl", ["fine", "broken \ud800"])
-    with pytest.raises(ValueError, match="lone surrogates, got U\\+D800"):
+    with pytest.raises(ValueError, match="en/en: text: wanted no lone surrogates, got U\\+D800"):
         build([f"en={source}"], tokenizer, tmp_path / "tokens", workers=workers)
 
 

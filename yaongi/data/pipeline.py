@@ -174,7 +174,10 @@ def _write_all(
             )
             for split in (TRAIN, VAL)
         }
-        counts[label] = dict(_write_source(source, process, writers, seen))
+        try:
+            counts[label] = dict(_write_source(source, process, writers, seen))
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
         for split, writer in writers.items():
             writer.close()
             if writer.shards:
@@ -230,7 +233,7 @@ def _start_worker(worker: _Worker) -> None:
 
 def _run_worker(texts: list[str]) -> list[_Document]:
     if _worker is None:
-        raise RuntimeError("tokenize: worker process was not started")
+        raise RuntimeError("pipeline: worker process was not started")
     return _worker(texts)
 
 
