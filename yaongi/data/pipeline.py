@@ -99,28 +99,40 @@ def tokenize_sources(
     if (done := _finished(out, plan)) is not None:
         say(f"token shards in {out} are up to date")
         return done
-    benchmarks = Benchmarks(benchmark_texts(options.benchmarks))
     building = out.with_name(out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    with _pool(_Worker(tokenizer.model, benchmarks, options), workers or os.cpu_count() or 1) as process:
-        splits, counts = _write_all(sources, process, building, tokenizer.vocab_size, options, say)
-    tokenizer.save(building / "tokenizer")
-    np.save(building / TOKEN_BYTES, tokenizer.byte_lengths)
+    _build(sources, tokenizer, building, options, plan, workers or os.cpu_count() or 1, say)
+    _replace(out, building)
+    return ShardSet.open(out).manifest
+
+
+def _build(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    folder: Path,
+    options: Options,
+    plan: dict[str, Any],
+    workers: int,
+    say: Callable[[str], None],
+) -> None:
+    benchmarks = Benchmarks(benchmark_texts(options.benchmarks))
+    with _pool(_Worker(tokenizer.model, benchmarks, options), workers) as process:
+        splits, counts = _write_all(sources, process, folder, tokenizer.vocab_size, options, say)
+    tokenizer.save(folder / "tokenizer")
+    np.save(folder / TOKEN_BYTES, tokenizer.byte_lengths)
     write_manifest(
-        building,
+        folder,
         splits,
         tokenizer_hash=tokenizer.hash,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
-        token_bytes_sha256=sha256_file(building / TOKEN_BYTES),
-        token_bytes_size=(building / TOKEN_BYTES).stat().st_size,
+        token_bytes_sha256=sha256_file(folder / TOKEN_BYTES),
+        token_bytes_size=(folder / TOKEN_BYTES).stat().st_size,
         benchmark_items=benchmarks.items,
         counts=counts,
         plan=plan,
     )
-    _replace(out, building)
-    return ShardSet.open(out).manifest
 
 
 def _plan(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -20,6 +21,10 @@ from numpy.typing import NDArray
 from yaongi.data.text import normalize
 
 CONTROL_PIECES = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>")
+_CONTROL_OPTIONS: dict[str, Any] = {
+    **{f"{name}_id": number for number, name in enumerate(("pad", "unk", "bos", "eos"))},
+    **{f"{piece[2:5]}_piece": piece for piece in CONTROL_PIECES},
+}
 NEWLINE_RUNS = ("\n\n", "\n\n\n", "\n\n\n\n")
 CHAT_PIECES = ("<|im_start|>", "<|im_end|>", "<|step|>", "<|code|>")
 USER_PIECES = (*NEWLINE_RUNS, *CHAT_PIECES, *(f"<|reserved_{i}|>" for i in range(100)))
@@ -157,14 +162,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
             character_coverage=0.9995,
             max_sentence_length=4 * _MAX_SENTENCE_CHARACTERS,
             user_defined_symbols=list(USER_PIECES),
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            pad_piece=CONTROL_PIECES[0],
-            unk_piece=CONTROL_PIECES[1],
-            bos_piece=CONTROL_PIECES[2],
-            eos_piece=CONTROL_PIECES[3],
+            **_CONTROL_OPTIONS,
             num_threads=_TRAINER_THREADS,
             minloglevel=2,
         )
