@@ -1,0 +1,62 @@
+"""``python -m yaongi.train --preset yaongi-tiny``: pretraining, on one device or under ``torchrun``.
+
+It resumes by itself when its output folder holds a run of the same configuration and data.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from yaongi.train.command_line import parse
+from yaongi.train.config import Config
+from yaongi.train.distributed import World, open_world, settle
+from yaongi.train.guard import BadStepError
+from yaongi.train.session import Session
+from yaongi.train.signals import StopRequest, resume_command
+
+
+def train(config: Config, world: World, arguments: Sequence[str]) -> int:
+    """Train to the end, or until a signal; returns the exit code."""
+    session = Session(config, world)
+    session.display.say(session.plan.lines())
+    if config.run.dry_run:
+        return 0
+    if not session.plan.fits:
+        raise ValueError(f"train: the run does not fit into memory: {session.plan.advice}")
+    session.start()
+    run = config.run
+    with StopRequest() as stop, session:
+        if session.step == 0:
+            session.evaluate()
+        for batches in session.batches():
+            session.train_step(batches)
+            if session.due(run.evaluate_every):
+                session.evaluate()
+            stopping = world.any(stop.signal is not None)
+            if stopping or session.due(run.checkpoint_every):
+                session.save(wait=stopping)
+            if stopping and session.step < session.schedule.steps:
+                session.display.say(f"saved step {session.step}; go on with: {resume_command(arguments)}")
+                return stop.exit_code or 1
+        session.finish()
+    return 0
+
+
+def main() -> int:
+    """Parse the command line and train; what goes wrong is one line on standard error, exit code 1."""
+    arguments = sys.argv[1:]
+    world = None
+    try:
+        config = parse(arguments)
+        world = open_world(config.run.device)
+        settle(config.run.deterministic)
+        return train(config, world, arguments)
+    except (ValueError, TypeError, OSError, BadStepError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    finally:
+        if world is not None:
+            world.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

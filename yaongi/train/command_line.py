@@ -1,0 +1,42 @@
+"""The command line: a preset or a file gives the defaults, and every field of it is an option."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Annotated
+
+from yaongi.model import ModelConfig
+from yaongi.train.config import Config, Running, Training, load_config
+
+DEFAULT_PRESET = "yaongi-tiny"
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration that ``arguments`` ask for; ends the program for ``--help`` or an unknown option.
+
+    Raises:
+        FileNotFoundError: no such preset or file. ValueError: a value that doesn't fit, or no tyro.
+    """
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ValueError("train: the command line needs tyro: pip install tyro") from error
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    source = first.add_mutually_exclusive_group()
+    source.add_argument("--preset", default=DEFAULT_PRESET)
+    source.add_argument("--config")
+    chosen, rest = first.parse_known_args(arguments)
+    defaults = load_config(chosen.config or chosen.preset)
+
+    def collect(
+        model: ModelConfig = defaults.model,
+        train: Annotated[Training, tyro.conf.arg(name="")] = defaults.train,
+        run: Annotated[Running, tyro.conf.arg(name="")] = defaults.run,
+    ) -> Config:
+        return Config(defaults.preset, model, train, run)
+
+    return tyro.cli(
+        collect,
+        args=rest,
+        prog="python -m yaongi.train",
+        description="Pretraining. --preset NAME (configs/NAME.toml) or --config FILE.toml gives the defaults below.",
+    )

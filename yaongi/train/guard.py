@@ -1,0 +1,93 @@
+"""Steps that must not happen, and steps worth a look: non-finite losses or gradients, and spikes."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import torch
+
+WINDOW = 128
+SIGMAS = 6.0
+_SPIKE_AFTER = 32  # steps seen before a deviation means anything
+
+
+class BadStepError(RuntimeError):
+    """More bad steps in a row than the configuration allows."""
+
+
+class Guard:
+    """Counts bad steps in a row and knows the loss of the last ``WINDOW`` good steps."""
+
+    def __init__(self, allowed: int) -> None:
+        """``allowed``: how many bad steps in a row are skipped before the run stops."""
+        self.allowed = allowed
+        self.in_a_row = 0
+        self.skipped = 0
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether ``loss`` lies more than 6 σ above the mean of the window; the loss then joins the window."""
+        seen = len(self._losses)
+        spike = False
+        if seen >= _SPIKE_AFTER:
+            mean = sum(self._losses) / seen
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in self._losses) / seen)
+            spike = loss > mean + SIGMAS * deviation
+        self._losses.append(loss)
+        return spike
+
+    def good(self) -> None:
+        """A step that was applied."""
+        self.in_a_row = 0
+
+    def bad(self, step: int, what: str, samples: Sequence[int]) -> str:
+        """Note a step that was not applied.
+
+        Args:
+            what: the first bad tensor.
+            samples: numbers of the rows in the batch.
+
+        Returns:
+            The warning to print.
+
+        Raises:
+            BadStepError: it was one too many.
+        """
+        self.in_a_row += 1
+        self.skipped += 1
+        message = f"step {step}: {what} is not finite; batch: samples {_ranges(samples)}; update skipped"
+        if self.in_a_row > self.allowed:
+            raise BadStepError(f"{message}; {self.in_a_row} bad steps in a row, {self.allowed} allowed")
+        return f"{message} ({self.in_a_row} of {self.allowed} allowed in a row)"
+
+    def state_dict(self) -> dict[str, object]:
+        """The counters and the window, as JSON can hold them."""
+        return {"in_a_row": self.in_a_row, "skipped": self.skipped, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on from ``state``."""
+        self.in_a_row, self.skipped = int(state["in_a_row"]), int(state["skipped"])  # type: ignore[call-overload]
+        self._losses = deque(state["losses"], maxlen=WINDOW)  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def first_bad_tensor(loss: torch.Tensor, named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity: the loss, then the gradients in their order."""
+    if not torch.isfinite(loss).all():
+        return "the loss"
+    for name, gradient in named:
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        if not torch.isfinite(values).all():
+            return f"the gradient of {name}"
+    return None
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``3-6, 9`` for 3, 4, 5, 6, 9."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,145 @@
+"""How much memory a run will need, by part, computed before it starts.
+
+Weights, masters, gradients and moments follow from the parameters. Activations come from a trial of one micro-batch on
+the meta device: forward and backward run with shapes alone, and every tensor is counted while it is alive.
+"""
+
+import resource
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from yaongi.model import Yaongi
+from yaongi.model.roles import parameter_roles
+
+_GPU_BASE = 100_000_000  # workspaces of cuBLAS and of the kernels, as the allocator counts them
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process at its fullest."""
+
+    weights: int
+    masters: int
+    gradients: int
+    momentum: int
+    moments: int  # of AdamW and of the tables
+    activations: int  # what a forward and backward pass adds at its peak
+    base: int  # the program itself
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+def predict(
+    model: Yaongi, rows: int, length: int, *, momentum: torch.dtype, device: torch.device, shards: int
+) -> Memory:
+    """The memory of training ``model``, which lies on the meta device, with micro-batches (rows, length).
+
+    Args:
+        momentum: dtype of the matrices' momentum.
+        shards: processes that share weights, gradients and state.
+    """
+    roles = parameter_roles(model)
+    sizes = {"weights": 0, "masters": 0, "gradients": 0, "momentum": 0, "moments": 0}
+    for name, parameter in model.named_parameters():
+        role, count = roles[name], parameter.numel() // shards
+        sizes["weights"] += count * parameter.element_size()
+        sizes["masters"] += 4 * count if parameter.element_size() < 4 else 0
+        if role.kind == "table":
+            sizes["moments"] += 8 * count
+            continue
+        sizes["gradients"] += 4 * count
+        sizes["moments"] += 8 * count if role.kind == "adamw" else 0
+        sizes["momentum"] += momentum.itemsize * count if role.kind != "adamw" else 0
+    activations = _activations(model, rows, length, device)
+    base = _GPU_BASE if device.type == "cuda" else resident_bytes()
+    return Memory(**sizes, activations=activations, base=base)
+
+
+def resident_bytes() -> int:
+    """The most memory this process has had so far, as the system counts it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _activations(model: Yaongi, rows: int, length: int, device: torch.device) -> int:
+    """Bytes that one forward and backward pass adds at its peak, beside weights and gradients."""
+    ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+    documents = torch.zeros(rows, length, dtype=torch.int32, device="meta") if device.type == "cpu" else None
+    dense = [p for name, p in model.named_parameters() if not name.endswith("engram.table.weight")]
+    for parameter in dense:
+        parameter.grad = torch.zeros_like(parameter)  # so that gradients aren't counted as activations
+    with PeakMode() as peak, _FlashLikeAttention():
+        losses = model.losses(ids, documents)
+        (losses.cross_entropy_sum + losses.balance).backward()
+    model.zero_grad(set_to_none=True)
+    return peak.peak
+
+
+class PeakMode(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and still alive, and keeps the largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in before and storage._cdata not in self._seen:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._seen.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_sparse)
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+class _FlashLikeAttention(TorchFunctionMode):
+    """Gives attention the memory of the fused kernels: on the meta device torch would keep every probability."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args, kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes of a fused attention: output and log-sum of each query are kept, and a mask as numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty_like(q)
+        logsum = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        kept = () if mask is None else (torch.empty_like(mask, dtype=q.dtype),)
+        ctx.save_for_backward(q, k, v, out, logsum, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors[:3]
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

@@ -1,0 +1,48 @@
+"""Adam on the rows of a table that were read: their moments move and decay, all others stay as they are."""
+
+import math
+
+import torch
+
+
+def adam_rows(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    parameter: torch.Tensor,
+) -> None:
+    """One step, in place, without weight decay.
+
+    Args:
+        weight: (R, D), float32: the master, or the parameter itself.
+        gradient: (R, D), sparse along R; of a dense one, the rows that aren't zero.
+        exp_avg, exp_avg_sq: (R, D).
+        step: this step's number, from 1, for the correction of the moments' bias.
+        parameter: (R, D), gets the new rows in its own dtype.
+    """
+    rows, values = _rows(gradient)
+    values = values.to(weight.dtype)
+    beta1, beta2 = betas
+    mean = exp_avg[rows].lerp_(values, 1 - beta1)
+    square = exp_avg_sq[rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
+    exp_avg[rows], exp_avg_sq[rows] = mean, square
+    denominator = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    changed = weight[rows].addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+    weight[rows] = changed
+    if parameter.data_ptr() != weight.data_ptr():
+        parameter[rows] = changed.to(parameter.dtype)
+
+
+def _rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers (n,) and their gradients (n, D)."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()
+        return gradient.indices()[0], gradient.values()
+    rows = gradient.any(-1).nonzero().squeeze(-1)
+    return rows, gradient[rows]

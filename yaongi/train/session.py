@@ -1,0 +1,238 @@
+"""A run under way: data, model, optimizer, checkpoints and log of one configuration, and what can be done with them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from yaongi.data.loader import Batch
+from yaongi.train.build import build_model, fit_vocabulary, momentum_dtype, open_data, weight_dtype
+from yaongi.train.checkpoint import Checkpoints, rng_state, set_rng_state
+from yaongi.train.config import Config, as_dict
+from yaongi.train.distributed import World, shard
+from yaongi.train.evaluate import Evaluator, samples
+from yaongi.train.export import save_model
+from yaongi.train.folder import Lock, check_writable, find_run, start_anew, write_config
+from yaongi.train.guard import Guard
+from yaongi.train.log import Display, Metrics
+from yaongi.train.meter import Meter
+from yaongi.train.names import CHECKPOINTS, METRICS, MODEL
+from yaongi.train.optim import RoleOptimizer
+from yaongi.train.plan import Plan, make_plan
+from yaongi.train.schedule import Schedule
+from yaongi.train.sinks import Sink, open_sinks
+from yaongi.train.step import Stepper
+
+
+class Session:
+    """Opened by ``start``; a context that puts everything away at its end."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        """Open the data and work out the plan; nothing is written yet.
+
+        Raises:
+            ValueError, FileNotFoundError: the data or the configuration don't fit; one line says how.
+        """
+        self.world = world
+        self.loader, self.tokenizer = open_data(config)
+        self.config = config = fit_vocabulary(config, self.tokenizer)
+        self.plan: Plan = make_plan(config, self.tokenizer, world)
+        train = config.train
+        self.schedule = Schedule(train.steps, train.schedule, train.warmup, train.decay, train.final_lr)
+        self.display = Display(train.steps, quiet=not world.leads)
+        self.step = 0  # steps done
+        self._record = as_dict(config)
+        self._resources = contextlib.ExitStack()
+        self._sinks: list[Sink] = []
+
+    def start(self) -> None:
+        """Build the model, go on from the folder's newest checkpoint if there is one, and open the logs.
+
+        Raises:
+            ValueError: the folder holds a run of another configuration or of other data, or a damaged checkpoint.
+            OSError: the folder can't be written.
+        """
+        config, world, out = self.config, self.world, self.config.run.out
+        check_writable(out)
+        if world.leads:
+            self._resources.callback(Lock(out).release)
+            if config.run.fresh:
+                start_anew(out)
+        world.barrier()
+        run = config.run
+        self.checkpoints = Checkpoints(out / CHECKPOINTS, world, keep_last=run.keep_last, keep_every=run.keep_every)
+        found = find_run(out, self.checkpoints, self._record)
+        self.checkpoints.prepare()
+        self._build()
+        if found is not None:
+            self._restore(*found)
+        self._open_logs(resumed=found is not None)
+
+    def _build(self) -> None:
+        config, world = self.config, self.world
+        torch.manual_seed(config.train.seed)
+        dtype = weight_dtype(config.train, world.device)
+        self.model = build_model(config, self.tokenizer, world.device, dtype=dtype)
+        shard(self.model, self.model.backbone.layers, ("losses",), world)
+        self.optimizer = RoleOptimizer(self.model, config.train, momentum_dtype(config.train, world.device))
+        self.guard = Guard(config.train.bad_steps)
+        token_bytes = torch.from_numpy(self.loader.shard_set.token_bytes())
+        self.stepper = Stepper(self.model, self.optimizer, config.train, world, token_bytes)
+        self.evaluator = Evaluator(self.loader, config.run.evaluate_rows, world, self.display.warn)
+
+    def _restore(self, path: Path, meta: dict[str, Any]) -> None:
+        tensors = self._tensors()
+        self.loader.load_state_dict(meta["data"])
+        self.checkpoints.load(path, tensors)
+        self.optimizer.refresh()
+        set_rng_state(tensors["rng"], self.world.device)
+        self.guard.load_state_dict(meta["guard"])
+        self.step = int(meta["step"])
+        self._seconds_before = float(meta["seconds"])
+
+    def _open_logs(self, *, resumed: bool) -> None:
+        config, out = self.config, self.config.run.out
+        self.metrics = Metrics(out / METRICS, enabled=self.world.leads)
+        self._resources.callback(self.metrics.close)
+        self.metrics.cut(self.step if resumed else -1)
+        self.meter = Meter(self.plan, self.world.device, self._seconds_before if resumed else 0.0)
+        if not self.world.leads:
+            return
+        write_config(out, self._record)
+        if not resumed:
+            self.metrics.write("plan", 0, **self.plan.record())
+        self._sinks = open_sinks(
+            out,
+            wandb=config.run.wandb,
+            project=config.run.project,
+            tensorboard=config.run.tensorboard,
+            config=self._record,
+            first_step=self.step,
+            say=self.display.say,
+        )
+        if resumed:
+            self.display.say(f"resumed from step {self.step} of {out}")
+
+    def __enter__(self) -> "Session":
+        self.display.start(self.step)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.display.close()
+        for sink in self._sinks:
+            sink.close()
+        self._resources.close()
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches of this process, a list for each step that is left."""
+        world, rows = self.world, self.plan.micro_rows
+        stream = self.loader.stream(
+            rank=world.rank, world_size=world.size, micro_batch=rows, pin_memory=world.device.type == "cuda"
+        )
+        with contextlib.closing(stream):  # type: ignore[type-var]  # a generator
+            while self.step < self.schedule.steps:
+                with self.meter.waiting():
+                    batches = [next(stream) for _ in range(self.plan.batch_rows // world.size // rows)]
+                yield batches
+
+    def train_step(self, batches: list[Batch]) -> None:
+        """One optimizer step, recorded.
+
+        Raises:
+            BadStepError: too many steps in a row had a loss or gradient that isn't finite.
+            OSError: the checkpoint being written failed.
+        """
+        self.checkpoints.poll()
+        lr = {kind: self.schedule.lr(self.step, peak) for kind, peak in self.optimizer.peak_lr.items()}
+        phase = self.schedule.phase(self.step)
+        result = self.stepper(batches, lr)
+        self.step += 1
+        if result.bad is not None:
+            self.metrics.write("bad_step", self.step, what=result.bad, tokens=self._tokens())
+            self.display.warn(self.guard.bad(self.step, result.bad, self._samples_of_last_step()))
+            self.meter.skip()
+            return
+        self.guard.good()
+        values = self.meter.measure(self.step, result) | {"lr": lr["matrix"], "adam_lr": lr["vector"], "phase": phase}
+        if self.guard.is_spike(result.loss):
+            values["spike"] = True
+            self.display.warn(f"step {self.step}: loss {result.loss:.3f} is a spike (6 sigma of the last 128 steps)")
+        self._report_step(values, result.loads)
+
+    def _report_step(self, values: dict[str, Any], loads: torch.Tensor) -> None:
+        """Record a step; every so often with the experts' load and a line."""
+        due = self.step % self.config.run.log_every == 0 or self.step in (1, self.schedule.steps)
+        if due:
+            values |= self.meter.summary(loads, self.schedule.steps - self.step)
+        record = self.metrics.write("step", self.step, **values)
+        self.display.advance(self.step)
+        if due:
+            self.display.step(record, self.schedule.steps)
+            self._log({k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"})
+
+    def evaluate(self) -> None:
+        """Bits per byte and samples, recorded and shown."""
+        with self.meter.paused():
+            bits = self.evaluator.bits_per_byte(self.model, self.plan.micro_rows)
+            self.metrics.write("evaluation", self.step, bpb=bits, tokens=self._tokens())
+            text = " ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
+            self.display.say(f"step {self.step}: held-out bits per byte {text}")
+            self._log({f"bpb/{domain}": value for domain, value in bits.items()})
+            if self.config.run.sample_tokens:
+                drawn = samples(self.model, self.tokenizer, self.config.run.sample_tokens, self.world.device)
+                self.metrics.write("samples", self.step, texts=drawn)
+                for name, sample in drawn.items():
+                    self.display.say(f"  {name}: {' '.join(sample.split())}")
+
+    def save(self, *, wait: bool = False) -> None:
+        """Begin a checkpoint; ``wait`` until it is in place. OSError if it can't be written."""
+        with self.meter.paused():
+            meta = {
+                "step": self.step,
+                "config": self._record,
+                "data": self.loader.state_dict(),
+                "tokenizer": self.tokenizer.hash,
+                "guard": self.guard.state_dict(),
+                "seconds": self.meter.seconds,
+            }
+            self.checkpoints.save(self.step, self._tensors(), meta)
+            if wait:
+                self.checkpoints.wait()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, then write the model for use without the trainer, and the report."""
+        self.checkpoints.wait()
+        out = self.config.run.out
+        save_model(self.model, self.tokenizer, out / MODEL, self.world)
+        if self.world.leads:
+            from yaongi.train.report import write_report
+
+            report = write_report(out, self.config.run.benchmarks)
+            self.display.say(f"model: {out / MODEL}\nreport: {report}")
+        self.world.barrier()
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens each ``every`` steps, and after the last one, happens now."""
+        return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
+
+    def _tensors(self) -> dict[str, Any]:
+        """What a checkpoint holds; weights that have a master are left out, as its casts."""
+        state = self.optimizer.tensors()
+        weights = {
+            name: p.detach() for name, p in self.model.state_dict().items() if "master" not in state.get(name, {})
+        }
+        return {"model": weights, "optimizer": state, "rng": rng_state(self.world.device)}
+
+    def _tokens(self) -> int:
+        return self.step * self.config.train.batch_tokens
+
+    def _samples_of_last_step(self) -> range:
+        rows = self.config.train.batch_rows
+        return range((self.step - 1) * rows, self.step * rows)
+
+    def _log(self, values: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.log(self.step, values)

@@ -1,0 +1,138 @@
+"""One optimizer step: the global batch's gradient, exact whatever the micro-batches; then, if finite, the update."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from yaongi.data.loader import Batch
+from yaongi.model import Yaongi
+from yaongi.train.config import Training
+from yaongi.train.distributed import World, average_whole_gradients, is_sharded, local
+from yaongi.train.guard import first_bad_tensor
+from yaongi.train.optim import RoleOptimizer
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step was like, over the whole global batch."""
+
+    loss: float  # nats a predicted token, mean
+    z: float  # mean square of the log of the softmax's normaliser
+    balance: float  # the experts' sequence balance loss, mean over rows
+    gnorm: float  # of the gradient before clipping
+    targets: int  # predicted tokens
+    text_bytes: int  # UTF-8 bytes of the predicted tokens
+    loads: torch.Tensor  # (MoE layers, E) int64: tokens each expert got
+    bad: str | None  # the first tensor that isn't finite; then nothing was updated
+
+
+class Stepper:
+    """Takes micro-batches of a step and changes the model by them."""
+
+    def __init__(
+        self, model: Yaongi, optimizer: RoleOptimizer, train: Training, world: World, token_bytes: torch.Tensor
+    ) -> None:
+        """``token_bytes``: UTF-8 bytes of each id, (V,)."""
+        self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
+        self._token_bytes = token_bytes.to(world.device)
+        self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def __call__(self, batches: Sequence[Batch], lr: dict[str, float]) -> StepResult:
+        """One step on this process's micro-batches of the global batch, with the learning rate of each kind."""
+        device = self._world.device
+        moved = [
+            (b.input_ids.to(device, non_blocking=True), b.document_ids.to(device, non_blocking=True)) for b in batches
+        ]
+        targets, text_bytes = self._count(moved)
+        sums, loads = self._backward(moved, targets)
+        average_whole_gradients((p for _, p in self._named if not is_sharded(p)), self._world)
+        gnorm = total_norm(self._gradients(), self._world)
+        self._world.total(sums)
+        loss, z, balance, norm, count, size = torch.stack(
+            [*sums.unbind(), gnorm, targets.double(), text_bytes.double()]
+        ).tolist()
+        bad = None
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            bad = self._name_bad(sums[0])
+        else:
+            self._update(loads, norm, lr)
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad)
+
+    def _count(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted tokens of the global batch, and their UTF-8 bytes."""
+        counts = torch.zeros(2, dtype=torch.int64, device=self._world.device)
+        for ids, documents in moved:
+            predicted = documents[:, 1:] == documents[:, :-1]
+            counts[0] += predicted.sum()
+            counts[1] += (self._token_bytes[ids[:, 1:]] * predicted).sum()
+        targets, text_bytes = self._world.total(counts).unbind()
+        return targets, text_bytes
+
+    def _backward(
+        self, moved: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the micro-batches' gradients; cross entropy, z and balance (3,), loads (layers, E) of all processes."""
+        train, world = self._train, self._world
+        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        loads: list[torch.Tensor] = []
+        for ids, documents in moved:
+            losses = self._model.losses(ids, documents)
+            share = len(ids) / train.batch_rows
+            loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
+            if train.z_loss:
+                loss = loss + train.z_loss * losses.z_sum / targets
+            (loss * world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
+            parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
+            sums += torch.stack([part.detach().double() for part in parts])
+            loads.append(losses.loads.long())
+        return sums, world.total(torch.stack(loads).sum(0))
+
+    def _update(self, loads: torch.Tensor, norm: float, lr: dict[str, float]) -> None:
+        clip = self._train.clip
+        if clip and norm > clip:
+            _scale(self._gradients(), clip / norm)
+        self._optimizer.set_lr(lr)
+        self._optimizer.step()
+        self._model.update_router_bias(loads, rate=self._train.bias_rate)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for _, p in self._named if p.grad is not None]
+
+    def _name_bad(self, loss: torch.Tensor) -> str:
+        """The first tensor on any process that isn't finite."""
+        here = first_bad_tensor(loss, ((name, local(p.grad)) for name, p in self._named if p.grad is not None))
+        names = [here]
+        if self._world.size > 1:
+            names = [None] * self._world.size
+            dist.all_gather_object(names, here)
+        return next((name for name in names if name is not None), "the gradient's norm")
+
+
+@torch.no_grad()
+def total_norm(gradients: Iterable[torch.Tensor], world: World) -> torch.Tensor:
+    """The 2-norm of all gradients together, in float64; sharded ones over all processes."""
+    zero = torch.zeros((), dtype=torch.float64, device=world.device)
+    squares: dict[bool, list[torch.Tensor]] = {True: [zero], False: [zero]}
+    for gradient in gradients:
+        values = gradient.coalesce().values() if gradient.is_sparse else local(gradient)
+        squares[is_sharded(gradient)].append(torch.linalg.vector_norm(values, dtype=torch.float32).double() ** 2)
+    sharded = world.total(torch.stack(squares[True]).sum())
+    return (sharded + torch.stack(squares[False]).sum()).sqrt()
+
+
+@torch.no_grad()
+def _scale(gradients: Iterable[torch.Tensor], factor: float) -> None:
+    dense = []
+    for gradient in gradients:
+        if gradient.is_sparse:
+            gradient.mul_(factor)
+        else:
+            dense.append(local(gradient))
+    torch._foreach_mul_(dense, factor)
