@@ -118,7 +118,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["yaongi", "yaongi.*"]),
-    package_data={"yaongi": ["_C.so", "data/embedded/prose/*.txt", "kernels/*/README.md"]},
+    package_data={"yaongi": ["_C.so", "data/embedded/*.txt", "data/embedded/*/*.txt", "kernels/*/README.md"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=wanted_extensions(),

@@ -1,4 +1,4 @@
-"""Times every config of the causal convolution on this GPU: `python benchmarks/tune_causal_conv1d.py`.
+"""Times every config of the causal convolution on this GPU: `python -m benchmarks.tune_causal_conv1d`.
 
 Prints milliseconds forward and backward, without and with documents; the fastest rows go into the table of
 yaongi/kernels/causal_conv1d/triton_impl.py with the date.

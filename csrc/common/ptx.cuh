@@ -39,10 +39,6 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
                : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 // Arrives on the barrier at the same shared-memory offset in block `rank` of the cluster. Orders execution, which is all
 // that readers by wgmma need; with .release.cluster it would cost a fence of the whole GPU.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
@@ -104,20 +100,16 @@ __device__ __forceinline__ void tma_store_3d(const CUtensorMap* map, const void*
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until this thread's stores have read shared memory, which may then be written again.
-__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until all but the last PENDING of this thread's stores have read shared memory, which may then be written again.
+template <int PENDING>
+__device__ __forceinline__ void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
 
 // Makes this thread's ordinary shared-memory writes visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- matrix fragments in shared memory ------------------------------------------------------------------------------
-
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(address)
-               : "memory");
-}
 
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
@@ -152,32 +144,38 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-#define YAONGI_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-                        "+f"(d[i + 6]), "+f"(d[i + 7])
+#define YAONGI_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define YAONGI_D16(d, i) YAONGI_D4(d, i), YAONGI_D4(d, i + 4), YAONGI_D4(d, i + 8), YAONGI_D4(d, i + 12)
 
-// d (64 × 128, fp32) = a (64 × 16) · b (128 × 16)ᵀ + (accumulate ? d : 0); a, b: descriptors of shared memory, K-major.
-#define YAONGI_WGMMA_M64N128K16(TYPE)                                                                              \
-  asm volatile(                                                                                                    \
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"                                               \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                 \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22," \
-      " %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43,"  \
-      " %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"      \
-      " %64, %65, accumulate, 1, 1, 0, 0;\n}"                                                                      \
-      : YAONGI_D8(d, 0), YAONGI_D8(d, 8), YAONGI_D8(d, 16), YAONGI_D8(d, 24), YAONGI_D8(d, 32), YAONGI_D8(d, 40),  \
-        YAONGI_D8(d, 48), YAONGI_D8(d, 56)                                                                         \
+// d (64 × 256, fp32) = a (64 × 16) · b (256 × 16)ᵀ + (accumulate ? d : 0); a, b: descriptors of shared memory, K-major.
+#define YAONGI_WGMMA_M64N256K16(TYPE)                                                                                  \
+  asm volatile(                                                                                                        \
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %130, 0;\n"                                                  \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                                     \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17,"                              \
+      " %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"                     \
+      " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53,"                     \
+      " %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71,"                     \
+      " %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89,"                     \
+      " %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107,"             \
+      " %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125,"   \
+      " %126, %127},"                                                                                                  \
+      " %128, %129, accumulate, 1, 1, 0, 0;\n}"                                                                        \
+      : YAONGI_D16(d, 0), YAONGI_D16(d, 16), YAONGI_D16(d, 32), YAONGI_D16(d, 48),                                     \
+        YAONGI_D16(d, 64), YAONGI_D16(d, 80), YAONGI_D16(d, 96), YAONGI_D16(d, 112)                                    \
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
 template <bool BFLOAT16>
-__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (BFLOAT16) {
-    YAONGI_WGMMA_M64N128K16("bf16");
+    YAONGI_WGMMA_M64N256K16("bf16");
   } else {
-    YAONGI_WGMMA_M64N128K16("f16");
+    YAONGI_WGMMA_M64N256K16("f16");
   }
 }
 
-#undef YAONGI_WGMMA_M64N128K16
-#undef YAONGI_D8
+#undef YAONGI_WGMMA_M64N256K16
+#undef YAONGI_D16
+#undef YAONGI_D4
 
 }  // namespace yaongi::ptx

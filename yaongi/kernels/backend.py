@@ -181,6 +181,12 @@ def unavailable(backend: Backend) -> str | None:
     return _load_library()
 
 
+@functools.cache
+def cuda_launcher(name: str) -> torch._ops.OpOverload:
+    """A launcher of `_C.so`, once `unavailable("cuda")` is None."""
+    return getattr(torch.ops.yaongi_cuda, name).default
+
+
 def _load_library() -> str | None:
     if not LIBRARY_FILE.exists():
         return "yaongi/_C.so is not built: `YAONGI_CUDA=1 pip install -e .` builds it or says why it can't"

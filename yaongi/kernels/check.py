@@ -3,6 +3,7 @@
 A call makes one `Arguments`; sizes named by the same letter must agree over all of its tensors, and so must devices.
 """
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -88,9 +89,9 @@ class Arguments:
 
     def number(self, name: str, value: object) -> None:
         """Checks a finite int or float."""
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
-        if value != value or value in (float("inf"), float("-inf")):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{self.op}: {name} must be finite, got {value}")
 
     def boolean(self, name: str, value: object) -> None:

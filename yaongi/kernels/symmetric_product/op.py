@@ -9,11 +9,12 @@ Tensor = torch.Tensor
 
 
 def _symmetric_product_cuda(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> Tensor:
-    out = x.new_empty(x.shape[:-1] + x.shape[-2:-1])  # (…, m, m)
-    if x.numel():
-        torch.ops.yaongi_cuda.symmetric_product.default(x, y, c, alpha, beta, out)
-        return out
-    return symmetric_product_reference(x, y, c, alpha, beta)
+    if not x.numel():
+        return symmetric_product_reference(x, y, c, alpha, beta)
+    *batch, m, _ = x.shape
+    out = x.new_empty((*batch, m, m))
+    backend.cuda_launcher("symmetric_product")(x, y, c, alpha, beta, out)
+    return out
 
 
 def _cuda_refuses(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> str | None:
