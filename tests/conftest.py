@@ -9,7 +9,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
-torch.set_num_threads(1)  # the tests' tensors are small: on a busy machine waiting for a second thread costs 5 times more
+torch.set_num_threads(1)  # the tests use small tensors: waiting for a second, busy core costs five times more
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
