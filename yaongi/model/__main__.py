@@ -1,0 +1,41 @@
+"""`python -m yaongi.model count PRESET`: parameters and FLOPs a token, computed from shapes in a second."""
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from yaongi.model.config import load_preset
+from yaongi.model.count import count_parameters, flops_per_token
+
+
+@dataclass(frozen=True)
+class Count:
+    """Print the number of parameters, total, active and by part, and the FLOPs of training on a token."""
+
+    preset: tyro.conf.Positional[str]  # name of a preset, or path of a TOML file with a [model] table
+    engram: bool = True  # --no-engram leaves the Engrams out
+    sequence_length: int = 4096  # tokens, for the attention's part of the FLOPs
+
+    def run(self) -> None:
+        config = load_preset(self.preset)
+        config = config if self.engram else config.without_engram()
+        counts = count_parameters(config)
+        rows = [("total", counts.total), ("active", counts.active), ("Engram tables", counts.engram_tables)]
+        for name, number in [*rows, *((f"  {part}", number) for part, number in counts.parts.items())]:
+            print(f"{name:<22}{number:>16,}")
+        flops = flops_per_token(config, self.sequence_length)
+        print(f"{f'FLOPs a token at {self.sequence_length}':<22}{flops / 1e9:>12,.2f} G")
+
+
+def main() -> None:
+    """Parses the command line and runs the subcommand; a mistake is one line."""
+    command = tyro.extras.subcommand_cli_from_dict({"count": Count}, prog="python -m yaongi.model")
+    try:
+        command.run()
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

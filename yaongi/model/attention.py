@@ -1,0 +1,215 @@
+"""Grouped-query attention without positions, masked to documents, on the fastest backend that is right.
+
+| backend | when `attention_backend` is "auto" |
+|---|---|
+| sdpa, causal | no documents: cuDNN first, then flash, then the plain ones |
+| varlen | packed documents on a GPU in float16 or bfloat16: `torch.nn.attention.varlen` |
+| sdpa, masked | packed documents elsewhere: a boolean mask (B, 1, L, L) |
+
+"flex" and "flash" (the flash-attn package) are used when asked for by name.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from yaongi.model.config import AttentionBackend, ModelConfig
+from yaongi.model.linear import Linear
+
+Tensor = torch.Tensor
+HALVES = (torch.float16, torch.bfloat16)
+# On an H100 cuDNN is the fastest causal kernel, which torch does not prefer by itself.
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the attention layers of one forward pass see each other's tokens; made once for all of them."""
+
+    backend: Literal["sdpa", "varlen", "flex", "flash"]
+    mask: Any = None  # sdpa: (B, 1, L, L) bool or None for causal; flex: a BlockMask
+    starts: Tensor | None = None  # varlen, flash: (documents + 1) int32, where documents start in the B·L tokens
+    longest: int = 0  # varlen, flash: tokens of the longest document
+
+
+def plan_attention(
+    wanted: AttentionBackend,
+    shape: torch.Size,
+    document_ids: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> AttentionPlan:
+    """Chooses the backend for tokens of shape (B, L) and prepares what it needs. For varlen and flash this synchronises with the GPU, once.
+
+    Raises:
+        ValueError: a backend asked for by name can't run on this device or dtype. ImportError: it is not installed.
+    """
+    fast = device.type == "cuda" and dtype in HALVES
+    if wanted == "auto":
+        wanted = "varlen" if document_ids is not None and fast and has_varlen() else "sdpa"
+    if wanted in ("varlen", "flash"):
+        if not fast:
+            raise ValueError(
+                f"attention: wanted a GPU and float16 or bfloat16 for attention_backend={wanted!r}, got {device} and "
+                f"{str(dtype).removeprefix('torch.')}"
+            )
+        starts, longest = document_starts(shape, document_ids, device)
+        return AttentionPlan(wanted, starts=starts, longest=longest)
+    if wanted == "flex":
+        return AttentionPlan("flex", mask=_flex_mask(shape, document_ids, device))
+    return AttentionPlan("sdpa", mask=None if document_ids is None else document_mask(document_ids))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """q (B, L, heads, D), k and v (B, L, kv heads, D) to (B, L, heads, D)."""
+    if plan.backend in ("varlen", "flash"):
+        flat = [t.flatten(0, 1) for t in (q, k, v)]
+        function = _varlen() if plan.backend == "varlen" else _flash()
+        return function(*flat, plan.starts, plan.longest).view(q.shape)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if plan.backend == "flex":
+        return _flex(q.device.type)(q, k, v, block_mask=plan.mask, enable_gqa=True).transpose(1, 2)
+    return scaled_attention(q, k, v, plan.mask).transpose(1, 2)
+
+
+def scaled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA over (B, heads, L, D), causal without a mask."""
+    order = sdpa_kernel(SDPA_ORDER, set_priority=True) if q.device.type == "cuda" else contextlib.nullcontext()
+    with order:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """(B, L) to (B, 1, L, L): which keys (last) a query may see, those before it in its document."""
+    return (document_ids[:, :, None] == document_ids[:, None, :]).tril().unsqueeze(1)
+
+
+def document_starts(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
+    """Where each document starts among the B·L tokens and where the last one ends, int32; and the longest's length."""
+    batch, length = shape
+    if document_ids is None:
+        return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device), length
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=batch * length).int()
+    return starts, int(starts.diff().max())
+
+
+@functools.cache
+def has_varlen() -> bool:
+    """Whether this torch has `torch.nn.attention.varlen` (2.10 or newer)."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+@functools.cache
+def _varlen() -> Callable[..., Tensor]:
+    """torch's varlen attention, whose arguments for causal masks and grouped heads differ between versions."""
+    if not has_varlen():
+        raise ImportError(f"attention: wanted torch with nn.attention.varlen (2.10 or newer), got {torch.__version__}")
+    from torch.nn.attention.varlen import varlen_attn
+
+    run_varlen: Callable[..., Any] = varlen_attn
+    known = inspect.signature(run_varlen).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    grouped = "enable_gqa" in known
+
+    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1 and not grouped:
+            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+        extra = {"enable_gqa": True} if repeats > 1 and grouped else {}
+        return run_varlen(q, k, v, starts, starts, longest, longest, **options, **extra)
+
+    return run
+
+
+@functools.cache
+def _flash() -> Callable[..., Tensor]:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ImportError("attention: wanted the flash-attn package (pip install yaongi[peers]), got none")
+    from flash_attn import flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True)
+
+    return run
+
+
+@functools.cache
+def _flex(device_type: str) -> Callable[..., Any]:
+    """flex_attention; compiled on a GPU, where it is slow otherwise."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    run: Callable[..., Any] = flex_attention
+    return torch.compile(run) if device_type == "cuda" else run
+
+
+def _flex_mask(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        causal = query >= key
+        return causal if document_ids is None else causal & (document_ids[b, query] == document_ids[b, key])
+
+    batch, length = shape
+    rows = None if document_ids is None else batch
+    return create_block_mask(visible, rows, None, length, length, device=device)
+
+
+@dataclass
+class AttentionCache:
+    """Keys and values of one layer, (B, kv heads, capacity, D)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Attention(nn.Module):
+    """softmax(q·kᵀ/√D)·v, each key and value head shared by heads / kv heads query heads; no RoPE, no QK norm."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.attention_head_dim
+        precision = config.precision_of("attention_projections", layer)
+        self.heads, self.kv_heads, self.head_dim = config.attention_heads, config.attention_kv_heads, head
+        self.q_proj = Linear(width, self.heads * head, device, dtype, precision)
+        self.k_proj = Linear(width, self.kv_heads * head, device, dtype, precision)
+        self.v_proj = Linear(width, self.kv_heads * head, device, dtype, precision)
+        self.o_proj = Linear(self.heads * head, width, device, dtype, precision)
+
+    def forward(self, x: Tensor, plan: AttentionPlan, cache: AttentionCache | None = None) -> Tensor:
+        """(B, L, d) to (B, L, d); writes keys and values to the start of the cache."""
+        q, k, v = self._project(x)
+        if cache is not None:
+            cache.keys[:, :, : x.shape[1]] = k.transpose(1, 2)
+            cache.values[:, :, : x.shape[1]] = v.transpose(1, 2)
+        return self.o_proj(attend(q, k, v, plan).flatten(-2))
+
+    def step(self, x: Tensor, cache: AttentionCache, position: int, visible: Tensor) -> Tensor:
+        """The token at `position` of the cache: (B, d) to (B, d); `visible` (B, capacity) says which keys count."""
+        q, k, v = self._project(x.unsqueeze(1))
+        cache.keys[:, :, position], cache.values[:, :, position] = k[:, 0], v[:, 0]
+        mask = visible[:, None, None, : position + 1]
+        keys, values = cache.keys[:, :, : position + 1], cache.values[:, :, : position + 1]
+        return self.o_proj(scaled_attention(q.transpose(1, 2), keys, values, mask).flatten(1))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, d) to q (B, L, heads, D), k and v (B, L, kv heads, D)."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in projections)
+        return q, k, v

@@ -1,0 +1,64 @@
+"""How large a model is and how much it computes, from its shapes alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from yaongi.model.config import ModelConfig
+from yaongi.model.model import Yaongi
+
+SCAN_CHUNK = 128  # Q of the scan's FLOPs
+PARTS = (  # the first whose mark is in a parameter's name
+    ("engram tables", "engram.table."),
+    ("engram projections", "engram."),
+    ("embedding", "embeddings."),
+    ("head", "lm_head."),
+    ("experts", "mixer.experts."),
+    ("shared experts", "mixer.shared_experts."),
+    ("router", "mixer.gate."),
+    ("mamba", "mixer.in_proj."),
+    ("mamba", "mixer.conv1d."),
+    ("mamba", "mixer.A_log"),
+    ("mamba", "mixer.D"),
+    ("mamba", "mixer.dt_bias"),
+    ("mamba", "mixer.norm."),
+    ("mamba", "mixer.out_proj."),
+    ("attention", "mixer."),
+    ("norms", "norm"),
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters; buffers such as the correction bias are none."""
+
+    total: int
+    active: int  # read for a token: without the input embedding, the Engram tables and the experts not chosen
+    engram_tables: int
+    parts: dict[str, int]  # adds up to the total
+
+
+def count_parameters(config: ModelConfig) -> Counts:
+    """Counts the parameters of a model on the meta device: no memory, whatever its size."""
+    model = Yaongi(config, device=torch.device("meta"))
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, mark in PARTS if mark in name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    tables, experts = parts.get("engram tables", 0), parts.get("experts", 0)
+    idle = experts // config.experts * (config.experts - config.experts_per_token)
+    total = sum(parts.values())
+    return Counts(total, total - parts["embedding"] - tables - idle, tables, parts)
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Model FLOPs of training on one token, forward and backward:
+
+    6 · active + 3 · (Mamba-2 layers · scan + attention layers · attention), with
+    scan = 2·(G·N·Q/2 + H·P·Q/2 + 2·H·P·N), Q = 128, and causal attention = 2·L·(query heads)·(head width).
+    """
+    width, state = config.mamba_width, config.mamba_state
+    scan = 2 * (config.mamba_groups * state * SCAN_CHUNK / 2 + width * SCAN_CHUNK / 2 + 2 * width * state)
+    attention = 2 * sequence_length * config.attention_heads * config.attention_head_dim
+    layers = len(config.layers_of("M")) * scan + len(config.layers_of("*")) * attention
+    return 6 * count_parameters(config).active + 3 * layers

@@ -1,0 +1,69 @@
+"""The initial weights: each parameter from a generator of its own, keyed by (seed, name).
+
+So they do not depend on the order of parameters, on the number of devices, or on the dtype but for rounding: numbers
+are drawn in float32 on the CPU, in chunks, and then converted and moved. Several threads draw, a parameter each.
+"""
+
+import hashlib
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from yaongi.model.config import ModelConfig
+
+Tensor = torch.Tensor
+CHUNK = 1 << 24  # numbers drawn at once
+RESIDUAL_OUTPUTS = ("out_proj.weight", "o_proj.weight", "experts.down_proj", "shared_experts.down_proj.weight")
+A_RANGE = (1.0, 16.0)
+DT_RANGE = (1e-3, 1e-1)
+DT_FLOOR = 1e-4
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Draws every parameter that is not on the meta device, by its role:
+
+    normal with std sqrt(0.8/d), what a layer adds to the residual divided by sqrt(layers); norms and D one;
+    A ~ U(1, 16); dt log-uniform in 1e-3..0.1 (at least 1e-4) through the inverse softplus; the Mamba convolution
+    uniform within 1/sqrt(taps) as torch's own; Engram's convolution zero.
+    """
+    parameters = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda item: _fill(item[0], item[1], config, seed), parameters))
+
+
+@torch.no_grad()
+def _fill(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
+    generator = torch.Generator().manual_seed(_key(seed, name))
+    flat = parameter.data.view(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        part.copy_(_draw(name, torch.empty(part.numel()), generator, config))
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
+
+
+def _draw(name: str, numbers: Tensor, generator: torch.Generator, config: ModelConfig) -> Tensor:
+    """Fills the numbers with what the parameter of this name starts from."""
+    if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
+        return numbers.fill_(1)
+    if name.endswith("engram.conv.weight"):
+        return numbers.fill_(0)
+    if name.endswith("mixer.A_log"):
+        return numbers.uniform_(*A_RANGE, generator=generator).log_()
+    if name.endswith("mixer.dt_bias"):
+        low, high = map(math.log, DT_RANGE)
+        dt = numbers.uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
+        return dt + (-torch.expm1(-dt)).log()  # softplus⁻¹
+    if ".conv1d." in name:
+        bound = config.mamba_conv**-0.5
+        return numbers.uniform_(-bound, bound, generator=generator)
+    std = math.sqrt(0.8 / config.hidden_size)
+    if name.endswith(RESIDUAL_OUTPUTS):
+        std /= math.sqrt(len(config.pattern))
+    return numbers.normal_(0, std, generator=generator)

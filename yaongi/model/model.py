@@ -1,0 +1,261 @@
+"""The whole model: `Yaongi`, its layers, and what the trainer asks of it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from numpy.typing import ArrayLike
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from yaongi.model.attention import Attention, AttentionPlan, plan_attention
+from yaongi.model.config import ModelConfig
+from yaongi.model.engram import Engram
+from yaongi.model.hashing import hash_plans, ngram_window
+from yaongi.model.init import initialize
+from yaongi.model.linear import Embedding, Linear
+from yaongi.model.losses import NO_TARGET, Losses, cross_entropy, next_tokens
+from yaongi.model.mamba2 import Mamba2
+from yaongi.model.moe import MoE, Routing
+from yaongi.model.norm import RMSNorm
+
+Tensor = torch.Tensor
+Recompute = Literal["none", "all"] | Sequence[int]
+MIXERS: dict[str, Callable[..., nn.Module]] = {"M": Mamba2, "E": MoE, "*": Attention}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the layers of one forward pass share."""
+
+    document_ids: Tensor | None  # (B, L) int32
+    attention: AttentionPlan | None  # None without attention layers
+    window: Tensor | None  # (B, n, L) int64, the compressed ids of each token's n-gram; None without Engram
+    with_routing: bool = False
+
+
+class Layer(nn.Module):
+    """One mixer with one pre-norm and one residual; where the config says so, an Engram before it.
+
+    The sum of the residual is left to the next norm, which reads both of its terms anyway: a layer takes and returns
+    the hidden state in two parts, `hidden` and what is still to be added to it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, engram: Engram | None, device: torch.device | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.kind = config.pattern[index]
+        self.engram = engram
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, device, dtype)
+        self.mixer = MIXERS[self.kind](config, index, device, dtype)
+
+    def forward(
+        self, hidden: Tensor, delta: Tensor | None, context: Context, cache: Any = None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """(B, L, d), (B, L, d) or None to the same two parts after this layer, and the routing's measures."""
+        if self.engram is not None:
+            hidden = hidden if delta is None else hidden + delta
+            engram_cache = None if cache is None else cache.engram
+            delta = self.engram(hidden, context.window, context.document_ids, engram_cache)
+        hidden, normed = self.norm.add(hidden, delta)
+        mixer_cache = None if cache is None else cache.mixer
+        if self.kind == "M":
+            return hidden, self.mixer(normed, context.document_ids, mixer_cache), None
+        if self.kind == "*":
+            return hidden, self.mixer(normed, context.attention, mixer_cache), None
+        return hidden, *self.mixer(normed, context.with_routing)
+
+
+class Backbone(nn.Module):
+    """Everything but the head: token ids to normalised hidden states."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size, device, dtype)
+        compressed = config.compressed_vocab_size or config.vocab_size
+        plans = zip(config.engram, hash_plans(config.engram, compressed), strict=True)
+        engrams = {e.layer: Engram(config, e, plan, device, dtype) for e, plan in plans}
+        self.layers = nn.ModuleList(Layer(config, i, engrams.get(i), device, dtype) for i in range(len(config.pattern)))
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps, device, dtype)
+        self.longest = max((max(e.orders) for e in config.engram), default=0)
+        self.compression: Tensor | None
+        if config.engram and config.compressed_vocab_size is not None:
+            self.register_buffer("compression", torch.zeros(config.vocab_size, dtype=torch.int64, device=device))
+        else:
+            self.compression = None
+
+    def context(self, input_ids: Tensor, document_ids: Tensor | None, *, with_routing: bool = False) -> Context:
+        """What the layers share for these tokens."""
+        plan = None
+        if "*" in self.config.pattern:
+            dtype, device = self.embeddings.weight.dtype, input_ids.device
+            plan = plan_attention(self.config.attention_backend, input_ids.shape, document_ids, device, dtype)
+        window = None
+        if self.longest:
+            window = ngram_window(self.compress(input_ids), document_ids, self.longest, self.engram_pad)
+        return Context(document_ids, plan, window, with_routing)
+
+    def compress(self, ids: Tensor) -> Tensor:
+        """Engram's ids of token ids, int64: the compression map's, or the same ids without one."""
+        return ids.long() if self.compression is None else self.compression[ids]
+
+    @property
+    def engram_pad(self) -> int:
+        """The compressed id before a document, V_c."""
+        return self.config.compressed_vocab_size or self.config.vocab_size
+
+    def forward(self, input_ids: Tensor, context: Context, recompute: Recompute) -> tuple[Tensor, list[Routing]]:
+        """(B, L) to hidden states (B, L, d), and the routing of each expert layer when the context wants it."""
+        hidden: Tensor = self.embeddings(input_ids)
+        delta: Tensor | None = None
+        routings: list[Routing] = []
+        for i, layer in enumerate(self.layers):
+            if recompute == "all" or (recompute != "none" and i in recompute):
+                hidden = hidden if delta is None else hidden + delta  # one tensor to keep, not two
+                hidden, delta, routing = checkpoint(
+                    layer, hidden, None, context, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, delta, routing = layer(hidden, delta, context)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm_f.add(hidden, delta)[1], routings
+
+
+class Yaongi(nn.Module):
+    """The language model. `model(input_ids, document_ids=None)` gives logits.
+
+    Args:
+        config: what to build.
+        seed: of the initial weights, which are the same on any number of devices (see init.py).
+        device: None for torch's default; on the meta device nothing is drawn.
+        dtype: of the weights, float32 by default. A_log, D, dt_bias and the correction bias are never narrower.
+        compression: (V,) whole numbers, `compression_map` of the tokenizer's pieces, for the Engrams; it sets the
+            config's `compressed_vocab_size`. Without it Engram hashes the token ids themselves (the identity map).
+
+    Attributes:
+        recompute: the layers whose activations are computed again in the backward pass: "none", "all" or indices.
+
+    Raises:
+        ValueError: a compression that does not fit the config, or none where the config wants one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compression: ArrayLike | None = None,
+    ) -> None:
+        super().__init__()
+        place = None if device is None else torch.device(device)
+        dtype = dtype or torch.float32
+        table = None if compression is None or not config.engram else _compression_table(compression, config)
+        if table is not None:
+            config = dataclasses.replace(config, compressed_vocab_size=int(table.max()) + 1)
+        self.config = config
+        self.recompute: Recompute = "none"
+        self.backbone = Backbone(config, place, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, place, dtype)
+        buffer = self.backbone.compression
+        if buffer is not None and not buffer.is_meta:
+            if table is None:
+                size = config.compressed_vocab_size
+                raise ValueError(f"Yaongi: wanted a compression map for compressed_vocab_size = {size}, got none")
+            buffer.copy_(table)
+        initialize(self, config, seed)
+
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            input_ids: (B, L) int64 or int32.
+            document_ids: (B, L) int32, not decreasing within a row: attention, Mamba state, convolutions and n-grams
+                start anew where they change.
+
+        Returns:
+            (B, L, V) in the model's dtype.
+
+        Raises:
+            TypeError: dtype. ValueError: shape; on the CPU also an id outside the vocabulary.
+        """
+        return self.lm_head(self._hidden(input_ids, document_ids, with_routing=False)[0])
+
+    def loss(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """The mean loss in nats over the tokens that have a next one in their document; 0 when none has."""
+        hidden, _ = self._hidden(input_ids, document_ids, with_routing=False)
+        targets = next_tokens(input_ids, document_ids).flatten()
+        total, _ = cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
+        return total / (targets != NO_TARGET).sum().clamp(min=1)
+
+    def losses(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Losses:
+        """What a training step sums over its micro-batches; arguments and errors as `forward`."""
+        hidden, routings = self._hidden(input_ids, document_ids, with_routing=True)
+        targets = next_tokens(input_ids, document_ids).flatten()
+        total, squares = cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
+        if routings:
+            balance = torch.stack([routing.balance for routing in routings]).sum()
+            loads = torch.stack([routing.load for routing in routings])
+        else:
+            balance, loads = total.new_zeros(()), targets.new_zeros((0, self.config.experts), dtype=torch.int32)
+        return Losses(total, squares, balance, (targets != NO_TARGET).sum(), loads)
+
+    @torch.no_grad()
+    def update_router_bias(self, loads: Tensor, rate: float = 1e-3) -> None:
+        """correction bias += rate · sign(mean load − load), once an optimizer step.
+
+        Args:
+            loads: (expert layers, E), whole numbers: the tokens of each expert in the whole global batch.
+        """
+        layers = [layer.mixer for layer in self.backbone.layers if isinstance(layer.mixer, MoE)]
+        if tuple(loads.shape) != (len(layers), self.config.experts):
+            wanted = (len(layers), self.config.experts)
+            raise ValueError(f"update_router_bias: wanted loads {wanted}, got {tuple(loads.shape)}")
+        loads = loads.double()
+        for mixer, missing in zip(layers, loads.mean(1, keepdim=True) - loads, strict=True):
+            bias = mixer.gate.e_score_correction_bias
+            bias.add_(rate * missing.sign().to(bias))
+
+    def _hidden(
+        self, input_ids: Tensor, document_ids: Tensor | None, *, with_routing: bool
+    ) -> tuple[Tensor, list[Routing]]:
+        check_tokens(input_ids, document_ids, self.config.vocab_size)
+        context = self.backbone.context(input_ids, document_ids, with_routing=with_routing)
+        return self.backbone(input_ids, context, self.recompute)
+
+
+def check_tokens(input_ids: Tensor, document_ids: Tensor | None, vocab_size: int) -> None:
+    """Refuses ids of another shape or dtype, and on the CPU those outside the vocabulary."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"model: wanted input_ids int64 or int32, got {str(input_ids.dtype).removeprefix('torch.')}")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"model: wanted input_ids (B, L) with B, L >= 1, got {tuple(input_ids.shape)}")
+    if document_ids is not None:
+        if document_ids.dtype != torch.int32:
+            got = str(document_ids.dtype).removeprefix("torch.")
+            raise TypeError(f"model: wanted document_ids int32, got {got}")
+        if document_ids.shape != input_ids.shape:
+            wanted = tuple(input_ids.shape)
+            raise ValueError(f"model: wanted document_ids {wanted} like input_ids, got {tuple(document_ids.shape)}")
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"model: wanted token ids from 0 to {vocab_size - 1}, got {bad}")
+
+
+def _compression_table(compression: ArrayLike, config: ModelConfig) -> Tensor:
+    """The map as a tensor on the CPU, checked against the config."""
+    table = torch.as_tensor(compression, dtype=torch.int64, device="cpu")
+    if table.shape != (config.vocab_size,) or int(table.min()) < 0:
+        wanted = f"({config.vocab_size},) whole numbers from 0"
+        raise ValueError(f"Yaongi: wanted compression {wanted}, got {tuple(table.shape)} from {int(table.min())}")
+    size = int(table.max()) + 1
+    if config.compressed_vocab_size not in (None, size):
+        raise ValueError(f"Yaongi: wanted compression to {config.compressed_vocab_size} ids, got {size}")
+    return table

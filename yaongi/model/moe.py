@@ -1,0 +1,106 @@
+"""The expert mixer: router, routed squared-ReLU experts, one shared expert, and the measures of balance."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from yaongi.kernels import moe, moe_route
+from yaongi.model.config import ModelConfig, RolePrecision
+from yaongi.model.linear import Linear
+
+Tensor = torch.Tensor
+
+
+class Routing(NamedTuple):
+    """What the trainer learns about one layer's routing."""
+
+    load: Tensor  # (E) int32, tokens of each expert
+    balance: Tensor  # scalar, the sequence balance loss averaged over the rows, unweighted
+
+
+class Router(nn.Module):
+    """Logits of the experts in float32, and the correction bias that steers the choice alone."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        wide = torch.promote_types(dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden_size, device=device, dtype=dtype))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, device=device, dtype=wide))
+        self.e_score_correction_bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d) to logits (T, E)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.linear(x.to(wide), self.weight.to(wide))
+
+
+class Experts(nn.Module):
+    """The weights of all experts of a layer: up (E, F, d), down (E, d, F)."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        count, width, hidden = config.experts, config.hidden_size, config.expert_size
+        self.up_proj = nn.Parameter(torch.empty(count, hidden, width, device=device, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(count, width, hidden, device=device, dtype=dtype))
+
+
+class SharedExpert(nn.Module):
+    """down(relu(up(x))²) for every token."""
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype, precision: RolePrecision
+    ) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.shared_expert_size
+        self.up_proj = Linear(width, hidden, device, dtype, precision)
+        self.down_proj = Linear(hidden, width, device, dtype, precision)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d) to (T, d)."""
+        return self.down_proj(self.up_proj(x).relu().square())
+
+
+class MoE(nn.Module):
+    """Σ over a token's K experts of their weighted answers, plus the shared expert's."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.top_k, self.scale = config.experts_per_token, config.routed_scale
+        self.precision = config.precision_of("experts", layer)
+        self.gate = Router(config, device, dtype)
+        self.experts = Experts(config, device, dtype)
+        self.shared_experts = SharedExpert(config, device, dtype, config.precision_of("shared_experts", layer))
+
+    def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
+        """(B, L, d) to (B, L, d), and the routing's measures when they are wanted."""
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        bias = self.gate.e_score_correction_bias.to(logits.dtype)
+        ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
+        y = moe(rows, self.experts.up_proj, self.experts.down_proj, ids, weights, self.precision)
+        y = (y + self.shared_experts(rows)).view(x.shape)
+        if not with_routing:
+            return y, None
+        batch = x.shape[0]
+        return y, Routing(load, sequence_balance(logits.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1))))
+
+
+def sequence_balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
+    """Σ_e f_e·P_e of each row, averaged over the rows: 1 when balanced. Its gradient flows through P.
+
+    Args:
+        logits: (B, L, E). expert_ids: (B, L, K) int32, the experts of each token.
+
+    f_e = E/(K·L) · the tokens of a row that chose e; P_e the mean over the row of the scores, normalised over E.
+    """
+    batch, length, experts = logits.shape
+    top_k = expert_ids.shape[-1]
+    first = torch.arange(0, batch * experts, experts, device=logits.device, dtype=torch.int32)
+    chosen = (expert_ids + first[:, None, None]).flatten()
+    counts = torch.zeros(batch * experts, device=logits.device, dtype=torch.int32)
+    counts.index_add_(0, chosen, torch.ones_like(chosen))
+    share = counts.view(batch, experts) * (experts / (top_k * length))
+    scores = logits.sigmoid()
+    probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return (share * probability).sum(-1).mean()

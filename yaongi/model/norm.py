@@ -1,0 +1,41 @@
+"""The norms as modules around `yaongi.kernels`."""
+
+import torch
+from torch import nn
+
+from yaongi.kernels import gated_rms_norm, rms_norm
+
+Tensor = torch.Tensor
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, statistics in float32."""
+
+    def __init__(self, width: int, eps: float, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) to the same shape."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden + delta, and its norm, in one pass; hidden itself when there is nothing to add."""
+        if delta is None:
+            return hidden, self(hidden)
+        normed, total = rms_norm(delta, self.weight, self.eps, hidden)
+        return total, normed
+
+
+class GatedRMSNorm(nn.Module):
+    """x·silu(z), over its root mean square in each of `groups` groups of channels, times the weight."""
+
+    def __init__(self, width: int, groups: int, eps: float, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x and z (…, width) to the same shape."""
+        return gated_rms_norm(x, z, self.weight, self.eps, self.groups)
