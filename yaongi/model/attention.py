@@ -53,7 +53,9 @@ def plan_attention(
     device: torch.device,
     dtype: torch.dtype,
 ) -> AttentionPlan:
-    """Chooses the backend for tokens of shape (B, L) and prepares what it needs. For varlen and flash this synchronises with the GPU, once.
+    """Chooses the backend for tokens of shape (B, L) and prepares what it needs.
+
+    For varlen and flash it synchronises with the GPU, twice a forward pass.
 
     Raises:
         ValueError: a backend asked for by name can't run on this device or dtype. ImportError: it is not installed.

@@ -36,8 +36,8 @@ class Role:
     """How one parameter is updated.
 
     kind: "qkv" is Teon, stacked with the parameter of the same `part` whose `attention` index is the other of the pair
-    (2i, 2i + 1); "muon" is Teon with K = 1; "expert" is Muon for each of the E matrices of (E, rows, columns); "table" is
-    AdamW with its learning rate times 5 on a gradient that may be sparse.
+    (2i, 2i + 1); "muon" is Teon with K = 1; "expert" is Muon for each of the E matrices of (E, rows, columns); "table"
+    is AdamW with its learning rate times 5, on a gradient that is sparse unless the config says otherwise.
     """
 
     kind: Kind
