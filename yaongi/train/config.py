@@ -44,8 +44,8 @@ class Training:
     balance_loss: float = 1e-4  # weight of the experts' sequence balance loss
     bias_rate: float = 1e-3  # step of the router's balancing bias
     bad_steps: int = 3  # non-finite steps skipped in a row before the run stops
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the weights; auto: bfloat16 on a GPU
-    momentum_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrices' momentum; auto: dtype
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of the weights; auto: bfloat16 on a GPU
+    momentum_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of the matrices' momentum; auto: dtype
 
     @property
     def batch_rows(self) -> int:

@@ -6,6 +6,7 @@ parameters of another dtype than the rest, and tables with sparse gradients. The
 """
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,11 +96,15 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], methods: Iterable[str],
     """
     if world.mesh is None:
         return
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view"
+    )  # which nothing changes in place
     usual, whole = _kept_whole(model)
-    policy = MixedPrecisionPolicy(param_dtype=usual, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = torch.promote_types(usual, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=usual, reduce_dtype=wide, cast_forward_inputs=False)
     for parameter in model.parameters():
         if parameter not in whole:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(wide)
     for module in (*layers, model):
         fully_shard(module, mesh=world.mesh, ignored_params=whole, mp_policy=policy)
     for method in methods:
@@ -178,5 +183,6 @@ def _gathered(gradient: torch.Tensor, world: World) -> torch.Tensor:
         torch.cat([i[:, :n] for i, n in zip(all_indices, kept, strict=True)], 1),
         torch.cat([v[:n] for v, n in zip(all_values, kept, strict=True)]),
         gradient.shape,
+        check_invariants=False,
     )
     return summed.coalesce()

@@ -122,7 +122,9 @@ def total_norm(gradients: Iterable[torch.Tensor], world: World) -> torch.Tensor:
     squares: dict[bool, list[torch.Tensor]] = {True: [zero], False: [zero]}
     for gradient in gradients:
         values = gradient.coalesce().values() if gradient.is_sparse else local(gradient)
-        squares[is_sharded(gradient)].append(torch.linalg.vector_norm(values, dtype=torch.float32).double() ** 2)
+        squares[is_sharded(gradient)].append(
+            torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)).double() ** 2
+        )
     sharded = world.total(torch.stack(squares[True]).sum())
     return (sharded + torch.stack(squares[False]).sum()).sqrt()
 
