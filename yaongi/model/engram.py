@@ -54,6 +54,12 @@ class Engram(nn.Module):
         self.primes: Tensor
         self.starts: Tensor
 
+    def reset_constants(self) -> None:
+        """Computes the constants of the hash again, where `to_empty` has left them unset."""
+        primes, starts = self.plan.constants(self.primes.device)
+        self.primes.copy_(primes)
+        self.starts.copy_(starts)
+
     def forward(
         self, hidden: Tensor, window: Tensor, document_ids: Tensor | None, cache: EngramCache | None = None
     ) -> Tensor:

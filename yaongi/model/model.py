@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,7 @@ class Layer(nn.Module):
         self.kind = config.pattern[index]
         self.engram = engram
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, device, dtype)
-        self.mixer = MIXERS[self.kind](config, index, device, dtype)
+        self.mixer: Any = MIXERS[self.kind](config, index, device, dtype)
 
     def forward(
         self, hidden: Tensor, delta: Tensor | None, context: Context, cache: Any = None
@@ -66,6 +67,20 @@ class Layer(nn.Module):
         if self.kind == "*":
             return hidden, self.mixer(normed, context.attention, mixer_cache), None
         return hidden, *self.mixer(normed, context.with_routing)
+
+    def step(
+        self, hidden: Tensor, delta: Tensor | None, window: Tensor | None, cache: Any, position: int, visible: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One token: (B, d) and (B, d) or None to the same two parts; the layer's cache in place."""
+        if self.engram is not None and window is not None:
+            hidden = hidden if delta is None else hidden + delta
+            delta = self.engram.step(hidden, window, cache.engram)
+        hidden, normed = self.norm.add(hidden, delta)
+        if self.kind == "M":
+            return hidden, self.mixer.step(normed, cache.mixer)
+        if self.kind == "*":
+            return hidden, self.mixer.step(normed, cache.mixer, position, visible)
+        return hidden, self.mixer(normed)[0]
 
 
 class Backbone(nn.Module):
@@ -204,6 +219,33 @@ class Yaongi(nn.Module):
         else:
             balance, loads = total.new_zeros(()), targets.new_zeros((0, self.config.experts), dtype=torch.int32)
         return Losses(total, squares, balance, (targets != NO_TARGET).sum(), loads)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> "Yaongi":
+        """The model of a folder: Hugging Face's `nemotron_h`, or what `save_pretrained` wrote.
+
+        The weights are read shard by shard: at most one is in memory beside the model.
+
+        Args:
+            dtype: of the model's weights; None for that of the folder.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: a config that is not of this model; a missing, extra or
+                misshapen tensor; a damaged file.
+        """
+        from yaongi.model.hf import load_pretrained
+
+        return load_pretrained(Path(folder), dtype, device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model into a folder, in its own dtype: the `nemotron_h` layout of the hub when it has no Engram,
+        and otherwise our own `yaongi`, which keeps everything and which transformers loads with trust_remote_code.
+        """
+        from yaongi.model.hf import save_pretrained
+
+        save_pretrained(self, Path(folder))
 
     @torch.no_grad()
     def update_router_bias(self, loads: Tensor, rate: float = 1e-3) -> None:

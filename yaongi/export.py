@@ -1,0 +1,52 @@
+"""`python -m yaongi.export FOLDER --out DIR`: a model folder in the layout that Hugging Face's tools read."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model folder in the layout that transformers, vLLM and llama.cpp read (nemotron_h)."""
+
+    folder: tyro.conf.Positional[Path]  # a model folder, written by the trainer or by save_pretrained
+    out: Path  # where to write
+    drop_engram: bool = False  # leave the Engrams out, which the layout can't hold
+
+    def run(self) -> None:
+        """Writes config, weights, generation config, model card and tokenizer; raises ValueError or OSError."""
+        from yaongi.model import Yaongi
+        from yaongi.model.hf import export_hub
+
+        if self.out.resolve() == self.folder.resolve():
+            raise ValueError(f"export: wanted another folder than the model's for --out, got {self.out}")
+        model = Yaongi.from_pretrained(self.folder, dtype=None)
+        export_hub(model, self.out, drop_engram=self.drop_engram)
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, self.out / name)
+        print(f"wrote {self.out}")
+
+
+def main() -> None:
+    """Parses the command line; a mistake is one line."""
+    settings = tyro.cli(Export, prog="python -m yaongi.export")
+    try:
+        settings.run()
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

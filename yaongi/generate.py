@@ -1,0 +1,61 @@
+"""`python -m yaongi.generate FOLDER --prompt TEXT`: the continuation of each prompt by a trained model."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Print the continuation of each prompt."""
+
+    folder: tyro.conf.Positional[Path]  # a model folder, with its tokenizer.model
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]  # text to go on with; give it several times for a batch
+    max_new_tokens: int = 128
+    temperature: float = 0.8  # 0 takes the likeliest token
+    top_k: int | None = None  # sample among the k likeliest tokens
+    top_p: float | None = 0.95  # sample among the likeliest tokens that together have this probability
+    seed: int = 0
+    device: str = "auto"  # cuda where there is one, or cpu
+
+    def run(self) -> None:
+        """Loads model and tokenizer, and prints; raises ValueError or OSError with one line."""
+        import torch
+
+        from yaongi.data.tokenizer import Tokenizer
+        from yaongi.model import Yaongi
+        from yaongi.model.generation import generate
+
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        tokenizer = Tokenizer.load(self.folder)
+        model = Yaongi.from_pretrained(self.folder, dtype=dtype, device=device)
+        if tokenizer.vocab_size != model.config.vocab_size:
+            wanted = model.config.vocab_size
+            raise ValueError(f"generate: wanted a tokenizer of {wanted} pieces, got {tokenizer.vocab_size}")
+        answers = generate(
+            model,
+            [tokenizer.encode(prompt) for prompt in self.prompt],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        for prompt, answer in zip(self.prompt, answers, strict=True):
+            print(prompt + tokenizer.decode(answer))
+
+
+def main() -> None:
+    """Parses the command line; a mistake is one line."""
+    settings = tyro.cli(Generate, prog="python -m yaongi.generate")
+    try:
+        settings.run()
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

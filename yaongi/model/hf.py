@@ -1,0 +1,104 @@
+"""Model folders in and out: Hugging Face's `nemotron_h` layout, and our own `yaongi` where there is an Engram."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from yaongi.model.card import model_card
+from yaongi.model.config import ModelConfig
+from yaongi.model.count import count_parameters
+from yaongi.model.engram import Engram
+from yaongi.model.hub_config import REMOTE_CODE, config_from_json, hub_config, own_config
+from yaongi.model.hub_weights import SHARD_BYTES, read_json, read_shards, replaced, write_json, write_shards
+from yaongi.model.model import Yaongi
+
+ENGRAM_TENSORS = (".engram.", "backbone.compression")  # what a name holds that nemotron_h has no place for
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
+    """The config of a model folder, and the dtype of its weights.
+
+    Raises:
+        FileNotFoundError: no config.json. ValueError: what it says is no part of this model.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"from_pretrained: wanted a folder with config.json, got {folder}")
+    fields = read_json(folder / "config.json")
+    name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"config.json: wanted a floating dtype, got {name!r}")
+    return config_from_json(fields), dtype
+
+
+def load_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Yaongi:
+    """The model of a folder; at most one shard is in memory beside it."""
+    config, stored = read_config(folder)
+    model = Yaongi(config, device="meta", dtype=dtype or stored).to_empty(device=device)
+    for module in model.modules():
+        if isinstance(module, Engram):
+            module.reset_constants()
+    with torch.no_grad():
+        read_shards(folder, model.state_dict())
+    return model
+
+
+def save_pretrained(model: Yaongi, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the whole model: as `nemotron_h` when it has no Engram, as `yaongi` otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not model.config.engram:
+        _write_hub(model, folder, lost=None, shard_bytes=shard_bytes)
+        return
+    dtype = _dtype_name(model)
+    write_shards(model.state_dict(), folder, shard_bytes)
+    with replaced(folder / f"{REMOTE_CODE}.py") as temporary:
+        shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), temporary)
+    _write_rest(model, folder, model_card(model.config, dtype, hub=False))
+    write_json(folder / "config.json", own_config(model.config, dtype))
+
+
+def export_hub(model: Yaongi, folder: Path, *, drop_engram: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the model as `nemotron_h`, which transformers, vLLM and llama.cpp read.
+
+    Raises:
+        ValueError: the model has an Engram, which that layout can't hold, and `drop_engram` is not set.
+    """
+    lost = _lost(model.config)
+    if lost and not drop_engram:
+        raise ValueError(
+            f"export: wanted a model without Engram for nemotron_h, got {lost}: --drop-engram leaves that out, "
+            "save_pretrained keeps everything"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_hub(model, folder, lost=lost, shard_bytes=shard_bytes)
+
+
+def _lost(config: ModelConfig) -> str | None:
+    """What nemotron_h has no place for, or None."""
+    if not config.engram:
+        return None
+    layers = " and ".join(str(engram.layer) for engram in config.engram)
+    lost = count_parameters(config).total - count_parameters(config.without_engram()).total
+    return f"the Engram of layer {layers} with {lost:,} parameters"
+
+
+def _write_hub(model: Yaongi, folder: Path, *, lost: str | None, shard_bytes: int) -> None:
+    config, dtype = model.config.without_engram(), _dtype_name(model)
+    kept = {n: t for n, t in model.state_dict().items() if not any(mark in n for mark in ENGRAM_TENSORS)}
+    write_shards(kept, folder, shard_bytes)
+    _write_rest(model, folder, model_card(config, dtype, hub=True, lost=lost))
+    (folder / f"{REMOTE_CODE}.py").unlink(missing_ok=True)
+    write_json(folder / "config.json", hub_config(config, dtype))
+
+
+def _write_rest(model: Yaongi, folder: Path, card: str) -> None:
+    """The generation config and the model card."""
+    tokens = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", tokens)
+    with replaced(folder / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+def _dtype_name(model: Yaongi) -> str:
+    return str(model.lm_head.weight.dtype).removeprefix("torch.")

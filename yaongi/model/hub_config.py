@@ -1,0 +1,139 @@
+"""`config.json` of a model folder: the hub's `nemotron_h`, and our own `yaongi` that holds Engram too."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from yaongi.model.config import ModelConfig
+
+HUB_TYPE = "nemotron_h"
+OWN_TYPE = "yaongi"
+REMOTE_CODE = "modeling_yaongi"  # the module that a folder of our own type carries for transformers
+SIZES = {  # our field: the hub's
+    "hidden_size": "hidden_size",
+    "vocab_size": "vocab_size",
+    "mamba_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_groups": "n_groups",
+    "mamba_state": "ssm_state_size",
+    "attention_heads": "num_attention_heads",
+    "attention_kv_heads": "num_key_value_heads",
+    "attention_head_dim": "head_dim",
+    "experts": "n_routed_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_size": "moe_intermediate_size",
+    "shared_expert_size": "moe_shared_expert_intermediate_size",
+}
+SETTINGS: dict[str, tuple[str, Any]] = {  # our field: the hub's, and what it means there when it is left out
+    "mamba_conv": ("conv_kernel", 4),
+    "routed_scale": ("routed_scaling_factor", 1.0),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "max_sequence_length": ("max_position_embeddings", 4096),
+    "pad_token_id": ("pad_token_id", 0),
+    "bos_token_id": ("bos_token_id", 1),
+    "eos_token_id": ("eos_token_id", 2),
+}
+FIXED: dict[str, Any] = {  # what nemotron_h could vary and this model does not; left out it means the same
+    "attention_bias": False,
+    "mamba_hidden_act": "silu",
+    "mamba_proj_bias": False,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "n_group": 1,
+    "norm_topk_prob": True,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+}
+UNSUPPORTED = {"moe_latent_size": None}  # as FIXED, but older readers don't know the key, so it is not written
+LETTERS = {"mamba": "M", "linear_attention": "M", "moe": "E", "attention": "*", "full_attention": "*", "mlp": "-"}
+TIME_STEP_MIN = 1e-30  # transformers clamps dt there in prefill; the model doesn't, and 0 is refused by its constructor
+
+
+def hub_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `nemotron_h` config of a model, without what that can't hold: Engram, backends and precision."""
+    return {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": HUB_TYPE,
+        "dtype": dtype,
+        "hybrid_override_pattern": config.pattern,
+        "num_hidden_layers": len(config.pattern),
+        **{hub: getattr(config, ours) for ours, hub in SIZES.items()},
+        **{hub: getattr(config, ours) for ours, (hub, _) in SETTINGS.items()},
+        **FIXED,
+        "attention_dropout": 0.0,
+        "chunk_size": 128,
+        "expand": 2,
+        "hidden_dropout": 0.0,
+        "initializer_range": math.sqrt(0.8 / config.hidden_size),
+        "intermediate_size": config.expert_size,
+        "mamba_ssm_cache_dtype": "float32",
+        "n_shared_experts": 1,
+        "rescale_prenorm_residual": True,
+        "residual_in_fp32": False,
+        "time_step_floor": 1e-4,
+        "time_step_max": 0.1,
+        "time_step_min": TIME_STEP_MIN,
+        "use_cache": True,
+    }
+
+
+def own_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `yaongi` config of a model: everything, under the key `model`."""
+    tokens = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return {
+        "architectures": ["YaongiForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{REMOTE_CODE}.YaongiConfig",
+            "AutoModelForCausalLM": f"{REMOTE_CODE}.YaongiForCausalLM",
+        },
+        "model_type": OWN_TYPE,
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": len(config.pattern),
+        **tokens,
+        "model": config.to_dict(),
+    }
+
+
+def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
+    """The config of either kind of folder. ValueError names what is missing or is no part of this model."""
+    kind = fields.get("model_type")
+    if kind == OWN_TYPE:
+        if not isinstance(fields.get("model"), Mapping):
+            raise ValueError(f"config.json: wanted the table 'model' of model_type {OWN_TYPE!r}, got none")
+        return ModelConfig.from_dict(fields["model"])
+    if kind != HUB_TYPE:
+        raise ValueError(f"config.json: wanted model_type {HUB_TYPE!r} or {OWN_TYPE!r}, got {kind!r}")
+    for key, value in (FIXED | UNSUPPORTED).items():
+        if fields.get(key, value) != value:
+            raise ValueError(f"config.json: wanted {key} = {value!r}, got {fields[key]!r}")
+    missing = next((hub for hub in SIZES.values() if hub not in fields), None)
+    if missing:
+        raise ValueError(f"config.json: wanted the key {missing!r}, got {', '.join(fields)}")
+    sizes = {ours: fields[hub] for ours, hub in SIZES.items()}
+    settings = {ours: _first(fields.get(hub), default) for ours, (hub, default) in SETTINGS.items()}
+    return ModelConfig.from_dict({"pattern": _pattern(fields), **sizes, **settings})
+
+
+def _first(value: Any, default: Any) -> Any:
+    """A list's first item, as the hub's configs may list several ends of text; the default for null."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    return default if value is None else value
+
+
+def _pattern(fields: Mapping[str, Any]) -> str:
+    """The layers' letters, from the list that transformers saves or from the pattern of the older configs."""
+    kinds = fields.get("layers_block_type")
+    if kinds is None:
+        if not isinstance(fields.get("hybrid_override_pattern"), str):
+            raise ValueError("config.json: wanted hybrid_override_pattern or layers_block_type, got neither")
+        return str(fields["hybrid_override_pattern"])
+    unknown = next((kind for kind in kinds if kind not in LETTERS), None)
+    if unknown is not None:
+        raise ValueError(f"config.json: wanted layers_block_type of {', '.join(LETTERS)}, got {unknown!r}")
+    return "".join(LETTERS[kind] for kind in kinds)
