@@ -1,0 +1,141 @@
+"""Configs, presets, counts and the count command."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from model_support import ENGRAM, small_config
+
+from yaongi.model import EngramConfig, ModelConfig, Yaongi, count_parameters, flops_per_token, load_preset
+from yaongi.model.config import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
+def test_presets_load_and_round_trip(path: Path) -> None:
+    config = load_preset(path.stem)
+    assert config == load_preset(str(path)) == ModelConfig.from_dict(config.to_dict())
+    assert count_parameters(config).total == sum(count_parameters(config).parts.values())
+
+
+def test_the_flagship_counts_to_the_parameter() -> None:
+    config = load_preset("yaongi-4b")
+    assert config.pattern == "".join("*" if i % 6 == 5 else "ME"[(i - i // 6) % 2] for i in range(52))
+    assert [len(config.layers_of(letter)) for letter in "ME*"] == [22, 22, 8]
+    plain = count_parameters(config.without_engram())
+    assert (plain.total, plain.active, plain.engram_tables) == (3_915_737_216, 1_172_662_400, 0)
+    assert plain.parts["experts"] == 22 * 64 * 2 * 2048 * 512
+    assert plain.parts["embedding"] + plain.parts["head"] == 134_217_728
+    assert flops_per_token(config.without_engram(), 4096) == pytest.approx(7.62e9, rel=1e-3)
+    assert count_parameters(config).total == pytest.approx(4.28e9, rel=1e-3)
+
+
+def test_engram_tables_have_a_prime_of_their_own_for_every_head() -> None:
+    config = load_preset("yaongi-4b")
+    counts = count_parameters(config)
+    first, second = (
+        engram for engram in (layer.engram for layer in Yaongi(config, device="meta").backbone.layers) if engram
+    )
+    assert first.plan.primes[0][0] == 200_003
+    assert second.plan.primes[0][0] == 500_009
+    primes = [p for plan in (first.plan, second.plan) for order in plan.primes for p in order]
+    assert len(set(primes)) == len(primes) == 2 * 2 * 8
+    assert counts.engram_tables == 32 * sum(primes)
+
+
+def test_the_other_presets_have_the_specified_shape() -> None:
+    pairs = load_preset("yaongi-4b-pairs")
+    assert len(pairs.pattern) == 92
+    assert pairs.pattern.count("*") == 8
+    assert load_preset("yaongi-small").pattern == "MEMEM*EMEME*"
+    assert count_parameters(load_preset("yaongi-small").without_engram()).active == pytest.approx(0.07e9, rel=0.05)
+    nano = count_parameters(load_preset("nemotron-3-nano"))
+    assert nano.total == 31_577_937_344
+    assert load_preset("yaongi-tiny", vocab_size=1000).vocab_size == 1000
+
+
+def test_count_command_needs_no_memory() -> None:
+    """`count nemotron-3-nano` < 5 s and < 1 GB."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "yaongi.model", "count", "nemotron-3-nano"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert "31,577,937,344" in text
+    assert "FLOPs a token" in text
+    assert time.perf_counter() - start < 5
+    assert usage.ru_maxrss < 1_000_000  # kB
+
+
+BAD = [
+    ({"colour": 1}, "config: wanted keys of pattern, "),
+    ({"pattern": "MX*"}, "config: wanted pattern letters of M, E and *, got 'X'"),
+    ({"pattern": ""}, "config: wanted pattern letters of M, E and *, got ''"),
+    ({"mamba_groups": 3}, "config: wanted mamba_groups a divisor of mamba_heads = 4, got 3"),
+    ({"attention_kv_heads": 3}, "config: wanted attention_kv_heads a divisor of attention_heads = 4, got 3"),
+    ({"experts_per_token": 7}, "config: wanted experts_per_token 1 to experts = 6, got 7"),
+    ({"hidden_size": 0}, "config: wanted hidden_size 1 or more, got 0"),
+    ({"hidden_size": 24.0}, "config: wanted hidden_size of type int, got 24.0"),
+    ({"hidden_size": True}, "config: wanted hidden_size of type int, got True"),
+    ({"eos_token_id": 61}, "config: wanted eos_token_id 0 to 60 (vocab_size - 1), got 61"),
+    (
+        {"attention_backend": "magic"},
+        "config: wanted attention_backend of auto, sdpa, varlen, flex, flash, got 'magic'",
+    ),
+    ({"precision": {"scan": "fp4"}}, "precision: wanted scan of bf16, fp8, got 'fp4'"),
+    ({"precision": {"sky": "fp8"}}, "precision: wanted keys of "),
+    ({"engram": {}}, "config: wanted engram a list of tables, got {}"),
+    ({"engram": [{"layer": 0}]}, "engram: wanted the key 'heads', got layer"),
+    ({"compressed_vocab_size": 62}, "config: wanted compressed_vocab_size 1 to vocab_size = 61, got 62"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[f"{i}-{next(iter(c))}" for i, (c, _) in enumerate(BAD)])
+def test_a_bad_config_is_one_line(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=".") as caught:
+        small_config(**changes)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_engram_is_one_line() -> None:
+    for changes, message in (
+        ({"orders": (3, 2)}, "engram: wanted orders ascending and 2 or more, got (3, 2)"),
+        ({"orders": (1, 2)}, "engram: wanted orders ascending and 2 or more, got (1, 2)"),
+        ({"gate": "none"}, "engram: wanted gate of paper, demo, got 'none'"),
+    ):
+        with pytest.raises(ValueError, match=".") as caught:
+            dataclasses.replace(ENGRAM, **changes)
+        assert str(caught.value) == message
+    far = EngramConfig(layer=9, heads=1, head_dim=4, rows=50)
+    with pytest.raises(ValueError, match="config: wanted engram ascending layers of 0 to 5, got"):
+        small_config(engram=[far])
+
+
+def test_a_missing_key_and_a_missing_preset_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="config: wanted the key 'hidden_size', got pattern"):
+        ModelConfig.from_dict({"pattern": "M"})
+    with pytest.raises(FileNotFoundError, match="preset: wanted one of nemotron-3-nano, yaongi-4b.*got 'yaongi-9b'"):
+        load_preset("yaongi-9b")
+    file = tmp_path / "mine.toml"
+    file.write_text("[train]\nlr = 1\n")
+    with pytest.raises(ValueError, match=r"preset: wanted a \[model\] table in mine.toml, got train"):
+        load_preset(file)
+    file.write_text("[model\n")
+    with pytest.raises(ValueError, match="preset: wanted TOML in mine.toml, got"):
+        load_preset(file)
+
+
+def test_fp8_is_refused_until_it_exists() -> None:
+    config = small_config(precision={"mamba_projections": "fp8"})
+    with pytest.raises(ValueError, match="fp8 is not available yet"):
+        Yaongi(config)
+    assert config.precision_of("mamba_projections", 0) == "bf16"  # the first layer

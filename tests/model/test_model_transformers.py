@@ -1,0 +1,140 @@
+"""The oracle: Hugging Face's `NemotronHForCausalLM` gives the same logits and gradients, in both directions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import small_model, tokens, wave
+from oracle import assert_equal_to_float64
+from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
+
+from yaongi.model import Yaongi
+from yaongi.model.generation import generate
+
+LOGITS, GRADIENTS = 2e-5, 2e-4  # relative, float32
+CASES: dict[str, dict[str, Any]] = {
+    "mamba": {"pattern": "M"},
+    "one group": {"pattern": "MM", "mamba_groups": 1},
+    "a group a head": {"pattern": "MM", "mamba_groups": 4},
+    "experts": {"pattern": "EE"},
+    "one expert a token": {"pattern": "E", "experts_per_token": 1},
+    "all experts": {"pattern": "E", "experts_per_token": 6},
+    "attention": {"pattern": "**"},
+    "a key a query": {"pattern": "*", "attention_kv_heads": 4},
+    "one key": {"pattern": "*", "attention_kv_heads": 1},
+    "hybrid": {"pattern": "MEM*ME"},
+    "other order": {"pattern": "*EMEM", "mamba_groups": 1, "experts_per_token": 1, "mamba_conv": 3, "norm_eps": 1e-3},
+}
+cases = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+
+
+def without_clamp(model: NemotronHForCausalLM) -> NemotronHForCausalLM:
+    """Takes away the lower limit of dt, which transformers applies in the prefill and not when it decodes."""
+    for layer in model.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    return model
+
+
+def theirs_from(folder: Path) -> NemotronHForCausalLM:
+    """Their model of a folder, which must hold exactly its tensors."""
+    model, report = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    return without_clamp(model)
+
+
+def theirs(changes: dict[str, Any], folder: Path) -> NemotronHForCausalLM:
+    """A model that transformers itself has made, with other numbers than its initial ones."""
+    small_model(**changes).save_pretrained(folder)
+    model = without_clamp(NemotronHForCausalLM(NemotronHConfig.from_pretrained(folder))).float().eval()
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.uniform_(-0.2, 0.2, generator=random)
+            elif name.endswith(("A_log", "dt_bias")):
+                tensor.uniform_(-2, 1, generator=random)
+            elif tensor.dim() > 1:
+                tensor.normal_(0, 0.15, generator=random)
+            else:
+                tensor.uniform_(0.5, 1.5, generator=random)
+    return model
+
+
+def assert_same(ours: Yaongi, other: NemotronHForCausalLM) -> None:
+    """Equal logits, and equal gradients of every parameter."""
+    input_ids = tokens(2, 149)  # more than a chunk of their scan
+    logits, expected = ours(input_ids), other(input_ids, use_cache=False).logits
+    assert_equal_to_float64(logits, expected, LOGITS, "logits")
+    for output in (logits, expected):
+        (output * wave(output.shape).to(output)).sum().backward()
+    gradients = {name.replace("model.", "backbone.", 1): p.grad for name, p in other.named_parameters()}
+    parameters = dict(ours.named_parameters())
+    assert parameters.keys() == gradients.keys()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        if ours.config.experts_per_token == 1 and name.endswith("mixer.gate.weight"):
+            # one expert has the weight 2.5 whatever its score: the gradient is zero, and both compute its rounding
+            assert max(parameter.grad.abs().max(), gradients[name].abs().max()) <= 1e-5
+        else:
+            assert_equal_to_float64(parameter.grad, gradients[name], GRADIENTS, name)
+
+
+@cases
+def test_what_we_export_they_load(changes: dict[str, Any], tmp_path: Path) -> None:
+    ours = small_model(**changes)
+    ours.save_pretrained(tmp_path)
+    assert_same(ours, theirs_from(tmp_path))
+
+
+@cases
+def test_what_they_save_we_load(changes: dict[str, Any], tmp_path: Path) -> None:
+    other = theirs(changes, tmp_path / "config")
+    other.save_pretrained(tmp_path / "theirs")
+    saved = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert "layers_block_type" in saved
+    assert "hybrid_override_pattern" not in saved
+    assert_same(Yaongi.from_pretrained(tmp_path / "theirs"), other)
+
+
+def test_there_and_back_is_bit_for_bit(tmp_path: Path) -> None:
+    ours = small_model()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs_from(tmp_path / "ours").save_pretrained(tmp_path / "theirs", max_shard_size="20kB")
+    back = Yaongi.from_pretrained(tmp_path / "theirs")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name]), name
+
+
+def test_a_time_step_below_their_limit_is_not_clamped(tmp_path: Path) -> None:
+    """A model whose dt is far below 1e-3 gives their logits as exported, without touching their mixers."""
+    ours = small_model(pattern="MM*")
+    with torch.no_grad():
+        for layer in ours.backbone.layers[:2]:
+            layer.mixer.dt_bias.fill_(-12)  # softplus about 6e-6
+    ours.save_pretrained(tmp_path)
+    other = NemotronHForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert_equal_to_float64(ours(tokens()), other(tokens()).logits, LOGITS)
+
+
+def test_greedy_text_is_the_same(tmp_path: Path) -> None:
+    ours, prompt = small_model(), tokens(1, 9)
+    ours.save_pretrained(tmp_path)
+    other = theirs_from(tmp_path)
+    visible = torch.ones_like(prompt)  # they would hide the pad id that is among these tokens
+    expected = other.generate(prompt, attention_mask=visible, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert generate(ours, prompt.tolist(), max_new_tokens=12, stop=()) == expected[:, 9:].tolist()
+
+
+def test_our_own_type_loads_with_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    ours = small_model(engram=True)
+    ours.save_pretrained(tmp_path / "ours")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(other(tokens()).logits, ours(tokens()))
+    assert other.generate(tokens(), max_new_tokens=5).shape[0] == 2
