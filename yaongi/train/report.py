@@ -22,7 +22,7 @@ from yaongi.train.log import duration, read_metrics, short, significant
 from yaongi.train.names import METRICS, REPORT_HTML, REPORT_PNG
 
 Records = list[dict[str, Any]]
-_COLUMNS = 3
+_COLUMNS = 4
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.grid": True,
@@ -90,7 +90,7 @@ def _panels(records: Records, steps: Records) -> list[Callable[[Axes], None]]:
 
 def _draw(panels: Sequence[Callable[[Axes], None]]) -> bytes:
     rows = -(-len(panels) // _COLUMNS)
-    figure = Figure(figsize=(4.2 * _COLUMNS, 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(4.0 * _COLUMNS, 2.8 * rows), layout="constrained")
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -120,7 +120,8 @@ def _line(ax: Axes, good: Records, names: dict[str, str], title: str, low: float
     for name, label in names.items():
         ax.plot(_column(good, "step"), _column(good, name), label=label)
     ax.set(title=title, xlabel="step")
-    ax.set_ylim(bottom=low)
+    if low is not None:
+        ax.set_ylim(low, 1.15 * max(_column(good, name).max() for name in names))
     ax.legend()
 
 
@@ -134,9 +135,9 @@ def _gradients(ax: Axes, good: Records, bad: Records) -> None:
 
 
 def _memory(ax: Axes, good: Records) -> None:
-    ax.plot(_column(good, "step"), _column(good, "memory") / 1e9)
-    ax.set(title="memory, GB", xlabel="step")
-    ax.set_ylim(bottom=0)
+    memory = _column(good, "memory") / 1e9
+    ax.plot(_column(good, "step"), memory)
+    ax.set(title="memory, GB", xlabel="step", ylim=(0, 1.15 * memory.max()))
 
 
 def _heat_map(ax: Axes, record: dict[str, Any]) -> None:
@@ -145,6 +146,7 @@ def _heat_map(ax: Axes, record: dict[str, Any]) -> None:
     image = ax.imshow(fair, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax)
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set(title=f"experts' load at step {record['step']}, 1.0 = fair", xlabel="expert", ylabel="MoE layer")
 
 

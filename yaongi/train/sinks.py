@@ -4,14 +4,16 @@ import importlib.util
 import json
 import os
 import secrets
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from yaongi.data.files import write_atomically
 from yaongi.train.names import TENSORBOARD, WANDB_ID
 
-_CONNECT_SECONDS = 30
+_CONNECT_SECONDS = 5
 
 
 class Sink(Protocol):
@@ -53,14 +55,18 @@ class Wandb:
         online = mode == "online" or (mode == "auto" and bool(os.environ.get("WANDB_API_KEY")))
         if mode == "auto" and not online:
             say("wandb: no WANDB_API_KEY, so this run is logged offline (wandb sync sends it later)")
-        settings = wandb.Settings(init_timeout=_CONNECT_SECONDS, silent=True, console="off", save_code=False)
-        common: dict[str, Any] = {"project": project, "id": _run_id(folder), "dir": str(folder)}
-        common |= {"config": config, "settings": settings}
-        try:
-            self._run = wandb.init(mode="online" if online else "offline", resume="allow", **common)
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            say(f"wandb: no connection ({type(error).__name__}), so this run is logged offline")
-            self._run = wandb.init(mode="offline", **common)
+        elif online and not _reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+            say("wandb: no connection, so this run is logged offline (wandb sync sends it later)")
+            online = False
+        self._run = wandb.init(
+            mode="online" if online else "offline",
+            resume="allow" if online else None,
+            project=project,
+            id=_run_id(folder),
+            dir=str(folder),
+            config=config,
+            settings=wandb.Settings(silent=True, console="off", save_code=False),
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record ``values`` after ``step`` steps."""
@@ -93,6 +99,17 @@ def open_sinks(
         else:
             sinks.append(TensorBoard(folder, first_step))
     return sinks
+
+
+def _reachable(url: str) -> bool:
+    """Whether the server at ``url`` takes connections."""
+    address = urlsplit(url)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _run_id(folder: Path) -> str:

@@ -1,0 +1,179 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained model and its report: environment -> data -> tokenizer -> tokens -> train -> report.
+# Every stage does nothing when its result is there, so run it again after an interruption. Any machine will do: it picks
+# preset and corpus by what it finds and says so.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+  cat <<'TEXT'
+usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
+  --preset NAME    a file of configs/ without .toml; default: by the machine
+  --source SPEC    embedded, hub, DOMAIN=PATH (ko, en, code, math) or a folder with train/; may be repeated
+  --stage NAME     only this one: env, data, tokenizer, tokens, train, report
+  --smoke          everything in miniature, a minute or two
+  --help
+WANDB_API_KEY, HF_TOKEN and the like are read from .env if it is there. PYTHON picks the interpreter of a new environment.
+TEXT
+}
+
+say() { printf '== %s\n' "$*"; }
+die() {
+  printf 'run_all_vessl.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+preset="" stage=all smoke=0
+sources=() extra=()
+while (($#)); do
+  case $1 in
+    --preset | --source | --stage) (($# > 1)) || die "wanted a value after $1" ;;&
+    --preset) preset=$2 && shift 2 ;;
+    --source) sources+=("$2") && shift 2 ;;
+    --stage) stage=$2 && shift 2 ;;
+    --smoke) smoke=1 && shift ;;
+    --help | -h) usage && exit ;;
+    --) shift && extra=("$@") && break ;;
+    *) usage >&2 && die "unknown option $1" ;;
+  esac
+done
+case $stage in all | env | data | tokenizer | tokens | train | report) ;; *) die "unknown stage $stage" ;; esac
+wants() { [[ $stage == all || $stage == "$1" ]]; }
+
+# KEY=value lines; blanks around, export, quotes and comments are understood; nothing is evaluated and nothing printed.
+read_dotenv() {
+  local line key value
+  while IFS= read -r line || [[ -n $line ]]; do
+    line=${line%$'\r'}
+    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)[[:space:]]*=[[:space:]]*(.*)$ ]] || continue
+    key=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+    if [[ $value =~ ^\"([^\"]*)\" || $value =~ ^\'([^\']*)\' ]]; then
+      value=${BASH_REMATCH[1]}
+    else
+      [[ $value == \#* ]] && value=""
+      value=${value%%[[:space:]]#*}
+      value=${value%"${value##*[![:space:]]}"}
+    fi
+    export "$key=$value"
+  done <"$1"
+}
+[[ -f .env ]] && read_dotenv .env
+
+# ---- the machine
+gpu="" memory=0 # "name, compute capability, MiB" of the first GPU
+if command -v nvidia-smi >/dev/null; then
+  query=(--query-gpu=name,compute_cap,memory.total --format=csv,noheader,nounits)
+  if gpu=$(nvidia-smi "${query[@]}" 2>/dev/null); then gpu=${gpu%%$'\n'*} memory=${gpu##*, }; else gpu=""; fi
+fi
+hopper() { [[ $gpu == *", 9.0,"* ]]; }
+online() {
+  [[ ${HF_HUB_OFFLINE:-0} != 1 ]] && "$python" - <<'PY' 2>/dev/null
+import urllib.request
+urllib.request.urlopen(urllib.request.Request("https://huggingface.co", method="HEAD"), timeout=5)
+PY
+}
+
+# ---- environment: .venv with pinned packages; torch stays the machine's own where it already drives a GPU
+python=.venv/bin/python
+own_torch() { "${PYTHON:-python3}" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
+
+cuda_from_wheels() { # nvcc for _C.so, assembled from wheels of one version: a newer nvvm writes PTX that ptxas rejects
+  local folder=$PWD/build/cuda pinned=13.0.88
+  if [[ ! -f $folder/installed ]]; then
+    say "environment: no nvcc here, so CUDA $pinned comes from wheels"
+    "${pip[@]}" --no-deps --upgrade --target "$folder" "nvidia-cuda-nvcc==$pinned" \
+      "nvidia-cuda-crt==$pinned" "nvidia-nvvm==$pinned" "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-cccl==13.0.*" || return 1
+    touch "$folder/installed"
+  fi
+  export CUDACXX=$folder/nvidia/cu13/bin/nvcc LIBRARY_PATH=$folder/nvidia/cu13/lib${LIBRARY_PATH:+:$LIBRARY_PATH}
+  chmod +x "$folder"/nvidia/cu13/bin/* "$folder"/nvidia/cu13/nvvm/bin/*
+}
+
+environment() {
+  local torch="torch==2.13.0" options=()
+  [[ -n $gpu ]] && torch="torch==2.11.0" # brings Triton 3.6.0, which the kernels' configurations were tuned with
+  own_torch && torch="" options=(--system-site-packages)
+  [[ -x $python ]] || "${PYTHON:-python3}" -m venv "${options[@]}" .venv
+  local wanted stamp=.venv/installed.txt
+  wanted=$(echo "$torch" && cat requirements-dev.txt)
+  if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
+    say "environment: installing pinned packages into .venv"
+    if { [[ -z $torch ]] || "${pip[@]}" "$torch"; } && "${pip[@]}" -r requirements-dev.txt; then
+      echo "$wanted" >"$stamp"
+    elif "$python" -c 'import torch, sentencepiece, tyro, rich, matplotlib, safetensors, tokenizers'; then
+      say "environment: not everything could be installed; what training needs is there"
+    else
+      die "the packages of requirements-dev.txt can't be installed (see above)"
+    fi
+  fi
+  local build=0
+  if hopper; then
+    build=auto
+    if [[ -z ${CUDACXX:-} && ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]] && ! command -v nvcc >/dev/null; then
+      cuda_from_wheels || { say "environment: no CUDA wheels to be had; Triton kernels will do" && build=0; }
+    fi
+    command -v cmake >/dev/null || "${pip[@]}" cmake
+  fi
+  if [[ $build == auto ]]; then
+    "${pip[@]}" "setuptools>=77" && YAONGI_CUDA=auto "${pip[@]}" --no-deps --no-build-isolation --editable .
+  fi
+  say "environment: $("$python" --version), torch $("$python" -c 'import torch; print(torch.__version__)'), ${gpu:-no GPU}"
+}
+pip=("$python" -m pip install --quiet --disable-pip-version-check)
+wants env && environment
+[[ $stage == env ]] && exit
+[[ -x $python ]] || die "no environment yet: run ./run_all_vessl.sh --stage env"
+
+# ---- what to train on what
+why="as asked"
+if ((smoke)); then
+  preset=${preset:-yaongi-tiny}
+  ((${#sources[@]})) || sources=(embedded)
+elif [[ -z $preset ]]; then
+  if [[ -z $gpu ]]; then
+    preset=yaongi-tiny why="there is no GPU"
+  elif hopper && ((memory > 75000)) && { ((${#sources[@]})) || online; }; then
+    preset=yaongi-4b why="a Hopper GPU with $((memory / 1024)) GB"
+  else
+    preset=yaongi-small why="a GPU, but not an 80 GB Hopper with text to train a large model on"
+  fi
+fi
+if ((!${#sources[@]})); then
+  if [[ $preset != yaongi-tiny ]] && online; then sources=(hub); else sources=(embedded); fi
+fi
+[[ -f configs/$preset.toml ]] || die "no preset $preset: $(cd configs && echo *.toml)"
+say "preset $preset ($why), corpus: ${sources[*]}"
+
+vocabulary=32768 megabytes=60
+[[ $preset == yaongi-tiny && ${sources[*]} == embedded ]] && vocabulary=4096 megabytes=8
+name=$(IFS=+ && echo "${sources[*]}" | tr -c 'A-Za-z0-9+\n' '-' | sed 's/^-*//')
+((smoke)) && name=smoke-$name
+folder=data/$name out=runs/$preset-$name
+
+# ---- stages
+options=()
+if [[ " ${sources[*]} " == *" hub "* ]]; then
+  wants data && say "data: the public mix, to data/raw" && "$python" -m yaongi.data download --out data/raw
+  sources=("${sources[@]/#hub/data/raw}")
+else
+  wants data && say "data: ${sources[*]}, nothing to download"
+fi
+for source in "${sources[@]}"; do options+=(--source "$source"); done
+if wants tokenizer; then
+  say "tokenizer"
+  "$python" -m yaongi.data tokenizer "${options[@]}" --vocab-size $vocabulary --megabytes $megabytes --out "$folder/tokenizer"
+fi
+if wants tokens; then
+  say "tokens"
+  "$python" -m yaongi.data tokenize "${options[@]}" --tokenizer "$folder/tokenizer" --out "$folder/tokens"
+fi
+if wants train; then
+  say "train"
+  ((smoke)) && extra=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24 "${extra[@]}")
+  "$python" -m yaongi.train --preset "$preset" --data "$folder/tokens" --out "$out" "${extra[@]}"
+fi
+if wants report; then
+  say "report"
+  "$python" -m yaongi.train.report "$out"
+  say "done: text from the model with $python -m yaongi.generate $out/model"
+fi
