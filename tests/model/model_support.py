@@ -70,6 +70,7 @@ def gradients(model: Yaongi, loss: Tensor) -> dict[str, Tensor]:
 def assert_relative(actual: Tensor, wanted: Tensor, relative: float, name: str = "result") -> None:
     """max|actual − wanted| ≤ relative · max|wanted|."""
     assert actual.shape == wanted.shape, f"{name}: {tuple(actual.shape)} != {tuple(wanted.shape)}"
+    actual, wanted = actual.detach(), wanted.detach()
     error = float((actual.double() - wanted.double()).abs().max())
     allowed = relative * max(float(wanted.double().abs().max()), 1e-30)
     assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}"

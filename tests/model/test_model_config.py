@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -100,9 +101,8 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[f"{i}-{next(iter(c))}" for i, (c, _) in enumerate(BAD)])
 def test_a_bad_config_is_one_line(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
         small_config(**changes)
-    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
@@ -112,9 +112,8 @@ def test_a_bad_engram_is_one_line() -> None:
         ({"orders": (1, 2)}, "engram: wanted orders ascending and 2 or more, got (1, 2)"),
         ({"gate": "none"}, "engram: wanted gate of paper, demo, got 'none'"),
     ):
-        with pytest.raises(ValueError, match=".") as caught:
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             dataclasses.replace(ENGRAM, **changes)
-        assert str(caught.value) == message
     far = EngramConfig(layer=9, heads=1, head_dim=4, rows=50)
     with pytest.raises(ValueError, match="config: wanted engram ascending layers of 0 to 5, got"):
         small_config(engram=[far])
@@ -123,14 +122,14 @@ def test_a_bad_engram_is_one_line() -> None:
 def test_a_missing_key_and_a_missing_preset_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="config: wanted the key 'hidden_size', got pattern"):
         ModelConfig.from_dict({"pattern": "M"})
-    with pytest.raises(FileNotFoundError, match="preset: wanted one of nemotron-3-nano, yaongi-4b.*got 'yaongi-9b'"):
+    with pytest.raises(FileNotFoundError, match=r"preset: wanted one of nemotron-3-nano, yaongi-4b.*got 'yaongi-9b'"):
         load_preset("yaongi-9b")
     file = tmp_path / "mine.toml"
     file.write_text("[train]\nlr = 1\n")
     with pytest.raises(ValueError, match=r"preset: wanted a \[model\] table in mine.toml, got train"):
         load_preset(file)
     file.write_text("[model\n")
-    with pytest.raises(ValueError, match="preset: wanted TOML in mine.toml, got"):
+    with pytest.raises(ValueError, match=r"preset: wanted TOML in mine.toml, got"):
         load_preset(file)
 
 

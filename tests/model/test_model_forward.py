@@ -31,14 +31,14 @@ def test_a_packed_row_is_its_documents_alone(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", KINDS)
 def test_no_output_depends_on_a_later_token(pattern: str) -> None:
-    model = small_model(pattern, **KINDS[pattern])
+    model = small_model(pattern, torch.float64, **KINDS[pattern])
     ids = token_ids(model, 2, 24)
     for place in (0, 7, 23):
         other = ids.clone()
         other[:, place] = (other[:, place] + 1) % model.config.vocab_size
-        changed = (model(ids) != model(other)).any(-1).any(0)
-        assert not changed[:place].any(), f"{pattern}: token {place} changes an earlier output"
-        assert changed[place]
+        change = (model(ids) - model(other)).abs().amax((0, 2))
+        assert (change[:place] < 1e-12).all(), f"token {place} changes an earlier output"
+        assert change[place] > 1e-6
 
 
 @pytest.mark.parametrize("gate", ["paper", "demo"])
@@ -56,7 +56,7 @@ def test_float64_finite_differences_through_the_whole_model(gate: str) -> None:
     parameters = dict(model.named_parameters())
     assert grads.keys() == parameters.keys()
     directions = {name: torch.randn_like(p) for name, p in parameters.items()}
-    for names in ([name] for name in parameters):
+    for names in (list(parameters), *([name] for name in parameters)):
         expected = sum(float((grads[name] * directions[name]).sum()) for name in names)
         step, values = 1e-6, []
         with torch.no_grad():
@@ -90,7 +90,7 @@ def test_a_row_without_targets_has_loss_zero() -> None:
     model = small_model()
     documents = torch.arange(6, dtype=torch.int32)[None]
     loss = model.loss(token_ids(model, 1, 6), documents)
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert all(float(g.abs().max()) == 0 for g in gradients(model, loss).values())
 
 
@@ -129,12 +129,12 @@ def test_recomputation_changes_no_bit(recompute: str | list[int]) -> None:
 def test_init_is_seeded_by_name_and_as_specified() -> None:
     config = load_preset("yaongi-tiny", vocab_size=512)
     first, second, other = Yaongi(config, seed=3), Yaongi(config, seed=3, dtype=torch.bfloat16), Yaongi(config, seed=4)
-    state = dict(first.named_parameters())
+    state = {name: p.detach() for name, p in first.named_parameters()}
     for name, parameter in second.named_parameters():
         assert torch.equal(parameter, state[name].to(parameter.dtype)), name
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     std = (0.8 / 128) ** 0.5
-    assert first.lm_head.weight.std() == pytest.approx(std, rel=0.02)
+    assert state["lm_head.weight"].std() == pytest.approx(std, rel=0.02)
     assert state["backbone.layers.0.mixer.in_proj.weight"].std() == pytest.approx(std, rel=0.02)
     for name in ("0.mixer.out_proj.weight", "1.mixer.experts.down_proj", "3.mixer.o_proj.weight"):
         assert state[f"backbone.layers.{name}"].std() == pytest.approx(std / 6**0.5, rel=0.03)
