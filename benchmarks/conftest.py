@@ -57,14 +57,17 @@ def built() -> None:
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any, l2_flush: Callable[[], Any]) -> Compare:
-    """compare(ours, work, peers): times ours and each peer in turn; returns milliseconds by name."""
+    """compare(ours, work, peers, notes): times ours and each peer in turn; returns milliseconds by name."""
 
-    def run(ours: Callable[[], Any], work: Work, peers: dict[str, Peer]) -> dict[str, float]:
+    def run(
+        ours: Callable[[], Any], work: Work, peers: dict[str, Peer], notes: dict[str, str] | None = None
+    ) -> dict[str, float]:
         present = {name: peer for name, peer in peers.items() if not isinstance(peer, Absent)}
         times = interleaved_ms({"yaongi": ours, **present}, l2_flush)
         benchmark.pedantic(ours, setup=l2_flush, rounds=5, iterations=1)
         info = figures(times, work)
         info |= {name: f"absent: {peer.reason}" for name, peer in peers.items() if isinstance(peer, Absent)}
+        info |= notes or {}
         info["gpu"] = torch.cuda.get_device_name()
         benchmark.extra_info.update(info)
         request.config.stash[_ROWS].append((request.node.name.removeprefix("test_"), info))

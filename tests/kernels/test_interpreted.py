@@ -8,6 +8,7 @@ import torch
 from oracle import assert_equal_to_float64
 
 from yaongi.kernels.causal_conv1d import reference
+from yaongi.kernels.moe import reference as moe_reference
 
 pytestmark = pytest.mark.interpret
 
@@ -41,3 +42,30 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
     )
     for i, (ours, expected) in enumerate(zip(actual, exact, strict=True)):
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (37, 64, 6), (3, 3, 3), (20, 130, 16)])
+def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
+    """The same choice, ties included; pairs in a stable sort by expert, bad ids nowhere."""
+    from yaongi.kernels.moe.routing import triton_impl
+
+    logits, bias = torch.randn(tokens, experts), torch.zeros(experts)
+    logits[1] = logits[1, 0]
+    ids, weights, load = triton_impl.moe_route_triton(logits, bias, top_k, 2.5)
+    expected = moe_reference.moe_route_reference(logits, bias, top_k, 2.5)
+    assert torch.equal(ids, expected[0])
+    assert torch.equal(load, expected[2])
+    assert_equal_to_float64(weights, expected[1], 1e-6)
+    dweights = torch.randn(tokens, top_k)
+    dlogits = triton_impl.moe_route_backward_triton(dweights, logits, ids, 2.5)
+    assert_equal_to_float64(dlogits, moe_reference.moe_route_backward_reference(dweights, logits, ids, 2.5), 1e-6)
+    ids[0, 0], ids[2, 1] = -1, experts + 5
+    plan, pairs = triton_impl.dispatch(ids, experts), ids.flatten()
+    key = torch.where((pairs >= 0) & (pairs < experts), pairs, experts)
+    order, counts = key.argsort(stable=True), torch.bincount(key, minlength=experts + 1)[:experts]
+    valid = int(counts.sum())
+    assert torch.equal(plan.order[:valid], order[:valid].int())
+    assert torch.equal(plan.row[order[:valid]], torch.arange(valid).int())
+    assert bool((plan.row[order[valid:]] == -1).all())
+    assert torch.equal(plan.offset[1:], counts.cumsum(0).int())
+    assert torch.equal(plan.tile_end, ((counts + 127) // 128).cumsum(0).int())

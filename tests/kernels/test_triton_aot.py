@@ -10,6 +10,8 @@ import torch
 from aot import Compiled, compile_launcher
 
 from yaongi.kernels.causal_conv1d import triton_impl as causal_conv1d
+from yaongi.kernels.moe import triton_impl as moe
+from yaongi.kernels.moe.routing import triton_impl as routing
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,30 @@ def test_causal_conv1d(launch: Launch) -> None:
     assert kernel.spilled_bytes == 0
     assert kernel.registers <= (128 if launch.table == "FORWARD" else 255)
     assert "LDG.E.64" in kernel.sass or "LDG.E.128" in kernel.sass
+
+
+@pytest.mark.parametrize("hidden", [256, 512, 1024, 1856])
+def test_moe(hidden: int) -> None:
+    """Every stage of the flagship's layer and its kin: tensor cores and copy engine where they belong, no spills."""
+    T, D, E, K = 32768, 2048, 64, 6
+    x, w_up, w_down, a = meta(T, D), meta(E, hidden, D), meta(E, D, hidden), meta(T * K, hidden)
+    ids, weights = meta(T, K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
+    kernels = compile_launcher(moe.moe_triton, x, w_up, w_down, ids, weights)
+    kernels += compile_launcher(moe.moe_backward_triton, x, x, w_up, w_down, ids, weights, a)
+    assert {k.name for k in kernels} >= {"_moe_up_kernel", "_moe_rows_kernel", "_moe_dh_kernel", "_moe_dw_kernel"}
+    for kernel in kernels:
+        assert kernel.spilled_bytes == 0, kernel.name
+        if kernel.name in ("_moe_up_kernel", "_moe_rows_kernel", "_moe_dh_kernel"):
+            assert "HGMMA" in kernel.sass
+            assert "UTMALDG" in kernel.sass
+        if kernel.name == "_moe_dw_kernel":
+            assert "HGMMA" in kernel.sass
+
+
+def test_moe_route() -> None:
+    """256 experts and 16 of them a token: the widest the op takes."""
+    logits, ids = meta(1024, 256, dtype=torch.float32), meta(1024, 16, dtype=torch.int32)
+    weights, bias = meta(1024, 16, dtype=torch.float32), meta(256, dtype=torch.float32)
+    kernels = compile_launcher(routing.moe_route_triton, logits, bias, 16, 2.5)
+    kernels += compile_launcher(routing.moe_route_backward_triton, weights, logits, ids, 2.5)
+    assert [kernel.spilled_bytes for kernel in kernels] == [0, 0]

@@ -49,12 +49,14 @@ _route_op = backend.define(
     "moe_route(Tensor logits, Tensor bias, int top_k, float scale) -> (Tensor, Tensor, Tensor)",
     reference=moe_route_reference,
     fake=_route_fake,
+    triton="yaongi.kernels.moe.routing.triton_impl:moe_route_triton",
     value_check=_route_value_check,
 )
 _route_backward_op = backend.define(
     "moe_route_backward(Tensor dweights, Tensor logits, Tensor expert_ids, float scale) -> Tensor",
     reference=moe_route_backward_reference,
     fake=_route_backward_fake,
+    triton="yaongi.kernels.moe.routing.triton_impl:moe_route_backward_triton",
 )
 backend.define_autograd("moe_route", _route_backward, _route_setup_context)
 backend.define_no_autograd("moe_route_backward")
@@ -101,10 +103,25 @@ def _value_check(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, ex
         )
 
 
+def _triton_refuses(x: Tensor, w_up: Tensor, *rest: Tensor) -> str | None:
+    _, F, D = w_up.shape
+    if x.dtype not in check.HALVES:
+        return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+    if D % 16 or F % 16:
+        return f"it takes D and F that are multiples of 16, got D = {D}, F = {F}"
+    return None
+
+
+def _backward_triton_refuses(dy: Tensor, *inputs: Tensor) -> str | None:
+    return _triton_refuses(*inputs)
+
+
 _op = backend.define(
     "moe(Tensor x, Tensor w_up, Tensor w_down, Tensor expert_ids, Tensor expert_weights) -> (Tensor y, Tensor a)",
     reference=moe_reference,
     fake=_fake,
+    triton="yaongi.kernels.moe.triton_impl:moe_triton",
+    triton_refuses=_triton_refuses,
     value_check=_value_check,
 )
 _backward_op = backend.define(
@@ -112,6 +129,8 @@ _backward_op = backend.define(
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dexpert_weights)",
     reference=moe_backward_reference,
     fake=_backward_fake,
+    triton="yaongi.kernels.moe.triton_impl:moe_backward_triton",
+    triton_refuses=_backward_triton_refuses,
 )
 backend.define_autograd("moe", _backward, _setup_context)
 backend.define_no_autograd("moe_backward")

@@ -1,0 +1,165 @@
+"""The squared-ReLU MoE layer, from logits to output, beside compositions of torch's grouped matmul."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from measure import Compare, Peer, Work
+from oracle import assert_close
+
+from yaongi.kernels import moe, moe_route, use_backend
+from yaongi.kernels.moe import triton_impl as stages
+
+# (T, D, F, E, K)
+FLAGSHIP = (32768, 2048, 512, 64, 6)
+SHAPES = [
+    (32768, 2048, 256, 64, 6),
+    FLAGSHIP,
+    (32768, 2048, 1024, 64, 6),
+    (32768, 2688, 1856, 128, 6),
+    (1024, 2048, 512, 64, 6),
+    (65536, 2048, 512, 64, 6),
+]
+SCALE = 2.5
+Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Case:
+    """The tensors of a layer; routing is balanced, zipf (load falls as 1/rank) or one (every token picks the same)."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], routing: str) -> None:
+        T, D, F, E, self.K = self.T, self.D, self.F, self.E, _ = shape
+        torch.manual_seed(0)
+        bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+        self.x = torch.randn(T, D, **bf16).requires_grad_()
+        self.w_up = (torch.randn(E, F, D, **bf16) / D**0.5).requires_grad_()
+        self.w_down = (torch.randn(E, D, F, **bf16) / F**0.5).requires_grad_()
+        noise = -torch.empty(T, E, device="cuda").exponential_().log()  # Gumbel: the K largest are a draw by weight
+        skew = {"balanced": 0.0, "zipf": 1.0, "one": 100.0}[routing]
+        logits = noise - skew * torch.arange(1, E + 1, device="cuda").log()
+        self.logits = (0.1 * logits).requires_grad_()
+        self.bias = torch.zeros(E, device="cuda")
+        self.dy = torch.randn(T, D, **bf16)
+        self.flops = 4.0 * T * self.K * D * F
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return self.x, self.w_up, self.w_down, self.logits, self.bias
+
+    def forward(self, layer: Layer) -> Callable[[], torch.Tensor]:
+        return torch.no_grad()(lambda: layer(*self.inputs))
+
+    def both(self, layer: Layer) -> Callable[[], Any]:
+        wanted = self.inputs[:4]
+        return lambda: torch.autograd.grad(layer(*self.inputs), wanted, self.dy)
+
+
+def ours(top_k: int) -> Layer:
+    """The layer of this library."""
+
+    def layer(
+        x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        ids, weights, _ = moe_route(logits, bias, top_k, SCALE)
+        return moe(x, w_up, w_down, ids, weights)
+
+    return layer
+
+
+def composition(top_k: int, *, gather_sum: bool) -> Layer:
+    """The best-known composition: sort, gather, grouped matmul, squared ReLU, grouped matmul, weight, combine.
+
+    The combine is an index_add, or a gather by the inverse permutation and a sum over the K rows of a token.
+    """
+
+    def layer(
+        x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        scores = logits.sigmoid()
+        ids = (scores + bias).topk(top_k, dim=-1).indices
+        weights = scores.gather(-1, ids)
+        weights = SCALE * weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        order = ids.flatten().argsort()
+        offsets = torch.bincount(ids.flatten(), minlength=w_up.shape[0]).cumsum(0).int()
+        hidden = torch._grouped_mm(x[order // top_k], w_up.mT, offs=offsets).relu().square()
+        rows = torch._grouped_mm(hidden, w_down.mT, offs=offsets)
+        if gather_sum:
+            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
+            return (rows[inverse].view(*ids.shape, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+        weighted = rows * weights.flatten()[order].to(x.dtype).unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, order // top_k, weighted)
+
+    return layer
+
+
+def peers_of(top_k: int) -> dict[str, Layer]:
+    """torch's grouped matmul, eager and compiled, with either combine."""
+    named = {"index_add": composition(top_k, gather_sum=False), "gather-sum": composition(top_k, gather_sum=True)}
+    return named | {f"compiled {name}": torch.compile(layer) for name, layer in named.items()}
+
+
+def check(case: Case) -> None:
+    """The house's rule on the first 256 tokens, forward and all gradients."""
+    results = {}
+    for name, dtype in (("triton", torch.bfloat16), ("reference", torch.bfloat16), ("exact", torch.float64)):
+        with use_backend("reference" if name == "exact" else name):
+            ids, weights, _ = moe_route(case.logits[:256].detach(), case.bias, case.K, SCALE)
+            leaves = [t.detach().to(dtype).requires_grad_() for t in (case.x[:256], case.w_up, case.w_down)]
+            y = moe(*leaves, ids, weights.to(torch.promote_types(dtype, torch.float32)))
+            results[name] = (y.detach(), *torch.autograd.grad(y, leaves, case.dy[:256].to(dtype)))
+    for kernel, exact, plain in zip(results["triton"], results["exact"], results["reference"], strict=True):
+        assert_close(kernel, exact, plain)
+
+
+def peak_gb(call: Callable[[], Any]) -> float:
+    """Memory at the peak of a call beyond what was there before, its results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf", "one"])
+@pytest.mark.parametrize("direction", ["forward", "forward_and_backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-D{}-F{}-E{}-K{}".format(*s))
+def test_moe(shape: tuple[int, int, int, int, int], direction: str, routing: str, compare: Compare) -> None:
+    """4·T·K·D·F FLOPs forward and twice as many backward; the floor counts them alone. Skew at the flagship's shape."""
+    if routing != "balanced" and shape != FLAGSHIP:
+        pytest.skip("skewed routing is measured at the flagship's shape")
+    case = Case(shape, routing)
+    if shape[0] <= 32768 and shape[2] <= 512:
+        check(case)
+    timed = case.forward if direction == "forward" else case.both
+    layers = peers_of(case.K) if routing == "balanced" and shape[0] == 32768 else {}
+    peers: dict[str, Peer] = {name: timed(layer) for name, layer in layers.items()}
+    work = Work(case.flops * (1 if direction == "forward" else 3))
+    call = timed(ours(case.K))
+    notes = {"saved": f"{2 * shape[0] * shape[4] * shape[2] / 1e9:.2f} GB", "peak": f"{peak_gb(call):.2f} GB"}
+    compare(call, work, peers, notes)
+
+
+def test_stages(compare: Compare) -> None:
+    """The chain at the flagship's shape, stage by stage, each against its own floor."""
+    case = Case(FLAGSHIP, "balanced")
+    with torch.no_grad():
+        ids, weights, _ = moe_route(case.logits, case.bias, case.K, SCALE)
+        x, w_up, w_down, dy = (t.detach() for t in (case.x, case.w_up, case.w_down, case.dy))
+        plan = stages.dispatch(ids, case.E)
+        a = stages.moe_up(x, w_up, plan, case.K)
+        parts = stages.moe_rows(a, w_down, plan, weights, stages.DOWN)
+        dh, ga, _ = stages.moe_dh(dy, w_down, a, plan, weights)
+        calls: dict[str, Callable[[], Any]] = {
+            "route": lambda: moe_route(case.logits, case.bias, case.K, SCALE),
+            "dispatch": lambda: stages.dispatch(ids, case.E),
+            "up": lambda: stages.moe_up(x, w_up, plan, case.K),
+            "down": lambda: stages.moe_rows(a, w_down, plan, weights, stages.DOWN),
+            "combine": lambda: stages.moe_combine(parts, plan, case.T, case.K),
+            "dh": lambda: stages.moe_dh(dy, w_down, a, plan, weights),
+            "dw_up": lambda: stages.moe_dw(dh, x, w_up, plan, case.K, gather_left=False),
+            "dw_down": lambda: stages.moe_dw(dy, ga, w_down, plan, case.K, gather_left=True),
+            "dx": lambda: stages.moe_rows(dh, w_up, plan, None, stages.DX),
+        }
+        compare(calls.pop("up"), Work(case.flops / 2), calls)

@@ -1,0 +1,1 @@
+"""Routing and dispatch of the mixture of experts."""
