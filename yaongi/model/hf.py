@@ -10,7 +10,7 @@ from yaongi.model.config import ModelConfig
 from yaongi.model.count import count_parameters
 from yaongi.model.engram import Engram
 from yaongi.model.hub_config import REMOTE_CODE, config_from_json, hub_config, own_config
-from yaongi.model.hub_weights import SHARD_BYTES, read_json, read_shards, replaced, write_json, write_shards
+from yaongi.model.hub_weights import SHARD_BYTES, read_json, read_shards, staged, write_json, write_shards
 from yaongi.model.model import Yaongi
 
 ENGRAM_TENSORS = (".engram.", "backbone.compression")  # what a name holds that nemotron_h has no place for
@@ -46,16 +46,11 @@ def load_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devic
 
 def save_pretrained(model: Yaongi, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the whole model: as `nemotron_h` when it has no Engram, as `yaongi` otherwise."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not model.config.engram:
-        _write_hub(model, folder, lost=None, shard_bytes=shard_bytes)
-        return
-    dtype = _dtype_name(model)
-    write_shards(model.state_dict(), folder, shard_bytes)
-    with replaced(folder / f"{REMOTE_CODE}.py") as temporary:
-        shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), temporary)
-    _write_rest(model, folder, model_card(model.config, dtype, hub=False))
-    write_json(folder / "config.json", own_config(model.config, dtype))
+    with staged(folder) as temporary:
+        if model.config.engram:
+            _write_own(model, temporary, shard_bytes)
+        else:
+            _write_hub(model, temporary, shard_bytes, lost=None)
 
 
 def export_hub(model: Yaongi, folder: Path, *, drop_engram: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
@@ -70,8 +65,8 @@ def export_hub(model: Yaongi, folder: Path, *, drop_engram: bool = False, shard_
             f"export: wanted a model without Engram for nemotron_h, got {lost}: --drop-engram leaves that out, "
             "save_pretrained keeps everything"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_hub(model, folder, lost=lost, shard_bytes=shard_bytes)
+    with staged(folder) as temporary:
+        _write_hub(model, temporary, shard_bytes, lost=lost)
 
 
 def _lost(config: ModelConfig) -> str | None:
@@ -83,21 +78,27 @@ def _lost(config: ModelConfig) -> str | None:
     return f"the Engram of layer {layers} with {lost:,} parameters"
 
 
-def _write_hub(model: Yaongi, folder: Path, *, lost: str | None, shard_bytes: int) -> None:
+def _write_hub(model: Yaongi, folder: Path, shard_bytes: int, *, lost: str | None) -> None:
     config, dtype = model.config.without_engram(), _dtype_name(model)
     kept = {n: t for n, t in model.state_dict().items() if not any(mark in n for mark in ENGRAM_TENSORS)}
     write_shards(kept, folder, shard_bytes)
-    _write_rest(model, folder, model_card(config, dtype, hub=True, lost=lost))
-    (folder / f"{REMOTE_CODE}.py").unlink(missing_ok=True)
     write_json(folder / "config.json", hub_config(config, dtype))
+    _write_rest(config, folder, model_card(config, dtype, hub=True, lost=lost))
 
 
-def _write_rest(model: Yaongi, folder: Path, card: str) -> None:
+def _write_own(model: Yaongi, folder: Path, shard_bytes: int) -> None:
+    config, dtype = model.config, _dtype_name(model)
+    write_shards(model.state_dict(), folder, shard_bytes)
+    write_json(folder / "config.json", own_config(config, dtype))
+    shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), folder / f"{REMOTE_CODE}.py")
+    _write_rest(config, folder, model_card(config, dtype, hub=False))
+
+
+def _write_rest(config: ModelConfig, folder: Path, card: str) -> None:
     """The generation config and the model card."""
-    tokens = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", tokens)
-    with replaced(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _dtype_name(model: Yaongi) -> str:

@@ -6,6 +6,7 @@ Reading checks every name and shape in the files' headers first, and then copies
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Tensor = torch.Tensor
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
+WRITTEN = ("model*.safetensors", "modeling_yaongi.py")  # what one save writes and the next may not
 _EXPERT = re.compile(r"(.*\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 _ALL_EXPERTS = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
 _ELSEWHERE = "mtp."  # a head for speculative decoding, which transformers leaves out as well
@@ -59,10 +61,7 @@ def hub_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `model-0000i-of-0000n.safetensors` and the index; each file appears whole or not at all.
-
-    Older weights in the folder that are not of these names are removed at the end.
-    """
+    """Writes `model-0000i-of-0000n.safetensors` of at most so many bytes (or one tensor), and the index."""
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in hub_tensors(state):
@@ -75,14 +74,10 @@ def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = S
         size, total = size + tensor.nbytes, total + tensor.nbytes
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
-        with replaced(folder / file) as temporary:
-            save_file({n: t.cpu().contiguous() for n, t in shard.items()}, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o644)  # safetensors makes it private
+        save_file({n: t.cpu().contiguous() for n, t in shard.items()}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it private
     weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in names:
-            old.unlink()
 
 
 def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
@@ -169,17 +164,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with replaced(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Writes a JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends well, and is removed when it doesn't."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when the block ends well; else `folder` stays as it was.
+
+    Files of an earlier save that are not written again are removed then; others, as a tokenizer's, stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield Path(temporary)
+        files = sorted(Path(temporary).iterdir())
+        for file in files:
+            os.replace(file, folder / file.name)
+    written = {file.name for file in files}
+    for old in (path for pattern in WRITTEN for path in folder.glob(pattern) if path.name not in written):
+        old.unlink()

@@ -1,0 +1,284 @@
+"""Model folders: everything comes back, what is damaged or foreign is refused in one line, loading streams."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_support import ENGRAM, roughened, small_config, small_model, token_ids
+from safetensors.torch import load_file, save_file
+
+from yaongi.model import Yaongi, count_parameters
+from yaongi.model.hf import export_hub, save_pretrained
+
+ROOT = Path(__file__).resolve().parents[2]
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00001.safetensors"
+NEVER_EXPORTED = ("layers_block_type", "time_step_limit")  # what other readers of the hub's layout stumble over
+
+
+def engram_model(dtype: torch.dtype = torch.float32) -> Yaongi:
+    """A model with Engram and a compression of its ids."""
+    config = small_config(engram=[ENGRAM])
+    return roughened(Yaongi(config, dtype=dtype, compression=[i // 2 for i in range(61)]))
+
+
+def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the object of a JSON file in place."""
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_engram", [False, True])
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, with_engram: bool) -> None:
+    model = engram_model(dtype) if with_engram else small_model(dtype=dtype)
+    save_pretrained(model, tmp_path, shard_bytes=5000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    back = Yaongi.from_pretrained(tmp_path, dtype=None)
+    state = back.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor), name
+    assert back.config.pattern == model.config.pattern
+    ids = token_ids(model, 2, 9)
+    assert torch.equal(back(ids), model(ids))
+    wide = Yaongi.from_pretrained(tmp_path)
+    assert wide.lm_head.weight.dtype == torch.float32
+    assert wide.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    if with_engram:
+        assert back.config == model.config
+
+
+def test_the_hubs_config_holds_what_others_read(tmp_path: Path) -> None:
+    model = small_model(routed_scale=1.5, eos_token_id=7)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    expected = {
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": "MEM*ME",
+        "num_hidden_layers": 6,
+        "n_shared_experts": 1,
+        "expand": 2,
+        "time_step_min": 1e-30,
+        "routed_scaling_factor": 1.5,
+        "dtype": "float32",
+    }
+    assert expected.items() <= fields.items()
+    assert not set(NEVER_EXPORTED) & fields.keys()
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert set(index["weight_map"]) == set(load_file(tmp_path / SHARD))
+    assert "backbone.layers.1.mixer.experts.5.up_proj.weight" in index["weight_map"]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 7
+    counts = count_parameters(model.config)
+    card = (tmp_path / "README.md").read_text()
+    assert f"{counts.total:,}" in card
+    assert f"{counts.active:,}" in card
+
+
+def test_saving_over_a_larger_model_leaves_no_old_weights(tmp_path: Path) -> None:
+    save_pretrained(engram_model(), tmp_path, shard_bytes=5000)
+    small_model().save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == [SHARD]
+    assert not (tmp_path / "modeling_yaongi.py").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+    Yaongi.from_pretrained(tmp_path)
+
+
+def test_a_model_without_values_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"save_pretrained: wanted backbone.* with values, got a tensor on the meta"):
+        Yaongi(small_config(), device="meta").save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_engram_is_exported_only_when_told_to_be_dropped(tmp_path: Path) -> None:
+    model = engram_model()
+    with pytest.raises(ValueError, match=r"export: wanted a model without Engram.*layer 1 with .* parameters: --drop"):
+        export_hub(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_hub(model, tmp_path / "out", drop_engram=True)
+    back = Yaongi.from_pretrained(tmp_path / "out")
+    assert back.config == model.config.without_engram().__class__.from_dict(back.config.to_dict())
+    assert not back.config.engram
+    lost = count_parameters(model.config).total - count_parameters(back.config).total
+    assert f"{lost:,}" in (tmp_path / "out" / "README.md").read_text()
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_the_export_command(tmp_path: Path) -> None:
+    engram_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes(b"pieces")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "yaongi.export", str(tmp_path / "model"), "--out", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    refused = run(str(tmp_path / "out"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("export: wanted a model without Engram")
+    assert refused.stderr.count("\n") == 1
+    same = run(str(tmp_path / "model"), "--drop-engram")
+    assert same.stderr.startswith("export: wanted another folder than the model's for --out")
+    done = run(str(tmp_path / "out"), "--drop-engram")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    Yaongi.from_pretrained(tmp_path / "out")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of a folder's only shard."""
+    tensors = load_file(folder / SHARD)
+    change(tensors)
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+
+
+def cut(folder: Path, size: int) -> None:
+    """Leaves the first bytes of the shard."""
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[: size if size > 0 else len(data) + size])
+
+
+HEAD, UP = "lm_head.weight", "backbone.layers.1.mixer.experts.3.up_proj.weight"
+DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "wanted a folder with config.json, got"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: wanted JSON, got"),
+    "other type": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="llama")),
+        ValueError,
+        "config.json: wanted model_type 'nemotron_h' or 'yaongi', got 'llama'",
+    ),
+    "other activation": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(mlp_hidden_act="silu")),
+        ValueError,
+        "config.json: wanted mlp_hidden_act = 'relu2', got 'silu'",
+    ),
+    "latent experts": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(moe_latent_size=8)),
+        ValueError,
+        "config.json: wanted moe_latent_size = None, got 8",
+    ),
+    "dense layers": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(hybrid_override_pattern="ME-*ME")),
+        ValueError,
+        "config: wanted pattern letters of M, E and *, got '-'",
+    ),
+    "no size": (
+        lambda f: edit_json(f / "config.json", lambda c: c.pop("ssm_state_size")),
+        ValueError,
+        "config.json: wanted the key 'ssm_state_size', got",
+    ),
+    "no layers": (
+        lambda f: edit_json(f / "config.json", lambda c: c.pop("hybrid_override_pattern")),
+        ValueError,
+        "config.json: wanted hybrid_override_pattern or layers_block_type, got neither",
+    ),
+    "odd dtype": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(dtype="int4")),
+        ValueError,
+        "config.json: wanted a floating dtype, got 'int4'",
+    ),
+    "other vocabulary": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(vocab_size=64)),
+        ValueError,
+        "wanted backbone.embeddings.weight of shape (64, 24), got (61, 24)",
+    ),
+    "missing tensor": (
+        lambda f: rewrite(f, lambda t: t.pop(HEAD)),
+        ValueError,
+        f"wanted the tensor {HEAD}, got",
+    ),
+    "missing expert": (lambda f: rewrite(f, lambda t: t.pop(UP)), ValueError, f"wanted the tensor {UP}, got"),
+    "extra tensor": (
+        lambda f: rewrite(f, lambda t: t.update(more=torch.ones(2))),
+        ValueError,
+        "wanted no tensor but the model's, got the extra more",
+    ),
+    "extra expert": (
+        lambda f: rewrite(f, lambda t: t.update({UP.replace(".3.", ".6."): t[UP].clone()})),
+        ValueError,
+        f"wanted no tensor but the model's, got the extra {UP.replace('.3.', '.6.')}",
+    ),
+    "misshapen tensor": (
+        lambda f: rewrite(f, lambda t: t.update({HEAD: t[HEAD][:, 1:].contiguous()})),
+        ValueError,
+        f"{SHARD}: wanted {HEAD} of shape (61, 24), got (61, 23)",
+    ),
+    "misshapen expert": (
+        lambda f: rewrite(f, lambda t: t.update({UP: t[UP][1:].contiguous()})),
+        ValueError,
+        f"{SHARD}: wanted {UP} of shape (10, 24), got (9, 24)",
+    ),
+    "no weights": (
+        lambda f: [file.unlink() for file in f.glob("model*")],
+        FileNotFoundError,
+        "from_pretrained: wanted model.safetensors.index.json or model.safetensors in",
+    ),
+    "no shard": (lambda f: (f / SHARD).unlink(), FileNotFoundError, f"from_pretrained: wanted {SHARD}, which the"),
+    "no index": (lambda f: (f / INDEX).write_text("{}"), ValueError, f"{INDEX}: wanted a weight_map, got None"),
+    "cut at the end": (lambda f: cut(f, -7), ValueError, f"{SHARD}: wanted a whole safetensors file, got"),
+    "cut in the header": (lambda f: cut(f, 100), ValueError, f"{SHARD}: wanted a whole safetensors file, got"),
+    "empty": (lambda f: (f / SHARD).write_bytes(b""), ValueError, f"{SHARD}: wanted a whole safetensors file, got"),
+    "no safetensors": (
+        lambda f: (f / SHARD).write_bytes(b"PK" * 500),
+        ValueError,
+        f"{SHARD}: wanted a whole safetensors file, got",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the hub's layout."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    Yaongi(small_config()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(
+    saved: Path, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    damage(folder)
+    with pytest.raises(error) as caught:
+        Yaongi.from_pretrained(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_head_for_speculation_is_left_out(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    rewrite(folder, lambda tensors: tensors.update({"mtp.layers.0.norm.weight": torch.ones(24)}))
+    Yaongi.from_pretrained(folder)
+
+
+PEAK = """
+import resource, sys, torch
+from yaongi.model import Yaongi
+import yaongi.model.hf
+torch.zeros(1 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = Yaongi.from_pretrained(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_loading_keeps_one_shard_beside_the_model(tmp_path: Path) -> None:
+    """A model of 164 MB in shards of 32 MB: the peak is the model and one shard, and 10 % for all else."""
+    model = Yaongi(small_config("M", hidden_size=256, vocab_size=80_000))
+    shard, size = 82_000_000, sum(t.nbytes for t in model.state_dict().values())
+    save_pretrained(model, tmp_path, shard_bytes=shard)
+    del model
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(done.stdout) <= 1.1 * (size + shard), f"peak {int(done.stdout):,}, model {size:,}"

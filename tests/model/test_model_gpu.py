@@ -1,0 +1,165 @@
+"""The model on an H100: float32 against the CPU, bfloat16 with routes pinned under the house's rule, backends."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from model_support import ENGRAM, assert_relative, packed, small_config, small_model, token_ids
+from oracle import assert_close
+
+from yaongi.kernels import use_backend
+from yaongi.model import Yaongi
+from yaongi.model import moe as moe_module
+from yaongi.model.attention import attend, plan_attention
+from yaongi.model.generation import generate
+
+pytestmark = pytest.mark.gpu
+Tensor = torch.Tensor
+Results = dict[str, Tensor]
+SIZES = {  # what the fast kernels take: widths in multiples of 16
+    "hidden_size": 128,
+    "mamba_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_state": 16,
+    "attention_head_dim": 32,
+    "experts": 8,
+    "expert_size": 64,
+    "shared_expert_size": 128,
+    "engram": [ENGRAM],
+}
+
+
+@pytest.fixture(autouse=True)
+def without_tf32() -> Iterator[None]:
+    """float32 products in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def run(model: Yaongi, ids: Tensor, document_ids: Tensor | None) -> Results:
+    """Logits and the gradient of every parameter of a training loss, on the CPU."""
+    device = model.lm_head.weight.device
+    ids, document_ids = ids.to(device), None if document_ids is None else document_ids.to(device)
+    model.zero_grad()
+    losses = model.losses(ids, document_ids)
+    (losses.cross_entropy_sum / losses.targets + 1e-2 * losses.balance).backward()
+    results = {"logits": model(ids, document_ids).detach().cpu()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        results[name] = parameter.grad.to_dense().cpu()
+    return results
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_float32_equals_the_cpu(with_documents: bool) -> None:
+    model = small_model("MEM*ME", **SIZES)
+    ids, documents = token_ids(model, 2, 200), packed((60, 1, 139), (200,)) if with_documents else None
+    expected = run(model, ids, documents)
+    for name, result in run(model.to("cuda"), ids, documents).items():
+        assert_relative(result, expected[name], 1e-4, name)
+
+
+class PinnedRoutes:
+    """Takes the place of `moe_route`: remembers the first model's choice of experts, and gives it to the others."""
+
+    def __init__(self) -> None:
+        self.chosen: list[Tensor] = []
+        self.recording, self.calls = True, 0
+
+    def __call__(self, logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As `moe_route`, with the experts of the call of the same number."""
+        if self.recording:
+            self.chosen.append((logits.sigmoid() + bias).topk(top_k, dim=-1).indices.cpu())
+        ids = self.chosen[self.calls % len(self.chosen)].to(logits.device)
+        self.calls += 1
+        scores = logits.sigmoid().gather(-1, ids)
+        weights = scale * scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        load = torch.bincount(ids.flatten(), minlength=logits.shape[-1]).int()
+        return ids.int(), weights.float() if logits.dtype != torch.float64 else weights, load
+
+    def restart(self) -> None:
+        """The next call is the first one again, and from now on nothing is chosen anew."""
+        self.recording, self.calls = False, 0
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_documents: bool) -> None:
+    """exact = float64 on the CPU, plain = the references in bfloat16; every route as float64 chose it."""
+    routes = PinnedRoutes()
+    monkeypatch.setattr(moe_module, "moe_route", routes)
+    narrow = small_model("MEM*ME", torch.bfloat16, **SIZES)
+    exact_model = Yaongi(narrow.config, dtype=torch.float64)
+    exact_model.load_state_dict({name: t.double() for name, t in narrow.state_dict().items()})
+    ids = token_ids(narrow, 2, 256)
+    documents = packed((60, 1, 195), (256,)) if with_documents else None
+    exact = run(exact_model, ids, documents)
+    narrow = narrow.to("cuda")
+    routes.restart()
+    with use_backend("reference"):
+        plain = run(narrow, ids, documents)
+    routes.restart()
+    for name, result in run(narrow, ids, documents).items():
+        assert_close(result, exact[name], plain[name], name)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "varlen", "flex"])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_attention_backends(backend: str, with_documents: bool) -> None:
+    inputs = [torch.randn(2, 256, heads, 64) for heads in (8, 2, 2)]
+    documents = packed((100, 1, 155), (256,)) if with_documents else None
+    results = {}
+    for name, wanted, device, dtype in (
+        ("exact", "sdpa", "cpu", torch.float64),
+        ("plain", "sdpa", "cpu", torch.bfloat16),
+        ("kernel", backend, "cuda", torch.bfloat16),
+    ):
+        # the narrow runs and the exact one read the same numbers
+        q, k, v = (t.bfloat16().to(device, dtype).requires_grad_() for t in inputs)
+        ids = None if documents is None else documents.to(device)
+        plan = plan_attention(wanted, q.shape[:2], ids, q.device, dtype)  # type: ignore[arg-type]
+        y = attend(q, k, v, plan)
+        y.backward(torch.cos(torch.arange(y.numel(), device=device, dtype=torch.float64)).view(y.shape).to(dtype))
+        results[name] = [t.detach().cpu() for t in (y, q.grad, k.grad, v.grad)]
+    for part, kernel, exact, plain in zip("yqkv", *(results[n] for n in ("kernel", "exact", "plain")), strict=True):
+        assert_close(kernel, exact, plain, part)
+
+
+def test_a_table_may_stay_in_the_hosts_memory() -> None:
+    model = small_model("MEM*ME", **SIZES)
+    ids = token_ids(model, 2, 64)
+    expected = run(model, ids, None)
+    model = model.to("cuda")
+    table = model.backbone.layers[1].engram.table
+    table.weight = torch.nn.Parameter(table.weight.detach().cpu())
+    found = run(model, ids, None)
+    for name in ("logits", "backbone.layers.1.engram.table.weight"):
+        assert_relative(found[name], expected[name], 1e-4, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_of_unequal_prompts(dtype: torch.dtype) -> None:
+    model = small_model("MEM*ME", dtype, **SIZES).to("cuda")
+    prompts = [[5, 6, 7], list(range(40)), [9]]
+    together = generate(model, prompts, max_new_tokens=8, stop=())
+    assert all(len(answer) == 8 for answer in together)
+    if dtype == torch.float32:
+        assert together == [generate(model, [prompt], max_new_tokens=8, stop=())[0] for prompt in prompts]
+
+
+def test_compiled_layers_give_the_same() -> None:
+    model = small_model("MEM*ME", **SIZES).to("cuda")
+    ids = token_ids(model, 2, 128).to("cuda")
+    with torch.no_grad():
+        expected = model(ids)
+        for layer in model.backbone.layers:
+            layer.compile()
+        assert_relative(model(ids), expected, 1e-4)
+
+
+def test_a_model_can_be_made_on_the_gpu() -> None:
+    config = small_config(**SIZES)
+    here, there = Yaongi(config, seed=2), Yaongi(config, seed=2, device="cuda")
+    for (name, ours), theirs in zip(here.state_dict().items(), there.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs.cpu()), name
