@@ -31,12 +31,12 @@ def train(config: Config, world: World, arguments: Sequence[str]) -> int:
             session.train_step(batches)
             if session.due(run.evaluate_every):
                 session.evaluate()
-            stopping = world.any(stop.signal is not None)
+            stopping = world.any(stop.signal is not None) or session.step == run.stop_after
             if stopping or session.due(run.checkpoint_every):
                 session.save(wait=stopping)
             if stopping and session.step < session.schedule.steps:
                 session.display.say(f"saved step {session.step}; go on with: {resume_command(arguments)}")
-                return stop.exit_code or 1
+                return stop.exit_code
         session.finish()
     return 0
 
@@ -51,7 +51,8 @@ def main() -> int:
         settle(config.run.deterministic)
         return train(config, world, arguments)
     except (ValueError, TypeError, OSError, BadStepError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        own_words = isinstance(error, OSError) and error.strerror and not error.filename
+        print("error:", *str(error.strerror if own_words else error).split(), file=sys.stderr)
         return 1
     finally:
         if world is not None:

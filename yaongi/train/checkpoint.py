@@ -27,7 +27,6 @@ from yaongi.train.distributed import World
 LATEST = "latest"
 META = "run.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_WRITERS = 4  # threads that write a process's part
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no accident
 _MARGIN = 1.05  # free space wanted, as a multiple of a checkpoint's bytes
 
@@ -72,7 +71,7 @@ class Checkpoints:
         self._check_space(tensors)
         path = self._temporary(step)
         single = self._world.size == 1
-        writer = dcp.FileSystemWriter(path, thread_count=_WRITERS)
+        writer = dcp.FileSystemWriter(path)  # one thread: with more, the failure of one may go unseen
         future = dcp.async_save(
             tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager, no_dist=single
         )

@@ -78,6 +78,7 @@ class Running:
     out: Path = Path("runs/train")  # folder of the run: checkpoints, metrics, report, model
     fresh: bool = False  # start anew, and remove the run that the folder holds
     dry_run: bool = False  # print the plan and stop
+    stop_after: int = 0  # save and stop after this step, to go on another time; 0: at the end
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_rows: int = 0  # rows a forward pass; 0: what fits
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more time
@@ -98,7 +99,7 @@ class Running:
     def __post_init__(self) -> None:
         """ValueError for numbers out of range."""
         least = {"log_every": 1, "evaluate_every": 1, "evaluate_rows": 1, "keep_last": 1}
-        for name in ("micro_rows", "sample_tokens", "checkpoint_every", "keep_every", "dollars_per_hour"):
+        for name in ("micro_rows", "stop_after", "sample_tokens", "checkpoint_every", "keep_every", "dollars_per_hour"):
             least[name] = 0
         for name, low in least.items():
             if getattr(self, name) < low:

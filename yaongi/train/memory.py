@@ -7,16 +7,16 @@ the meta device: forward and backward run with shapes alone, and every tensor is
 import resource
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from yaongi.model import Yaongi
+from yaongi.model import Yaongi, attention
 from yaongi.model.roles import parameter_roles
 
 _GPU_BASE = 100_000_000  # workspaces of cuBLAS and of the kernels, as the allocator counts them
@@ -78,7 +78,7 @@ def _activations(model: Yaongi, rows: int, length: int, device: torch.device) ->
     dense = [p for name, p in model.named_parameters() if not name.endswith("engram.table.weight")]
     for parameter in dense:
         parameter.grad = torch.zeros_like(parameter)  # so that gradients aren't counted as activations
-    with PeakMode() as peak, _FlashLikeAttention():
+    with PeakMode() as peak, _fused_attention():
         losses = model.losses(ids, documents)
         (losses.cross_entropy_sum + losses.balance).backward()
     model.zero_grad(set_to_none=True)
@@ -118,14 +118,15 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [tensor.untyped_storage() for tensor in tensors]
 
 
-class _FlashLikeAttention(TorchFunctionMode):
+@contextmanager
+def _fused_attention() -> Iterator[None]:
     """Gives attention the memory of the fused kernels: on the meta device torch would keep every probability."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args, kwargs.get("attn_mask"))
-        return func(*args, **kwargs)
+    former = attention.scaled_attention
+    attention.scaled_attention = _Attention.apply
+    try:
+        yield
+    finally:
+        attention.scaled_attention = former
 
 
 class _Attention(torch.autograd.Function):

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from yaongi.train.benchmark_panel import kernel_panels
 from yaongi.train.log import duration, read_metrics, short, significant
@@ -146,7 +147,7 @@ def _heat_map(ax: Axes, record: dict[str, Any]) -> None:
     image = ax.imshow(fair, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax)
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(title=f"experts' load at step {record['step']}, 1.0 = fair", xlabel="expert", ylabel="MoE layer")
 
 

@@ -1,0 +1,30 @@
+"""Token shards for all tests here: four domains of random words and a tokenizer of 600 pieces."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from yaongi.data.pipeline import Options, tokenize_sources
+from yaongi.data.tokenizer import train_tokenizer
+
+
+def documents(seed: int, count: int) -> list[str]:
+    """Texts of 40 random words."""
+    rng = random.Random(seed)
+    letters = "abcdefghij가나다라마바사아"
+    return [" ".join("".join(rng.choices(letters, k=4)) for _ in range(40)) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of shards. Tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("data")
+    for number, domain in enumerate(("ko", "en", "code", "math")):
+        for split, seed, count in (("train", number, 60), ("val", 100 + number, 8)):
+            (folder / split / domain).mkdir(parents=True)
+            for i, text in enumerate(documents(seed, count)):
+                (folder / split / domain / f"{i}.txt").write_text(text)
+    tokenizer = train_tokenizer(documents(1, 200), 600)
+    tokenize_sources([str(folder)], tokenizer, folder / "tokens", Options(), workers=1, say=lambda _: None)
+    return folder / "tokens"

@@ -1,0 +1,120 @@
+"""A model of a few thousand parameters and the commands that train it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from yaongi.train.command_line import parse
+from yaongi.train.config import Config
+from yaongi.train.distributed import World
+from yaongi.train.session import Session
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ALONE = World(0, 1, torch.device("cpu"))
+TOML = """
+[model]
+pattern = "ME*M*"
+hidden_size = 32
+vocab_size = 600
+mamba_heads = 4
+mamba_head_dim = 8
+mamba_groups = 2
+mamba_state = 8
+attention_heads = 2
+attention_kv_heads = 1
+attention_head_dim = 16
+experts = 4
+experts_per_token = 2
+expert_size = 16
+shared_expert_size = 32
+max_sequence_length = 64
+
+[[model.engram]]
+layer = 1
+heads = 2
+head_dim = 8
+rows = 50
+
+[train]
+tokens = 6144
+batch_tokens = 512
+row_tokens = 64
+evaluate_every = 6
+evaluate_rows = 2
+checkpoint_every = 3
+log_every = 4
+sample_tokens = 3
+wandb = "off"
+tensorboard = false
+"""
+
+
+def arguments(tokens: Path, out: Path, *more: str) -> list[str]:
+    """The command line of a run of twelve steps in ``out``; a file with its configuration is put beside it."""
+    config = out.parent / "small.toml"
+    config.write_text(TOML)
+    return ["--config", str(config), "--data", str(tokens), "--out", str(out), *more]
+
+
+def command(tokens: Path, out: Path, *more: str) -> list[str]:
+    """The same as a program."""
+    return [sys.executable, "-m", "yaongi.train", *arguments(tokens, out, *more)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread, so that two processes on a small machine don't get into each other's way."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def run(tokens: Path, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Train in a process of its own."""
+    return subprocess.run(
+        command(tokens, out, *more), capture_output=True, text=True, env=environment(**env), timeout=300
+    )
+
+
+def config_of(tokens: Path, out: Path, *more: str) -> Config:
+    """The configuration that the command line asks for."""
+    return parse(arguments(tokens, out, *more))
+
+
+def session_of(tokens: Path, out: Path, *more: str) -> Session:
+    """A started session."""
+    session = Session(config_of(tokens, out, *more), ALONE)
+    session.start()
+    return session
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    """``config`` with other training fields."""
+    return replace(config, train=replace(config.train, **fields))
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of all steps of a run."""
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["gnorm"]) for r in records if r["event"] == "step"]
+
+
+def final_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Everything in a run's newest checkpoint, by name."""
+    folder = out / "checkpoints"
+    whole = out.parent / f"{out.name}.pt"
+    dcp_to_torch_save(folder / (folder / "latest").read_text(), whole)
+    return dict(_flat(torch.load(whole), ""))
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value

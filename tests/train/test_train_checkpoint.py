@@ -1,0 +1,114 @@
+"""A checkpoint is whole or not there, and says so when it can't be."""
+
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import ALONE, arguments, environment, run
+
+from yaongi.train.checkpoint import Checkpoints, read_meta
+
+Tensors = dict[str, dict[str, torch.Tensor]]
+
+
+def tensors(value: float) -> Tensors:
+    """Two of them."""
+    return {"model": {"a": torch.full((100, 10), value), "b": torch.full((3,), value, dtype=torch.bfloat16)}}
+
+
+def checkpoints(folder: Path, **keep: int) -> Checkpoints:
+    """In an empty folder."""
+    made = Checkpoints(folder, ALONE, **keep)
+    made.prepare()
+    return made
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    """What was saved is what was there when ``save`` returned, whatever happened to it while it was written."""
+    saved = checkpoints(tmp_path)
+    state = tensors(1.5)
+    saved.save(7, state, {"step": 7})
+    for tensor in state["model"].values():
+        tensor.zero_()
+    path = saved.wait()
+    assert path is not None
+    assert path == saved.latest()
+    assert read_meta(path) == {"step": 7}
+    loaded = tensors(0.0)
+    saved.load(path, loaded)
+    assert all(torch.equal(loaded["model"][n], t) for n, t in tensors(1.5)["model"].items())
+
+
+def test_old_ones_go(tmp_path: Path) -> None:
+    """The last two stay, and every tenth."""
+    saved = checkpoints(tmp_path, keep_last=2, keep_every=10)
+    for step in (5, 10, 15, 20, 25):
+        saved.save(step, tensors(step), {})
+        saved.wait()
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{s:08d}" for s in (10, 20, 25)]
+    assert (tmp_path / "latest").read_text() == "step-00000025"
+
+
+def test_unfinished_ones_go(tmp_path: Path) -> None:
+    """What a killed save has left is no checkpoint; without ``latest`` the newest whole one counts."""
+    saved = checkpoints(tmp_path)
+    saved.save(1, tensors(1), {})
+    saved.wait()
+    (tmp_path / "step-00000002.tmp").mkdir()
+    (tmp_path / "latest").unlink()
+    again = checkpoints(tmp_path)
+    assert again.latest() == tmp_path / "step-00000001"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what is missing and what is still there."""
+    saved = checkpoints(tmp_path)
+    saved.save(1, tensors(1), {})
+    saved.wait()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 100))
+    with pytest.raises(OSError, match=r"wanted 0.000 GB free in .*the last checkpoint is .*step-00000001") as caught:
+        saved.save(2, tensors(2), {})
+    assert caught.value.errno == 28
+    assert saved.latest() == tmp_path / "step-00000001"
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+sys.argv[0] = "yaongi.train"
+runpy.run_module("yaongi.train", run_name="__main__")
+"""
+
+
+def test_a_write_that_fails(tokens: Path, tmp_path: Path) -> None:
+    """A file that can't grow any more, as on a full disk: one line, exit code 1, the earlier checkpoint stays."""
+    out = tmp_path / "run"
+    more = ("--sample-tokens", "0", "--checkpoint-every", "3")
+    assert run(tokens, out, "--stop-after", "3", *more).returncode == 0
+    program = [sys.executable, "-c", LIMITED, *arguments(tokens, out, *more)]
+    failed = subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=300)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: checkpoint: step 6 could not be saved: ")
+    assert failed.stderr.count("\n") == 1
+    assert f"the last checkpoint is {out}/checkpoints/step-00000003" in failed.stderr
+    assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-00000003"]
+    assert run(tokens, out, *more).returncode == 0
+
+
+def test_a_damaged_checkpoint(tokens: Path, tmp_path: Path) -> None:
+    """A truncated file is named in one line."""
+    out = tmp_path / "run"
+    assert run(tokens, out, "--tokens", "1536", "--sample-tokens", "0").returncode == 0
+    for file in (out / "checkpoints" / "step-00000003").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    failed = run(tokens, out, "--tokens", "1536", "--sample-tokens", "0")
+    assert failed.returncode == 1
+    assert "is damaged or of another model" in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,68 @@
+"""Presets, files and the command line."""
+
+from pathlib import Path
+
+import pytest
+from small_run import TOML, arguments, changed
+
+from yaongi.train.command_line import parse
+from yaongi.train.config import as_dict, differences, load_config
+from yaongi.train.signals import resume_command
+
+PRESETS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads(name: str) -> None:
+    """And its output folder has its name."""
+    config = load_config(name)
+    assert config.run.out == Path("runs") / name
+    assert config.train.steps > 1
+
+
+def test_every_field_can_be_overridden(tmp_path: Path) -> None:
+    """Of the training, the running and the model."""
+    more = ["--tokens", "1e4", "--matrix-lr", "0.01", "--log-every", "7", "--model.experts", "6", "--fresh"]
+    config = parse(arguments(tmp_path, tmp_path / "out", *more, "--model.engram.0.rows", "77"))
+    assert (config.train.tokens, config.train.matrix_lr, config.run.log_every) == (1e4, 0.01, 7)
+    assert (config.model.experts, config.model.engram[0].rows, config.run.fresh) == (6, 77, True)
+    assert config.preset == "small"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model\n", "TOML"),
+        (TOML + "speed = 3\n", "unknown field 'speed'"),
+        (TOML.replace("tokens = 6144", 'tokens = "many"'), "wanted tokens"),
+        (TOML.replace("log_every = 4", "log_every = 0"), "wanted log_every of 1 or more, got 0"),
+        (TOML.replace("batch_tokens = 512", "batch_tokens = 500"), "multiple of row_tokens"),
+        (TOML.replace("experts = 4", "experts = 1"), "experts_per_token"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
+    """One line that says what is wrong."""
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(str(path))
+
+
+def test_no_such_preset() -> None:
+    """The message lists those there are."""
+    with pytest.raises(FileNotFoundError, match="yaongi-4b"):
+        load_config("yaongi-5b")
+
+
+def test_differences(tmp_path: Path) -> None:
+    """Only what decides the weights counts, and both values are shown."""
+    config = parse(arguments(tmp_path, tmp_path / "out"))
+    other = parse(arguments(tmp_path, tmp_path / "out", "--log-every", "9", "--keep-last", "5"))
+    assert not differences(as_dict(config), as_dict(other))
+    found = differences(as_dict(config), as_dict(changed(other, seed=3)))
+    assert found == ["train.seed: the run has 0, got 3"]
+
+
+def test_resume_command() -> None:
+    """The same line, quoted, but not afresh."""
+    assert resume_command(["--fresh", "--out", "a b"]) == "python -m yaongi.train --out 'a b'"

@@ -1,0 +1,44 @@
+"""Bad steps are counted and named, spikes are seen."""
+
+import random
+
+import pytest
+import torch
+
+from yaongi.train.guard import BadStepError, Guard, first_bad_tensor
+
+
+def test_the_first_bad_tensor_is_named() -> None:
+    """The loss first, then gradients in order, sparse ones included."""
+    good, bad = torch.ones(2), torch.tensor([1.0, torch.nan])
+    sparse = torch.sparse_coo_tensor([[3]], [[torch.inf, 1.0]], (5, 2), check_invariants=True)
+    assert first_bad_tensor(torch.tensor(torch.inf), [("a", bad)]) == "the loss"
+    assert first_bad_tensor(torch.tensor(1.0), [("a", good), ("b", sparse), ("c", bad)]) == "the gradient of b"
+    assert first_bad_tensor(torch.tensor(1.0), [("a", good)]) is None
+
+
+def test_too_many_in_a_row() -> None:
+    """Two may be skipped; a good step starts the count anew."""
+    guard = Guard(2)
+    for _ in range(2):
+        guard.bad(1, "the loss", range(4))
+    guard.good()
+    message = guard.bad(7, "the loss", [3, 4, 5, 9])
+    assert message == "step 7: the loss is not finite; batch: samples 3-5, 9; update skipped (1 of 2 allowed in a row)"
+    guard.bad(8, "the loss", [1])
+    with pytest.raises(BadStepError, match="3 bad steps in a row, 2 allowed"):
+        guard.bad(9, "the loss", [1])
+    assert guard.skipped == 5
+
+
+def test_spikes() -> None:
+    """6 σ above the window, once the window is long enough to mean anything; the state goes on in another guard."""
+    rng = random.Random(0)
+    guard = Guard(1)
+    assert not guard.is_spike(100.0)
+    guard = Guard(1)
+    assert not any(guard.is_spike(3 + 0.1 * rng.gauss(0, 1)) for _ in range(100))
+    again = Guard(1)
+    again.load_state_dict(guard.state_dict())
+    assert again.is_spike(4.0)
+    assert not again.is_spike(3.1)

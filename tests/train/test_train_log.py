@@ -1,0 +1,71 @@
+"""The line of a step, and the file that is the truth."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from yaongi.train.log import Metrics, console_line, duration, read_metrics, scientific, short, significant
+
+
+def test_the_line_of_a_step() -> None:
+    """To the letter."""
+    record = {
+        "step": 1200,
+        "loss": 3.4121,
+        "bpb": 1.304,
+        "lr": 2e-3,
+        "phase": "stable",
+        "gnorm": 0.411,
+        "tokens_per_second": 83_100,
+        "tflops": 632.4,
+        "memory": 61.2e9,
+        "data_wait": 0.003,
+        "experts_cv": 0.12,
+        "experts_dead": 0,
+        "eta": 165_870.0,
+    }
+    assert console_line(record, 14305) == (
+        "step 1200/14305 (8.4%) | loss 3.412 | bpb 1.30 | lr 2.0e-3 stable | gnorm 0.41 | 83k tok/s | 632 TFLOP/s | "
+        "mem 61.2G | data 0.3% | experts cv 0.12 dead 0 | eta 46h04m"
+    )
+
+
+def test_numbers() -> None:
+    """Short forms."""
+    assert [short(v) for v in (950, 6230, 83_100, 1.2e6, 4.28e9)] == ["950", "6.2k", "83k", "1.2M", "4.3B"]
+    assert [duration(v) for v in (12, 200, 3599.7, 165_870)] == ["12s", "3m20s", "1h00m", "46h04m"]
+    assert [significant(v) for v in (632.4, 41.84, 0.03121, 0)] == ["632", "41.8", "0.0312", "0"]
+    assert scientific(1e-5) == "1.0e-5"
+
+
+def test_cut_and_append(tmp_path: Path) -> None:
+    """Records after the checkpoint go, and so does a line that a kill has cut short."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    for step in range(5):
+        metrics.write("step", step, loss=1 / (step + 3))
+    metrics.close()
+    path.write_text(path.read_text() + '{"event": "st')
+    metrics = Metrics(path)
+    metrics.cut(3)
+    metrics.write("step", 4, loss=0.1)
+    metrics.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [*((s, 1 / (s + 3)) for s in range(4)), (4, 0.1)]
+
+
+def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
+    """It names the line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n{broken\n" + json.dumps({"step": 2}) + "\n")
+    with pytest.raises(ValueError, match="line 2 of"):
+        read_metrics(path)
+
+
+def test_another_process_writes_nothing(tmp_path: Path) -> None:
+    """Only the first of several processes has the file."""
+    metrics = Metrics(tmp_path / "metrics.jsonl", enabled=False)
+    metrics.cut(0)
+    metrics.write("step", 1, loss=1.0)
+    metrics.close()
+    assert not list(tmp_path.iterdir())

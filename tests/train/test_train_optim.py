@@ -1,0 +1,164 @@
+"""Every role's update against its formula, written out in float64."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import TOML
+
+from yaongi.kernels import newton_schulz
+from yaongi.model import Yaongi, load_preset
+from yaongi.model.roles import Role, parameter_roles
+from yaongi.train.config import Training
+from yaongi.train.optim import RoleOptimizer
+from yaongi.train.optim_rows import adam_rows
+
+TRAIN = Training(batch_tokens=4096, row_tokens=64)
+RATES = {"matrix": 0.02, "vector": 0.003, "table": 0.015}
+Tensor = torch.Tensor
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[[torch.dtype], Yaongi]:
+    """The small model in a dtype."""
+    path = tmp_path / "small.toml"
+    path.write_text(TOML)
+    return lambda dtype: Yaongi(load_preset(path), dtype=dtype)
+
+
+def give_gradients(model: Yaongi, seed: int) -> dict[str, Tensor]:
+    """Random ones; the table's touch three rows."""
+    generator = torch.Generator().manual_seed(seed)
+    given = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("engram.table.weight"):
+            keep = torch.zeros(len(gradient), 1, dtype=torch.float64)
+            keep[[1, 5, 6]] = 1
+            gradient *= keep
+        given[name] = gradient
+        wide = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+        dense = gradient.to(wide)
+        parameter.grad = dense.to_sparse(1) if name.endswith("engram.table.weight") else dense
+    return given
+
+
+def muon(weight: Tensor, gradients: list[Tensor], others: list[list[Tensor]]) -> Tensor:
+    """The weight after all steps, orthogonalised jointly with ``others``' gradients, which come after it."""
+    momenta = [torch.zeros_like(weight) for _ in range(1 + len(others))]
+    for step, gradient in enumerate(gradients):
+        directions = []
+        for i, g in enumerate([gradient, *(other[step] for other in others)]):
+            momenta[i] = 0.95 * momenta[i] + g
+            directions.append(g + 0.95 * momenta[i])
+        m, n = weight.shape[-2:]
+        o = newton_schulz(torch.cat(directions, -1))[..., :n]
+        weight = (1 - 0.02 * 0.1) * weight - 0.02 * math.sqrt(m / n) * o
+    return weight
+
+
+def adamw(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> Tensor:
+    """The weight after all steps."""
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, g in enumerate(gradients, 1):
+        mean, square = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g**2
+        update = mean / (1 - 0.9**step) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+        weight = (1 - lr * decay) * weight - lr * update
+    return weight
+
+
+def expected(name: str, role: Role, start: dict[str, Tensor], gradients: dict[str, list[Tensor]]) -> Tensor:
+    """What a parameter must be after the steps."""
+    weight, mine = start[name], gradients[name]
+    if role.kind == "table":
+        touched = mine[0].any(-1, keepdim=True)
+        return torch.where(touched, adamw(weight, mine, 0.015, 0.0), weight)
+    if role.kind == "adamw":
+        return adamw(weight, mine, 0.003, 0.1 if role.decay else 0.0)
+    if role.splits:
+        parts = []
+        for split in role.splits:
+            rows = slice(split.start, split.stop)
+            part = [g[rows] for g in mine]
+            is_muon = split.kind == "muon"
+            parts.append(muon(weight[rows], part, []) if is_muon else adamw(weight[rows], part, 0.003, 0.0))
+        return torch.cat(parts)
+    return muon(weight, mine, [])
+
+
+def test_every_role(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """Three steps of the whole model; Q, K and V of the two attention layers go jointly."""
+    model = build(torch.float64)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = RoleOptimizer(model, TRAIN, torch.float64)
+    optimizer.set_lr(RATES)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in start}
+    for step in range(3):
+        for name, gradient in give_gradients(model, step).items():
+            gradients[name].append(gradient)
+        optimizer.step()
+    roles = parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        if roles[name].kind == "qkv":
+            continue
+        torch.testing.assert_close(
+            parameter.detach(), expected(name, roles[name], start, gradients), rtol=1e-9, atol=1e-11
+        )
+    first, second = (f"backbone.layers.{i}.mixer.q_proj.weight" for i in (2, 4))
+    wanted = muon(start[first], gradients[first], [gradients[second]])
+    torch.testing.assert_close(model.get_parameter(first).detach(), wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_masters(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """bfloat16 parameters are their float32 masters' casts, tiny steps add up in the masters, A_log has none."""
+    model = build(torch.bfloat16)
+    optimizer = RoleOptimizer(model, TRAIN, torch.bfloat16)
+    optimizer.set_lr({kind: rate * 1e-4 for kind, rate in RATES.items()})
+    before = {name: s["master"].clone() for name, s in optimizer.tensors().items() if "master" in s}
+    for step in range(4):
+        give_gradients(model, step)
+        optimizer.step()
+    after = optimizer.tensors()
+    assert "master" not in after["backbone.layers.0.mixer.A_log"]
+    for name, master in before.items():
+        assert not torch.equal(after[name]["master"], master)
+        assert torch.equal(model.get_parameter(name).detach(), after[name]["master"].bfloat16())
+
+
+def test_gradients_add_up_in_float32(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """256 + 1 is 256 in bfloat16."""
+    model = build(torch.bfloat16)
+    RoleOptimizer(model, TRAIN, torch.bfloat16)
+    weight = model.lm_head.weight
+    for scale in (256.0, 1.0):
+        (weight * scale).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert torch.equal(weight.grad, torch.full_like(weight.grad, 257.0))
+
+
+def test_rows_that_were_not_read_stay(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """Also their moments, and a dense gradient does the same as a sparse one."""
+    torch.manual_seed(1)
+    gradient = torch.randn(8, 3).mul_(torch.tensor([0, 1, 0, 0, 1, 0, 0, 0]).unsqueeze(1))
+    results = []
+    for given in (gradient, gradient.to_sparse(1)):
+        weight, mean, square = torch.ones(8, 3), torch.ones(8, 3), torch.ones(8, 3)
+        settings = {"step": 5, "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+        adam_rows(weight, given, mean, square, parameter=weight, **settings)  # type: ignore[arg-type]
+        untouched = [0, 2, 3, 5, 6, 7]
+        assert all(torch.equal(t[untouched], torch.ones(6, 3)) for t in (weight, mean, square))
+        assert not any((t[[1, 4]] == 1).any() for t in (weight, mean, square))
+        results.append(weight)
+    assert torch.equal(*results)
+
+
+def test_messages(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """A closure, and a parameter that has no gradient."""
+    optimizer = RoleOptimizer(build(torch.float32), TRAIN, torch.float32)
+    with pytest.raises(ValueError, match="wanted no closure"):
+        optimizer.step(lambda: 1.0)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        optimizer.step()

@@ -1,0 +1,206 @@
+"""A run from its start to its end: resumed, stopped, refused, and what it leaves."""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import command, environment, final_tensors, losses, run
+
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.model import Yaongi
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption, with a secret in its environment and a wandb server that isn't there."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    keys = {"WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = run(tokens, out, "--wandb", "auto", "--tensorboard", **keys)
+    assert done.returncode == 0, done.stderr
+    (out / "stdout.txt").write_text(done.stdout + done.stderr)
+    return out
+
+
+def test_what_a_run_leaves(whole: Path) -> None:
+    """Metrics, TensorBoard, an offline wandb run, a report that needs nothing beside it, and lines."""
+    assert [step for step, *_ in losses(whole)] == list(range(1, 13))
+    assert losses(whole)[-1][1] < losses(whole)[0][1] - 0.5
+    assert list((whole / "tensorboard").iterdir())
+    assert list((whole / "wandb").glob("offline-run-*"))
+    page = (whole / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.split("<pre>")[0].replace("http-equiv", "")
+    printed = (whole / "stdout.txt").read_text()
+    assert "wandb: no connection, so this run is logged offline" in printed
+    assert "step 12/12 (100.0%) | loss " in printed
+    assert "held-out bits per byte ko " in printed
+
+
+def test_no_secret_anywhere(whole: Path) -> None:
+    """Not in a log, a configuration or a checkpoint."""
+    for path in whole.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_the_model_folder(whole: Path) -> None:
+    """It loads without the trainer, with its tokenizer, and holds the last step's weights."""
+    model = Yaongi.from_pretrained(whole / "model")
+    assert Tokenizer.load(whole / "model").vocab_size == model.config.vocab_size
+    saved = final_tensors(whole)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, saved[f"model/{name}"]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves(tokens: Path, tmp_path: Path, whole: Path, number: int) -> None:
+    """The command it prints goes on; the end is the uninterrupted run's, bit for bit."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(tokens, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(number)
+            break
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "go on with: python -m yaongi.train --config" in printed
+    assert "Traceback" not in errors
+    step = int(printed.split("saved step ")[1].split(";")[0])
+    assert json.loads((out / "checkpoints" / f"step-{step:08d}" / "run.json").read_text())["step"] == step
+    done = run(tokens, out)
+    assert f"resumed from step {step}" in done.stdout
+    assert losses(out) == losses(whole)
+    assert_same_tensors(out, whole)
+
+
+def assert_same_tensors(out: Path, whole: Path) -> None:
+    """Two runs ended with the same checkpoint, bit for bit."""
+    mine, theirs = final_tensors(out), final_tensors(whole)
+    assert mine.keys() == theirs.keys()
+    assert [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])] == []
+
+
+def test_a_finished_run_is_left_alone(tokens: Path, whole: Path) -> None:
+    """The same command again trains nothing and fails at nothing."""
+    before = (whole / "metrics.jsonl").read_text()
+    assert run(tokens, whole).returncode == 0
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_another_configuration(tokens: Path, whole: Path, tmp_path: Path) -> None:
+    """Refused with what differs; ``--fresh`` starts anew."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    refused = run(tokens, out, "--matrix-lr", "0.01")
+    assert refused.returncode == 1
+    assert "train.matrix_lr: the run has 0.02, got 0.01" in refused.stderr
+    assert losses(out) == losses(whole)
+    fresh = run(tokens, out, "--matrix-lr", "0.01", "--fresh", "--stop-after", "1")
+    assert fresh.returncode == 0
+    assert len(losses(out)) == 1
+
+
+def test_dry_run(tokens: Path, tmp_path: Path) -> None:
+    """The plan, and nothing is written."""
+    done = run(tokens, tmp_path / "run", "--dry-run", "--dollars-per-hour", "3600")
+    assert done.returncode == 0
+    for text in ("parameters", "12 steps of 8 x 64", "fits", "about $"):
+        assert text in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_in_a_folder(tokens: Path, tmp_path: Path) -> None:
+    """The second one is refused."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = run(tokens, out)
+    assert refused.returncode == 1
+    assert "another process trains in" in refused.stderr
+
+
+def spoil_shard(folder: Path) -> None:
+    """One bit."""
+    file = next((folder / "train").glob("*.bin"))
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+def cut_shard(folder: Path) -> None:
+    """The last byte is missing."""
+    file = next((folder / "train").glob("*.bin"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def change_tokenizer(folder: Path) -> None:
+    """Of another text."""
+    from conftest import documents
+
+    from yaongi.data.tokenizer import train_tokenizer
+
+    train_tokenizer(documents(9, 100), 520).save(folder / "tokenizer")
+
+
+def put_an_id_out_of_range(folder: Path) -> None:
+    """In a shard whose hash is right."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for domain in manifest["splits"]["train"].values():
+        for shard in domain["shards"]:
+            content = b"\xff\xfe" * shard["tokens"]
+            (folder / shard["file"]).write_bytes(content)
+            shard["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def drop_domain(folder: Path) -> None:
+    """No mathematics."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["splits"]["train"]["math"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_shard, "has changed since it was made"),
+        (cut_shard, "is truncated or changed"),
+        (change_tokenizer, "was made with tokenizer"),
+        (put_an_id_out_of_range, "wanted token ids below 600, got 65279"),
+        (drop_domain, "of math in"),
+        (shutil.rmtree, "tokenizer"),
+    ],
+)
+def test_data_that_is_wrong(tokens: Path, tmp_path: Path, spoil: object, message: str) -> None:
+    """One line, exit code 1, no step."""
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens, folder)
+    spoil(folder)  # type: ignore[operator]
+    done = run(folder, tmp_path / "run")
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_other_data_than_the_run_s(tokens: Path, whole: Path, tmp_path: Path) -> None:
+    """The position in one order means nothing in another."""
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "note": "another"}))
+    refused = run(folder, whole)
+    assert refused.returncode == 1
+    assert "the saved position is of other data" in refused.stderr

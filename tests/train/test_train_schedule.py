@@ -1,0 +1,52 @@
+"""The learning rate of every step."""
+
+from itertools import pairwise
+
+import pytest
+
+from yaongi.train.schedule import Schedule
+
+
+def test_wsd() -> None:
+    """A linear rise, the peak, and a linear fall that ends at the final rate."""
+    schedule = Schedule(1000, "wsd", warmup=0.01, decay=0.2, final=1e-5)
+    rates = [schedule.lr(step, 0.02) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.002)
+    assert rates[9:800] == [0.02] * 791
+    assert rates[-1] == pytest.approx(1e-5)
+    falls = [a - b for a, b in pairwise(rates[799:])]
+    assert falls == pytest.approx([(0.02 - 1e-5) / 200] * 200)
+    assert [schedule.phase(step) for step in (0, 9, 10, 799, 800, 999)] == ["warmup"] * 2 + ["stable"] * 2 + [
+        "decay"
+    ] * 2
+
+
+def test_cosine() -> None:
+    """Half way down the fall the rate is half way between peak and final."""
+    schedule = Schedule(101, "cosine", warmup=0.0, final=0.0)
+    assert schedule.lr(100, 1.0) == pytest.approx(0.0, abs=1e-12)
+    assert schedule.lr(49, 1.0) == pytest.approx(0.5, abs=0.01)
+    assert schedule.phase(0) == "decay"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["wsd", "cosine"])
+def test_runs_of_few_steps(steps: int, kind: str) -> None:
+    """Nothing divides by zero, and no rate exceeds the peak."""
+    schedule = Schedule(steps, kind)  # type: ignore[arg-type]
+    assert all(0 < schedule.lr(step, 0.02) <= 0.02 for step in range(steps))
+
+
+def test_a_final_rate_above_the_peak_is_no_rise() -> None:
+    """The table of small rates keeps its own peak."""
+    assert Schedule(10, final=1.0).lr(9, 0.02) == pytest.approx(0.02)
+
+
+def test_messages() -> None:
+    """Shares that don't fit, a wrong kind, no steps."""
+    with pytest.raises(ValueError, match=r"warmup \+ decay within 0 to 1, got 0.5 \+ 0.6"):
+        Schedule(10, warmup=0.5, decay=0.6)
+    with pytest.raises(ValueError, match="wanted wsd or cosine, got 'linear'"):
+        Schedule(10, "linear")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="wanted 1 step or more, got 0"):
+        Schedule(0)

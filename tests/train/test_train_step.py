@@ -1,0 +1,104 @@
+"""One step: exact whatever the micro-batches, clipped, and nothing happens when it is bad."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import losses, session_of
+
+from yaongi.train.guard import BadStepError
+from yaongi.train.session import Session
+
+EXACT = ("--dtype", "float64")
+
+
+def weights(session: Session) -> dict[str, torch.Tensor]:
+    """Copies of everything a model holds."""
+    return {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+
+
+def train(session: Session, steps: int) -> list[float]:
+    """Losses of some steps."""
+    with session:
+        batches = session.batches()
+        for _ in range(steps):
+            session.train_step(next(batches))
+        batches.close()
+    return [loss for _, loss, _ in losses(session.config.run.out)]
+
+
+def test_micro_batches_don_t_matter(tokens: Path, tmp_path: Path) -> None:
+    """One pass of 8 rows, or 8 of one: the same losses and weights, though rows have different numbers of targets."""
+    results = []
+    for rows in ("8", "1"):
+        session = session_of(tokens, tmp_path / rows, *EXACT, "--micro-rows", rows, "--z-loss", "1e-3")
+        results.append((train(session, 3), weights(session)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][name], rtol=1e-9, atol=1e-10)
+
+
+def test_recompute_changes_nothing(tokens: Path, tmp_path: Path) -> None:
+    """It only costs time."""
+    plain, again = (session_of(tokens, tmp_path / n, *more) for n, more in (("a", ()), ("b", ("--recompute",))))
+    assert train(plain, 2) == train(again, 2)
+
+
+def test_clipping(tokens: Path, tmp_path: Path) -> None:
+    """The norm is that of all gradients together, and what reaches the optimizer has the wanted one."""
+    session = session_of(tokens, tmp_path / "run", *EXACT, "--clip", "0.01")
+    seen: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        squares = [p.grad.to_dense().square().sum() for g in optimizer.param_groups for p in g["params"]]
+        seen.append(float(torch.stack(squares).sum().sqrt()))
+
+    session.optimizer.register_step_pre_hook(look)
+    train(session, 1)
+    assert seen == pytest.approx([0.01], rel=1e-6)
+
+
+def test_the_router_s_bias_follows_the_whole_batch(tokens: Path, tmp_path: Path) -> None:
+    """One step of 1e-3 against the load of all micro-batches."""
+    session = session_of(tokens, tmp_path / "run", "--micro-rows", "2")
+    loads: list[torch.Tensor] = []
+    update = session.model.update_router_bias
+    session.model.update_router_bias = lambda load, rate: (loads.append(load), update(load, rate))  # type: ignore[assignment]
+    train(session, 1)
+    assert len(loads) == 1
+    assert loads[0].sum() == 512 * 2
+    bias = session.model.backbone.layers[1].mixer.gate.e_score_correction_bias
+    assert torch.equal(bias, 1e-3 * (loads[0].double().mean() - loads[0][0].double()).sign().float())
+
+
+def test_a_nan_in_a_gradient(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is updated, the tensor and the rows are named, and after one too many the run stops."""
+    session = session_of(tokens, tmp_path / "run", "--bad-steps", "1")
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    before = weights(session)
+    with session:
+        batches = session.batches()
+        session.model.get_parameter(name).register_hook(lambda gradient: gradient * torch.nan)
+        session.train_step(next(batches))
+        assert all(torch.equal(t, before[n]) for n, t in session.model.state_dict().items())
+        assert f"step 1: the gradient of {name} is not finite; batch: samples 0-7" in capsys.readouterr().err
+        with pytest.raises(BadStepError, match=r"samples 8-15.*2 bad steps in a row, 1 allowed"):
+            session.train_step(next(batches))
+        batches.close()
+    assert all(torch.equal(t, before[n]) for n, t in session.model.state_dict().items())
+
+
+def test_the_run_goes_on_after_a_bad_step(tokens: Path, tmp_path: Path) -> None:
+    """The data moves on, and the step is recorded."""
+    session = session_of(tokens, tmp_path / "run")
+    with session:
+        batches = session.batches()
+        handle = session.model.lm_head.weight.register_hook(lambda gradient: gradient * torch.inf)
+        session.train_step(next(batches))
+        handle.remove()
+        session.train_step(next(batches))
+        batches.close()
+    events = [line.split('"')[3] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert events == ["plan", "bad_step", "step"]
+    assert session.guard.skipped == 1
+    assert session.loader.state_dict()["samples"] == 16
