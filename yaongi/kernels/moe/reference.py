@@ -75,7 +75,8 @@ def moe_reference(
     for expert, rows, pairs in _experts_with_rows(expert_ids, w_up.shape[0]):
         hidden = x[pairs // K].to(wide) @ w_up[expert].to(wide).T  # (R, F)
         a[rows] = hidden.relu().square().to(x.dtype)
-        parts[pairs] = weights[pairs, None] * (a[rows].to(wide) @ w_down[expert].to(wide).T)  # (R, D)
+        part = weights[pairs, None] * (a[rows].to(wide) @ w_down[expert].to(wide).T)  # (R, D)
+        parts[pairs] = part.to(x.dtype).to(wide)  # rounded as it is stored
     return parts.view(T, K, x.shape[1]).sum(1).to(x.dtype), a
 
 
@@ -101,7 +102,7 @@ def moe_backward_reference(
         dact = dy_rows @ w_down[expert].to(wide)  # (R, F), dA′: not yet weighted by g
         dweights[pairs] = (dact * act).sum(-1)
         dhidden = (2 * act.sqrt() * (g * dact)).to(x.dtype).to(wide)  # relu(H) = sqrt(A); rounded as it is stored
-        dparts[pairs] = dhidden @ w_up[expert].to(wide)
+        dparts[pairs] = (dhidden @ w_up[expert].to(wide)).to(x.dtype).to(wide)
         dw_up[expert] = (dhidden.T @ x[tokens].to(wide)).to(w_up.dtype)
-        dw_down[expert] = ((g * dy_rows).T @ act).to(w_down.dtype)
+        dw_down[expert] = (dy_rows.T @ (g * act).to(x.dtype).to(wide)).to(w_down.dtype)
     return dparts.view(T, K, x.shape[1]).sum(1).to(x.dtype), dw_up, dw_down, dweights.view(T, K)
