@@ -98,6 +98,22 @@ def test_a_model_without_values_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pretrained(Yaongi(small_config(), seed=1), tmp_path, shard_bytes=20_000)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    calls = iter(range(3))
+
+    def full_disk(*arguments: Any, **options: Any) -> None:
+        if next(calls) == 2:
+            raise OSError("no space left on device")
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr("yaongi.model.hub_weights.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_pretrained(Yaongi(small_config(), seed=2), tmp_path, shard_bytes=20_000)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_engram_is_exported_only_when_told_to_be_dropped(tmp_path: Path) -> None:
     model = engram_model()
     with pytest.raises(ValueError, match=r"export: wanted a model without Engram.*layer 1 with .* parameters: --drop"):
@@ -164,6 +180,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         lambda f: edit_json(f / "config.json", lambda c: c.update(moe_latent_size=8)),
         ValueError,
         "config.json: wanted moe_latent_size = None, got 8",
+    ),
+    "two shared experts": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(n_shared_experts=2)),
+        ValueError,
+        "config.json: wanted n_shared_experts = 1, got 2",
     ),
     "dense layers": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(hybrid_override_pattern="ME-*ME")),
@@ -274,7 +295,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_loading_keeps_one_shard_beside_the_model(tmp_path: Path) -> None:
-    """A model of 164 MB in shards of 32 MB: the peak is the model and one shard, and 10 % for all else."""
+    """A model of 164 MB in shards of 82 MB: the peak is the model and one shard, and 10 % for all else."""
     model = Yaongi(small_config("M", hidden_size=256, vocab_size=80_000))
     shard, size = 82_000_000, sum(t.nbytes for t in model.state_dict().values())
     save_pretrained(model, tmp_path, shard_bytes=shard)
