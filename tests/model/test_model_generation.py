@@ -7,15 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, documents, small_model, tokens
+from model_support import ENGRAM, packed, roughened, small_config, small_model, token_ids
 from oracle import assert_equal_to_float64
 
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
-from yaongi.model import Yaongi
+from yaongi.model import EngramConfig, Yaongi
 from yaongi.model.generation import choose, generate, prefill, step
 
 LENGTH = 30
+ENGRAMS = (ENGRAM, EngramConfig(layer=3, heads=2, head_dim=4, rows=70, orders=(2, 3, 4), gate="demo"))
 PROMPTS = [[5, 7, 11], list(range(17)), [60] * 8, [1]]
+
+
+def model_of(engram: bool) -> Yaongi:
+    """A small model, with two Engrams of different orders over compressed ids on request."""
+    compression = [token // 2 for token in range(61)] if engram else None
+    return roughened(Yaongi(small_config(engram=ENGRAMS if engram else ()), compression=compression))
 
 
 def cached_logits(model: Yaongi, input_ids: torch.Tensor, prompt: int, document_ids: torch.Tensor | None = None) -> Any:
@@ -29,7 +36,8 @@ def cached_logits(model: Yaongi, input_ids: torch.Tensor, prompt: int, document_
 @pytest.mark.parametrize("prompt", [1, 2, 3, 4, 9, 13, LENGTH])
 @pytest.mark.parametrize("engram", [False, True], ids=["plain", "engram"])
 def test_prefill_and_steps_equal_the_forward(prompt: int, engram: bool) -> None:
-    model, input_ids = small_model(engram=engram), tokens(3, LENGTH)
+    model = model_of(engram)
+    input_ids = token_ids(model, 3, LENGTH)
     with torch.no_grad():
         full = model(input_ids)[:, prompt - 1 :]
     assert_equal_to_float64(cached_logits(model, input_ids, prompt), full, 1e-5)
@@ -37,7 +45,8 @@ def test_prefill_and_steps_equal_the_forward(prompt: int, engram: bool) -> None:
 
 @pytest.mark.parametrize("pattern", ["M", "E", "*", "MMM", "*E*"])
 def test_each_mixer_alone(pattern: str) -> None:
-    model, input_ids = small_model(pattern=pattern), tokens(2, LENGTH)
+    model = small_model(pattern)
+    input_ids = token_ids(model, 2, LENGTH)
     with torch.no_grad():
         full = model(input_ids)[:, 10:]
     assert_equal_to_float64(cached_logits(model, input_ids, 11), full, 1e-5)
@@ -45,8 +54,9 @@ def test_each_mixer_alone(pattern: str) -> None:
 
 @pytest.mark.parametrize("prompt", [10, 11, 12, 15])
 def test_steps_go_on_with_the_last_document(prompt: int) -> None:
-    model, input_ids = small_model(engram=True), tokens(3, LENGTH)
-    document_ids = documents([9, LENGTH - 9], [2, 3, LENGTH - 5], [LENGTH])
+    model = model_of(engram=True)
+    input_ids = token_ids(model, 3, LENGTH)
+    document_ids = packed((9, LENGTH - 9), (2, 3, LENGTH - 5), (LENGTH,))
     with torch.no_grad():
         full = model(input_ids, document_ids)[:, prompt - 1 :]
     assert_equal_to_float64(cached_logits(model, input_ids, prompt, document_ids), full, 1e-5)
@@ -56,7 +66,7 @@ def test_steps_go_on_with_the_last_document(prompt: int) -> None:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
 def test_unequal_prompts_in_a_batch(engram: bool, sampling: dict[str, float]) -> None:
     """A greedy answer does not depend on its neighbours; a sampled batch is the same each time."""
-    model = small_model(engram=engram)
+    model = model_of(engram)
     together = generate(model, PROMPTS, max_new_tokens=12, stop=(), **sampling)
     assert [len(answer) for answer in together] == [12] * len(PROMPTS)
     if sampling:
@@ -116,7 +126,7 @@ def test_the_distribution_of_the_choice(settings: dict[str, Any], expected: list
     [
         ({"prompts": []}, "wanted at least one prompt, got none"),
         ({"prompts": [[1], []]}, "wanted prompts of at least one token, got an empty one"),
-        ({"prompts": [[VOCABULARY]]}, "wanted token ids from 0 to 60, got 61"),
+        ({"prompts": [[61]]}, "wanted token ids from 0 to 60, got 61"),
         ({"prompts": [[-1]]}, "wanted token ids from 0 to 60, got -1"),
         ({"prompts": [[1] * 55]}, "wanted prompts of at most 54 tokens (64 less the 10 to generate), got 55"),
         ({"max_new_tokens": 0}, "wanted max_new_tokens of 1 or more, got 0"),
@@ -128,15 +138,15 @@ def test_the_distribution_of_the_choice(settings: dict[str, Any], expected: list
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=r"^generate: ") as caught:
-        generate(small_model(pattern="M"), **({"prompts": [[1]], "max_new_tokens": 10} | changes))
+        generate(small_model("M", max_sequence_length=64), **({"prompts": [[1]], "max_new_tokens": 10} | changes))
     assert str(caught.value) == f"generate: {message}"
 
 
 def test_beyond_the_capacity() -> None:
-    model = small_model(pattern="M*")
+    model = small_model("M*")
     with pytest.raises(ValueError, match=r"^prefill: wanted a prompt of at most 3 tokens \(capacity\), got 4$"):
-        prefill(model, tokens(1, 4), capacity=3)
-    _, cache = prefill(model, tokens(1, 4), capacity=4)
+        prefill(model, token_ids(model, 1, 4), capacity=3)
+    _, cache = prefill(model, token_ids(model, 1, 4), capacity=4)
     with pytest.raises(ValueError, match=r"^step: wanted at most 4 tokens \(capacity\), got one more$"):
         step(model, torch.tensor([1]), cache)
 
@@ -154,7 +164,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    small_model(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
+    small_model(vocab_size=tokenizer.vocab_size, max_sequence_length=64).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     options = ("--max-new-tokens", "5", "--seed", "3")
     done = run(str(tmp_path), "--prompt", "aq", "--prompt", "qa b", *options)
@@ -172,7 +182,7 @@ def test_the_command_with_another_tokenizer(tokenizer: Tokenizer, tmp_path: Path
     small_model().save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     done = run(str(tmp_path), "--prompt", "aq")
-    assert done.stderr == f"generate: wanted a tokenizer of {VOCABULARY} pieces, got 512\n"
+    assert done.stderr == "generate: wanted a tokenizer of 61 pieces, got 512\n"
     done = run(str(tmp_path / "none"), "--prompt", "aq")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
