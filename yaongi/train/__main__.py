@@ -51,8 +51,8 @@ def main() -> int:
         settle(config.run.deterministic)
         return train(config, world, arguments)
     except (ValueError, TypeError, OSError, BadStepError) as error:
-        own_words = isinstance(error, OSError) and error.strerror and not error.filename
-        print("error:", *str(error.strerror if own_words else error).split(), file=sys.stderr)
+        text = error.strerror if isinstance(error, OSError) and not error.filename else None
+        print("error:", *(text or str(error)).split(), file=sys.stderr)
         return 1
     finally:
         if world is not None:

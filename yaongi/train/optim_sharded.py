@@ -54,11 +54,10 @@ def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu
         raise RuntimeError("optimizer: wanted a sharded gradient of a sharded parameter")
     g = gradient.to_local().to(torch.promote_types(gradient.dtype, torch.float32))
     accumulated = mu * momentum.to_local().to(g.dtype) + g
+    if raw is not None:
+        accumulated[own_rows(parameter, raw).of_local] = 0
     momentum.to_local().copy_(accumulated)
     direction = g + mu * accumulated
-    if raw is not None:
-        here = own_rows(parameter, raw)
-        direction[here.of_local] = g[here.of_local]
     if parameter.dim() == 3:
         return direction
     shape, stride = gradient.shape, gradient.stride()

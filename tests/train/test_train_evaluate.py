@@ -1,0 +1,72 @@
+"""Bits per byte, by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import session_of
+
+from yaongi.data.loader import HeldOut
+from yaongi.eval.bits_per_byte import bits_per_byte, nats
+from yaongi.train.distributed import World
+from yaongi.train.evaluate import Evaluator, samples
+
+
+def test_nats_of_a_known_model() -> None:
+    """A model that gives every token the same probability: ln V a counted token, whatever the batch."""
+    rows = HeldOut(
+        input_ids=torch.randint(0, 7, (5, 6)),
+        document_ids=torch.zeros(5, 6, dtype=torch.int32),
+        predicted=torch.rand(5, 6) < 0.5,
+        text_bytes=torch.ones(5, dtype=torch.int64),
+    )
+    rows.predicted[:, 0] = False
+    counted = int(rows.predicted.sum())
+    for at_once in (1, 3, 5):
+        total = nats(lambda ids, _: torch.zeros(*ids.shape, 7), rows, device=torch.device("cpu"), rows_at_once=at_once)
+        assert total == pytest.approx(counted * math.log(7), rel=1e-6)
+    assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="wanted 1 byte of text or more, got 0"):
+        bits_per_byte(1.0, 0)
+
+
+def test_against_a_loop_over_tokens(tokens: Path, tmp_path: Path) -> None:
+    """EOS and first tokens of documents left out, bytes of the tokenizer's pieces."""
+    session = session_of(tokens, tmp_path / "run")
+    with session:
+        measured = session.evaluator.bits_per_byte(session.model, 2)
+        rows = session.loader.held_out("ko", 2)
+        logits = session.model(rows.input_ids, rows.document_ids).detach().double()
+        total, text_bytes = 0.0, 0
+        for row, (ids, documents) in enumerate(zip(rows.input_ids.tolist(), rows.document_ids.tolist(), strict=True)):
+            for t in range(1, len(ids)):
+                if documents[t] == documents[t - 1] and ids[t] != session.tokenizer.eos_id:
+                    total -= float(logits[row, t - 1].log_softmax(-1)[ids[t]])
+                    text_bytes += int(session.tokenizer.byte_lengths[ids[t]])
+    assert measured["ko"] == pytest.approx(total / math.log(2) / text_bytes, rel=1e-5)
+    assert list(measured) == ["ko", "en", "code", "math"]
+
+
+def test_processes_share_the_rows(tokens: Path, tmp_path: Path) -> None:
+    """Three processes with four rows: every row counts once, and all make as many forward passes."""
+    session = session_of(tokens, tmp_path / "run")
+    with session:
+        rows = session.loader.held_out("ko", 4)
+        shares = []
+        for rank in range(3):
+            evaluator = Evaluator(session.loader, 4, World(rank, 3, torch.device("cpu")), lambda _: None)
+            shares.append(evaluator._share(rows))
+    assert [len(share.input_ids) for share in shares] == [2, 2, 2]
+    assert sum(int(share.predicted.sum()) for share in shares) == int(rows.predicted.sum())
+
+
+def test_samples_are_the_same_every_time(tokens: Path, tmp_path: Path) -> None:
+    """And leave the random numbers alone."""
+    session = session_of(tokens, tmp_path / "run")
+    with session:
+        state = torch.get_rng_state()
+        drawn = [samples(session.model, session.tokenizer, 5, torch.device("cpu")) for _ in range(2)]
+        assert torch.equal(torch.get_rng_state(), state)
+    assert drawn[0] == drawn[1]
+    assert list(drawn[0]) == ["Korean", "code", "math"]

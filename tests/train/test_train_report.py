@@ -1,0 +1,97 @@
+"""The report, the plan and the memory it predicts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import ALONE, config_of, environment, run
+
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.train.benchmark_panel import kernel_panels
+from yaongi.train.build import micro_rows
+from yaongi.train.distributed import World
+from yaongi.train.memory import PeakMode
+from yaongi.train.plan import make_plan
+from yaongi.train.report import write_report
+
+
+def test_messages(tmp_path: Path) -> None:
+    """No run, no step, no benchmark, no JSON."""
+    with pytest.raises(FileNotFoundError, match=r"no metrics.jsonl in .*; train first"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no step is recorded"):
+        write_report(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no benchmark file"):
+        kernel_panels(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"benchmarks": [{"name": "a"}]}')
+    with pytest.raises(ValueError, match="wanted JSON of pytest-benchmark"):
+        kernel_panels(tmp_path / "bad.json")
+
+
+def test_with_benchmarks(tokens: Path, tmp_path: Path) -> None:
+    """As a command of its own, with the kernels' panels; samples and settings are escaped."""
+    out = tmp_path / "run"
+    assert run(tokens, out, "--stop-after", "2").returncode == 0
+    info = {"of_floor": 0.5, "x torch": 2.0, "x quack": 1.2}
+    (tmp_path / "bench.json").write_text(json.dumps({"benchmarks": [{"name": "test_moe", "extra_info": info}]}))
+    program = [sys.executable, "-m", "yaongi.train.report", str(out), str(tmp_path / "bench.json")]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "report.html")
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "&lt;" in (out / "report.html").read_text() or "<pre>" in (out / "report.html").read_text()
+
+
+def test_peak_mode_counts_what_is_alive() -> None:
+    """Two tensors at once are the peak; views and what is done in place are no memory."""
+    with PeakMode() as mode:
+        a = torch.empty(1000, device="meta")
+        b = a.view(10, 100)[2:].add_(1)
+        c = a + 1
+        del a, b
+        d = c * 2
+        assert mode.alive == 8000
+        del c, d
+    assert (mode.alive, mode.peak) == (0, 8000)
+
+
+def test_predicted_memory(tokens: Path, tmp_path: Path) -> None:
+    """Within 25 % of what the process took at its fullest."""
+    out = tmp_path / "run"
+    more = ("--model.hidden-size", "256", "--batch-tokens", "32768", "--row-tokens", "512", "--micro-rows", "32")
+    done = run(tokens, out, *more, "--mix", "ko=1", "--stop-after", "2", "--sample-tokens", "0", "--evaluate-rows", "1")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    predicted = next(r["predicted_memory"] for r in records if r["event"] == "plan")
+    taken = max(r["memory"] for r in records if r["event"] == "step")
+    assert predicted == pytest.approx(taken, rel=0.25)
+
+
+def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan says so and what to try."""
+    config = config_of(tokens, tmp_path / "run", "--micro-rows", "8")
+    tokenizer = Tokenizer.load(tokens / "tokenizer")
+    plan = make_plan(config, tokenizer, ALONE)
+    assert plan.fits
+    parts = plan.memory
+    low = int((parts.total - 0.5 * parts.activations) / 0.93)
+    monkeypatch.setattr("yaongi.train.plan._available", lambda _: low)
+    monkeypatch.setattr("yaongi.train.memory.resident_bytes", lambda: parts.base)
+    assert "try --micro-rows" in make_plan(config, tokenizer, ALONE).advice
+    monkeypatch.setattr("yaongi.train.plan._available", lambda _: 1000)
+    assert "does not fit: try more GPUs" in make_plan(config, tokenizer, ALONE).lines()
+
+
+def test_micro_batches_divide_the_batch(tokens: Path, tmp_path: Path) -> None:
+    """The largest divisor that fits; a wrong one is refused."""
+    config = config_of(tokens, tmp_path / "run")
+    assert micro_rows(config, ALONE, 5) == 4
+    assert micro_rows(config, World(0, 2, torch.device("cpu")), 100) == 4
+    with pytest.raises(ValueError, match="multiple of 3 processes"):
+        micro_rows(config, World(0, 3, torch.device("cpu")), 1)
+    with pytest.raises(ValueError, match="divide the 8 rows of a process, got 3"):
+        micro_rows(config_of(tokens, tmp_path / "run", "--micro-rows", "3"), ALONE, 1)
