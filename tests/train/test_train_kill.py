@@ -1,48 +1,107 @@
-"""kill -9 at any moment, also during a save: the resumed run ends as if nothing had happened, bit for bit."""
+"""kill -9 at random moments, also during a save: what goes on afterwards ends with the same bits."""
 
+import json
 import random
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from small_run import command, environment, losses, run
-from test_train_run import assert_same_tensors
+import torch
+from small_run import command, environment, final_tensors, losses, run
 
-OFTEN = ("--tokens", "12288", "--checkpoint-every", "1", "--sample-tokens", "0", "--evaluate-every", "1000")
-
-
-def killed(tokens: Path, out: Path, seconds: float) -> bool:
-    """Train, but kill -9 after some time of training; whether the kill came before the end."""
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": environment()}
-    process = subprocess.Popen(command(tokens, out, *OFTEN), **quiet)  # type: ignore[call-overload]
-    for line in process.stdout:
-        if "bits per byte" in line or "resumed" in line:
-            break
-    time.sleep(seconds)
-    process.kill()
-    return process.wait() == -9
+EVERY = (
+    "--checkpoint-every",
+    "1",
+    "--evaluate-every",
+    "100",
+    "--sample-tokens",
+    "0",
+)  # something is being saved always
 
 
-def compare_with_straight_run(tokens: Path, folder: Path, kills: int) -> None:
-    """A run killed ``kills`` times against one that never was."""
-    rng = random.Random(kills)
-    assert run(tokens, folder / "straight", *OFTEN).returncode == 0
-    came = sum(killed(tokens, folder / "killed", rng.uniform(0.0, 0.5)) for _ in range(kills))
-    assert came, "no kill came before the end of the run"
-    done = run(tokens, folder / "killed", *OFTEN)
+def start(tokens: Path, out: Path) -> "subprocess.Popen[str]":
+    """Training in a process of its own."""
+    return subprocess.Popen(
+        command(tokens, out, *EVERY), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+
+
+def steps_recorded(out: Path) -> int:
+    """Whole lines about steps in the run's metrics."""
+    path = out / "metrics.jsonl"
+    return path.read_text().count('"event": "step"') if path.exists() else 0
+
+
+def kill_within_steps(tokens: Path, out: Path, rng: random.Random) -> bool:
+    """Start, wait for one to three more steps and a random while, kill; whether it was killed before its end."""
+    process = start(tokens, out)
+    wanted = min(11, steps_recorded(out) + rng.randint(1, 3))
+    while process.poll() is None and steps_recorded(out) < wanted:
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def kill_within_a_save(tokens: Path, out: Path, rng: random.Random) -> bool:
+    """Start, wait until a checkpoint is being written, kill; whether it was killed before its end."""
+    process = start(tokens, out)
+    while process.poll() is None and not list((out / "checkpoints").glob("*.tmp")):
+        time.sleep(0.0005)
+    time.sleep(rng.random() * 0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def straight(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbs."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    done = run(tokens, out, *EVERY)
     assert done.returncode == 0, done.stderr
-    assert losses(folder / "killed") == losses(folder / "straight")
-    assert not list((folder / "killed" / "checkpoints").glob("*.tmp"))
-    assert_same_tensors(folder / "killed", folder / "straight")
+    return out
 
 
-def test_three_kills(tokens: Path, tmp_path: Path) -> None:
-    """The short form."""
-    compare_with_straight_run(tokens, tmp_path, 3)
+def check_killed_run(tokens: Path, straight: Path, out: Path, kills: int) -> None:
+    """Kill so often, finish, and compare with the undisturbed run."""
+    rng = random.Random(kills)
+    killed = [(kill_within_a_save if i % 2 else kill_within_steps)(tokens, out, rng) for i in range(kills)]
+    assert any(killed)
+    done = run(tokens, out, *EVERY)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == losses(straight)
+    mine, wanted = final_tensors(out), final_tensors(straight)
+    assert mine.keys() == wanted.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in wanted.items())
+    assert not list((out / "checkpoints").glob("*.tmp"))
+
+
+def test_a_few_kills(tokens: Path, straight: Path, tmp_path: Path) -> None:
+    """The loss curve and everything in the last checkpoint equal those of the straight run, bit for bit."""
+    check_killed_run(tokens, straight, tmp_path / "run", 4)
 
 
 @pytest.mark.long
-def test_twenty_kills(tokens: Path, tmp_path: Path) -> None:
-    """The long form."""
-    compare_with_straight_run(tokens, tmp_path, 20)
+def test_twenty_kills(tokens: Path, straight: Path, tmp_path: Path) -> None:
+    """The same, twenty times, five a run."""
+    for number in range(4):
+        check_killed_run(tokens, straight, tmp_path / f"run{number}", 5 + number % 2)
+
+
+def test_a_torn_pointer(tokens: Path, tmp_path: Path) -> None:
+    """Without ``latest`` the newest whole folder is taken; an unfinished one never is."""
+    out = tmp_path / "run"
+    assert run(tokens, out, *EVERY).returncode == 0
+    (out / "checkpoints" / "latest").unlink()
+    unfinished = out / "checkpoints" / "step-00000099.tmp"
+    unfinished.mkdir()
+    (unfinished / "__0_0.distcp").write_bytes(b"half")
+    done = run(tokens, out, *EVERY)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step 12" in done.stdout
+    assert not unfinished.exists()
+    assert json.loads((out / "checkpoints" / "step-00000012" / "run.json").read_text())["step"] == 12
