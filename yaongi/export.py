@@ -1,11 +1,12 @@
 """`python -m yaongi.export FOLDER --out DIR`: a model folder in the layout that Hugging Face's tools read."""
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from yaongi.model.command import run_command
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -41,11 +42,7 @@ class Export:
 
 def main() -> None:
     """Parses the command line; a mistake is one line."""
-    settings = tyro.cli(Export, prog="python -m yaongi.export")
-    try:
-        settings.run()
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    run_command(tyro.cli(Export, prog="python -m yaongi.export"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """`python -m yaongi.generate FOLDER --prompt TEXT`: the continuation of each prompt by a trained model."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from yaongi.model.command import run_command
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,7 @@ class Generate:
 
 def main() -> None:
     """Parses the command line; a mistake is one line."""
-    settings = tyro.cli(Generate, prog="python -m yaongi.generate")
-    try:
-        settings.run()
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    run_command(tyro.cli(Generate, prog="python -m yaongi.generate"))
 
 
 if __name__ == "__main__":

@@ -220,14 +220,14 @@ def test_bad_tokens_are_one_line() -> None:
 
 
 def test_yaongi_tiny_is_fast_enough_here() -> None:
-    """Forward + backward at 2,000 tokens/s or more on two cores; this process uses one."""
-    from time import perf_counter
+    """Forward + backward at 2,000 tokens/s or more on two cores: here on one, by its own time on a busy machine."""
+    from time import process_time
 
     model = Yaongi(load_preset("yaongi-tiny"))
     ids, documents = token_ids(model, 4, 512), packed(*([(100, 412)] * 4))
     best = 0.0
     for _ in range(4):
-        start = perf_counter()
+        start = process_time()
         model.loss(ids, documents).backward()
-        best = max(best, ids.numel() / (perf_counter() - start))
+        best = max(best, ids.numel() / (process_time() - start))
     assert best >= 2000, f"{best:.0f} tokens/s"

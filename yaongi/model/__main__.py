@@ -1,10 +1,10 @@
 """`python -m yaongi.model count PRESET`: parameters and FLOPs a token, computed from shapes in a second."""
 
-import sys
 from dataclasses import dataclass
 
 import tyro
 
+from yaongi.model.command import run_command
 from yaongi.model.config import load_preset
 from yaongi.model.count import count_parameters, flops_per_token
 
@@ -30,11 +30,7 @@ class Count:
 
 def main() -> None:
     """Parses the command line and runs the subcommand; a mistake is one line."""
-    command = tyro.extras.subcommand_cli_from_dict({"count": Count}, prog="python -m yaongi.model")
-    try:
-        command.run()
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    run_command(tyro.extras.subcommand_cli_from_dict({"count": Count}, prog="python -m yaongi.model"))
 
 
 if __name__ == "__main__":

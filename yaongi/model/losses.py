@@ -68,7 +68,7 @@ class _CrossEntropy(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             rows, labels = hidden[part], targets[part].clamp(min=0).unsqueeze(-1)
             logits = (rows @ weight.T).to(normalizer.dtype)
-            dlogits = (logits - normalizer[part, None]).exp_().mul_(share[part, None])
+            dlogits = logits.sub_(normalizer[part, None]).exp_().mul_(share[part, None])
             dlogits.scatter_add_(-1, labels, torch.where(has_target[part, None], -dloss, 0))
             narrow = dlogits.to(hidden.dtype)
             dhidden[part] = narrow @ weight
