@@ -17,7 +17,7 @@ WANDB_API_KEY, HF_TOKEN and the like are read from .env if it is there. PYTHON p
 TEXT
 }
 
-say() { printf '== %s\n' "$*"; }
+say() { printf '== %dm%02ds %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 die() {
   printf 'run_all_vessl.sh: %s\n' "$*" >&2
   exit 1
