@@ -1,0 +1,11 @@
+"""The trainer: ``python -m yaongi.train``.
+
+The rooms, in the order of a run: ``command_line``, ``config``; ``build``, ``plan``, ``memory``; ``session``, which holds
+the run together, with ``folder``, ``checkpoint``, ``log``, ``sinks``; ``step``, ``optim``, ``schedule``, ``guard``;
+``evaluate``, ``export``, ``report``; and ``distributed``, which is all of them on many devices.
+"""
+
+import os
+
+# Before torch is loaded. Threads that wait for each other in a loop make a busy machine five times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
