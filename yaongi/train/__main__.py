@@ -54,6 +54,9 @@ def main() -> int:
         text = error.strerror if isinstance(error, OSError) and not error.filename else None
         print("error:", *(text or str(error)).split(), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted before the first step", file=sys.stderr)
+        return 130
     finally:
         if world is not None:
             world.close()

@@ -124,6 +124,8 @@ class Session:
         self.display.close()
         for sink in self._sinks:
             sink.close()
+        if error is not None and self.world.size == 1:
+            self.checkpoints.wait()  # what had been saved before the trouble counts
         self._resources.close()
 
     def batches(self) -> Iterator[list[Batch]]:
