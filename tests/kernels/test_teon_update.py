@@ -145,11 +145,15 @@ def test_layouts_and_dtypes_of_gradients_and_momenta() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 4, 6)], ids=str)
 def test_empty_matrices(shape: tuple[int, ...]) -> None:
-    teon_update(**state(2, *shape), stack=2, lr=0.1)
+    lists = state(2, *shape)
+    teon_update(**lists, stack=2, lr=0.1)
+    assert all(tensor.shape == shape for name in NAMES[:3] for tensor in lists[name])
 
 
 def test_no_matrices() -> None:
-    teon_update([], [], [], [], lr=0.1)
+    lists: list[list[torch.Tensor]] = [[], [], [], []]
+    teon_update(*lists, lr=0.1)
+    assert lists == [[], [], [], []]
 
 
 @settings(max_examples=30, deadline=None)

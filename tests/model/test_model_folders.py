@@ -280,7 +280,10 @@ def test_another_head_for_speculation_is_left_out(saved: Path, tmp_path: Path) -
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     rewrite(folder, lambda tensors: tensors.update({"mtp.layers.0.norm.weight": torch.ones(24)}))
-    Yaongi.from_pretrained(folder)
+    expected = Yaongi.from_pretrained(saved).state_dict()
+    loaded = Yaongi.from_pretrained(folder).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
 
 
 PEAK = """

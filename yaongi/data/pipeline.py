@@ -21,7 +21,7 @@ from yaongi.data.decontaminate import Benchmarks, benchmark_texts
 from yaongi.data.files import sha256_file
 from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWriter, write_manifest
 from yaongi.data.sources import TRAIN, VAL, Source, is_held_out, open_sources
-from yaongi.data.text import normalize, word_hashes
+from yaongi.data.text import batches, normalize, word_hashes
 from yaongi.data.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 19
@@ -205,7 +205,7 @@ def _write_source(
     seen: dedup.Seen,
 ) -> Counter[str]:
     counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", "exact", "near", "contaminated"), 0))
-    for document in process(_batches(source.documents())):
+    for document in process(batches(source.documents(), _BATCH_CHARACTERS)):
         split = source.split or (VAL if document.held_out else TRAIN)
         if split == TRAIN and document.contaminated:
             counts["contaminated"] += 1
@@ -220,19 +220,6 @@ def _write_source(
     if not counts["documents"]:
         raise ValueError(f"data: source {source.name} of {source.domain} gave no documents ({dict(counts)})")
     return counts
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    held: list[str] = []
-    size = 0
-    for text in documents:
-        held.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
 
 
 _worker: _Worker | None = None

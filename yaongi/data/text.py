@@ -28,18 +28,23 @@ def normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def pieces(lines: Iterable[str], characters: int) -> Iterator[str]:
-    """Lines joined into pieces that end with the line that reaches ``characters``; the last may be shorter."""
+def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Texts in lists that end with the text that reaches ``characters``; the last may be shorter."""
     held: list[str] = []
     size = 0
-    for line in lines:
-        held.append(line)
-        size += len(line)
+    for text in texts:
+        held.append(text)
+        size += len(text)
         if size >= characters:
-            yield "".join(held)
+            yield held
             held, size = [], 0
     if held:
-        yield "".join(held)
+        yield held
+
+
+def pieces(lines: Iterable[str], characters: int) -> Iterator[str]:
+    """Lines joined into pieces that end with the line that reaches ``characters``; the last may be shorter."""
+    return map("".join, batches(lines, characters))
 
 
 def word_hashes(text: str) -> NDArray[np.uint64]:

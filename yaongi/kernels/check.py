@@ -105,12 +105,6 @@ class Arguments:
             wanted = " or ".join(repr(c) for c in choices)
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {value!r}")
 
-    def same_dtype(self, name: str, value: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
-        """Checks that an optional tensor has another's dtype."""
-        if value is not None and value.dtype != like.dtype:
-            wanted, got = (str(t.dtype).removeprefix("torch.") for t in (like, value))
-            raise TypeError(f"{self.op}: {name} must be {wanted} like {like_name}, got {got}")
-
 
 def finite(op: str, **tensors: torch.Tensor | None) -> None:
     """Checked mode: refuses non-finite values; synchronises."""

@@ -279,7 +279,7 @@ def _block_e(experts: int) -> int:
     return max(16, triton.next_power_of_2(experts))  # few variants to compile
 
 
-def _unit_stride(t: Tensor) -> Tensor:
+def _addressable(t: Tensor) -> Tensor:
     """Rows that the gathering loads can address: contiguous, and 16 bytes aligned."""
     return t if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 else t.contiguous()
 
@@ -403,7 +403,7 @@ def moe_triton(
     if not T:
         return x.new_empty(x.shape), x.new_empty(0, w_up.shape[1])
     plan = dispatch(expert_ids, w_up.shape[0])
-    a = moe_up(_unit_stride(x), w_up.contiguous(), plan, K)
+    a = moe_up(_addressable(x), w_up.contiguous(), plan, K)
     parts = moe_rows(a, w_down.contiguous(), plan, expert_weights.contiguous(), DOWN)
     return moe_combine(parts, plan, T, K), a
 
@@ -416,7 +416,7 @@ def moe_backward_triton(
     if not T:
         return x.new_empty(x.shape), torch.zeros_like(w_up), torch.zeros_like(w_down), expert_weights.new_empty(T, K)
     plan = dispatch(expert_ids, w_up.shape[0])
-    x, dy = _unit_stride(x), _unit_stride(dy)
+    x, dy = _addressable(x), _addressable(dy)
     dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
     dw_up = moe_dw(dh, x, w_up, plan, K, gather_left=False)
     dw_down = moe_dw(dy, ga, w_down, plan, K, gather_left=True)
