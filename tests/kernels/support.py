@@ -71,7 +71,7 @@ def document_ids(batch: int, lengths: tuple[int, ...]) -> torch.Tensor:
 
 
 def outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, Any], wanted: Iterable[str]) -> Results:
-    """The outputs 0, 1, … of a call, and the gradients of Σ output·cos(0, 1, 2, …) for the wanted arguments."""
+    """The outputs 0, 1, … of a call, and for the wanted arguments the gradients of Σ output·cos(0, 1, 2, …)."""
     wanted = list(wanted)
     arguments = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
     inputs = [arguments[name].requires_grad_() for name in wanted]
@@ -79,8 +79,9 @@ def outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, Any
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if wanted:
-        waves = [torch.arange(o.numel(), dtype=torch.float64).cos().view(o.shape).to(o) for o in outputs]
-        gradients = torch.autograd.grad(outputs, inputs, waves)
+        floats = [o for o in outputs if o.is_floating_point()]
+        waves = [torch.arange(o.numel(), dtype=torch.float64).cos().view(o.shape).to(o) for o in floats]
+        gradients = torch.autograd.grad(floats, inputs, waves)
         results |= {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
     return results
 

@@ -48,7 +48,7 @@ def run(model: Yaongi, ids: Tensor, document_ids: Tensor | None) -> Results:
     results = {"logits": model(ids, document_ids).detach().cpu()}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        results[name] = parameter.grad.to_dense().cpu()
+        results[name] = parameter.grad.to_dense().to("cpu", copy=True)  # moving the model moves its gradients
     return results
 
 
