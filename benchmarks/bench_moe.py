@@ -148,18 +148,18 @@ def test_stages(compare: Compare) -> None:
         ids, weights, _ = moe_route(case.logits, case.bias, case.K, SCALE)
         x, w_up, w_down, dy = (t.detach() for t in (case.x, case.w_up, case.w_down, case.dy))
         plan = stages.dispatch(ids, case.E)
-        a = stages.moe_up(x, w_up, plan, case.K)
-        parts = stages.moe_rows(a, w_down, plan, weights, stages.DOWN)
+        a = stages.moe_up(x, w_up, plan)
+        parts = stages.moe_rows(a, w_down, plan, weights)
         dh, ga, _ = stages.moe_dh(dy, w_down, a, plan, weights)
         calls: dict[str, Callable[[], Any]] = {
             "route": lambda: moe_route(case.logits, case.bias, case.K, SCALE),
             "dispatch": lambda: stages.dispatch(ids, case.E),
-            "up": lambda: stages.moe_up(x, w_up, plan, case.K),
-            "down": lambda: stages.moe_rows(a, w_down, plan, weights, stages.DOWN),
+            "up": lambda: stages.moe_up(x, w_up, plan),
+            "down": lambda: stages.moe_rows(a, w_down, plan, weights),
             "combine": lambda: stages.moe_combine(parts, plan, case.T, case.K),
             "dh": lambda: stages.moe_dh(dy, w_down, a, plan, weights),
-            "dw_up": lambda: stages.moe_dw(dh, x, w_up, plan, case.K, gather_left=False),
-            "dw_down": lambda: stages.moe_dw(dy, ga, w_down, plan, case.K, gather_left=True),
-            "dx": lambda: stages.moe_rows(dh, w_up, plan, None, stages.DX),
+            "dw_up": lambda: stages.moe_dw(dh, x, w_up, plan, gather_left=False),
+            "dw_down": lambda: stages.moe_dw(ga, dy, w_down, plan, gather_left=True),
+            "dx": lambda: stages.moe_rows(dh, w_up, plan, None),
         }
         compare(calls.pop("up"), Work(case.flops / 2), calls)

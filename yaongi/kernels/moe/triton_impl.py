@@ -36,13 +36,26 @@ class Config:
     num_stages: int
 
 
-# Found on an H100, T 32768, D 2048, F 512, E 64, K 6, 2026-11-24 (docs/LAB.md); a row tile is BLOCK_M × block_n.
-UP = Config(block_n=256, block_k=64, num_warps=8, num_stages=3)
-DOWN = Config(block_n=128, block_k=64, num_warps=4, num_stages=3)
-DH = Config(block_n=128, block_k=64, num_warps=8, num_stages=4)
-DX = Config(block_n=128, block_k=64, num_warps=4, num_stages=3)
-DW_UP = Config(block_n=128, block_k=64, num_warps=8, num_stages=6)
-DW_DOWN = Config(block_n=256, block_k=64, num_warps=8, num_stages=5)
+@dataclass(frozen=True)
+class WeightConfig:
+    """The tile of a weight's gradient (of the side by row × the gathered side), its inner rows, and how it is run."""
+
+    block_r: int
+    block_g: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Found on an H100, T 32768, D 2048, E 64, K 6, F 256 to 1024, 2026-11-24 (docs/LAB.md). A row tile is BLOCK_M × block_n
+UP = Config(block_n=256, block_k=64, num_warps=8, num_stages=4)
+DH = Config(block_n=256, block_k=64, num_warps=8, num_stages=4)
+ROWS = {  # by the inner dimension: when it is short, two small tiles at a time hide each other's first and last steps
+    "short": Config(block_n=128, block_k=64, num_warps=4, num_stages=3),
+    "long": Config(block_n=256, block_k=64, num_warps=8, num_stages=3),
+}
+LONG = 1024
+DW = WeightConfig(block_r=256, block_g=128, block_k=64, num_warps=8, num_stages=6)
 
 
 @triton.jit
@@ -61,7 +74,7 @@ def _find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E
 def _moe_up_kernel(
     x_ptr,  # (T, D)
     w_desc,  # (E·F, D)
-    order_ptr,
+    token_ptr,
     offset_ptr,
     tile_end_ptr,
     a_ptr,  # (T·K, F)
@@ -69,7 +82,6 @@ def _moe_up_kernel(
     F,
     E,
     stride_xt,
-    K,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,7 +94,7 @@ def _moe_up_kernel(
     expert, start, end = _find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
     if expert < E:
         rows = start + tl.arange(0, BLOCK_M)
-        tokens = tl.load(order_ptr + rows, mask=rows < end, other=0) // K
+        tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
         x_rows = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
@@ -162,6 +174,7 @@ def _moe_dh_kernel(
     w_desc,  # (E·D, F)
     a_desc,  # (T·K, F)
     order_ptr,
+    token_ptr,
     weight_ptr,  # (T·K), by pair
     offset_ptr,
     tile_end_ptr,
@@ -173,7 +186,6 @@ def _moe_dh_kernel(
     E,
     pairs,
     stride_yt,
-    K,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,24 +198,29 @@ def _moe_dh_kernel(
     expert, start, end = _find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
     if expert < E:
         rows = start + tl.arange(0, BLOCK_M)
-        pair = tl.load(order_ptr + rows, mask=rows < end, other=0)
-        dy_rows = dy_ptr + (pair // K).to(tl.int64)[:, None] * stride_yt
+        dy_rows = dy_ptr + tl.load(token_ptr + rows, mask=rows < end, other=0).to(tl.int64)[:, None] * stride_yt
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
             d = k + tl.arange(0, BLOCK_K)[None, :]
             dy = tl.load(dy_rows + d) if EVEN_D else tl.load(dy_rows + d, mask=d < D, other=0.0)
             w = w_desc.load([expert * D + k, column * BLOCK_N])  # (BLOCK_K, BLOCK_N)
             accumulator = tl.dot(dy, w, accumulator)
-        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
-        mask = (rows < end)[:, None] & (n < F)[None, :]
-        first = start.to(tl.int64) * F
-        act = a_desc.load([start, column * BLOCK_N]).to(tl.float32)
-        tl.store(dg_ptr + column.to(tl.int64) * pairs + rows, tl.sum(accumulator * act, axis=1), mask=rows < end)
+        pair = tl.load(order_ptr + rows, mask=rows < end, other=0)
         g = tl.load(weight_ptr + pair)[:, None]
-        tl.store(ga_ptr + first + place, (g * act).to(ga_ptr.dtype.element_ty), mask=mask)
-        dh = 2.0 * tl.sqrt(act) * (g * accumulator)
-        tl.store(dh_ptr + first + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        ga_ptr += start.to(tl.int64) * F
+        dh_ptr += start.to(tl.int64) * F
+        halves = tl.split(accumulator.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        dg = tl.zeros((BLOCK_M,), tl.float32)
+        for half in tl.static_range(2):  # by halves: all of A beside the accumulator would spill
+            n = column * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
+            mask = (rows < end)[:, None] & (n < F)[None, :]
+            act = a_desc.load([start, column * BLOCK_N + half * (BLOCK_N // 2)]).to(tl.float32)
+            dg += tl.sum(halves[half] * act, axis=1)
+            tl.store(ga_ptr + place, (g * act).to(ga_ptr.dtype.element_ty), mask=mask)
+            dh = 2.0 * tl.sqrt(act) * (g * halves[half])
+            tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        tl.store(dg_ptr + column.to(tl.int64) * pairs + rows, dg, mask=rows < end)
 
 
 @triton.jit
@@ -219,42 +236,53 @@ def _moe_dg_kernel(dg_ptr, row_ptr, out_ptr, pairs, columns, BLOCK: tl.constexpr
 
 @triton.jit
 def _moe_dw_kernel(
-    left_ptr,  # (T·K, M) by row, or (T, M) gathered
-    right_ptr,  # (T·K, N) by row, or (T, N) gathered
-    order_ptr,
+    row_desc,  # (T·K, R), by row
+    gather_ptr,  # (T, G), gathered by token
+    token_ptr,
     offset_ptr,
-    out_ptr,  # (E, M, N)
-    M,
-    N,
-    stride_l,
-    stride_r,
-    K,
+    out_ptr,  # (E, G, R), or (E, R, G)
+    R,
+    G,
+    stride_g,
     GATHER_LEFT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    EVEN_G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[e] = Σ over the rows of e of left ⊗ right, one side by row and the other gathered by token."""
-    rows_m, columns_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    expert = tl.program_id(0) // (rows_m * columns_n)
-    tile = tl.program_id(0) % (rows_m * columns_n)
-    m = (tile // columns_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile % columns_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """out[e] = Σ over the rows of e of gathered ⊗ row (or row ⊗ gathered); rows past the expert's end are masked."""
+    tiles_r, tiles_g = tl.cdiv(R, BLOCK_R), tl.cdiv(G, BLOCK_G)
+    expert = tl.program_id(0) // (tiles_r * tiles_g)
+    tile = tl.program_id(0) % (tiles_r * tiles_g)
+    first_r = (tile % tiles_r) * BLOCK_R
+    g = (tile // tiles_r) * BLOCK_G + tl.arange(0, BLOCK_G)
+    k = tl.arange(0, BLOCK_K)
     start, end = tl.load(offset_ptr + expert), tl.load(offset_ptr + expert + 1)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in range(start, end, BLOCK_K):
-        rows = r + tl.arange(0, BLOCK_K)
-        inside = rows < end
-        tokens = tl.load(order_ptr + rows, mask=inside, other=0) // K
-        left_rows, right_rows = (tokens, rows) if GATHER_LEFT else (rows, tokens)
-        left_place = left_rows.to(tl.int64)[:, None] * stride_l + m[None, :]
-        right_place = right_rows.to(tl.int64)[:, None] * stride_r + n[None, :]
-        left = tl.load(left_ptr + left_place, mask=inside[:, None] & (m < M)[None, :], other=0.0)
-        right = tl.load(right_ptr + right_place, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-        accumulator = tl.dot(left.T, right, accumulator)
-    place = m[:, None] * N + n[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    out_ptr += expert.to(tl.int64) * M * N
+    full = end - (end - start) % BLOCK_K
+    accumulator = tl.zeros((BLOCK_G, BLOCK_R) if GATHER_LEFT else (BLOCK_R, BLOCK_G), tl.float32)
+    for r in range(start, full, BLOCK_K):
+        place = gather_ptr + tl.load(token_ptr + r + k).to(tl.int64)[:, None] * stride_g + g[None, :]
+        gathered = tl.load(place) if EVEN_G else tl.load(place, mask=(g < G)[None, :], other=0.0)
+        rows = row_desc.load([r, first_r])
+        if GATHER_LEFT:
+            accumulator = tl.dot(gathered.T, rows, accumulator)
+        else:
+            accumulator = tl.dot(rows.T, gathered, accumulator)
+    if full < end:
+        inside = full + k < end
+        tokens = tl.load(token_ptr + full + k, mask=inside, other=0)
+        place = gather_ptr + tokens.to(tl.int64)[:, None] * stride_g + g[None, :]
+        gathered = tl.load(place, mask=inside[:, None] & (g < G)[None, :], other=0.0)
+        rows = tl.where(inside[:, None], row_desc.load([full, first_r]), 0.0)
+        if GATHER_LEFT:
+            accumulator = tl.dot(gathered.T, rows, accumulator)
+        else:
+            accumulator = tl.dot(rows.T, gathered, accumulator)
+    n = first_r + tl.arange(0, BLOCK_R)
+    place, mask = (g[:, None] * R + n[None, :], (g < G)[:, None] & (n < R)[None, :])
+    if not GATHER_LEFT:
+        place, mask = (n[:, None] * G + g[None, :], (n < R)[:, None] & (g < G)[None, :])
+    out_ptr += expert.to(tl.int64) * R * G
     tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -263,12 +291,16 @@ def _descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t.view(-1, t.shape[-1]), [rows, columns])
 
 
+def _fitting(block: int, width: int) -> int:
+    """A narrow matrix takes a narrower tile."""
+    return max(16, min(block, triton.next_power_of_2(width)))
+
+
 def _blocks(config: Config, width: int) -> dict[str, int]:
-    """The constants of a launch; a narrow matrix takes a narrower tile."""
-    block_n = max(16, min(config.block_n, triton.next_power_of_2(width)))
+    """The constants of a launch."""
     return {
         "BLOCK_M": BLOCK_M,
-        "BLOCK_N": block_n,
+        "BLOCK_N": _fitting(config.block_n, width),
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -284,14 +316,14 @@ def _addressable(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 else t.contiguous()
 
 
-def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch, top_k: int) -> Tensor:
+def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
     """A (T·K, F) = relu(H)², rows sorted by expert."""
     (E, F, D), blocks = w_up.shape, _blocks(UP, w_up.shape[1])
     a = torch.empty(plan.order.numel(), F, dtype=x.dtype, device=x.device)
     _moe_up_kernel[(plan.tiles * triton.cdiv(F, blocks["BLOCK_N"]),)](
         x,
         _descriptor(w_up, blocks["BLOCK_N"], blocks["BLOCK_K"]),
-        plan.order,
+        plan.token,
         plan.offset,
         plan.tile_end,
         a,
@@ -299,7 +331,6 @@ def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch, top_k: int) -> Tensor:
         F,
         E,
         x.stride(0),
-        K=top_k,
         EVEN_D=D % blocks["BLOCK_K"] == 0,
         BLOCK_E=_block_e(E),
         **blocks,
@@ -307,11 +338,11 @@ def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch, top_k: int) -> Tensor:
     return a
 
 
-def moe_rows(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None, config: Config) -> Tensor:
+def moe_rows(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None) -> Tensor:
     """Rows (T·K, inner) times each expert's matrix: w (E, width, inner), or with no weights (E, inner, width)."""
     transposed = weights is None
     E, inner, width = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
-    blocks = _blocks(config, width)
+    blocks = _blocks(ROWS["long" if inner >= LONG else "short"], width)
     out = torch.empty(left.shape[0], width, dtype=left.dtype, device=left.device)
     box = (blocks["BLOCK_K"], blocks["BLOCK_N"]) if transposed else (blocks["BLOCK_N"], blocks["BLOCK_K"])
     _moe_rows_kernel[(plan.tiles * triton.cdiv(width, blocks["BLOCK_N"]),)](
@@ -352,8 +383,9 @@ def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tenso
     _moe_dh_kernel[(plan.tiles * columns,)](
         dy,
         _descriptor(w_down, blocks["BLOCK_K"], blocks["BLOCK_N"]),
-        _descriptor(a, BLOCK_M, blocks["BLOCK_N"]),
+        _descriptor(a, BLOCK_M, blocks["BLOCK_N"] // 2),
         plan.order,
+        plan.token,
         weights,
         plan.offset,
         plan.tile_end,
@@ -365,7 +397,6 @@ def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tenso
         E,
         pairs,
         dy.stride(0),
-        K=pairs // dy.shape[0],
         EVEN_D=D % blocks["BLOCK_K"] == 0,
         BLOCK_E=_block_e(E),
         **blocks,
@@ -374,23 +405,27 @@ def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tenso
     return dh, ga, dweights
 
 
-def moe_dw(left: Tensor, right: Tensor, like: Tensor, plan: Dispatch, top_k: int, *, gather_left: bool) -> Tensor:
-    """(E, M, N) in the weight's dtype: Σ over each expert's rows of left ⊗ right; the gathered side is by token."""
-    (E, M, N), blocks = like.shape, _blocks(DW_DOWN if gather_left else DW_UP, like.shape[2])
+def moe_dw(rows: Tensor, gathered: Tensor, like: Tensor, plan: Dispatch, *, gather_left: bool) -> Tensor:
+    """Σ over each expert's rows of gathered ⊗ row (E, G, R), or of row ⊗ gathered (E, R, G), in the weight's dtype."""
+    R, G = rows.shape[1], gathered.shape[1]
+    block_r, block_g = _fitting(DW.block_r, R), _fitting(DW.block_g, G)
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    _moe_dw_kernel[(E * triton.cdiv(M, BLOCK_M) * triton.cdiv(N, blocks["BLOCK_N"]),)](
-        left,
-        right,
-        plan.order,
+    _moe_dw_kernel[(like.shape[0] * triton.cdiv(R, block_r) * triton.cdiv(G, block_g),)](
+        _descriptor(rows, DW.block_k, block_r),
+        gathered,
+        plan.token,
         plan.offset,
         out,
-        M,
-        N,
-        left.stride(0),
-        right.stride(0),
-        K=top_k,
+        R,
+        G,
+        gathered.stride(0),
         GATHER_LEFT=gather_left,
-        **blocks,
+        EVEN_G=G % block_g == 0,
+        BLOCK_R=block_r,
+        BLOCK_G=block_g,
+        BLOCK_K=DW.block_k,
+        num_warps=DW.num_warps,
+        num_stages=DW.num_stages,
     )
     return out
 
@@ -403,8 +438,8 @@ def moe_triton(
     if not T:
         return x.new_empty(x.shape), x.new_empty(0, w_up.shape[1])
     plan = dispatch(expert_ids, w_up.shape[0])
-    a = moe_up(_addressable(x), w_up.contiguous(), plan, K)
-    parts = moe_rows(a, w_down.contiguous(), plan, expert_weights.contiguous(), DOWN)
+    a = moe_up(_addressable(x), w_up.contiguous(), plan)
+    parts = moe_rows(a, w_down.contiguous(), plan, expert_weights.contiguous())
     return moe_combine(parts, plan, T, K), a
 
 
@@ -418,7 +453,7 @@ def moe_backward_triton(
     plan = dispatch(expert_ids, w_up.shape[0])
     x, dy = _addressable(x), _addressable(dy)
     dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
-    dw_up = moe_dw(dh, x, w_up, plan, K, gather_left=False)
-    dw_down = moe_dw(dy, ga, w_down, plan, K, gather_left=True)
-    dx = moe_combine(moe_rows(dh, w_up.contiguous(), plan, None, DX), plan, T, K)
+    dw_up = moe_dw(dh, x, w_up, plan, gather_left=False)
+    dw_down = moe_dw(ga, dy, w_down, plan, gather_left=True)
+    dx = moe_combine(moe_rows(dh, w_up.contiguous(), plan, None), plan, T, K)
     return dx, dw_up, dw_down, dweights.view(T, K)

@@ -174,7 +174,9 @@ def _offset_kernel(
 
 
 @triton.jit
-def _place_kernel(ids_ptr, first_ptr, order_ptr, row_ptr, pairs, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+def _place_kernel(
+    ids_ptr, first_ptr, order_ptr, token_ptr, row_ptr, pairs, E, K, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """Gives every pair its row: stable within a block by a running sum of the one-hot ids."""
     block = tl.program_id(0)
     p = block * BLOCK + tl.arange(0, BLOCK)
@@ -185,6 +187,7 @@ def _place_kernel(ids_ptr, first_ptr, order_ptr, row_ptr, pairs, E, BLOCK: tl.co
     row = tl.sum(one_hot * (first[None, :] + tl.cumsum(one_hot, axis=0) - 1), axis=1)
     valid = (ids >= 0) & (ids < E)
     tl.store(order_ptr + row, p, mask=valid & (p < pairs))
+    tl.store(token_ptr + row, p // K, mask=valid & (p < pairs))
     tl.store(row_ptr + p, tl.where(valid, row, -1), mask=p < pairs)
 
 
@@ -193,6 +196,7 @@ class Dispatch:
     """Where the routed pairs lie when sorted by expert."""
 
     order: Tensor  # (T·K) int32: the pair of each row
+    token: Tensor  # (T·K) int32: the token of each row
     row: Tensor  # (T·K) int32: the row of each pair, −1 for one with a bad id
     offset: Tensor  # (E + 1) int32: first row of each expert
     tile_end: Tensor  # (E) int32: tiles of BLOCK_M rows up to and with each expert
@@ -201,17 +205,20 @@ class Dispatch:
 
 def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
     """Sorts the pairs of expert_ids (T, K) by expert, stable, on the device."""
-    pairs, device = expert_ids.numel(), expert_ids.device
+    pairs, top_k, device = expert_ids.numel(), expert_ids.shape[1], expert_ids.device
     block_e = triton.next_power_of_2(experts)
     block = max(16, min(512, 16384 // block_e))
     blocks = triton.cdiv(pairs, block)
     ids = expert_ids.contiguous()
-    count, order, row, offset, tile_end = (
-        torch.empty(n, dtype=torch.int32, device=device) for n in (blocks * experts, pairs, pairs, experts + 1, experts)
+    count, order, token, row, offset, tile_end = (
+        torch.empty(n, dtype=torch.int32, device=device)
+        for n in (blocks * experts, pairs, pairs, pairs, experts + 1, experts)
     )
     _count_kernel[(blocks,)](ids, count, pairs, experts, BLOCK=block, BLOCK_E=block_e, num_warps=8)
     _offset_kernel[(1,)](
         count, offset, tile_end, blocks, experts, BLOCK_M=BLOCK_M, BLOCK=8192 // block_e, BLOCK_E=block_e, num_warps=8
     )
-    _place_kernel[(blocks,)](ids, count, order, row, pairs, experts, BLOCK=block, BLOCK_E=block_e, num_warps=8)
-    return Dispatch(order, row, offset, tile_end, triton.cdiv(pairs, BLOCK_M) + experts)
+    _place_kernel[(blocks,)](
+        ids, count, order, token, row, pairs, experts, top_k, BLOCK=block, BLOCK_E=block_e, num_warps=8
+    )
+    return Dispatch(order, token, row, offset, tile_end, triton.cdiv(pairs, BLOCK_M) + experts)
