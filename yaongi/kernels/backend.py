@@ -21,7 +21,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference on a
 LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_C.so"
 _library = torch.library.Library("yaongi", "DEF")
 _forced: dict[str | None, Backend] = {}  # op, or None for every op; not a context variable: backward has its own thread
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+PLAIN_ARGUMENTS = frozenset((torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str))
 _value_checks = False
 
 
@@ -78,10 +78,15 @@ class Op:
             if reason:
                 raise RuntimeError(f'{self.name}: use_backend("{forced}") is impossible here: {reason}')
             return self._run(forced, args)
-        for backend in BACKENDS:
-            if self.unavailable(backend) is None and self._refusal(backend, args) is None:
+        for backend, refuses in self.candidates:
+            if refuses is None or refuses(*args) is None:
                 return self._run(backend, args)
         raise RuntimeError(f"{self.name}: no backend takes these arguments")  # unreachable: the reference takes all
+
+    @functools.cached_property
+    def candidates(self) -> list[tuple[Backend, Callable[..., str | None] | None]]:
+        """The backends that this machine's GPU can run, in order of preference, each with its `refuses`."""
+        return [(backend, self.refuses.get(backend)) for backend in BACKENDS if self.unavailable(backend) is None]
 
     def _refusal(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
         refuses = self.refuses.get(backend)
@@ -94,14 +99,15 @@ class Op:
 
 
 def _dispatcher_needed(args: tuple[Any, ...]) -> bool:
+    """Whether torch would look at the call; its tensors, of which the first argument is one, are on one device."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
         return True
     for arg in args:
-        if isinstance(arg, torch.Tensor) and (type(arg) not in PLAIN_TENSORS or not (arg.is_cuda or arg.is_cpu)):
+        if type(arg) not in PLAIN_ARGUMENTS and isinstance(arg, torch.Tensor):
             return True
-    return False
+    return not (args[0].is_cuda or args[0].is_cpu)
 
 
 OPS: dict[str, Op] = {}

@@ -3,13 +3,41 @@
 A call makes one `Arguments`; sizes named by the same letter must agree over all of its tensors, and so must devices.
 """
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
+REMEMBERED = 4096  # layouts of passed calls, of each op
+
+
+def once_a_layout(check: Callable[..., None]) -> Callable[..., None]:
+    """Decorates the checks of an op's tensors: what has passed isn't looked at again for tensors of the same layout.
+
+    A call's checks cost as much host time as half its launch (docs/LAB.md). The decorated function takes tensors and
+    None alone, and may look at their kind, shape, strides, dtype and device.
+    """
+    passed: set[tuple[object, ...]] = set()
+
+    @functools.wraps(check)
+    def checked(*tensors: object) -> None:
+        if torch.compiler.is_compiling():  # the compiler would have to guard on the set
+            return check(*tensors)
+        layout = tuple(map(_layout, tensors))
+        if layout not in passed:
+            check(*tensors)
+            if len(passed) < REMEMBERED:
+                passed.add(layout)
+        return None
+
+    return checked
+
+
+def _layout(value: object) -> object:
+    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else type(value)
 
 
 class Arguments:
@@ -89,10 +117,7 @@ class Arguments:
 
     def number(self, name: str, value: object) -> None:
         """Checks a finite int or float."""
-        if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"{self.op}: {name} must be finite, got {value}")
+        number(self.op, name, value)
 
     def boolean(self, name: str, value: object) -> None:
         """Checks that a value is True or False."""
@@ -104,6 +129,14 @@ class Arguments:
         if value not in choices:
             wanted = " or ".join(repr(c) for c in choices)
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {value!r}")
+
+
+def number(op: str, name: str, value: object) -> None:
+    """Checks a finite int or float."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def finite(op: str, **tensors: torch.Tensor | None) -> None:

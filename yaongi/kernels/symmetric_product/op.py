@@ -95,6 +95,14 @@ def symmetric_product(
     Raises:
         TypeError: dtype or device. ValueError: shape or stride.
     """
+    _check_tensors(x, y, c)
+    check.number("symmetric_product", "alpha", alpha)
+    check.number("symmetric_product", "beta", beta)
+    return _op(x, y, c, alpha, beta)
+
+
+@check.once_a_layout
+def _check_tensors(x: Tensor, y: Tensor | None, c: Tensor | None) -> None:
     args = check.Arguments("symmetric_product")
     args.tensor("x", x, ("...", "m", "n"), unit_stride=True)
     for name, value, dims in (("y", y, ("...", "m", "n")), ("c", c, ("...", "m", "m"))):
@@ -102,6 +110,3 @@ def symmetric_product(
             args.tensor(name, value, dims, (x.dtype,), unit_stride=True)
             batch, got = tuple(x.shape[:-2]), tuple(value.shape[:-2])
             args.require(got == batch, name, f"batched as x, {batch}", got)
-    args.number("alpha", alpha)
-    args.number("beta", beta)
-    return _op(x, y, c, alpha, beta)
