@@ -66,3 +66,5 @@ def test_differences(tmp_path: Path) -> None:
 def test_resume_command() -> None:
     """The same line, quoted, but not afresh."""
     assert resume_command(["--fresh", "--out", "a b"]) == "python -m yaongi.train --out 'a b'"
+    for stop in (["--stop-after", "7"], ["--stop-after=7"], ["--stop_after", "7"]):
+        assert resume_command([*stop, "--out", "a_b"]) == "python -m yaongi.train --out a_b"

@@ -40,5 +40,13 @@ class StopRequest:
 
 
 def resume_command(arguments: Sequence[str]) -> str:
-    """The command line that goes on with this run: the same one without ``--fresh``."""
-    return shlex.join(["python", "-m", "yaongi.train", *(a for a in arguments if a != "--fresh")])
+    """The command line that goes on with this run: the same one without ``--fresh`` and ``--stop-after``."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        option, _, value = argument.replace("_", "-").partition("=")
+        if option == "--stop-after" and not value:
+            next(rest, None)
+        elif option not in ("--fresh", "--stop-after"):
+            kept.append(argument)
+    return shlex.join(["python", "-m", "yaongi.train", *kept])
