@@ -141,6 +141,33 @@ def test_moe(shape: tuple[int, int, int, int, int], direction: str, routing: str
     compare(call, work, peers, notes)
 
 
+@pytest.mark.parametrize("direction", ["forward", "forward_and_backward"])
+def test_shared_expert(direction: str, compare: Compare) -> None:
+    """The flagship's dense squared-ReLU MLP: the model's way, torch.compile, and the experts' own stages with E = 1."""
+    T, D, F = 32768, 2048, 1024
+    torch.manual_seed(0)
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    x, dy = torch.randn(T, D, **bf16).requires_grad_(), torch.randn(T, D, **bf16)
+    up = (torch.randn(F, D, **bf16) / D**0.5).requires_grad_()
+    down = (torch.randn(D, F, **bf16) / F**0.5).requires_grad_()
+    ids, ones = torch.zeros(T, 1, device="cuda", dtype=torch.int32), torch.ones(T, 1, device="cuda")
+
+    def dense(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, up).relu().square(), down)
+
+    def stages_of_one(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return moe(x, up[None], down[None], ids, ones)
+
+    def timed(layer: Callable[..., torch.Tensor]) -> Callable[[], Any]:
+        if direction == "forward":
+            return torch.no_grad()(lambda: layer(x, up, down))
+        return lambda: torch.autograd.grad(layer(x, up, down), (x, up, down), dy)
+
+    assert_close(stages_of_one(x, up, down), dense(*(t.double() for t in (x, up, down))), dense(x, up, down))
+    work = Work(4.0 * T * D * F * (1 if direction == "forward" else 3))
+    compare(timed(dense), work, {"compiled": timed(torch.compile(dense)), "experts' stages": timed(stages_of_one)})
+
+
 def test_stages(compare: Compare) -> None:
     """The chain at the flagship's shape, stage by stage, each against its own floor."""
     case = Case(FLAGSHIP, "balanced")

@@ -455,5 +455,6 @@ def moe_backward_triton(
     dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
     dw_up = moe_dw(dh, x, w_up, plan, gather_left=False)
     dw_down = moe_dw(ga, dy, w_down, plan, gather_left=True)
+    del ga  # the rows of dx are the peak of the step
     dx = moe_combine(moe_rows(dh, w_up.contiguous(), plan, None), plan, T, K)
     return dx, dw_up, dw_down, dweights.view(T, K)
