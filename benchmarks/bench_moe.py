@@ -10,6 +10,8 @@ from oracle import assert_close
 
 from yaongi.kernels import moe, moe_route, use_backend
 from yaongi.kernels.moe import triton_impl as stages
+from yaongi.model.moe import SharedExpert
+from yaongi.train.config import load_config
 
 # (T, D, F, E, K)
 FLAGSHIP = (32768, 2048, 512, 64, 6)
@@ -143,29 +145,30 @@ def test_moe(shape: tuple[int, int, int, int, int], direction: str, routing: str
 
 @pytest.mark.parametrize("direction", ["forward", "forward_and_backward"])
 def test_shared_expert(direction: str, compare: Compare) -> None:
-    """The flagship's dense squared-ReLU MLP: the model's way, torch.compile, and the experts' own stages with E = 1."""
-    T, D, F = 32768, 2048, 1024
+    """The flagship's dense squared-ReLU MLP: the model's, eager, all compiled, and the experts' stages with E = 1."""
+    config, T = load_config("yaongi-4b").model, 32768
     torch.manual_seed(0)
-    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
-    x, dy = torch.randn(T, D, **bf16).requires_grad_(), torch.randn(T, D, **bf16)
-    up = (torch.randn(F, D, **bf16) / D**0.5).requires_grad_()
-    down = (torch.randn(D, F, **bf16) / F**0.5).requires_grad_()
+    shared = SharedExpert(config, torch.device("cuda"), torch.bfloat16, "bf16")
+    up, down = (torch.nn.init.normal_(p.weight, std=0.02) for p in (shared.up_proj, shared.down_proj))
+    x, dy = (torch.randn(T, config.hidden_size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
     ids, ones = torch.zeros(T, 1, device="cuda", dtype=torch.int32), torch.ones(T, 1, device="cuda")
 
-    def dense(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def eager(x: torch.Tensor, up: torch.Tensor = up, down: torch.Tensor = down) -> torch.Tensor:
         return torch.nn.functional.linear(torch.nn.functional.linear(x, up).relu().square(), down)
 
-    def stages_of_one(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def stages_of_one(x: torch.Tensor) -> torch.Tensor:
         return moe(x, up[None], down[None], ids, ones)
 
-    def timed(layer: Callable[..., torch.Tensor]) -> Callable[[], Any]:
+    def timed(layer: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
         if direction == "forward":
-            return torch.no_grad()(lambda: layer(x, up, down))
-        return lambda: torch.autograd.grad(layer(x, up, down), (x, up, down), dy)
+            return torch.no_grad()(lambda: layer(x))
+        return lambda: torch.autograd.grad(layer(x), (x, up, down), dy)
 
-    assert_close(stages_of_one(x, up, down), dense(*(t.double() for t in (x, up, down))), dense(x, up, down))
-    work = Work(4.0 * T * D * F * (1 if direction == "forward" else 3))
-    compare(timed(dense), work, {"compiled": timed(torch.compile(dense)), "experts' stages": timed(stages_of_one)})
+    assert_close(shared(x), eager(x.double(), up.double(), down.double()), eager(x))
+    work = Work(4.0 * T * up.numel() * (1 if direction == "forward" else 3))
+    layers = {"eager": eager, "compiled": torch.compile(eager), "experts' stages": stages_of_one}
+    compare(timed(shared), work, {name: timed(layer) for name, layer in layers.items()})
 
 
 def test_stages(compare: Compare) -> None:

@@ -1,5 +1,7 @@
 """The expert mixer: router, routed squared-ReLU experts, one shared expert, and the measures of balance."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -58,7 +60,17 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, d) to (T, d)."""
-        return self.down_proj(self.up_proj(x).relu().square())
+        return self.down_proj(_squared_relu(x.device.type)(self.up_proj(x)))
+
+
+@cache
+def _squared_relu(device_type: str) -> Callable[[Tensor], Tensor]:
+    """relu(h)²; on a GPU one compiled pass each way between torch's products, the fastest of three (docs/LAB.md)."""
+
+    def run(h: Tensor) -> Tensor:
+        return h.relu().square()
+
+    return torch.compile(run) if device_type == "cuda" else run
 
 
 class MoE(nn.Module):
