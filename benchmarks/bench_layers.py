@@ -1,0 +1,51 @@
+"""The flagship's layers as a training step runs them, forward and backward: with the kernels, and by the references."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from measure import Compare, Work
+
+from yaongi.kernels import use_backend
+from yaongi.kernels.backend import Backend
+from yaongi.model.init import initialize
+from yaongi.model.model import Context, Layer
+from yaongi.train.config import load_config
+
+B, L = 8, 4096
+CHUNK = 128  # of the scan's FLOPs
+
+
+def flops(layer: Layer) -> float:
+    """Six a token and active parameter, and three times the scan: the share of the model's formula."""
+    mixer, active = layer.mixer, sum(p.numel() for p in layer.parameters())
+    if layer.kind == "E":
+        routed = sum(p.numel() for p in mixer.experts.parameters())
+        return 6.0 * B * L * (active - routed * (1 - mixer.top_k / mixer.experts.up_proj.shape[0]))
+    width = mixer.splits[0]
+    scan = 2 * (mixer.groups * mixer.state * CHUNK / 2 + width * CHUNK / 2 + 2 * width * mixer.state)
+    return B * L * (6.0 * active + 3 * scan)
+
+
+@pytest.mark.parametrize("kind", ["M", "E"], ids=["mamba", "experts"])
+def test_layer(kind: str, compare: Compare) -> None:
+    """Norm, mixer and residual of one layer of `yaongi-4b` in bf16, 8 × 4096 tokens, with every gradient."""
+    config = load_config("yaongi-4b").model
+    index = config.pattern.index(kind)
+    layer = Layer(config, index, None, torch.device("cuda"), torch.bfloat16)
+    initialize(layer, config, 0)
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden, delta = (torch.randn(B, L, config.hidden_size, **bf16).requires_grad_() for _ in range(2))
+    dy = torch.randn(B, L, config.hidden_size, **bf16)
+    inputs = (hidden, delta, *layer.parameters())
+
+    def on(backend: Backend | None) -> Callable[[], Any]:
+        def call() -> Any:
+            with use_backend(backend):
+                outputs = layer(hidden, delta, Context(None, None, None))[:2]
+                return torch.autograd.grad(outputs, inputs, (dy, dy))
+
+        return call
+
+    compare(on(None), Work(flops(layer)), {"references": on("reference")})
