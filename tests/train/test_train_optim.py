@@ -160,5 +160,81 @@ def test_messages(build: Callable[[torch.dtype], Yaongi]) -> None:
     optimizer = RoleOptimizer(build(torch.float32), TRAIN, torch.float32)
     with pytest.raises(ValueError, match="wanted no closure"):
         optimizer.step(lambda: 1.0)
-    with pytest.raises(RuntimeError, match="has no gradient"):
+    missing = r"wanted a gradient of every parameter, got none of backbone.embeddings.weight and \d+ more"
+    with pytest.raises(RuntimeError, match=missing):
         optimizer.step()
+
+
+def same_bits(mine: RoleOptimizer, theirs: RoleOptimizer) -> bool:
+    """Whether all parameters and all of the state are equal."""
+    left, right = mine.tensors(), theirs.tensors()
+    pairs = [(left[name][key], right[name][key]) for name in right for key in right[name]]
+    pairs += [(p, q) for a, b in zip(mine.param_groups, theirs.param_groups, strict=True)
+              for p, q in zip(a["params"], b["params"], strict=True)]  # fmt: skip
+    return left.keys() == right.keys() and all(p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)
+
+
+def test_state_dict_round_trip(build: Callable[[torch.dtype], Yaongi], tmp_path: Path) -> None:
+    """Masters and counters come back bit for bit, in their own dtypes, and both go on alike.
+
+    Parameters without a master are the model's to save.
+    """
+    models = [build(torch.bfloat16) for _ in range(2)]
+    first, second = (RoleOptimizer(model, TRAIN, torch.bfloat16) for model in models)
+    first.set_lr(RATES)
+    give_gradients(models[0], 0)
+    first.step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt"))
+    models[1].load_state_dict(
+        {n: p for n, p in models[0].state_dict().items() if p.dtype == torch.float32}, strict=False
+    )
+    assert same_bits(first, second)
+    for model, optimizer in zip(models, (first, second), strict=True):
+        give_gradients(model, 1)
+        optimizer.step()
+    assert same_bits(first, second)
+
+
+def test_state_of_other_stacks_is_refused(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """In one line, and nothing has changed."""
+    saved = RoleOptimizer(build(torch.float32), Training(batch_tokens=4096, row_tokens=64, stack=1), torch.float32)
+    models = [build(torch.float32) for _ in range(2)]
+    optimizer, untouched = (RoleOptimizer(model, TRAIN, torch.float32) for model in models)
+    with pytest.raises(ValueError, match="optimizer: wanted stack of kind matrix 2, got 1"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert same_bits(optimizer, untouched)
+
+
+def test_schedulers_of_torch(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """They change the groups' rates, and the next step takes those."""
+    models = [build(torch.float64) for _ in range(2)]
+    scheduled, told = (RoleOptimizer(model, TRAIN, torch.float64) for model in models)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 0.5**step)
+    for step in range(3):
+        told.set_lr({kind: rate * 0.5**step for kind, rate in told.peak_lr.items()})
+        for model, optimizer in zip(models, (scheduled, told), strict=True):
+            give_gradients(model, step)
+            optimizer.step()
+        scheduler.step()
+    assert same_bits(scheduled, told)
+
+
+def test_frozen_parameters(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """They stay, have no state, and a layer whose partner is frozen is orthogonalised alone."""
+    model = build(torch.float64)
+    frozen = [f"backbone.layers.{i}.mixer.q_proj.weight" for i in (2,)] + ["lm_head.weight"]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = RoleOptimizer(model, TRAIN, torch.float64)
+    optimizer.set_lr(RATES)
+    gradients = give_gradients(model, 0)
+    for name in frozen:
+        model.get_parameter(name).grad = None
+    optimizer.step()
+    assert not optimizer.tensors().keys() & set(frozen)
+    assert all(torch.equal(model.get_parameter(name), start[name]) for name in frozen)
+    partner = "backbone.layers.4.mixer.q_proj.weight"
+    wanted = muon(start[partner], [gradients[partner]], [])
+    torch.testing.assert_close(model.get_parameter(partner).detach(), wanted, rtol=1e-9, atol=1e-11)

@@ -3,11 +3,12 @@
 Each parameter has a role (``yaongi.model.roles``). Matrices take Teon (Q, K, V of consecutive attention layers jointly)
 or Muon; a projection that is several matrices in one takes it for each range of rows; vectors, embedding, head, router
 take AdamW; Engram's tables take Adam on the rows that were read. Parameters narrower than float32 have a float32
-master, which takes the update and whose cast they are. Under FSDP the state is sharded like the parameters.
+master, which takes the update and whose cast they are. Under FSDP the state is sharded like the parameters. Frozen
+parameters, which require no gradient, are left out. A step doesn't wait for the GPU, but for the tables' rows.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from yaongi.train.config import Training
 from yaongi.train.distributed import is_sharded, local, own_rows
 from yaongi.train.optim_rows import adam_rows
 from yaongi.train.optim_sharded import step_sharded
+from yaongi.train.optim_state import load_state
 from yaongi.train.optim_units import MATRIX, TABLE, VECTOR, Unit, Vector, units_of
 
 EPS = 1e-8
@@ -46,32 +48,38 @@ class RoleOptimizer(torch.optim.Optimizer):
             VECTOR: train.adam_lr,
             TABLE: train.adam_lr * train.table_lr_scale,
         }
-        groups = [{"params": p, "kind": kind, "lr": self.peak_lr[kind]} for kind, p in in_groups.items() if p]
-        super().__init__(groups, {})
-        self._lr = dict(self.peak_lr)
+        groups = [{"params": p, "kind": kind, "lr": self.peak_lr[kind]} for kind, p in in_groups.items()]
+        super().__init__(groups, {"stack": train.stack})
         self._make_state(momentum_dtype)
 
     def set_lr(self, lr: dict[str, float]) -> None:
         """The learning rates of the next step by kind."""
-        self._lr = dict(lr)
         for group in self.param_groups:
             group["lr"] = lr[group["kind"]]
+
+    def _lr(self, kind: str) -> float:
+        """The learning rate of a kind, as it was set or as a scheduler left it in the groups."""
+        return next(g["lr"] for g in self.param_groups if g["kind"] == kind)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply the gradients.
 
         Raises:
-            ValueError: a closure was given. RuntimeError: a parameter has no gradient.
+            ValueError: a closure was given. RuntimeError: a parameter has no gradient; then nothing has changed.
         """
         if closure is not None:
             raise ValueError("optimizer: wanted no closure, got one")
+        missing = [name for p, name in self._names.items() if p.grad is None]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise RuntimeError(f"optimizer: wanted a gradient of every parameter, got none of {missing[0]}{more}")
         sharded: list[Unit] = []
         whole: list[Unit] = []
         for unit in self._units:
             (sharded if is_sharded(unit.parameters[0]) else whole).append(unit)
         self._step_whole(whole)
-        split_gradients = step_sharded(sharded, self.state, self._split_rows(), self._train, self._lr[MATRIX])
+        split_gradients = step_sharded(sharded, self.state, self._split_rows(), self._train, self._lr(MATRIX))
         self._step_vectors(split_gradients)
         for parameter in self._tables:
             self._step_table(parameter)
@@ -81,11 +89,29 @@ class RoleOptimizer(torch.optim.Optimizer):
         return {name: dict(self.state[p]) for p, name in self._names.items()}
 
     @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the values of a ``state_dict``, each in its own dtype and on its own device, and the learning rates.
+
+        Raises:
+            ValueError: it is the state of another model, or of other stacks; then nothing has changed.
+        """
+        load_state(self.param_groups, self.state, state_dict)
+        self.refresh()
+
+    @torch.no_grad()
     def refresh(self) -> None:
         """Make every parameter with a master its master's cast; after the masters were loaded."""
-        for parameter in self._names:
+        self._cast((parameter, None) for parameter in self._names)
+
+    def _cast(self, parts: Iterable[tuple[nn.Parameter, slice | None]]) -> None:
+        """Bring the masters' values to the parameters that have one, or to some rows of them."""
+        casts, masters = [], []
+        for parameter, rows in parts:
             if "master" in self.state[parameter]:
-                local(parameter.detach()).copy_(local(self.state[parameter]["master"]))
+                casts.append(rows_of(local(parameter.detach()), rows))
+                masters.append(rows_of(local(self.state[parameter]["master"]), rows))
+        if casts:
+            torch._foreach_copy_(casts, masters)
 
     def _make_state(self, momentum_dtype: torch.dtype) -> None:
         for parameter in self._names:
@@ -94,14 +120,22 @@ class RoleOptimizer(torch.optim.Optimizer):
                 parameter.grad_dtype = torch.float32  # what micro-batches add up in
         for parameter in self._matrices:
             self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=momentum_dtype)
-        for vector in (*self._vectors, *(Vector(table, None, False) for table in self._tables)):
-            state = self.state[vector.parameter]
+        for vector in self._vectors:
             like = self._weight(vector.parameter)
             if vector.rows is not None:  # a few rows of a sharded matrix: whole on every process
                 shape = vector.rows.stop - vector.rows.start, *like.shape[1:]
                 like = torch.empty(shape, dtype=like.dtype, device=like.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            self._make_moments(vector.parameter, like, like.device)
+        for table in self._tables:
+            self._make_moments(table, self._weight(table), torch.device("cpu"))
+
+    def _make_moments(self, parameter: nn.Parameter, like: torch.Tensor, counter: torch.device) -> None:
+        """Adam's state; its counter of steps lies where it is read."""
+        self.state[parameter] |= {
+            "exp_avg": torch.zeros_like(like),
+            "exp_avg_sq": torch.zeros_like(like),
+            "step": torch.zeros((), dtype=torch.float32, device=counter),
+        }
 
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """What takes the update: the master, or the parameter itself."""
@@ -126,7 +160,7 @@ class RoleOptimizer(torch.optim.Optimizer):
                 [rows_of(self.state[p]["momentum"], rows) for p, rows in entries],
                 masters,
                 stack=stack,
-                lr=self._lr[MATRIX],
+                lr=self._lr(MATRIX),
                 momentum=self._train.momentum,
                 weight_decay=self._train.weight_decay,
             )
@@ -145,11 +179,15 @@ class RoleOptimizer(torch.optim.Optimizer):
                     weights.append(rows_of(local(self._weight(vector.parameter)), vector.rows))
             self._adamw(vectors, weights, gradients, self._train.weight_decay if decay else 0.0)
             for vector, weight in zip(vectors, weights, strict=True):
-                self._write(vector, weight, change_only=vector.parameter in split_gradients)
+                if vector.parameter in split_gradients and vector.rows is not None:
+                    here = own_rows(vector.parameter, vector.rows)
+                    local(self._weight(vector.parameter))[here.of_local] += weight[here.of_rows]
+        self._cast((v.parameter, None if is_sharded(v.parameter) else v.rows) for v in self._vectors)
 
     def _adamw(
         self, vectors: list[Vector], weights: list[torch.Tensor], gradients: list[torch.Tensor], decay: float
     ) -> None:
+        """One launch for all of them on a GPU; none of it waits for the GPU, whose own counters it moves."""
         states = [self.state[v.parameter] for v in vectors]
         adamw(
             weights,
@@ -158,23 +196,15 @@ class RoleOptimizer(torch.optim.Optimizer):
             [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
+            fused=bool(weights) and weights[0].is_cuda,
             amsgrad=False,
             beta1=self._train.beta1,
             beta2=self._train.beta2,
-            lr=self._lr[VECTOR],
+            lr=self._lr(VECTOR),
             weight_decay=decay,
             eps=EPS,
             maximize=False,
         )
-
-    def _write(self, vector: Vector, weight: torch.Tensor, *, change_only: bool) -> None:
-        """Bring a new weight, or the change of some rows of a sharded one, to the parameter."""
-        parameter = vector.parameter
-        if change_only and vector.rows is not None:
-            here = own_rows(parameter, vector.rows)
-            local(self._weight(parameter))[here.of_local] += weight[here.of_rows]
-        if "master" in self.state[parameter]:
-            local(parameter.detach()).copy_(local(self.state[parameter]["master"]))
 
     def _step_table(self, parameter: nn.Parameter) -> None:
         """Adam on the rows of a table that have a gradient."""
@@ -186,7 +216,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             state["exp_avg"],
             state["exp_avg_sq"],
             step=int(state["step"]),
-            lr=self._lr[TABLE],
+            lr=self._lr(TABLE),
             betas=(self._train.beta1, self._train.beta2),
             eps=EPS,
             parameter=parameter.detach(),

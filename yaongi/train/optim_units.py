@@ -29,7 +29,10 @@ class Vector:
 
 
 def units_of(model: Yaongi, stack: int) -> tuple[list[Unit], list[Vector], list[nn.Parameter]]:
-    """The matrices in units of up to ``stack`` attention layers, what takes AdamW, and Engram's tables."""
+    """The matrices in units of up to ``stack`` attention layers, what takes AdamW, and Engram's tables.
+
+    Of a pair of which one is frozen the other is a unit of its own.
+    """
     units: list[Unit] = []
     vectors: list[Vector] = []
     tables: list[nn.Parameter] = []
@@ -37,6 +40,8 @@ def units_of(model: Yaongi, stack: int) -> tuple[list[Unit], list[Vector], list[
     parameters = dict(model.named_parameters())
     for name, role in parameter_roles(model).items():
         parameter = parameters[name]
+        if not parameter.requires_grad:
+            continue
         if role.kind == "qkv" and role.attention is not None:
             attention[role.part, role.attention // stack].append(parameter)
         elif role.kind == "table":
