@@ -1,6 +1,7 @@
 """One optimizer step: the global batch's gradient, exact whatever the micro-batches; then, if finite, the update."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -118,15 +119,15 @@ class Stepper:
 @torch.no_grad()
 def total_norm(gradients: Iterable[torch.Tensor], world: World) -> torch.Tensor:
     """The 2-norm of all gradients together, in float64; sharded ones over all processes."""
-    zero = torch.zeros((), dtype=torch.float64, device=world.device)
-    squares: dict[bool, list[torch.Tensor]] = {True: [zero], False: [zero]}
+    alike: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)  # of which a launch takes many
     for gradient in gradients:
         values = gradient.coalesce().values() if gradient.is_sparse else local(gradient)
-        squares[is_sharded(gradient)].append(
-            torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)).double() ** 2
-        )
-    sharded = world.total(torch.stack(squares[True]).sum())
-    return (sharded + torch.stack(squares[False]).sum()).sqrt()
+        alike[is_sharded(gradient), values.dtype].append(values)
+    squares = {sharded: torch.zeros((), dtype=torch.float64, device=world.device) for sharded in (True, False)}
+    for (sharded, dtype), tensors in alike.items():
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.promote_types(dtype, torch.float32))
+        squares[sharded] += torch.stack(norms).double().square().sum()
+    return (world.total(squares[True]) + squares[False]).sqrt()
 
 
 @torch.no_grad()
