@@ -121,6 +121,43 @@ def test_the_shortcut_past_the_dispatcher_takes_only_plain_calls() -> None:
     assert seen == [True]
 
 
+def test_only_a_plain_call_has_a_layout() -> None:
+    """A choice, checked mode, a gradient, a mode or another kind of tensor: the call gets a closer look."""
+    x = torch.ones(8, 8)
+    assert backend.layout(x, None) == backend.layout(x + 1, None) != backend.layout(x.T[:4], None)
+    assert backend.layout(x, x) != backend.layout(x, None)
+    assert backend.layout(x.clone().requires_grad_()) is None
+    assert backend.layout(2.0) is None
+    with torch.no_grad():
+        assert backend.layout(torch.nn.Parameter(x)) == backend.layout(x)
+    with use_backend("reference"):
+        assert backend.layout(x) is None
+    with FlopCounterMode(display=False):
+        assert backend.layout(x) is None
+    yaongi.kernels.check_values(True)
+    assert backend.layout(x) is None
+    yaongi.kernels.check_values(False)
+    assert torch.func.vmap(lambda t: t if backend.layout(t) is None else t + 1)(x).equal(x)
+
+
+@pytest.mark.gpu
+def test_a_known_call_goes_straight_to_the_launcher() -> None:
+    """The second call of a layout gives the same bits; a gradient, a choice and bad arguments still count."""
+    x = torch.randn(3, 64, 128, device="cuda", dtype=torch.float16)
+    first, op = symmetric_product(x), backend.OPS["symmetric_product"]
+    assert backend.layout(x, None, None) in op.direct
+    with mock.patch.object(backend.Op, "__call__", side_effect=AssertionError("not straight")):
+        second = symmetric_product(x)
+    assert second.shape == (3, 64, 64)
+    assert second.is_contiguous()
+    assert torch.equal(first, second)
+    assert symmetric_product(x.clone().requires_grad_()).requires_grad
+    with use_backend("reference"):
+        assert not torch.equal(symmetric_product(x, alpha=1e-3), symmetric_product(x))
+    with pytest.raises(ValueError, match="alpha must be finite"):
+        symmetric_product(x, alpha=float("nan"))
+
+
 def test_the_command_prints_the_table() -> None:
     done = subprocess.run([sys.executable, "-m", "yaongi.kernels"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"yaongi {yaongi.__version__}, torch {torch.__version__}")

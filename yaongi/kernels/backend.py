@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+Tensor = torch.Tensor
 Backend = Literal["cuda", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference on a GPU
 LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_C.so"
@@ -36,6 +37,7 @@ class Op:
     overload: torch._ops.OpOverload
     pure: bool  # changes none of its arguments
     resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
+    direct: dict[tuple[object, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Calls the op: through torch's dispatcher, or past it when nothing there would look at the call.
@@ -78,10 +80,11 @@ class Op:
             if reason:
                 raise RuntimeError(f'{self.name}: use_backend("{forced}") is impossible here: {reason}')
             return self._run(forced, args)
-        for backend, refuses in self.candidates:
-            if refuses is None or refuses(*args) is None:
-                return self._run(backend, args)
-        raise RuntimeError(f"{self.name}: no backend takes these arguments")  # unreachable: the reference takes all
+        return self._run(self.pick(args), args)
+
+    def pick(self, args: tuple[Any, ...]) -> Backend:
+        """The first backend that takes these arguments on a GPU, when none is forced; the reference takes all."""
+        return next(backend for backend, refuses in self.candidates if refuses is None or refuses(*args) is None)
 
     @functools.cached_property
     def candidates(self) -> list[tuple[Backend, Callable[..., str | None] | None]]:
@@ -96,6 +99,28 @@ class Op:
         if _value_checks and self.value_check:
             self.value_check(*args)
         return self.implementation(backend)(*args)
+
+
+def layout(*tensors: Tensor | None) -> tuple[object, ...] | None:
+    """All that decides how a call on these tensors runs; None when it takes a closer look at the call.
+
+    Checks, the questions of torch's dispatcher and the choice of a backend cost more host time than a launch
+    (docs/LAB.md). So a CUDA op keeps in `Op.direct` the launcher that a layout led to, and asks no more.
+    """
+    if _forced or _value_checks or torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        return None
+    recording = torch.is_grad_enabled()
+    found: list[object] = []
+    for t in tensors:
+        if type(t) is Tensor or type(t) is torch.nn.Parameter:
+            if recording and t.requires_grad:
+                return None
+            found.append((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16))
+        elif t is not None:
+            return None
+    return tuple(found)
 
 
 def _dispatcher_needed(args: tuple[Any, ...]) -> bool:
@@ -119,15 +144,16 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     triton: str | None = None,
-    cuda: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | str | None = None,
     triton_refuses: Callable[..., str | None] | None = None,
     cuda_refuses: Callable[..., str | None] | None = None,
     value_check: Callable[..., None] | None = None,
 ) -> Op:
     """Defines `torch.ops.yaongi.<name>` from a torch.library schema; call the result to call the op.
 
-    All implementations take the schema's arguments by position. `triton` is `package.module:function`, imported when
-    first picked. A `refuses` function gets the same arguments and returns why its backend can't take them, or None.
+    All implementations take the schema's arguments by position. `triton`, and `cuda` where it needs Triton too, is
+    `package.module:function`, imported when first picked. A `refuses` function gets the same arguments and returns why
+    its backend can't take them, or None.
     `value_check` runs before the op in checked mode (`check_values(True)`) and raises ValueError.
     """
     name = schema.partition("(")[0]

@@ -3,41 +3,13 @@
 A call makes one `Arguments`; sizes named by the same letter must agree over all of its tensors, and so must devices.
 """
 
-import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
-REMEMBERED = 4096  # layouts of passed calls, of each op
-
-
-def once_a_layout(check: Callable[..., None]) -> Callable[..., None]:
-    """Decorates the checks of an op's tensors: what has passed isn't looked at again for tensors of the same layout.
-
-    A call's checks cost as much host time as half its launch (docs/LAB.md). The decorated function takes tensors and
-    None alone, and may look at their kind, shape, strides, dtype and device.
-    """
-    passed: set[tuple[object, ...]] = set()
-
-    @functools.wraps(check)
-    def checked(*tensors: object) -> None:
-        if torch.compiler.is_compiling():  # the compiler would have to guard on the set
-            return check(*tensors)
-        layout = tuple(map(_layout, tensors))
-        if layout not in passed:
-            check(*tensors)
-            if len(passed) < REMEMBERED:
-                passed.add(layout)
-        return None
-
-    return checked
-
-
-def _layout(value: object) -> object:
-    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else type(value)
 
 
 class Arguments:

@@ -95,13 +95,18 @@ def symmetric_product(
     Raises:
         TypeError: dtype or device. ValueError: shape or stride.
     """
-    _check_tensors(x, y, c)
     check.number("symmetric_product", "alpha", alpha)
     check.number("symmetric_product", "beta", beta)
+    layout = backend.layout(x, y, c)
+    launch = _op.direct.get(layout) if layout else None
+    if launch:
+        return launch(x, y, c, alpha, beta)
+    _check_tensors(x, y, c)
+    if layout and x.is_cuda and x.numel() and _op.pick((x, y, c, alpha, beta)) == "cuda":
+        _op.direct[layout] = backend.cuda_launcher("symmetric_product_new")
     return _op(x, y, c, alpha, beta)
 
 
-@check.once_a_layout
 def _check_tensors(x: Tensor, y: Tensor | None, c: Tensor | None) -> None:
     args = check.Arguments("symmetric_product")
     args.tensor("x", x, ("...", "m", "n"), unit_stride=True)
