@@ -3,8 +3,9 @@
 // A cluster of two blocks owns a 256 × 256 square of the result, a block the 128 × 256 upper or lower half of it. The
 // square's 256 rows of Y serve both: each block loads half of them and multicasts it. On the diagonal, with Y = X, a
 // block's rows of X are among them, and nothing else is loaded. In a block one warpgroup produces, and two consume, 64
-// rows each: the widest product there is, 64 × 256, reads shared memory least, which is what bounds smaller ones. A
-// tile leaves in panels of 64 columns, as it is and transposed, while the producer already fills the next tile's stages.
+// rows each: the widest product there is, 64 × 256, reads shared memory least, which is what bounds smaller ones. C is
+// on its way while the products run. A tile leaves in panels of 64 × 64, as it is and transposed, and those on the
+// diagonal mirrored within, while the producer already fills the next tile's stages.
 #include "common/pipeline.cuh"
 #include "common/ptx.cuh"
 #include "common/tile.cuh"
@@ -118,73 +119,95 @@ __device__ __forceinline__ void multiply(Shared& s, const Problem& p, const Tile
   release(s, previous, thread);
 }
 
-// A thread's part of C's panel that starts at (row, column), in the order of its accumulators.
-__device__ __forceinline__ void load_addend(const Problem& p, int batch, int row, int column, uint32_t thread,
-                                            uint32_t (&c)[PANEL_REGISTERS]) {
-  const int first_row = row + thread / 4 % 8 + thread / 32 * 16, first_column = column + thread % 4 * 2;
-  const uint16_t* start = static_cast<const uint16_t*>(p.addend) + batch * p.addend_batch_stride;
+// A thread's part of C under the strip of a tile that starts at `row`, in the order of its accumulators: only the panels
+// on or below the diagonal. Places beyond the matrix get values from its edge, which no store lets out.
+__device__ __forceinline__ void load_addend(const Problem& p, const Tile& tile, int row, uint32_t thread,
+                                            uint32_t (&c)[PANELS * PANEL_REGISTERS]) {
+  const int first_row = row + thread / 4 % 8 + thread / 32 * 16, first_column = tile.column + thread % 4 * 2;
+  const uint16_t* start = static_cast<const uint16_t*>(p.addend) + tile.batch * p.addend_batch_stride;
 #pragma unroll
-  for (int i = 0; i < PANEL_REGISTERS; ++i) {
-    const int r = first_row + i % 2 * 8, column_i = first_column + i / 2 * 8;
-    const bool inside = r < p.rows && column_i < p.rows;
-    c[i] = inside ? __ldg(reinterpret_cast<const uint32_t*>(start + r * p.addend_row_stride + column_i)) : 0;
+  for (int panel = 0; panel < PANELS; ++panel) {
+    if (tile.column + panel * PANEL_COLUMNS > row) continue;
+#pragma unroll
+    for (int i = 0; i < PANEL_REGISTERS; ++i) {
+      const int r = min(first_row + i % 2 * 8, p.rows - 1);
+      const int column = min(first_column + panel * PANEL_COLUMNS + i / 2 * 8, p.rows - 2);
+      c[panel * PANEL_REGISTERS + i] = ptx::load_constant(start + r * p.addend_row_stride + column);
+    }
   }
 }
 
-// Writes a panel, or its transpose, to a staging buffer and from there to memory, where its corner is (row, column). The
-// last store may still be reading the other buffer.
-template <bool TRANSPOSED>
+// Of an 8 × 8 matrix, the part on and below the diagonal, mirrored.
+__device__ __forceinline__ uint32_t symmetric_8x8(uint32_t v, uint32_t lane) {
+  const uint32_t row = lane / 4, column = lane % 4 * 2, mirrored = ptx::transpose_8x8(v);
+  const uint32_t low = (row >= column ? v : mirrored) & 0xFFFF, high = (row > column ? v : mirrored) & 0xFFFF0000;
+  return high | low;
+}
+
+enum class Panel { AS_IT_IS, TRANSPOSED, MIRRORED };  // MIRRORED: its part below the diagonal, and that transposed
+
+// Writes a panel to a staging buffer and from there to memory, where its corner is (row, column). The last store may
+// still be reading the other buffer.
+template <Panel PANEL>
 __device__ __forceinline__ void store_panel(uint8_t* buffer, const CUtensorMap* map_out, int batch, int row, int column,
                                             uint32_t thread, uint32_t barrier, const uint32_t (&v)[PANEL_REGISTERS]) {
   const uint32_t warp = thread / 32, lane = thread % 32, matrix = lane / 8;  // a lane addresses a row of 8 × 8 matrices
   if (thread == 0) ptx::tma_store_wait_read<1>();
   ptx::named_barrier_sync(barrier, WARPGROUP);
 #pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
+  for (uint32_t pair = 0; pair < 4; ++pair) {  // of the columns of 8 × 8 matrices; a warp has two rows of them
     const uint32_t row_block = warp * 2 + matrix % 2, column_block = pair * 2 + matrix / 2;
-    const uint32_t line = (TRANSPOSED ? column_block : row_block) * 8 + lane % 8;
-    const uint32_t address =
-        ptx::shared_address(buffer) + swizzled_offset(line, TRANSPOSED ? row_block : column_block);
-    const uint32_t four[4] = {v[pair * 4], v[pair * 4 + 1], v[pair * 4 + 2], v[pair * 4 + 3]};
-    if constexpr (TRANSPOSED) {
-      ptx::stmatrix_x4_transposed(address, four);
-    } else {
-      ptx::stmatrix_x4(address, four);
+    uint32_t four[4] = {v[pair * 4], v[pair * 4 + 1], v[pair * 4 + 2], v[pair * 4 + 3]};
+    if constexpr (PANEL == Panel::MIRRORED) {
+      if (pair > warp) continue;
+      if (pair == warp) {
+        four[0] = symmetric_8x8(four[0], lane);
+        four[2] = ptx::transpose_8x8(four[1]);
+        four[3] = symmetric_8x8(four[3], lane);
+      }
     }
+    const uint32_t here = ptx::shared_address(buffer) + swizzled_offset(row_block * 8 + lane % 8, column_block);
+    const uint32_t there = ptx::shared_address(buffer) + swizzled_offset(column_block * 8 + lane % 8, row_block);
+    if (PANEL != Panel::TRANSPOSED) ptx::stmatrix_x4(here, four);
+    if (PANEL == Panel::TRANSPOSED || (PANEL == Panel::MIRRORED && pair < warp)) ptx::stmatrix_x4_transposed(there, four);
   }
   ptx::fence_async_proxy();
   ptx::named_barrier_sync(barrier, WARPGROUP);
   if (thread == 0) {
+    constexpr bool TRANSPOSED = PANEL == Panel::TRANSPOSED;
     ptx::tma_store_3d(map_out, buffer, TRANSPOSED ? row : column, TRANSPOSED ? column : row, batch);
     ptx::tma_store_commit();
   }
 }
 
 // A consumer's strip of a tile: scaled, added to C, and stored panel by panel, with its mirror image where it lies below
-// the diagonal's 128 × 128 blocks; above them nothing is stored.
+// the panels on the diagonal, which are mirrored within; above them nothing is stored.
 template <bool BFLOAT16>
-__device__ __forceinline__ void finish(Shared& s, const Problem& p, const Tile& tile, int consumer, uint32_t thread,
-                                       const CUtensorMap* map_out, float (&acc)[128]) {
-  const int row = tile.row + consumer * STRIP;
+__device__ __forceinline__ void finish(Shared& s, const Problem& p, const Tile& tile, int row, int consumer,
+                                       uint32_t thread, const CUtensorMap* map_out, const float (&acc)[128],
+                                       const uint32_t (&addend)[PANELS * PANEL_REGISTERS]) {
+  uint8_t(&staging)[2][STRIP_BYTES] = s.staging[consumer];
+  const uint32_t barrier = 1 + consumer;
   int buffer = 0;
 #pragma unroll
   for (int panel = 0; panel < PANELS; ++panel) {
-    const int column = tile.column + panel * PANEL_COLUMNS, block_row = tile.row / ROWS, block_column = column / ROWS;
-    if (block_column > block_row || tile.row >= p.rows) continue;
-    uint32_t v[PANEL_REGISTERS] = {};
-    if (p.addend) load_addend(p, tile.batch, row, column, thread, v);
+    const int column = tile.column + panel * PANEL_COLUMNS;
+    if (column > row || row >= p.rows) continue;
+    uint32_t v[PANEL_REGISTERS];
 #pragma unroll
     for (int i = 0; i < PANEL_REGISTERS; ++i) {
-      const float2 c = unpack<BFLOAT16>(v[i]);
+      const float2 c = p.addend ? unpack<BFLOAT16>(addend[panel * PANEL_REGISTERS + i]) : float2{0, 0};
       const float* d = &acc[panel * 32 + i * 2];
       v[i] = pack<BFLOAT16>(p.alpha * d[0] + p.beta * c.x, p.alpha * d[1] + p.beta * c.y);
     }
-    store_panel<false>(s.staging[consumer][buffer], map_out, tile.batch, row, column, thread, 1 + consumer, v);
-    buffer ^= 1;
-    if (block_column < block_row) {
-      store_panel<true>(s.staging[consumer][buffer], map_out, tile.batch, row, column, thread, 1 + consumer, v);
+    if (column == row) {
+      store_panel<Panel::MIRRORED>(staging[buffer], map_out, tile.batch, row, column, thread, barrier, v);
+    } else {
+      store_panel<Panel::AS_IT_IS>(staging[buffer], map_out, tile.batch, row, column, thread, barrier, v);
       buffer ^= 1;
+      store_panel<Panel::TRANSPOSED>(staging[buffer], map_out, tile.batch, row, column, thread, barrier, v);
     }
+    buffer ^= 1;
   }
 }
 
@@ -193,9 +216,12 @@ __device__ void consume(Shared& s, const Problem& p, int consumer, uint32_t thre
   RingPosition<STAGES> at;
   for (int square = cluster_index(); square < p.total; square += cluster_count()) {
     const Tile tile = tile_at(p, square, ptx::cluster_rank());
+    const int row = tile.row + consumer * STRIP;
     float acc[128];
+    uint32_t addend[PANELS * PANEL_REGISTERS];
+    if (p.addend) load_addend(p, tile, row, thread, addend);
     multiply<BFLOAT16>(s, p, tile, consumer, thread, at, acc);
-    finish<BFLOAT16>(s, p, tile, consumer, thread, map_out, acc);
+    finish<BFLOAT16>(s, p, tile, row, consumer, thread, map_out, acc, addend);
   }
   if (thread == 0) ptx::tma_store_wait_read<0>();
 }
@@ -216,10 +242,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
   }
   ptx::cluster_sync();
   if (warpgroup == 0) {
-    ptx::decrease_registers<40>();
+    ptx::decrease_registers<24>();
     if (thread == 0) produce(s, p, &map_x, &map_y);
   } else {
-    ptx::increase_registers<232>();
+    ptx::increase_registers<240>();
     consume<BFLOAT16>(s, p, warpgroup - 1, thread, &map_out);
   }
   ptx::cluster_sync();  // no block may leave while the other still writes into it
@@ -274,7 +300,7 @@ const char* yaongi_symmetric_product(YaongiType type, const YaongiMatrices& x, c
   p.squares = squares * (squares + 1) / 2;
   p.total = static_cast<int>(x.batch) * p.squares;
   p.k_blocks = static_cast<int>((x.columns + BLOCK_K - 1) / BLOCK_K);
-  p.one_operand = y.data == nullptr;
+  p.one_operand = y.data == nullptr || y.data == x.data;
   p.alpha = alpha;
   p.beta = beta;
   p.addend = c.data;

@@ -123,6 +123,20 @@ __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, const u
                : "memory");
 }
 
+// The 8 × 8 matrix of 16-bit elements that a warp holds as two elements a lane, transposed.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(v));
+  return transposed;
+}
+
+// A load that stays where it is written, ahead of the work that hides it; of memory that no kernel is writing.
+__device__ __forceinline__ uint32_t load_constant(const void* address) {
+  uint32_t v;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
+
 // ---- warpgroups and their matrix products ---------------------------------------------------------------------------
 
 template <int REGISTERS>

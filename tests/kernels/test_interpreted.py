@@ -1,7 +1,9 @@
 """Triton kernels in the interpreter, on tiny fp32 shapes: indexing, masks and boundaries, without a GPU."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from oracle import assert_equal_to_float64
 
 from yaongi.kernels.causal_conv1d import reference
 from yaongi.kernels.moe import reference as moe_reference
+from yaongi.kernels.newton_schulz import reference as newton_schulz_reference
+from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
 
 pytestmark = pytest.mark.interpret
 
@@ -69,3 +73,38 @@ def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
     assert bool((plan.row[order[valid:]] == -1).all())
     assert torch.equal(plan.offset[1:], counts.cumsum(0).int())
     assert torch.equal(plan.tile_end, ((counts + 127) // 128).cumsum(0).int())
+
+
+FLAT = [value for step in POLAR_EXPRESS for value in step]
+
+
+@pytest.fixture
+def newton_schulz_in_float32() -> Iterator[Any]:
+    """The launchers' module, storing in float32 what a GPU stores in half of it, and in batches of a few matrices."""
+    from yaongi.kernels.newton_schulz import triton_impl
+
+    with mock.patch.multiple(triton_impl, STORAGE=torch.float32, DIRECTION=torch.float32, WORKSPACE=1000):
+        yield triton_impl
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 20), (3, 20, 5), (1, 8, 24), (1, 70, 9), (2, 9, 530)], ids=str)
+@pytest.mark.parametrize("form", ["gram", "standard"])
+def test_newton_schulz(shape: tuple[int, ...], form: str, newton_schulz_in_float32: Any) -> None:
+    """Padding, transposition, several tiles and several batches."""
+    x = torch.randn(shape)
+    exact = newton_schulz_reference.newton_schulz_reference(x.double(), FLAT, form)
+    assert_equal_to_float64(newton_schulz_in_float32.newton_schulz_triton(x, FLAT, form), exact, 2e-4)
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize(("stack", "shape"), [(1, (2, 9, 12)), (2, (3, 9, 6)), (2, (20, 3)), (4, (3, 30))], ids=str)
+def test_teon_update(stack: int, shape: tuple[int, ...], masters: bool, newton_schulz_in_float32: Any) -> None:
+    """Every tensor in place, the layers of a stack side by side."""
+    lists = [[torch.randn(shape) for _ in range(4)] for _ in range(4 if masters else 3)] + ([] if masters else [[]])
+    exact = [[t.double() for t in tensors] for tensors in lists]
+    settings = (stack, 0.5, 0.9, True, 0.1, FLAT)
+    newton_schulz_reference.teon_update_reference(*exact, *settings)
+    newton_schulz_in_float32.teon_update_triton(*lists, *settings)
+    for ours, expected in zip(lists, exact, strict=True):
+        for tensor, wanted in zip(ours, expected, strict=True):
+            assert_equal_to_float64(tensor, wanted, 2e-4)

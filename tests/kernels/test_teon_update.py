@@ -12,6 +12,7 @@ from support import assert_refused, backends, bad_calls, checked_mode, converted
 
 from yaongi.kernels import newton_schulz, teon_update, use_backend
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
+from yaongi.kernels.newton_schulz.reference import teon_update_reference
 
 NAMES = ("params", "grads", "momenta", "masters")
 State = dict[str, Any]
@@ -99,25 +100,102 @@ def test_masters_keep_what_bfloat16_loses() -> None:
         assert torch.equal(param, master.bfloat16())
 
 
-@pytest.mark.parametrize("backend", backends("triton", "cuda"))
-@pytest.mark.parametrize("masters", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("stack", "shape"), [(1, (64, 128)), (2, (3, 40, 24))])
-def test_float64_rule(stack: int, shape: tuple[int, ...], dtype: torch.dtype, masters: bool, backend: str) -> None:
-    start = state(4, *shape, dtype=dtype, masters=masters, device=device_of(backend, "teon_update"))
+def run(lists: State, backend: str, **settings: Any) -> State:
+    """The lists after a step. "plain" is the reference that rounds what a GPU stores."""
+    if backend == "plain":
+        flat = [value for step in POLAR_EXPRESS for value in step]
+        values = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.0, "coefficients": flat} | settings
+        teon_update_reference(*(lists[n] or [] for n in NAMES), **values, storage=torch.float16)
+    else:
+        with use_backend(backend):  # type: ignore[arg-type]
+            teon_update(**lists, **settings)
+    return lists
 
-    def run(lists: State, on: Any) -> State:
-        with use_backend(on):
-            teon_update(**lists, stack=stack, lr=0.02, weight_decay=0.1)
-        return lists
 
-    exact = run(converted(start, torch.Tensor.double), "reference")
-    plain = run(converted(start, torch.clone), "reference")
-    first, second = run(converted(start, torch.clone), backend), run(converted(start, torch.clone), backend)
+def assert_rule(start: State, backend: str, **settings: Any) -> None:
+    """The house's rule for everything a step writes, and the same bits twice."""
+    exact = run(converted(start, torch.Tensor.double), "reference", **settings)
+    plain = run(converted(start, torch.clone), "reference" if backend == "reference" else "plain", **settings)
+    first, second = (run(converted(start, torch.clone), backend, **settings) for _ in range(2))
     for name in NAMES:
         for i, value in enumerate(first[name] or []):
             assert_close(value, exact[name][i], plain[name][i], f"{name}[{i}]")
             assert torch.equal(value, second[name][i])
+
+
+@pytest.mark.parametrize("backend", backends("triton", "cuda"))
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("stack", "shape"), [(1, (64, 128)), (2, (3, 40, 24)), (2, (3, 24, 40)), (4, (33, 7)), (2, (1, 9)), (1, (9, 1))]
+)
+def test_float64_rule(stack: int, shape: tuple[int, ...], dtype: torch.dtype, masters: bool, backend: str) -> None:
+    start = state(4, *shape, dtype=dtype, masters=masters, device=device_of(backend, "teon_update"))
+    assert_rule(start, backend, stack=stack, lr=0.02, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.gpu
+def test_masters_float32_gradients_and_bfloat16_momenta(nesterov: bool, backend: str) -> None:
+    """As a training step has them; gradients also in another layout, and parameters on odd addresses."""
+    start = state(4, 5, 72, 136, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
+    start["grads"] = [torch.randn(5, 136, 72, device="cuda").mT for _ in range(4)]
+    start["params"] = [torch.zeros(p.numel() + 1).to(p)[1:].view_as(p).copy_(p) for p in start["params"]]
+    assert_rule(start, backend, stack=2, lr=0.02, weight_decay=0.1, nesterov=nesterov)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.gpu
+def test_batches_within_the_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut into batches of any size, also within one parameter's experts, the bits are those of one batch."""
+    from yaongi.kernels.newton_schulz import triton_impl
+
+    start = state(4, 5, 24, 40, dtype=torch.float32, device=device_of(backend, "teon_update"))
+    whole = run(converted(start, torch.clone), backend, stack=2, lr=0.1)
+    for bytes_ in (1, 30_000):
+        monkeypatch.setattr(triton_impl, "WORKSPACE", bytes_)
+        assert_same(run(converted(start, torch.clone), backend, stack=2, lr=0.1), whole, 0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.gpu
+def test_nan_stays_in_its_stack(backend: str) -> None:
+    start = state(4, 24, 40, dtype=torch.float32, device=device_of(backend, "teon_update"))
+    start["grads"][1][3, 4] = torch.nan
+    got = run(start, backend, stack=2, lr=0.1)
+    assert got["params"][0].isnan().any()
+    assert all(p.isfinite().all() for p in got["params"][2:])
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.gpu
+def test_cuda_graph(backend: str) -> None:
+    """A captured step on new gradients, with no synchronisation, does what a call does."""
+    got = state(2, 3, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
+    run(got, backend, stack=2, lr=0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(got, backend, stack=2, lr=0.1)
+    for _ in range(2):
+        for grad in got["grads"]:
+            grad.normal_()
+        expected = run(converted(got, torch.clone), backend, stack=2, lr=0.1)
+        graph.replay()
+        assert_same(got, expected, 0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.gpu
+def test_no_synchronisation(backend: str) -> None:
+    got = state(4, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
+    run(got, backend, stack=2, lr=0.1)
+    got = converted(got, torch.clone)  # other addresses
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(got, backend, stack=2, lr=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -12,6 +12,8 @@ from aot import Compiled, compile_launcher
 from yaongi.kernels.causal_conv1d import triton_impl as causal_conv1d
 from yaongi.kernels.moe import triton_impl as moe
 from yaongi.kernels.moe.routing import triton_impl as routing
+from yaongi.kernels.newton_schulz import triton_impl as newton_schulz
+from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,37 @@ def test_moe_route() -> None:
     kernels = compile_launcher(routing.moe_route_triton, logits, bias, 16, 2.5)
     kernels += compile_launcher(routing.moe_route_backward_triton, weights, logits, ids, 2.5)
     assert [kernel.spilled_bytes for kernel in kernels] == [0, 0]
+
+
+FLAT = [value for step in POLAR_EXPRESS for value in step]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 512, 2048), (64, 2048, 512)], ids=str)
+def test_newton_schulz(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The passes around the products, along the rows and across them: wide accesses, no spills."""
+    x = meta(*shape, dtype=dtype)
+    kernels = compile_launcher(newton_schulz.newton_schulz_triton, x, FLAT, "gram")
+    names = {"_newton_schulz_norm_kernel", "_newton_schulz_normalise_kernel", "_newton_schulz_result_kernel"}
+    assert names < {kernel.name for kernel in kernels}
+    for kernel in kernels:
+        assert kernel.spilled_bytes == 0, kernel.name
+        assert kernel.registers <= 128, kernel.name
+        if kernel.name in names:
+            assert "LDG.E.128" in kernel.sass or "LDG.E.64" in kernel.sass, kernel.name
+            assert "STG.E.128" in kernel.sass or kernel.name == "_newton_schulz_norm_kernel", kernel.name
+
+
+@pytest.mark.parametrize("shape", [(64, 512, 2048), (64, 2048, 512)], ids=str)
+def test_teon_update(shape: tuple[int, ...]) -> None:
+    """float32 gradients and masters, bfloat16 momenta and parameters, by addresses: still accesses of 16 bytes."""
+    wide, narrow = (lambda: [meta(*shape, dtype=torch.float32)]), (lambda: [meta(*shape)])
+    settings = (1, 0.02, 0.95, True, 0.1, FLAT)
+    kernels = compile_launcher(newton_schulz.teon_update_triton, narrow(), wide(), narrow(), wide(), *settings)
+    by_name = {kernel.name: kernel for kernel in kernels}
+    for name in ("_teon_momentum_kernel", "_teon_weight_kernel"):
+        kernel = by_name[name]
+        assert kernel.spilled_bytes == 0, name
+        assert kernel.registers <= 128, name
+        assert "LDG.E.128" in kernel.sass, name
+        assert "STG.E.128" in kernel.sass, name

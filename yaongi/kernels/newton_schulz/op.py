@@ -1,7 +1,7 @@
 """`newton_schulz` and `teon_update`: the coefficients, registration, and the public functions."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -9,6 +9,7 @@ from yaongi.kernels import backend, check
 from yaongi.kernels.newton_schulz.reference import newton_schulz_reference, teon_update_reference
 
 Tensor = torch.Tensor
+GPU = "yaongi.kernels.newton_schulz.triton_impl"
 Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each step: σ ← aσ + bσ³ + cσ⁵
 SAFETY = 1.05  # the steps expect σ ≤ 1 and see σ/SAFETY: rounding errors above 1 then stay in their domain
 POLAR_EXPRESS: Coefficients = tuple(
@@ -31,10 +32,29 @@ def _value_check(x: Tensor, coefficients: list[float], form: str) -> None:
     check.finite("newton_schulz", x=x)
 
 
+def _triton_refuses(x: Tensor, coefficients: list[float], form: str) -> str | None:
+    return _refuses_tensors([x], x.shape[-2] * x.shape[-1])
+
+
+def _cuda_refuses(x: Tensor, coefficients: list[float], form: str) -> str | None:
+    return backend.unavailable("triton") or _triton_refuses(x, coefficients, form)
+
+
+def _refuses_tensors(tensors: list[Tensor], elements: int) -> str | None:
+    """Why the kernels can't take tensors, or matrices of so many elements; they do everything around the products."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "it takes no float64"
+    return "it takes matrices of less than 2³¹ elements" if elements >= 2**31 else None
+
+
 _op = backend.define(
     "newton_schulz(Tensor x, float[] coefficients, str form) -> Tensor",
     reference=newton_schulz_reference,
     fake=_fake,
+    triton=f"{GPU}:newton_schulz_triton",
+    triton_refuses=_triton_refuses,
+    cuda=f"{GPU}:newton_schulz_cuda",
+    cuda_refuses=_cuda_refuses,
     value_check=_value_check,
 )
 backend.define_no_autograd("newton_schulz")
@@ -62,11 +82,26 @@ def _teon_value_check(
         check.finite("teon_update", **{f"{name}[{i}]": t for i, t in enumerate(tensors)})
 
 
+def _teon_triton_refuses(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], masters: list[Tensor], stack: int, *_: object
+) -> str | None:
+    elements = stack * params[0].shape[-2] * params[0].shape[-1]
+    return _refuses_tensors([params[0], grads[0], momenta[0], *masters[:1]], elements)
+
+
+def _teon_cuda_refuses(*args: Any) -> str | None:
+    return backend.unavailable("triton") or _teon_triton_refuses(*args)
+
+
 _teon_op = backend.define(
     "teon_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] masters, int stack, float lr,"
     " float momentum, bool nesterov, float weight_decay, float[] coefficients) -> ()",
     reference=teon_update_reference,
     fake=_teon_fake,
+    triton=f"{GPU}:teon_update_triton",
+    triton_refuses=_teon_triton_refuses,
+    cuda=f"{GPU}:teon_update_cuda",
+    cuda_refuses=_teon_cuda_refuses,
     value_check=_teon_value_check,
 )
 

@@ -1,19 +1,37 @@
 """Newton-Schulz and the Teon update in plain torch: see README.md beside this file for the mathematics.
 
-m rows, n columns; the iteration works on wide matrices, m ≤ n, and transposes tall ones on the way in and out.
+m rows, n columns; the iteration works on wide matrices, m ≤ n, and transposes tall ones on the way in and out. With
+`storage` the matrices that a GPU keeps in memory between two products are rounded and mirrored as it does that: with
+float16 this is the plain computation that the kernels are held to.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 Tensor = torch.Tensor
-RESTART = 2  # the Gram form builds the Gram matrix anew after this many steps
+Steps = list[tuple[float, float, float]]  # (a, b, c) of each
+RESTART = 3  # the Gram form builds the Gram matrix anew after this many steps
+GRAM_SCALE = 2.0**12  # of the stored Gram matrix: its entries reach 4, and its small ones would be subnormal
+DIRECTION = torch.bfloat16  # what a GPU stores U in before its norm is known: float32's range in half the bytes
 
 
-def _triples(coefficients: list[float]) -> list[tuple[float, float, float]]:
+def triples(coefficients: list[float]) -> Steps:
     """(a, b, c) of each step from a flat list."""
     return list(zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True))
+
+
+def rounding(storage: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """Rounds to `storage` and back; nothing for None."""
+    return lambda t: t if storage is None else t.to(storage).to(t.dtype)
+
+
+def symmetric_rounding(storage: torch.dtype | None, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """As `rounding` of the scaled matrix, of which only the lower triangle is computed, and mirrored."""
+    if storage is None:
+        return lambda t: t
+    return lambda t: (scale * (t.tril() + t.tril(-1).mT)).to(storage).to(t.dtype) / scale
 
 
 def _normalised(x: Tensor) -> Tensor:
@@ -23,35 +41,45 @@ def _normalised(x: Tensor) -> Tensor:
     return x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1)  # the norm is ≥ 1 unless X = 0
 
 
-def _standard(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
-    """X ← aX + (bA + cA²)X with A = XXᵀ."""
+def _standard(x: Tensor, steps: Steps, storage: torch.dtype | None) -> Tensor:
+    """X ← (aI + bA + cA²)·X with A = XXᵀ."""
+    stored, stored_z = rounding(storage), symmetric_rounding(storage)
+    stored_gram = symmetric_rounding(storage, GRAM_SCALE)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for a, b, c in steps:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = stored_gram(x @ x.mT)
+        x = stored(stored(a * identity + stored_z(b * gram + c * gram @ gram)) @ x)
     return x
 
 
-def _gram(x: Tensor, steps: list[tuple[float, float, float]]) -> Tensor:
+def _gram(x: Tensor, steps: Steps, storage: torch.dtype | None) -> Tensor:
     """The same polynomials on the m × m matrices alone: X is touched before and after each part."""
+    stored, stored_zq = rounding(storage), symmetric_rounding(storage)
+    stored_gram = symmetric_rounding(storage, GRAM_SCALE)
     for part in (steps[:RESTART], steps[RESTART:]):
-        gram = x @ x.mT  # R
+        gram = stored_gram(x @ x.mT)  # R
         q = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(gram)
         for a, b, c in part:
-            z = b * gram + c * gram @ gram
-            q = a * q + q @ z
-            gram = a * gram + z @ gram  # (aI + Z)·R
-            gram = a * gram + gram @ z  # (aI + Z)·R·(aI + Z)
-        x = q @ x
+            z = stored_zq(b * gram + c * gram @ gram)
+            q = stored_zq(a * q + q @ z)
+            gram = stored_gram(a * gram + z @ gram)  # (aI + Z)·R
+            gram = stored_gram(a * gram + gram @ z)  # (aI + Z)·R·(aI + Z)
+        x = stored(q @ x)
     return x
 
 
-def newton_schulz_reference(x: Tensor, coefficients: list[float], form: str) -> Tensor:  # (…, m, n)
+def newton_schulz_reference(
+    x: Tensor,  # (…, m, n)
+    coefficients: list[float],
+    form: str,
+    storage: torch.dtype | None = None,
+) -> Tensor:
     """The steps applied to X/‖X‖_F, in x's dtype but at least float32; rounded once, at the end."""
     if not x.numel():
         return x.new_empty(x.shape)
     tall = x.shape[-2] > x.shape[-1]
-    wide = _normalised(x.to(torch.promote_types(x.dtype, torch.float32)))
-    wide = (_gram if form == "gram" else _standard)(wide.mT if tall else wide, _triples(coefficients))
+    wide = rounding(storage)(_normalised(x.to(torch.promote_types(x.dtype, torch.float32))))
+    wide = (_gram if form == "gram" else _standard)(wide.mT if tall else wide, triples(coefficients), storage)
     return (wide.mT if tall else wide).to(x.dtype).contiguous()
 
 
@@ -66,6 +94,7 @@ def teon_update_reference(
     nesterov: bool,
     weight_decay: float,
     coefficients: list[float],
+    storage: torch.dtype | None = None,
 ) -> None:
     """M ← μM + G, O = NewtonSchulz([U₁|…|U_K]), W_k ← (1 − ηλ)·W_k − η·sqrt(m/n)·O_k, in place."""
     if not params[0].numel():
@@ -75,7 +104,8 @@ def teon_update_reference(
     for first in range(0, len(params), stack):
         layers = range(first, first + stack)
         directions = [_momentum_step(grads[i], momenta[i], momentum, nesterov) for i in layers]
-        stacked = newton_schulz_reference(torch.cat(directions, -1), coefficients, "gram")
+        joint = rounding(storage and DIRECTION)(torch.cat(directions, -1))
+        stacked = newton_schulz_reference(joint, coefficients, "gram", storage)
         for i, o in zip(layers, stacked.split(n, -1), strict=True):
             weight = weights[i].to(torch.promote_types(weights[i].dtype, torch.float32))
             weights[i].copy_((1 - lr * weight_decay) * weight - lr * math.sqrt(m / n) * o)

@@ -1,0 +1,179 @@
+"""The optimizer step of the whole flagship, beside eager Muon and torch's optimizers on the same parameters.
+
+All 3.9 B parameters of yaongi-4b without Engram's tables, random gradients. Ours keeps float32 masters and gradients,
+and a bf16 momentum of every matrix; the peers keep no master, and bf16 for all they have. They run after one another,
+each with the GPU's memory to itself: together they wouldn't fit.
+"""
+
+import dataclasses
+import gc
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from bench_newton_schulz import peak_gb, torch_standard, work_of
+from measure import COPY_BYTES_PER_S, MATMUL_FLOPS_PER_S
+from oracle import assert_close
+
+from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
+from yaongi.kernels.newton_schulz.reference import teon_update_reference
+from yaongi.model import Yaongi, load_preset
+from yaongi.model.roles import parameter_roles
+from yaongi.train.config import Training
+from yaongi.train.optim import RoleOptimizer
+from yaongi.train.optim_units import MATRIX
+
+LR = {"matrix": 0.02, "vector": 3e-3, "table": 15e-3}
+ROUNDS = 7
+Tensor = torch.Tensor
+
+
+@pytest.fixture(autouse=True)
+def emptied() -> Iterator[None]:
+    """Gives what a case held back to the GPU."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def flagship() -> Yaongi:
+    """yaongi-4b in bf16 with small random weights, made on the GPU."""
+    config = dataclasses.replace(load_preset("yaongi-4b"), engram=())
+    model = Yaongi(config, device="meta", dtype=torch.bfloat16).to_empty(device="cuda")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    return model
+
+
+def median_ms(step: Callable[[], Any]) -> float:
+    """Median milliseconds by events; a step is far larger than the L2 cache."""
+    for _ in range(2):
+        step()
+    events = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def give_gradients(model: Yaongi, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16).to(dtype)
+
+
+def floor_ms(model: Yaongi) -> float:
+    """Everything read and written once, and the products of the Gram form, one after the other."""
+    roles = parameter_roles(model)
+    bytes_ = flops = 0.0
+    for name, parameter in model.named_parameters():
+        moments = 8 + 8 if roles[name].kind == "adamw" else 2 + 2
+        bytes_ += parameter.numel() * (4 + moments + 4 + 4 + 2)  # gradient, moments and master both ways, the cast
+        if roles[name].kind == "adamw":
+            continue
+        rows = [s.stop - s.start for s in roles[name].splits if s.kind == "muon"] or [parameter.shape[-2]]
+        for m in rows:
+            flops += parameter.shape[:-2].numel() * work_of(1, m, parameter.shape[-1]).flops
+    return 1e3 * (bytes_ / COPY_BYTES_PER_S + flops / MATMUL_FLOPS_PER_S["bf16"])
+
+
+def check_one_matrix(model: Yaongi, optimizer: RoleOptimizer) -> None:
+    """The house's rule for a shared expert's master after one step from the initial state."""
+    name = "backbone.layers.1.mixer.shared_experts.up_proj.weight"
+    parameter, state = model.get_parameter(name), optimizer.tensors()[name]
+    before = {key: state[key].clone() for key in ("master", "momentum")}
+    optimizer.step()
+    flat = [value for step in POLAR_EXPRESS for value in step]
+    results = []
+    for dtype, storage in ((torch.float64, None), (torch.float32, torch.float16)):
+        master, gradient = before["master"].to(dtype), parameter.grad.to(dtype)  # type: ignore[union-attr]
+        momentum, cast = before["momentum"].clone(), parameter.detach().to(dtype)
+        settings = (1, LR[MATRIX], 0.95, True, 0.1, flat, storage)
+        teon_update_reference([cast], [gradient], [momentum], [master], *settings)
+        results.append(master)
+    assert_close(state["master"], results[0], results[1], name)
+    assert torch.equal(parameter.detach(), state["master"].bfloat16())
+
+
+def test_ours(benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Teon, Muon, AdamW, masters, casts: all that RoleOptimizer.step does."""
+    model = flagship()
+    optimizer = RoleOptimizer(model, Training(), torch.bfloat16)
+    optimizer.set_lr(LR)
+    give_gradients(model, torch.float32)
+    check_one_matrix(model, optimizer)
+    workspace = peak_gb(optimizer.step)
+    info = {"ms": median_ms(optimizer.step), "floor_ms": floor_ms(model), "workspace": f"{workspace:.2f} GB"}
+    report(benchmark, request, model, info)
+
+
+def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """torch's fused AdamW on everything, bf16 with bf16 moments and no master."""
+    model = flagship()
+    give_gradients(model, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    report(benchmark, request, model, {"ms": median_ms(optimizer.step)})
+
+
+def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Muon as a good user writes it: foreach passes, matrices of one shape in one batch, no master; fused AdamW."""
+    model = flagship()
+    give_gradients(model, torch.bfloat16)
+    roles = parameter_roles(model)
+    named = dict(model.named_parameters())
+    rest = torch.optim.AdamW([p for n, p in named.items() if roles[n].kind == "adamw"], lr=3e-3, fused=True)
+    matrices = [p for n, p in named.items() if roles[n].kind != "adamw"]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    report(benchmark, request, model, {"ms": median_ms(lambda: (eager_muon(matrices, momenta), rest.step()))})
+
+
+@torch.no_grad()
+def eager_muon(matrices: list[Tensor], momenta: list[Tensor], lr: float = 0.02, mu: float = 0.95) -> None:
+    """In place; in_proj is orthogonalised whole here."""
+    gradients = [p.grad for p in matrices]
+    torch._foreach_mul_(momenta, mu)
+    torch._foreach_add_(momenta, gradients)
+    directions = torch._foreach_add(gradients, momenta, alpha=mu)
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, direction in enumerate(directions):
+        by_shape[direction.shape].append(i)
+    for shape, members in by_shape.items():
+        size = len(members) if len(shape) == 2 else 1  # an expert tensor is a batch of its own
+        for first in range(0, len(members), size):
+            batch = members[first : first + size]
+            o = torch_standard(torch.stack([directions[i] for i in batch]).view(-1, *shape[-2:]))
+            torch._foreach_copy_([directions[i] for i in batch], list(o.view(len(batch), *shape).unbind()))
+    torch._foreach_mul_(matrices, 1 - lr * 0.1)
+    scales = [-lr * math.sqrt(p.shape[-2] / p.shape[-1]) for p in matrices]
+    torch._foreach_mul_(directions, scales)
+    torch._foreach_add_(matrices, directions)
+
+
+def test_torch_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """torch.optim.Muon on the parameters it takes, those of two dimensions: a fourth of them; experts have three."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon is absent: pip install 'torch>=2.9'")
+    model = flagship()
+    give_gradients(model, torch.bfloat16)
+    roles = parameter_roles(model)
+    matrices = [p for n, p in model.named_parameters() if roles[n].kind != "adamw" and p.dim() == 2]
+    optimizer = torch.optim.Muon(matrices, lr=0.02)
+    share = f"{sum(p.numel() for p in matrices) / 1e9:.2f} B of them"
+    report(benchmark, request, model, {"ms": median_ms(optimizer.step), "takes": share})
+
+
+def report(benchmark: Any, request: pytest.FixtureRequest, model: Yaongi, info: dict[str, Any]) -> None:
+    """A row of figures; pytest-benchmark's own clock has nothing to add."""
+    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+    info["parameters"] = f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B"
+    benchmark.extra_info.update(info | {"gpu": torch.cuda.get_device_name()})
+    print(f"\n{request.node.name.removeprefix('test_')}: " + ", ".join(f"{k} {v}" for k, v in info.items()))
