@@ -22,8 +22,10 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference on a
 LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_C.so"
 _library = torch.library.Library("yaongi", "DEF")
 _forced: dict[str | None, Backend] = {}  # op, or None for every op; not a context variable: backward has its own thread
-PLAIN_ARGUMENTS = frozenset((torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str))
+PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN_ARGUMENTS = PLAIN_TENSORS | {type(None), float, int, bool, str}
 _value_checks = False
+_transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Op:
     overload: torch._ops.OpOverload
     pure: bool  # changes none of its arguments
     resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
-    direct: dict[tuple[object, ...], Callable[..., Any]] = field(default_factory=dict)
+    direct: dict[tuple[object, ...] | None, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Calls the op: through torch's dispatcher, or past it when nothing there would look at the call.
@@ -109,17 +111,17 @@ def layout(*tensors: Tensor | None) -> tuple[object, ...] | None:
     """
     if _forced or _value_checks or torch.compiler.is_compiling():
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+    if _transforms() is not None or _modes():
         return None
     recording = torch.is_grad_enabled()
     found: list[object] = []
     for t in tensors:
-        if type(t) is Tensor or type(t) is torch.nn.Parameter:
-            if recording and t.requires_grad:
-                return None
-            found.append((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16))
-        elif t is not None:
+        if t is None:
+            found.append(None)
+        elif type(t) not in PLAIN_TENSORS or (recording and t.requires_grad):
             return None
+        else:
+            found.append((t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16))
     return tuple(found)
 
 
@@ -127,7 +129,7 @@ def _dispatcher_needed(args: tuple[Any, ...]) -> bool:
     """Whether torch would look at the call; its tensors, of which the first argument is one, are on one device."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return True
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+    if _transforms() is not None or _modes():
         return True
     for arg in args:
         if type(arg) not in PLAIN_ARGUMENTS and isinstance(arg, torch.Tensor):
@@ -214,9 +216,9 @@ def unavailable(backend: Backend) -> str | None:
 
 
 @functools.cache
-def cuda_launcher(name: str) -> torch._ops.OpOverload:
-    """A launcher of `_C.so`, once `unavailable("cuda")` is None."""
-    return getattr(torch.ops.yaongi_cuda, name).default
+def cuda_launcher(name: str) -> Callable[..., Any]:
+    """A launcher of `_C.so`, once `unavailable("cuda")` is None; below `OpOverload`, whose call is one more frame."""
+    return getattr(torch.ops.yaongi_cuda, name).default._op
 
 
 def _load_library() -> str | None:

@@ -89,7 +89,10 @@ class Arguments:
 
     def number(self, name: str, value: object) -> None:
         """Checks a finite int or float."""
-        number(self.op, name, value)
+        if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{self.op}: {name} must be finite, got {value}")
 
     def boolean(self, name: str, value: object) -> None:
         """Checks that a value is True or False."""
@@ -101,14 +104,6 @@ class Arguments:
         if value not in choices:
             wanted = " or ".join(repr(c) for c in choices)
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {value!r}")
-
-
-def number(op: str, name: str, value: object) -> None:
-    """Checks a finite int or float."""
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def finite(op: str, **tensors: torch.Tensor | None) -> None:

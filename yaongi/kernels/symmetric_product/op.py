@@ -1,5 +1,7 @@
 """`symmetric_product`: registration, the CUDA launcher, and the public function."""
 
+from math import isfinite
+
 import torch
 
 from yaongi.kernels import backend, check
@@ -95,19 +97,17 @@ def symmetric_product(
     Raises:
         TypeError: dtype or device. ValueError: shape or stride.
     """
-    check.number("symmetric_product", "alpha", alpha)
-    check.number("symmetric_product", "beta", beta)
     layout = backend.layout(x, y, c)
-    launch = _op.direct.get(layout) if layout else None
-    if launch:
+    launch = _op.direct.get(layout)
+    if launch and type(alpha) is float and type(beta) is float and isfinite(alpha) and isfinite(beta):
         return launch(x, y, c, alpha, beta)
-    _check_tensors(x, y, c)
+    _check(x, y, c, alpha, beta)
     if layout and x.is_cuda and x.numel() and _op.pick((x, y, c, alpha, beta)) == "cuda":
         _op.direct[layout] = backend.cuda_launcher("symmetric_product_new")
     return _op(x, y, c, alpha, beta)
 
 
-def _check_tensors(x: Tensor, y: Tensor | None, c: Tensor | None) -> None:
+def _check(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> None:
     args = check.Arguments("symmetric_product")
     args.tensor("x", x, ("...", "m", "n"), unit_stride=True)
     for name, value, dims in (("y", y, ("...", "m", "n")), ("c", c, ("...", "m", "m"))):
@@ -115,3 +115,5 @@ def _check_tensors(x: Tensor, y: Tensor | None, c: Tensor | None) -> None:
             args.tensor(name, value, dims, (x.dtype,), unit_stride=True)
             batch, got = tuple(x.shape[:-2]), tuple(value.shape[:-2])
             args.require(got == batch, name, f"batched as x, {batch}", got)
+    args.number("alpha", alpha)
+    args.number("beta", beta)
