@@ -158,6 +158,23 @@ def test_compiled_layers_give_the_same() -> None:
         assert_relative(model(ids), expected, 1e-4)
 
 
+def test_the_routers_product_is_as_good_as_in_float32() -> None:
+    """Logits and both gradients of bfloat16 operands: no further from float64 than float32 products are, times two."""
+    x, weight, dlogits = (torch.randn(n, device="cuda") for n in ((300, 256), (64, 256), (300, 64)))
+    results: dict[torch.dtype, tuple[Tensor, ...]] = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, weight)]
+        router = moe_module.Router(small_config("E", **SIZES | {"experts": 64, "hidden_size": 256}), None, dtype)
+        logits = torch.func.functional_call(router, {"weight": leaves[1]}, leaves[0])
+        assert logits.dtype == torch.promote_types(dtype, torch.float32)
+        gradients = torch.autograd.grad(logits, leaves, dlogits.to(logits.dtype))
+        results[dtype] = (logits.detach(), *gradients)
+    logits, *gradients = results[torch.bfloat16]
+    assert_close(logits, results[torch.float64][0], results[torch.float32][0], "logits")
+    for name, gradient, exact in zip(("dx", "dweight"), gradients, results[torch.float64][1:], strict=True):
+        assert_close(gradient, exact, exact.bfloat16(), name)  # rounded once
+
+
 def test_a_model_can_be_made_on_the_gpu() -> None:
     config = small_config(**SIZES)
     here, there = Yaongi(config, seed=2), Yaongi(config, seed=2, device="cuda")
