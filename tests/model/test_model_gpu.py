@@ -161,10 +161,11 @@ def test_compiled_layers_give_the_same() -> None:
 def test_the_routers_product_is_as_good_as_in_float32() -> None:
     """Logits and both gradients of bfloat16 operands: no further from float64 than float32 products are, times two."""
     x, weight, dlogits = (torch.randn(n, device="cuda") for n in ((300, 256), (64, 256), (300, 64)))
+    config = small_config("MEM*ME", **SIZES | {"experts": 64, "hidden_size": 256})
     results: dict[torch.dtype, tuple[Tensor, ...]] = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, weight)]
-        router = moe_module.Router(small_config("E", **SIZES | {"experts": 64, "hidden_size": 256}), None, dtype)
+        router = moe_module.Router(config, torch.device("meta"), dtype)
         logits = torch.func.functional_call(router, {"weight": leaves[1]}, leaves[0])
         assert logits.dtype == torch.promote_types(dtype, torch.float32)
         gradients = torch.autograd.grad(logits, leaves, dlogits.to(logits.dtype))
