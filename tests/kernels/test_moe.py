@@ -324,6 +324,25 @@ def test_fuzz(part: int) -> None:
 
 
 @pytest.mark.gpu
+def test_more_elements_than_32_bits_count() -> None:
+    """T·K·D beyond 2³¹: the last tokens' outputs and gradients have the bits they have alone."""
+    T, D, F, E, K, last = 2**17 + 100, 2048, 16, 16, 8, 64
+    assert T * K * D > 2**31
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    x, dy = torch.randn(T, D, **bf16), torch.randn(T, D, **bf16)
+    w_up, w_down = torch.randn(E, F, D, **bf16) / 45, torch.randn(E, D, F, **bf16) / 4
+    ids, weights = torch.rand(T, E, device="cuda").argsort(-1)[:, :K].int(), torch.rand(T, K, device="cuda")
+    results = []
+    for rows in (slice(None), slice(T - last, None)):
+        leaves = [x[rows].clone().requires_grad_(), weights[rows].clone().requires_grad_()]
+        y = moe(leaves[0], w_up, w_down, ids[rows], leaves[1])
+        results.append([t[-last:] for t in (y.detach(), *torch.autograd.grad(y, leaves, dy[rows]))])
+    for whole, alone in zip(*results, strict=True):
+        assert torch.equal(whole, alone)
+        assert whole.abs().max() > 0
+
+
+@pytest.mark.gpu
 def test_graph_capture_and_side_stream() -> None:
     """No host synchronisation: captured on a side stream, and replayed on other values and another routing."""
     shape = (300, 64, 48, 8, 2)
