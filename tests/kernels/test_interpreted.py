@@ -10,9 +10,11 @@ import torch
 from oracle import assert_equal_to_float64
 
 from yaongi.kernels.causal_conv1d import reference
+from yaongi.kernels.mamba_scan import reference as mamba_reference
 from yaongi.kernels.moe import reference as moe_reference
 from yaongi.kernels.newton_schulz import reference as newton_schulz_reference
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
+from yaongi.kernels.norm import reference as norm_reference
 
 pytestmark = pytest.mark.interpret
 
@@ -108,3 +110,98 @@ def test_teon_update(stack: int, shape: tuple[int, ...], masters: bool, newton_s
     for ours, expected in zip(lists, exact, strict=True):
         for tensor, wanted in zip(ours, expected, strict=True):
             assert_equal_to_float64(tensor, wanted, 2e-4)
+
+
+def wide(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments in float64."""
+    return tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs)
+
+
+def mamba_inputs(B: int, L: int, H: int, P: int, G: int, N: int, documents: bool, optional: bool) -> tuple[Any, ...]:
+    """The arguments of a scan; x, b and c are slices."""
+    x, b, c = torch.randn(B, L, H * P + 2 * G * N).split([H * P, G * N, G * N], dim=-1)
+    ids = (torch.rand(B, L) < 0.1).cumsum(1).int() if documents else None
+    parameters = (
+        (torch.randn(H), torch.randn(H) - 1, ids, torch.randn(B, H, P, N)) if optional else (None, None, ids, None)
+    )
+    A = -(2 * torch.rand(H)).exp()
+    return (
+        x.unflatten(-1, (H, P)),
+        torch.randn(B, L, H),
+        A,
+        b.unflatten(-1, (G, N)),
+        c.unflatten(-1, (G, N)),
+        *parameters,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "documents", "optional", "slots", "states_bytes"),
+    [
+        ((1, 1, 2, 8, 1, 16), False, True, 1, 1e9),
+        ((2, 35, 4, 8, 2, 16), True, True, 1, 1e9),
+        ((1, 33, 2, 40, 1, 24), False, False, 1, 1e9),  # two blocks of P
+        ((1, 270, 2, 8, 1, 16), True, True, 16, 1e9),  # in segments
+        ((1, 20, 4, 8, 2, 16), True, True, 1, 1.0),  # each head by itself
+    ],
+)
+def test_mamba_scan(
+    shape: tuple[int, ...],
+    documents: bool,
+    optional: bool,
+    slots: int,
+    states_bytes: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both directions equal the reference in float64."""
+    from yaongi.kernels.mamba_scan import triton_impl
+    from yaongi.kernels.mamba_scan.states import triton_impl as states
+
+    monkeypatch.setattr(states, "SLOTS", slots)
+    monkeypatch.setattr(triton_impl, "STATES_BYTES", states_bytes)
+    inputs = mamba_inputs(*shape, documents, optional)
+    outputs = triton_impl.mamba_scan_triton(*inputs, True)
+    gradients = tuple(torch.randn_like(t) for t in outputs)
+    actual = (*outputs, *triton_impl.mamba_scan_backward_triton(*gradients, *inputs))
+    exact = (
+        *mamba_reference.mamba_scan_reference(*wide(inputs), True),
+        *mamba_reference.mamba_scan_backward_reference(*wide(gradients), *wide(inputs)),
+    )
+    for i, (ours, expected) in enumerate(zip(actual, exact, strict=True)):
+        assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_mamba_step(optional: bool) -> None:
+    """One token, from slices, into a transposed state."""
+    from yaongi.kernels.mamba_scan.step import triton_impl
+
+    x, dt, A, b, c, D, dt_bias, _, _ = mamba_inputs(3, 1, 4, 5, 2, 6, False, optional)
+    inputs = (x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], D, dt_bias)
+    state = torch.randn(3, 4, 6, 5).mT
+    exact_state = state.double()
+    y = triton_impl.mamba_step_triton(state, *inputs)
+    assert_equal_to_float64(y, mamba_reference.mamba_step_reference(exact_state, *wide(inputs)), 1e-5, "y")
+    assert_equal_to_float64(state, exact_state, 1e-5, "state")
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((3, 4, 8), 2), ((5, 6), 6), ((7,), 1), ((70, 96), 3)])
+def test_norm(shape: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both norms in both directions, more rows than a program's block."""
+    from yaongi.kernels.norm import triton_impl
+
+    monkeypatch.setattr(triton_impl, "PROGRAMS", 2)
+    x, z, dy, dsum = (torch.randn(*shape[:-1], shape[-1] + 8)[..., 4:-4] for _ in range(4))
+    weight = torch.randn(shape[-1])
+    calls = {
+        "rms_norm": (x, weight, z, 1e-3),
+        "rms_norm_backward": (dy, dsum, x, weight, 1e-3),
+        "gated_rms_norm": (x, z, weight, 1e-3, groups),
+        "gated_rms_norm_backward": (dy, x, z, weight, 1e-3, groups),
+    }
+    for name, inputs in calls.items():
+        actual = getattr(triton_impl, f"{name}_triton")(*inputs)
+        exact = getattr(norm_reference, f"{name}_reference")(*wide(inputs))
+        pairs = zip(actual, exact, strict=True) if isinstance(actual, tuple) else [(actual, exact)]
+        for i, (ours, expected) in enumerate(pairs):
+            assert_equal_to_float64(ours, expected, 1e-5, f"{name} {i}")

@@ -1,6 +1,7 @@
 """`mamba_scan` and `mamba_step`: against the sequential recurrence, float64, and autograd."""
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from support import (
 )
 from torch.nn import functional as F
 
-from yaongi.kernels import mamba_scan, mamba_step
+from yaongi.kernels import mamba_scan, mamba_step, use_backend
 from yaongi.kernels.mamba_scan.reference import mamba_scan_backward_reference, mamba_scan_reference
 
 DIFFERENTIABLE = ("x", "dt", "A", "b", "c", "D", "dt_bias", "initial_state")
@@ -443,6 +444,109 @@ def test_five_times_as_fast_as_the_recurrence() -> None:
 
     seconds(mamba_scan)
     assert 5 * min(seconds(mamba_scan) for _ in range(5)) <= seconds(mamba_scan_sequential)
+
+
+def assert_near(results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], relative: float, what: str) -> None:
+    """Asserts each result's Frobenius error; a gradient that is zero but for rounding may miss by its own smallness."""
+    for name, value in exact.items():
+        error, scale = (results[name].double() - value).norm(), value.norm()
+        assert error <= relative * scale + 1e-6, f"{what} {name}: relative error {error / scale:.2e}"
+
+
+def on_gpu(args: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of a backend; the reference in float64."""
+    if backend == "reference":
+        args = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in args.items()}
+    with use_backend(backend):
+        return outputs_and_gradients(mamba_scan, args, differentiable(args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "L"),
+    [
+        ((1, 2, 128, 1, 64), 65),
+        ((2, 4, 64, 2, 256), 130),
+        ((1, 3, 72, 1, 24), 63),
+        ((1, 1, 64, 1, 128), 5000),
+        ((1, 64, 64, 8, 128), 1),
+    ],
+)
+def test_sizes_on_a_gpu(sizes: tuple[int, int, int, int, int], L: int) -> None:
+    documents = (L // 3, 1, L - L // 3 - 1) if L > 1 else None
+    args = arguments(sizes, L, documents, dtype=torch.bfloat16, device="cuda")
+    assert_near(on_gpu(args, "triton"), on_gpu(args, "reference"), 1e-2, f"{sizes} {L}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_slices_and_segments_change_nothing(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of all heads at once, of some, of one at a time; the sequence whole and in segments."""
+    from yaongi.kernels.mamba_scan import triton_impl
+    from yaongi.kernels.mamba_scan.states import triton_impl as states
+
+    args = arguments((2, 8, 16, groups, 16), 1000, (300, 700), dtype=torch.bfloat16, device="cuda")
+    exact = on_gpu(args, "reference")
+    for slots in (1, 64):
+        monkeypatch.setattr(states, "SLOTS", slots)
+        for bound in (1e9, 1e5, 1.0):
+            monkeypatch.setattr(triton_impl, "STATES_BYTES", bound)
+            assert_near(on_gpu(args, "triton"), exact, 1e-2, f"{slots} {bound}")
+
+
+@pytest.mark.gpu
+def test_fuzz_on_a_gpu() -> None:
+    """200 random shapes and layouts of documents."""
+    generator = random.Random(0)
+    for case in range(200):
+        G, heads_a_group, B = generator.choice((1, 2, 3)), generator.choice((1, 2, 4)), generator.choice((1, 2, 5))
+        L = generator.choice((1, 2, 31, 63, 64, 65, 127, 128, 129, 200, 511, 1000)) + generator.choice((0, 0, 7))
+        cuts = sorted({0, L, *(generator.randrange(L) for _ in range(generator.choice((0, 1, 3, 20))))})
+        lengths = tuple(b - a for a, b in itertools.pairwise(cuts))
+        absent = OPTIONAL if case % 2 else ()
+        torch.manual_seed(case)
+        args = arguments((B, G * heads_a_group, 16, G, 32), L, lengths, absent, dtype=torch.bfloat16, device="cuda")
+        assert_near(on_gpu(args, "triton"), on_gpu(args, "reference"), 2e-2, f"case {case}, {args['x'].shape}")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_and_side_stream() -> None:
+    args = arguments((1, 4, 16, 2, 32), 200, (150, 50), dtype=torch.bfloat16, device="cuda")
+    with use_backend("triton"):
+        expected = outputs_and_gradients(mamba_scan, args, DIFFERENTIABLE)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            for name, value in outputs_and_gradients(mamba_scan, args, DIFFERENTIABLE).items():
+                assert torch.equal(value, expected[name]), name
+        torch.cuda.synchronize()
+        tensors = positional(args)
+        y, final = torch.ops.yaongi.mamba_scan(*tensors, True)
+        with torch.cuda.graph(graph):
+            captured = (
+                *torch.ops.yaongi.mamba_scan(*tensors, True),
+                *torch.ops.yaongi.mamba_scan_backward(y, None, *tensors),
+            )
+        graph.replay()
+        torch.cuda.synchronize()
+        again = (y, final, *torch.ops.yaongi.mamba_scan_backward(y, None, *tensors))
+        assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_million_tokens() -> None:
+    """Offsets beyond 2^31 elements: the end of the row equals the same tokens behind the state before them."""
+    L, cut, (H, P, N) = 1_000_000, 999_936, (40, 64, 16)
+    args = arguments((1, H, P, 1, N), 128, absent=("initial_state",), dtype=torch.bfloat16, device="cuda")
+    long = {
+        name: args[name].repeat(1, L // 128 + 1, *[1] * (args[name].dim() - 2))[:, :L] for name in ("x", "dt", "b", "c")
+    }
+    assert long["x"].numel() > 2**31
+    with use_backend("triton"), torch.no_grad():
+        y, final = mamba_scan(**args | long)
+        _, state = mamba_scan(**args | {name: t[:, :cut] for name, t in long.items()})
+        rest = {name: t[:, cut:] for name, t in long.items()}
+        z, end = mamba_scan(**args | rest | {"initial_state": state})
+    assert_near({"y": y[:, cut:], "final": final}, {"y": z.double(), "final": end.double()}, 1e-2, "the last tokens")
 
 
 GOOD = arguments((2, 4, 3, 2, 5), 6, (2, 4), dtype=torch.float32)  # B 2, L 6, H 4, P 3, G 2, N 5

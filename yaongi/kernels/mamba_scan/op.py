@@ -103,11 +103,32 @@ def _check_decay(op: str, A: Tensor) -> None:
         raise ValueError(f"{op}: A must be negative, got a largest value of {float(A.max()):g}")
 
 
+def _triton_refuses(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, *rest: object) -> str | None:
+    head_dim, state = x.shape[3], b.shape[3]
+    if head_dim % 8 or state % 8:
+        return f"it takes P and N in multiples of 8, got {head_dim} and {state}"
+    if not 8 <= state <= 256:
+        return f"it takes N from 8 to 256, got {state}"
+    return backend.refuses_float64(x, dt, A, b, *rest)
+
+
+def _backward_triton_refuses(dy: Tensor, dfinal_state: Tensor | None, *inputs: Tensor) -> str | None:
+    return _triton_refuses(*inputs)
+
+
+def _step_triton_refuses(state: Tensor, *rest: object) -> str | None:
+    if not 1 <= state.shape[3] <= 1024:
+        return f"it takes N from 1 to 1024, got {state.shape[3]}"
+    return backend.refuses_float64(state, *rest)
+
+
 _op = backend.define(
     "mamba_scan(Tensor x, Tensor dt, Tensor A, Tensor b, Tensor c, Tensor? D, Tensor? dt_bias, Tensor? document_ids, "
     "Tensor? initial_state, bool return_final_state) -> (Tensor y, Tensor final_state)",
     reference=mamba_scan_reference,
     fake=_fake,
+    triton="yaongi.kernels.mamba_scan.triton_impl:mamba_scan_triton",
+    triton_refuses=_triton_refuses,
     value_check=_value_check,
 )
 _backward_op = backend.define(
@@ -116,12 +137,16 @@ _backward_op = backend.define(
     "Tensor db, Tensor dc, Tensor dD, Tensor ddt_bias, Tensor dinitial_state)",
     reference=mamba_scan_backward_reference,
     fake=_backward_fake,
+    triton="yaongi.kernels.mamba_scan.triton_impl:mamba_scan_backward_triton",
+    triton_refuses=_backward_triton_refuses,
 )
 _step_op = backend.define(
     "mamba_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor b, Tensor c, Tensor? D, Tensor? dt_bias) "
     "-> Tensor",
     reference=mamba_step_reference,
     fake=_step_fake,
+    triton="yaongi.kernels.mamba_scan.step.triton_impl:mamba_step_triton",
+    triton_refuses=_step_triton_refuses,
     value_check=_step_value_check,
 )
 backend.define_autograd("mamba_scan", _backward, _setup_context)

@@ -1,8 +1,9 @@
 """The Mamba-2 scan in plain torch, chunked and vectorised: see README.md beside this file for the mathematics.
 
 Letters of the einsums: b batch, z chunk, i output and j input position in the chunk, g group, r head of the group,
-p head dimension, n state dimension. Every exponent is a sum of non-positive numbers; it is summed and subtracted in
-float64, where long decays keep their small differences, and only its exponential is rounded to the working precision.
+p head dimension, n state dimension. Where x has 16 bits, factors of a product of matrices are rounded to its dtype, as
+tensor cores want them (README.md, Precision). Every exponent is a sum of non-positive numbers; it is summed and
+subtracted in float64, where long decays keep their small differences, and only its exponential is rounded.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ class _Chunked:
     within: Tensor  # (B, Z, G, R, Q, Q), the decay from input j to output i, 0 if later or in another document
     carry_in: Tensor  # (B, Z, Q, G, R), from the chunk's entry to output i
     carry_out: Tensor  # (B, Z, Q, G, R), from input j to the chunk's end
+    dtype: torch.dtype  # that of the factors of products of matrices
+
+    def factor(self, value: Tensor) -> Tensor:
+        """A factor of a product of matrices."""
+        return value.to(self.dtype).to(value.dtype)
 
     @property
     def through(self) -> Tensor:
@@ -38,8 +44,10 @@ class _Chunked:
 
     def entering_states(self, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The state at each chunk's entry (B, Z, G, R, P, N), and the final state (B, G, R, P, N)."""
-        gained = torch.einsum("bzjgrp,bzjgn->bzgrpn", self.carry_out.unsqueeze(-1) * self.u, self.b)
-        return _carry(gained, self.through, initial_state)
+        kept = self.factor(self.carry_out.unsqueeze(-1) * self.u)
+        gained = torch.einsum("bzjgrp,bzjgn->bzgrpn", kept, self.b)
+        entering, final = _carry(gained, self.through, initial_state)
+        return self.factor(entering), final
 
 
 def mamba_scan_reference(
@@ -59,7 +67,8 @@ def mamba_scan_reference(
     wide = scan_dtype(x, dt, A, b, c, D, dt_bias, initial_state)
     parts = _chunked(x, _step_sizes(dt, dt_bias, wide), A.to(wide), b, c, document_ids, chunk)
     entering, final = parts.entering_states(initial_state)
-    y = torch.einsum("bzgrij,bzjgrp->bzigrp", parts.scores() * parts.within, parts.u)
+    mixing = parts.factor(parts.scores() * parts.within * parts.delta.movedim(2, -1).unsqueeze(-2))
+    y = torch.einsum("bzgrij,bzjgrp->bzigrp", mixing, parts.x)
     y = y + parts.carry_in.unsqueeze(-1) * torch.einsum("bzign,bzgrpn->bzigrp", parts.c, entering)
     y = _joined(y, x)
     if D is not None:
@@ -166,6 +175,7 @@ def _chunked(
     x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, document_ids: Tensor | None, chunk: int
 ) -> _Chunked:
     groups, wide = b.shape[2], delta.dtype
+    dtype = x.dtype if x.dtype.itemsize == 2 else wide
     x, delta = (_by_group(_cut(t.to(wide), chunk), groups) for t in (x, delta))
     exponents = delta.double() * A.double().view(groups, -1)  # (B, Z, Q, G, R), never positive
     since_entry = exponents.cumsum(2)
@@ -182,6 +192,7 @@ def _chunked(
         within=_decay(within, same_document, wide),
         carry_in=_decay(since_entry, entered, wide),
         carry_out=_decay(until_end, leaves, wide),
+        dtype=dtype,
     )
 
 
@@ -231,18 +242,21 @@ def _chunk_gradients(
         parts.carry_out.unsqueeze(-1),
     )
     entering, _ = parts.entering_states(initial_state)
-    gained = torch.einsum("bzigrp,bzign->bzgrpn", carry_in * dy, c)
+    dy_decayed, u_decayed = parts.factor(carry_in * dy), parts.factor(carry_out * u)
+    gained = torch.einsum("bzigrp,bzign->bzgrpn", dy_decayed, c)
     dleaving, dinitial_state = _carry(gained, parts.through, dfinal_state, backward=True)
+    dleaving = parts.factor(dleaving)
 
     scores = parts.scores()
     dscores = parts.within * torch.einsum("bzigrp,bzjgrp->bzgrij", dy, u)  # (B, Z, G, R, Q, Q)
-    from_entry = carry_in * torch.einsum("bzigrp,bzgrpn->bzigrn", dy, entering)
-    to_end = carry_out * torch.einsum("bzjgrp,bzgrpn->bzjgrn", u, dleaving)
+    dscores_of_group = parts.factor(dscores.sum(3))
+    from_entry = torch.einsum("bzigrp,bzgrpn->bzigrn", dy_decayed, entering)
+    to_end = torch.einsum("bzjgrp,bzgrpn->bzjgrn", u_decayed, dleaving)
 
-    du = torch.einsum("bzgrij,bzigrp->bzjgrp", scores * parts.within, dy)
+    du = torch.einsum("bzgrij,bzigrp->bzjgrp", parts.factor(scores * parts.within), dy)
     du = du + carry_out * torch.einsum("bzgrpn,bzjgn->bzjgrp", dleaving, b)
-    dc = torch.einsum("bzgij,bzjgn->bzign", dscores.sum(3), b) + from_entry.sum(4)
-    db = torch.einsum("bzgij,bzign->bzjgn", dscores.sum(3), c) + to_end.sum(4)
+    dc = torch.einsum("bzgij,bzjgn->bzign", dscores_of_group, b) + from_entry.sum(4)
+    db = torch.einsum("bzgij,bzign->bzjgn", dscores_of_group, c) + to_end.sum(4)
     dexponents = _exponent_gradients(
         dscores * scores,
         torch.einsum("bzigrn,bzign->bzigr", from_entry, c),

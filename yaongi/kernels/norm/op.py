@@ -65,21 +65,46 @@ def _gated_value_check(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups:
     check.finite("gated_rms_norm", x=x, z=z, weight=weight)
 
 
+LARGEST = 16384  # channels of a group that a Triton program holds in its registers
+
+
+def _triton_refuses(x: Tensor, *rest: object) -> str | None:
+    return _refuses_size(x.shape[-1]) or backend.refuses_float64(x, *rest)
+
+
+def _backward_triton_refuses(dy: Tensor, dsum: Tensor | None, u: Tensor, *rest: object) -> str | None:
+    return _refuses_size(u.shape[-1]) or backend.refuses_float64(dy, u, *rest)
+
+
+def _gated_triton_refuses(x: Tensor, *rest: object) -> str | None:
+    return _refuses_size(x.shape[-1] // rest[-1]) or backend.refuses_float64(x, *rest)  # type: ignore[operator]
+
+
+def _refuses_size(size: int) -> str | None:
+    return f"it takes groups of up to {LARGEST} channels, got {size}" if size > LARGEST else None
+
+
 _op = backend.define(
     "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor y, Tensor sum)",
     reference=rms_norm_reference,
     fake=_fake,
+    triton="yaongi.kernels.norm.triton_impl:rms_norm_triton",
+    triton_refuses=_triton_refuses,
     value_check=_value_check,
 )
 _backward_op = backend.define(
     "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor u, Tensor weight, float eps) -> (Tensor du, Tensor dweight)",
     reference=rms_norm_backward_reference,
     fake=_backward_fake,
+    triton="yaongi.kernels.norm.triton_impl:rms_norm_backward_triton",
+    triton_refuses=_backward_triton_refuses,
 )
 _gated_op = backend.define(
     "gated_rms_norm(Tensor x, Tensor z, Tensor weight, float eps, int groups) -> Tensor",
     reference=gated_rms_norm_reference,
     fake=_gated_fake,
+    triton="yaongi.kernels.norm.triton_impl:gated_rms_norm_triton",
+    triton_refuses=_gated_triton_refuses,
     value_check=_gated_value_check,
 )
 _gated_backward_op = backend.define(
@@ -87,6 +112,8 @@ _gated_backward_op = backend.define(
     "-> (Tensor dx, Tensor dz, Tensor dweight)",
     reference=gated_rms_norm_backward_reference,
     fake=_gated_backward_fake,
+    triton="yaongi.kernels.norm.triton_impl:gated_rms_norm_backward_triton",
+    triton_refuses=_gated_triton_refuses,
 )
 backend.define_autograd("rms_norm", _backward, _setup_context)
 backend.define_autograd("gated_rms_norm", _gated_backward, _gated_setup_context)

@@ -1,0 +1,1 @@
+"""The states between the chunks of the Mamba-2 scan."""

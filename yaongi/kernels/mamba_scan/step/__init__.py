@@ -1,0 +1,1 @@
+"""The single step of Mamba-2's recurrence."""
