@@ -44,7 +44,7 @@ class Guard:
         """Note a step that was not applied.
 
         Args:
-            what: the first bad tensor.
+            what: the bad tensor nearest to the loss.
             samples: numbers of the rows in the batch.
 
         Returns:

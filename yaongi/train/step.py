@@ -30,7 +30,7 @@ class StepResult:
     targets: int  # predicted tokens
     text_bytes: int  # UTF-8 bytes of the predicted tokens
     loads: torch.Tensor  # (MoE layers, E) int64: tokens each expert got
-    bad: str | None  # the first tensor that isn't finite; then nothing was updated
+    bad: str | None  # the tensor nearest to the loss that isn't finite; then nothing was updated
 
 
 class Stepper:
@@ -107,8 +107,9 @@ class Stepper:
         return [p.grad for _, p in self._named if p.grad is not None]
 
     def _name_bad(self, loss: torch.Tensor) -> str:
-        """The first tensor on any process that isn't finite."""
-        here = first_bad_tensor(loss, ((name, local(p.grad)) for name, p in self._named if p.grad is not None))
+        """The bad tensor nearest to the loss, on any process: backward carries a NaN to all that come before it."""
+        named = reversed(self._named)
+        here = first_bad_tensor(loss, ((name, local(p.grad)) for name, p in named if p.grad is not None))
         names = [here]
         if self._world.size > 1:
             names = [None] * self._world.size
