@@ -1,0 +1,160 @@
+"""A whole training step, forward, backward and optimizer, beside the composition of today's libraries.
+
+Ours is the trainer's own `Stepper`: Engram, float32 masters and gradients, clipping, balance. The composition trains
+the same layers without Engram in bf16 alone, with an eager Muon. Both see random tokens without document boundaries.
+A step of n micro-batches takes n·t + t₀; steps of two lengths give t and t₀, and those the tokens/s of a global batch.
+"""
+
+import dataclasses
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from bench_optimizer_step import eager_muon
+from composition import Composition, mamba_ssm_scan
+from measure import MATMUL_FLOPS_PER_S, Absent
+from torch.profiler import ProfilerActivity, profile
+
+from yaongi.data.loader import Batch
+from yaongi.model import Yaongi
+from yaongi.model.count import flops_per_token
+from yaongi.model.roles import parameter_roles
+from yaongi.train.config import Training, load_config
+from yaongi.train.distributed import World
+from yaongi.train.optim import RoleOptimizer
+from yaongi.train.step import Stepper
+
+CUDA = torch.device("cuda")
+MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 2, "yaongi-small": 32}  # that fit into 80 GB beside the state
+PEER_ROWS = 3  # of 4096 tokens: what the composition has room for
+LENGTHS = (2, 6)  # micro-batches of the steps that are timed
+PARTS = {  # of a step, by what a kernel's name holds; the first that fits
+    "experts": ("_moe",),
+    "scan and step sizes": ("_mamba",),
+    "convolution": ("_causal_conv1d", "_conv1d"),
+    "norms": ("_norm", "_rms"),
+    "optimizer": ("_teon", "_newton_schulz", "symmetric_product", "adam"),
+    "attention": ("flash", "fmha", "sdpa", "cudnn"),
+    "dense products": ("nvjet", "gemm", "cutlass", "cublas"),
+}
+
+
+@pytest.fixture(autouse=True)
+def emptied() -> Iterator[None]:
+    """Gives what a case held back to the GPU."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def seconds(step: Callable[[int], Any], rounds: int = 3) -> dict[int, float]:
+    """The fastest of some steps of each length, host and GPU together: what a trainer would wait."""
+    best = dict.fromkeys(LENGTHS, float("inf"))
+    for length in LENGTHS:
+        step(length)
+    for _ in range(rounds):
+        for length in LENGTHS:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step(length)
+            torch.cuda.synchronize()
+            best[length] = min(best[length], time.perf_counter() - start)
+    return best
+
+
+def figures(times: dict[int, float], micro_tokens: int, train: Training, flops: float) -> dict[str, Any]:
+    """Tokens/s and model TFLOP/s at the preset's global batch, and what they are made of."""
+    short, long = LENGTHS
+    micro = (times[long] - times[short]) / (long - short)
+    fixed = times[short] - short * micro
+    tokens_per_s = train.batch_tokens / (train.batch_tokens / micro_tokens * micro + fixed)
+    return {
+        "tokens_per_s": tokens_per_s,
+        "tflops": tokens_per_s * flops / 1e12,
+        "of_floor": tokens_per_s * flops / MATMUL_FLOPS_PER_S["bf16"],
+        "micro_ms": 1e3 * micro,
+        "optimizer_ms": 1e3 * fixed,
+        "peak": f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB",
+    }
+
+
+def breakdown(step: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of a step by part; what no part's name fits is `other`, and `idle` is the GPU's."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        wall = 1e3 * (time.perf_counter() - start)
+    parts: dict[str, float] = defaultdict(float)
+    for event in recorded.key_averages():
+        name = event.key.lower()
+        part = next((part for part, marks in PARTS.items() if any(mark in name for mark in marks)), "other")
+        parts[part] += event.self_device_time_total / 1e3
+    return dict(sorted(parts.items(), key=lambda item: -item[1])) | {"idle": wall - sum(parts.values())}
+
+
+@pytest.mark.parametrize("preset", MICRO_ROWS)
+def test_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """The trainer's step."""
+    config = load_config(preset)
+    train, rows = config.train, MICRO_ROWS[preset]
+    torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    model = Yaongi(config.model, device=CUDA, dtype=torch.bfloat16)
+    optimizer = RoleOptimizer(model, train, torch.bfloat16)
+    world = World(0, 1, CUDA)
+    stepper = Stepper(model, optimizer, train, world, torch.ones(config.model.vocab_size, dtype=torch.int64))
+    ids = torch.randint(config.model.vocab_size, (rows, train.row_tokens), device=CUDA)
+    batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), *(torch.zeros(rows, dtype=torch.int64),) * 2)
+
+    def step(length: int) -> None:
+        result = stepper([batch] * length, dict.fromkeys(optimizer.peak_lr, 1e-4))
+        assert result.bad is None, result.bad
+
+    flops = flops_per_token(config.model, train.row_tokens)
+    info = figures(seconds(step), ids.numel(), train, flops)
+    report(benchmark, request, info | breakdown(lambda: step(LENGTHS[0])))
+
+
+@pytest.mark.parametrize("preset", ["yaongi-4b", "yaongi-4b-pairs"])
+def test_composition(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """The peer: no Engram, no masters, gradients and momenta in bf16."""
+    try:
+        scan = mamba_ssm_scan()
+    except ImportError:
+        pytest.skip(f"composition is {Absent('absent: pip install mamba-ssm').reason}")
+    config = load_config(preset)
+    bare = dataclasses.replace(config.model, engram=())
+    torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    model = Yaongi(bare, device=CUDA, dtype=torch.bfloat16)
+    loss = Composition(model, scan)
+    named, roles = dict(model.named_parameters()), parameter_roles(model)
+    rest = torch.optim.AdamW([p for n, p in named.items() if roles[n].kind == "adamw"], lr=1e-4, fused=True)
+    matrices = [p for n, p in named.items() if roles[n].kind != "adamw"]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    ids = torch.randint(bare.vocab_size, (PEER_ROWS, config.train.row_tokens), device=CUDA)
+
+    def step(length: int) -> None:
+        for _ in range(length):
+            (loss(ids) / length).backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=True)
+        eager_muon(matrices, momenta, lr=1e-4)
+        rest.step()
+        model.zero_grad(set_to_none=True)
+
+    flops = flops_per_token(bare, config.train.row_tokens)
+    report(benchmark, request, figures(seconds(step), ids.numel(), config.train, flops))
+
+
+def report(benchmark: Any, request: pytest.FixtureRequest, info: dict[str, Any]) -> None:
+    """A row of figures; pytest-benchmark's own clock has nothing to add."""
+    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+    benchmark.extra_info.update(info | {"gpu": torch.cuda.get_device_name()})
+    shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in info.items())
+    print(f"\n{request.node.name.removeprefix('test_')}: " + ", ".join(shown))
