@@ -29,18 +29,19 @@ from yaongi.kernels.mamba_scan.states.triton_impl import (
     descriptor,
     load_decays,
     load_delta,
-    load_documents,
     load_into,
     load_out,
+    load_state,
     load_step,
     load_through,
     load_tile,
-    reached,
     row_descriptor,
     scaled,
     scan_states,
     scan_steps,
     segment_entries,
+    state_descriptor,
+    store_state,
     store_tile,
 )
 
@@ -48,7 +49,7 @@ Tensor = torch.Tensor
 FORGOTTEN = tl.constexpr(-126.0)  # no gradient passes a step that leaves less than 2^−126: only rounding would
 
 # By bytes of an operand's element.
-OUTPUT = {2: Config(num_warps=8, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
+OUTPUT = {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
 STATES_BYTES = 600e6  # of the states and their gradients together that a backward pass keeps at a time
 GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
 
@@ -61,21 +62,18 @@ def _mamba_scan_output_kernel(
     steps_desc,  # (B·H·4, padded)
     steps_ptr,
     D_ptr,  # (H)
-    document_ptr,  # (B, L)
-    entry_ptr,  # (S, B, H, P, N)
+    entry_desc,  # (S·B·H, P, N), fp32
     y_desc,  # (B, H, L, P)
-    final_ptr,  # (B, H, P, N)
+    final_desc,  # (B·H, P, N), fp32
     L,
     H,
     P,
-    N,
     padded,
     heads_a_group,
     chunks_a_segment,
     HAS_D: tl.constexpr,
     HAS_ENTRY: tl.constexpr,
     HAS_FINAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,13 +83,11 @@ def _mamba_scan_output_kernel(
     row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
     batch, head, segment = row // H, row % H, tl.program_id(1)
     group = head // heads_a_group
-    p, n = column + tl.arange(0, BLOCK_P)[None, :], tl.arange(0, BLOCK_N)[:, None]
-    place, inside = row.to(tl.int64) * P * N + p * N + n, (p < P) & (n < N)
     steps_ptr += row.to(tl.int64) * PLANES * padded
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)  # transposed
     if HAS_ENTRY:
-        rows = tl.num_programs(0) // blocks_p  # B·H
-        state = tl.load(entry_ptr + segment.to(tl.int64) * rows * P * N + place, mask=inside, other=0.0)
+        segment_row = segment * (tl.num_programs(0) // blocks_p) + row
+        state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
     if HAS_D:
         D = tl.load(D_ptr + head).to(tl.float32)
     first = segment * chunks_a_segment
@@ -101,21 +97,19 @@ def _mamba_scan_output_kernel(
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
         b = load_tile(b_desc, batch, start, group, 0, CHUNK, BLOCK_N)
         c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
-        ids, before, last = load_documents(document_ptr, batch, start, L, HAS_DOCUMENTS, CHUNK)
-        into = load_into(steps_desc, row, start, ids, before, HAS_DOCUMENTS, CHUNK)
+        into = load_into(steps_desc, row, start, CHUNK)
         y = tl.dot(c, state.to(x.dtype), input_precision="ieee") * into[:, None]
         scores = tl.dot(c, b.T, input_precision="ieee")
-        mixing = tl.where(reached(ids, HAS_DOCUMENTS, CHUNK), scores * load_decays(steps_desc, row, start, CHUNK), 0.0)
+        mixing = scores * load_decays(steps_desc, row, start, CHUNK)
         y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
         if HAS_D:
             y += D * x.to(tl.float32)
         store_tile(y_desc, batch, start, head, column, y, CHUNK, BLOCK_P)
-        out = load_out(steps_desc, row, start, ids, last, HAS_DOCUMENTS, CHUNK)
-        through = load_through(steps_ptr, start, before, last, HAS_DOCUMENTS, CHUNK)
+        out = load_out(steps_desc, row, start, CHUNK)
+        through = load_through(steps_ptr, start, CHUNK)
         state = tl.dot(b.T, scaled(x, out), state * through, input_precision="ieee")
-    if HAS_FINAL:
-        at_end = segment == tl.num_programs(1) - 1
-        tl.store(final_ptr + place, state, mask=inside & at_end)
+    if HAS_FINAL and segment == tl.num_programs(1) - 1:
+        store_state(final_desc, row, column, state, BLOCK_P, BLOCK_N)
 
 
 def mamba_scan_triton(
@@ -149,21 +143,18 @@ def mamba_scan_triton(
         row_descriptor(scan),
         scan.steps,
         None if D is None else D.contiguous(),
-        scan.document_ids,
-        entry,
+        state_descriptor(entry, block_p, block_n),
         by_head(y, scan.chunk, block_p),
-        final,
+        state_descriptor(final if return_final_state else None, block_p, block_n),
         L,
         H,
         P,
-        N,
         scan.padded,
         H // G,
         scan.chunks_a_segment,
         HAS_D=D is not None,
         HAS_ENTRY=entry is not None,
         HAS_FINAL=return_final_state,
-        HAS_DOCUMENTS=document_ids is not None,
         CHUNK=scan.chunk,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
@@ -195,19 +186,16 @@ def _mamba_scan_gradients_kernel(
     steps_desc,  # (B·H·4, padded)
     steps_ptr,
     D_ptr,  # (H)
-    document_ptr,  # (B, L)
     dx_desc,  # (B, H, L, P)
     db_desc,  # (B, G, L, N)
     dc_desc,  # (B, G, L, N)
     sums_ptr,  # (B, H, BLOCKS_P, padded, 4): u-part of dδ; of the exponents, from tokens at or after, and before; of D
-    L,
     H,
     N,
     padded,
     heads_a_group,
     chunks,
     HAS_D: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCKS_P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -216,14 +204,11 @@ def _mamba_scan_gradients_kernel(
     """One chunk of one group, head after head."""
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = chunk * CHUNK
-    ids, before, last = load_documents(document_ptr, batch, start, L, HAS_DOCUMENTS, CHUNK)
-    mask = reached(ids, HAS_DOCUMENTS, CHUNK)
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
     for n in range(0, N, BLOCK_N):  # a loop of one round: where a product feeds a product, Triton gives both warpgroups
         c = load_tile(c_desc, batch, start, group, n, CHUNK, BLOCK_N)  # the same rows
         b = load_tile(b_desc, batch, start, group, n, CHUNK, BLOCK_N)
         scores = tl.dot(c, b.T, scores, input_precision="ieee")
-    scores = tl.where(mask, scores, 0.0)
     b = load_tile(b_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     diagonal = tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
@@ -239,16 +224,16 @@ def _mamba_scan_gradients_kernel(
         h = states_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
         g = dstates_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
         steps_row = steps_ptr + row.to(tl.int64) * PLANES * padded
-        through = load_through(steps_row, start, before, last, HAS_DOCUMENTS, CHUNK)
+        through = load_through(steps_row, start, CHUNK)
         passing = through * tl.sum(h.to(tl.float32) * g.to(tl.float32))
         # From the entry to its outputs.
         dy = load_tile(dy_desc, batch, start, head, column, CHUNK, BLOCK_P)
-        into = load_into(steps_desc, row, start, ids, before, HAS_DOCUMENTS, CHUNK)
+        into = load_into(steps_desc, row, start, CHUNK)
         dc = tl.dot(scaled(dy, into), h.T, dc, input_precision="ieee")
         y_entering = tl.dot(c, h, input_precision="ieee") * into[:, None]
         # From its inputs to the end.
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
-        out = load_out(steps_desc, row, start, ids, last, HAS_DOCUMENTS, CHUNK)
+        out = load_out(steps_desc, row, start, CHUNK)
         db = tl.dot(scaled(x, out), g.T, db, input_precision="ieee")
         dx_leaving = tl.dot(b, g, input_precision="ieee") * out[:, None]
         # From its inputs to its outputs.
@@ -271,7 +256,7 @@ def _mamba_scan_gradients_kernel(
         sums = tl.join(tl.join(direct, leaving), tl.join(dexponent, skip)).reshape(CHUNK, 4)
         sums_row = sums_ptr + ((row * BLOCKS_P + k % BLOCKS_P).to(tl.int64) * padded + start) * 4
         tl.store(sums_row + tl.arange(0, CHUNK)[:, None] * 4 + tl.arange(0, 4)[None, :], sums)
-    narrow = tl.where(mask, dscores, 0.0).to(b.dtype)
+    narrow = dscores.to(b.dtype)
     dc = tl.dot(narrow, b, dc, input_precision="ieee")
     store_tile(dc_desc, batch, start, group, 0, dc, CHUNK, BLOCK_N)
     db = tl.dot(narrow.T, c, db, input_precision="ieee")
@@ -320,8 +305,11 @@ def _mamba_scan_steps_backward_kernel(
     A = tl.load(A_ptr + head, mask=known, other=0.0)
     dexponent = tl.cumsum(after, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier)
     dexponent = tl.where(delta * A * LOG2E < FORGOTTEN, 0.0, dexponent)
-    sigmoid = tl.where(delta < 1e-3, delta - delta * delta / 2, 1.0 - tl.exp(-delta))
-    ddt = tl.where(inside & (delta > 0), (A * dexponent + direct / delta) * sigmoid, 0.0)
+    # σ = 1 − e^−δ, the derivative of softplus, and σ/δ, never divided by a δ so small that it would be flushed to zero.
+    small = delta < 1e-3
+    sigmoid = tl.where(small, delta * (1.0 - delta / 2), 1.0 - tl.exp(-delta))
+    ratio = tl.where(small, 1.0 - delta / 2, sigmoid / tl.maximum(delta, 1e-3))
+    ddt = tl.where(inside, A * dexponent * sigmoid + direct * ratio, 0.0)
     place = ddt_ptr + batch * stride_gb + token.to(tl.int64) * stride_gl + head * stride_gh
     tl.store(place, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
     place = partial_ptr + (batch * tl.num_programs(0) + tl.program_id(0)) * H + head
@@ -355,7 +343,7 @@ def scan_gradients(
     dstates: Tensor,
 ) -> Tensor:
     """Fills dx, db and dc; returns the sums along P, N and the chunk that the step sizes' gradients are made from."""
-    (B, L, H, P), (G, N) = x.shape, b.shape[2:]
+    (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = blocks_of(x, N)
     blocks_p = triton.cdiv(P, block_p)
     sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
@@ -367,18 +355,15 @@ def scan_gradients(
         row_descriptor(scan),
         scan.steps,
         None if D is None else D.contiguous(),
-        scan.document_ids,
         by_head(out.dx, scan.chunk, block_p),
         *(by_head(t, scan.chunk, block_n) for t in (out.db, out.dc)),
         sums,
-        L,
         H,
         N,
         scan.padded,
         H // G,
         scan.chunks,
         HAS_D=D is not None,
-        HAS_DOCUMENTS=scan.document_ids is not None,
         CHUNK=scan.chunk,
         BLOCKS_P=blocks_p,
         BLOCK_P=block_p,
@@ -458,7 +443,8 @@ def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice,
     return slices
 
 
-def mamba_scan_backward_triton(
+def fill_gradients(
+    out: Gradients,
     dy: Tensor,
     dfinal_state: Tensor | None,
     x: Tensor,
@@ -470,23 +456,19 @@ def mamba_scan_backward_triton(
     dt_bias: Tensor | None,
     document_ids: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `mamba_scan_backward_reference`; the states are computed again, slice by slice of the heads."""
-    if not x.numel():
-        inputs = (x, dt, A, b, c, D, dt_bias, initial_state)
-        return tuple(x.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fills dx, ddt, db and dc, which the copy engine must reach; returns dA, dD, ddt_bias and dinitial_state."""
     (B, L, H, P), (G, N) = x.shape, b.shape[2:]
     dy, x, b, c = (addressable(t) for t in (dy, x, b, c))
-    slices = slices_of(2 * B * H * L * P * N * x.element_size() // CHUNK[x.element_size()], H, G)
+    slices = slices_of(2 * B * H * L * P * N * x.element_size() / CHUNK[x.element_size()], H, G)
     parts = 1 + slices[-1][2]
-    dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt))
-    dtype = x.dtype if parts == 1 else torch.float32  # parts of a group's sum are rounded once, after their own sum
-    db, dc = (torch.empty(parts, *b.shape, dtype=dtype, device=b.device) for _ in range(2))
+    db, dc = out.db[None], out.dc[None]
+    if parts > 1:  # of a group's sum; each is kept in fp32, and their sum is rounded
+        db, dc = (torch.empty(parts, *b.shape, dtype=torch.float32, device=b.device) for _ in range(2))
     parameters, dfirsts = [], []
     for heads, groups, part in slices:
-        out = Gradients(dx[:, :, heads], ddt[:, :, heads], db[part][:, :, groups], dc[part][:, :, groups])
         of_slice = _slice_gradients(
-            out,
+            Gradients(out.dx[:, :, heads], out.ddt[:, :, heads], db[part][:, :, groups], dc[part][:, :, groups]),
             dy[:, :, heads],
             None if dfinal_state is None else dfinal_state[:, heads],
             x[:, :, heads],
@@ -501,7 +483,28 @@ def mamba_scan_backward_triton(
         )
         parameters.append(of_slice[0])
         dfirsts.append(of_slice[1])
+    if parts > 1:
+        out.db.copy_(db.sum(0))
+        out.dc.copy_(dc.sum(0))
     dA, dD, ddt_bias = (torch.cat(p) for p in zip(*parameters, strict=True))
     dD, ddt_bias = (x.new_empty(0) if t is None else d.to(t.dtype) for t, d in ((D, dD), (dt_bias, ddt_bias)))
-    db, dc = (t[0] if parts == 1 else t.sum(0).to(x.dtype) for t in (db, dc))
-    return dx, ddt, dA, db, dc, dD, ddt_bias, x.new_empty(0) if initial_state is None else torch.cat(dfirsts, dim=1)
+    return dA, dD, ddt_bias, x.new_empty(0) if initial_state is None else torch.cat(dfirsts, dim=1)
+
+
+def mamba_scan_backward_triton(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *rest: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `mamba_scan_backward_reference`; the states are computed again, slice by slice of the heads."""
+    if not x.numel():
+        inputs = (x, dt, A, b, c, *rest[:2], rest[3])
+        return tuple(x.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs)
+    out = Gradients(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, b, c)))
+    dA, dD, ddt_bias, dinitial_state = fill_gradients(out, dy, dfinal_state, x, dt, A, b, c, *rest)
+    return out.dx, out.ddt, dA, out.db, out.dc, dD, ddt_bias, dinitial_state

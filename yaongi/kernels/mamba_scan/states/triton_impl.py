@@ -6,7 +6,8 @@
 
 The steps are four numbers a token: S, the sum of δ·A·log2(e) since the entry of its chunk; s, what rounding S to fp32
 left out; s − log2(δ); and o·δ. Then E_ij·δ_j = 2^((S_i − S_j) + (s_i − (s_j − log2(δ_j)))) keeps small differences even
-after a decay of e^−100000, costs one exponential, and needs no product with δ.
+after a decay of e^−100000, costs one exponential, and needs no product with δ. The first token of a document has the
+exponent NOTHING: every decay across it is then zero by itself, and no kernel but the first sees documents.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 Tensor = torch.Tensor
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no inline assembly, no libdevice
 LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-256.0)  # a step of exponent −256 leaves zero in fp32, as every stronger decay does
-LARGE = tl.constexpr(64.0)  # no step size is larger than 2^64
+NOTHING = tl.constexpr(-256.0)  # a step of this exponent leaves zero in fp32, as every stronger decay does
 PLANES = tl.constexpr(4)  # of the steps
 
 
@@ -45,7 +45,6 @@ class Scan:
     """The step sizes of one call, and how its sequence is cut."""
 
     steps: Tensor  # (B, H, 4, padded), fp32: S, its remainder s, s − log2(δ), o·δ
-    document_ids: Tensor | None  # (B, L), contiguous
     length: int
     chunk: int
     segments: int
@@ -108,6 +107,18 @@ def store_tile(desc, batch, row, head, column, tile, ROWS: tl.constexpr, COLUMNS
 
 
 @triton.jit
+def load_state(desc, row, column, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A state (P, N), transposed."""
+    return desc.load([row, column, 0]).reshape(BLOCK_P, BLOCK_N).T
+
+
+@triton.jit
+def store_state(desc, row, column, state, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A transposed state, stored as (P, N)."""
+    desc.store([row, column, 0], state.T.reshape(1, BLOCK_P, BLOCK_N))
+
+
+@triton.jit
 def scaled(tile, weight):
     """A tile, its rows weighted, rounded to its dtype again."""
     return (tile.to(tl.float32) * weight[:, None]).to(tile.dtype)
@@ -120,46 +131,32 @@ def load_row(desc, row, start, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_documents(document_ptr, batch, start, L, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr):
-    """The documents of a chunk's tokens, of the token before it and of its last; padding continues the last one."""
-    ids, before, last = 0, 0, 0
-    if HAS_DOCUMENTS:
-        document_ptr += batch.to(tl.int64) * L
-        ids = tl.load(document_ptr + tl.minimum(start + tl.arange(0, CHUNK), L - 1))
-        before = tl.load(document_ptr + tl.minimum(tl.maximum(start - 1, 0), L - 1))
-        last = tl.load(document_ptr + tl.minimum(start + (CHUNK - 1), L - 1))
-    return ids, before, last
-
-
-@triton.jit
-def load_into(steps_desc, row, start, ids, before, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr):
+def load_into(steps_desc, row, start, CHUNK: tl.constexpr):
     """e, the decay from the chunk's entry to each token."""
-    into = exp2(load_row(steps_desc, row * PLANES, start, CHUNK))
-    return tl.where(ids == before, into, 0.0) if HAS_DOCUMENTS else into
+    return exp2(load_row(steps_desc, row * PLANES, start, CHUNK))
 
 
 @triton.jit
-def load_out(steps_desc, row, start, ids, last, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr):
+def load_out(steps_desc, row, start, CHUNK: tl.constexpr):
     """o·δ, the decay from each token to the chunk's end times its step size."""
-    out = load_row(steps_desc, row * PLANES + 3, start, CHUNK)
-    return tl.where(ids == last, out, 0.0) if HAS_DOCUMENTS else out
+    return load_row(steps_desc, row * PLANES + 3, start, CHUNK)
 
 
 @triton.jit
-def load_through(steps_ptr, start, before, last, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr):
+def load_through(steps_ptr, start, CHUNK: tl.constexpr):
     """t, the decay from the chunk's entry to its end; `steps_ptr` is that of the head."""
-    through = exp2(tl.load(steps_ptr + start + (CHUNK - 1)))
-    return tl.where(before == last, through, 0.0) if HAS_DOCUMENTS else through
+    return exp2(tl.load(steps_ptr + start + (CHUNK - 1)))
 
 
 @triton.jit
 def load_decays(steps_desc, row, start, CHUNK: tl.constexpr):
-    """E ∘ δ (CHUNK, CHUNK), from input j to output i, where j ≤ i; above the diagonal any finite numbers."""
+    """E ∘ δ (CHUNK, CHUNK), from input j to output i, 0 where j is later: selected, since there it may be infinite."""
     high = load_row(steps_desc, row * PLANES, start, CHUNK)
     low = load_row(steps_desc, row * PLANES + 1, start, CHUNK)
     low_and_step = load_row(steps_desc, row * PLANES + 2, start, CHUNK)
+    causal = tl.arange(0, CHUNK)[:, None] >= tl.arange(0, CHUNK)[None, :]
     exponent = (high[:, None] - high[None, :]) + (low[:, None] - low_and_step[None, :])
-    return exp2(tl.minimum(exponent, LARGE))
+    return tl.where(causal, exp2(exponent), 0.0)
 
 
 @triton.jit
@@ -170,19 +167,11 @@ def load_step(steps_desc, row, start, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def reached(ids, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr):
-    """Which inputs j reach which outputs i, (CHUNK, CHUNK)."""
-    mask = tl.arange(0, CHUNK)[:, None] >= tl.arange(0, CHUNK)[None, :]
-    if HAS_DOCUMENTS:
-        mask &= ids[:, None] == ids[None, :]
-    return mask
-
-
-@triton.jit
 def _mamba_scan_steps_kernel(
     dt_ptr,  # (B, L, H)
     A_ptr,  # (H)
     bias_ptr,  # (H)
+    document_ptr,  # (B, L)
     steps_ptr,  # (B, H, 4, padded)
     L,
     H,
@@ -191,6 +180,7 @@ def _mamba_scan_steps_kernel(
     stride_l,
     stride_h,
     HAS_BIAS: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -200,7 +190,13 @@ def _mamba_scan_steps_kernel(
     inside = (row < L) & (head < H)
     delta = load_delta(dt_ptr, bias_ptr, batch, row, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
     A = tl.load(A_ptr + head, mask=head < H, other=0.0).to(tl.float64)
-    total = tl.cumsum(tl.maximum(delta.to(tl.float64) * (A * LOG2E), NOTHING), 0)
+    exponent = tl.maximum(delta.to(tl.float64) * (A * LOG2E), NOTHING)
+    if HAS_DOCUMENTS:
+        document_ptr += batch * L
+        document = tl.load(document_ptr + row, mask=row < L, other=0)
+        before = tl.load(document_ptr + row - 1, mask=(row > 0) & (row < L), other=0)
+        exponent = tl.where((document != before) & (row > 0), NOTHING, exponent)
+    total = tl.cumsum(exponent, 0)
     high = total.to(tl.float32)
     low = (total - high.to(tl.float64)).to(tl.float32)
     whole = tl.sum(tl.where(row == tl.program_id(0) * CHUNK + CHUNK - 1, total, 0.0), 0)[None, :]
@@ -218,14 +214,11 @@ def _mamba_scan_states_kernel(
     b_desc,  # b (B, G, L, N); in reverse c
     steps_desc,  # (B·H·4, padded)
     steps_ptr,
-    document_ptr,  # (B, L)
-    entry_ptr,  # (S, B, H, P, N), the state with which each segment begins
+    entry_desc,  # (S·B·H, P, N), fp32: the state with which each segment begins
     states_desc,  # (B·H·chunks, N, P), the state at each chunk's entry; in reverse the gradient of that at its end
-    end_ptr,  # (S, B, H, P, N) totals of the segments, else (B, H, P, N) the last state
-    L,
+    end_desc,  # (S·B·H, P, N), fp32: totals of the segments; else (B·H, P, N), the last state
     H,
     P,
-    N,
     padded,
     heads_a_group,
     chunks,
@@ -233,7 +226,6 @@ def _mamba_scan_states_kernel(
     TOTALS: tl.constexpr,
     HAS_ENTRY: tl.constexpr,
     HAS_END: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -245,14 +237,11 @@ def _mamba_scan_states_kernel(
     batch, head, segment = row // H, row % H, tl.program_id(1)
     if TOTALS and REVERSE:
         segment += 1  # of the first segment in the walk's order a total is needed, of the last one none
-    rows = tl.num_programs(0) // blocks_p  # B·H
-    p, n = column + tl.arange(0, BLOCK_P)[None, :], tl.arange(0, BLOCK_N)[:, None]
-    place, inside = row.to(tl.int64) * P * N + p * N + n, (p < P) & (n < N)
-    segment_place = place + segment.to(tl.int64) * rows * P * N
+    segment_row = segment * (tl.num_programs(0) // blocks_p) + row
     steps_ptr += row.to(tl.int64) * PLANES * padded
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     if HAS_ENTRY:
-        state = tl.load(entry_ptr + segment_place, mask=inside, other=0.0)
+        state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
     first = segment * chunks_a_segment
     end = tl.minimum(first + chunks_a_segment, chunks)
     for i in tl.range(first, end, disable_licm=True):
@@ -263,18 +252,16 @@ def _mamba_scan_states_kernel(
         start = chunk * CHUNK
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
         b = load_tile(b_desc, batch, start, head // heads_a_group, 0, CHUNK, BLOCK_N)
-        ids, before, last = load_documents(document_ptr, batch, start, L, HAS_DOCUMENTS, CHUNK)
         if REVERSE:
-            weight = load_into(steps_desc, row, start, ids, before, HAS_DOCUMENTS, CHUNK)
+            weight = load_into(steps_desc, row, start, CHUNK)
         else:
-            weight = load_out(steps_desc, row, start, ids, last, HAS_DOCUMENTS, CHUNK)
-        through = load_through(steps_ptr, start, before, last, HAS_DOCUMENTS, CHUNK)
+            weight = load_out(steps_desc, row, start, CHUNK)
+        through = load_through(steps_ptr, start, CHUNK)
         state = tl.dot(b.T, scaled(x, weight), state * through, input_precision="ieee")
     if TOTALS:
-        tl.store(end_ptr + segment_place, state, mask=inside)
-    elif HAS_END:
-        at_end = segment == (0 if REVERSE else tl.num_programs(1) - 1)
-        tl.store(end_ptr + place, state, mask=inside & at_end)
+        store_state(end_desc, segment_row, column, state, BLOCK_P, BLOCK_N)
+    elif HAS_END and segment == (0 if REVERSE else tl.num_programs(1) - 1):
+        store_state(end_desc, row, column, state, BLOCK_P, BLOCK_N)
 
 
 @triton.jit
@@ -282,15 +269,11 @@ def _mamba_scan_chain_kernel(
     totals_ptr,  # (S, B, H, P·N): each segment's own contribution; becomes the state with which it begins
     first_ptr,  # (B, H, P·N)
     steps_ptr,  # (B, H, 4, padded)
-    document_ptr,  # (B, L)
-    L,
-    H,
     size,
     padded,
     chunks_a_segment,
     segments,
     HAS_FIRST: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_Z: tl.constexpr,
@@ -303,18 +286,12 @@ def _mamba_scan_chain_kernel(
     if HAS_FIRST:
         state = tl.load(first_ptr + place, mask=i < size, other=0.0)
     steps_ptr += row.to(tl.int64) * PLANES * padded
-    if HAS_DOCUMENTS:
-        document_ptr += (row // H).to(tl.int64) * L
     for k in range(segments):
         segment = segments - 1 - k if REVERSE else k
         start = segment * chunks_a_segment * CHUNK
         ends = start + z * CHUNK + (CHUNK - 1)
         inside = (z < chunks_a_segment) & (ends < padded)
         through = exp2(tl.sum(tl.load(steps_ptr + ends, mask=inside, other=0.0)))
-        if HAS_DOCUMENTS:
-            before = tl.load(document_ptr + tl.minimum(tl.maximum(start - 1, 0), L - 1))
-            last = tl.load(document_ptr + tl.minimum(start + chunks_a_segment * CHUNK - 1, L - 1))
-            through = tl.where(before == last, through, 0.0)
         segment_ptr = totals_ptr + segment.to(tl.int64) * tl.num_programs(0) * size + place
         total = tl.load(segment_ptr, mask=(i < size) & (k < segments - 1), other=0.0)
         tl.store(segment_ptr, state, mask=i < size)
@@ -329,6 +306,11 @@ def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
 def by_head(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Boxes of rows × columns of one head (or group) of a (B, L, heads, columns) tensor."""
     return descriptor(t.transpose(1, 2), rows, columns)
+
+
+def state_descriptor(t: Tensor | None, block_p: int, block_n: int) -> TensorDescriptor | None:
+    """Boxes of states (…, P, N)."""
+    return None if t is None else descriptor(t.view(-1, *t.shape[-2:]), block_p, block_n)
 
 
 def row_descriptor(scan: Scan) -> TensorDescriptor:
@@ -362,12 +344,14 @@ def scan_steps(x: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, documen
         dt,
         A.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),
+        None if document_ids is None else document_ids.contiguous(),
         steps,
         L,
         H,
         steps.shape[3],
         *dt.stride(),
         HAS_BIAS=dt_bias is not None,
+        HAS_DOCUMENTS=document_ids is not None,
         CHUNK=chunk,
         BLOCK_H=block_h,
         num_warps=1,
@@ -375,14 +359,14 @@ def scan_steps(x: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, documen
     walks = B * H * triton.cdiv(P, blocks_of(x, 1)[0])
     segments = max(1, min(SLOTS // walks, chunks // 8))
     segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
-    return Scan(steps, None if document_ids is None else document_ids.contiguous(), L, chunk, segments)
+    return Scan(steps, L, chunk, segments)
 
 
 def _walk(
     scan: Scan, x: Tensor, b: Tensor, entry: Tensor | None, states: Tensor | None, end: Tensor | None, reverse: bool
 ) -> None:
     """Launches the states kernel: where `states` is None the totals of all segments but the walk's last."""
-    (B, L, H, P), (G, N) = x.shape, b.shape[2:]
+    (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = blocks_of(x, N)
     config = STATES[x.element_size()]
     segments = scan.segments - (states is None)
@@ -391,14 +375,11 @@ def _walk(
         by_head(b, scan.chunk, block_n),
         row_descriptor(scan),
         scan.steps,
-        scan.document_ids,
-        entry,
+        state_descriptor(entry, block_p, block_n),
         None if states is None else descriptor(states, block_n, block_p),
-        end,
-        L,
+        state_descriptor(end, block_p, block_n),
         H,
         P,
-        N,
         scan.padded,
         H // G,
         scan.chunks,
@@ -406,7 +387,6 @@ def _walk(
         TOTALS=states is None,
         HAS_ENTRY=entry is not None,
         HAS_END=end is not None,
-        HAS_DOCUMENTS=scan.document_ids is not None,
         REVERSE=reverse,
         CHUNK=scan.chunk,
         BLOCK_P=block_p,
@@ -420,22 +400,18 @@ def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, r
     """The state with which each segment begins, (S, B, H, P, N); with one segment just the first of all."""
     if scan.segments == 1:
         return first
-    (B, L, H, P), N = x.shape, b.shape[3]
+    (B, _, H, P), N = x.shape, b.shape[3]
     totals = torch.empty(scan.segments, B, H, P, N, dtype=torch.float32, device=x.device)
     _walk(scan, x, b, None, None, totals, reverse)
     _mamba_scan_chain_kernel[(B * H, triton.cdiv(P * N, 1024))](
         totals,
         first,
         scan.steps,
-        scan.document_ids,
-        L,
-        H,
         P * N,
         scan.padded,
         scan.chunks_a_segment,
         scan.segments,
         HAS_FIRST=first is not None,
-        HAS_DOCUMENTS=scan.document_ids is not None,
         REVERSE=reverse,
         CHUNK=scan.chunk,
         BLOCK_Z=triton.next_power_of_2(scan.chunks_a_segment),
