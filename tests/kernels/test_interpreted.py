@@ -171,6 +171,26 @@ def test_mamba_scan(
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
 
 
+@pytest.mark.parametrize("A", [-1e-8, -1.0, -1e3])
+@pytest.mark.parametrize("dt", [-200.0, -110.0, -100.0, -90.0, -80.0, 1e4])
+def test_mamba_scan_at_the_ends_of_float32(dt: float, A: float) -> None:
+    """Step sizes that are denormal or zero, decays that underflow: all finite and right, documents included."""
+    from yaongi.kernels.mamba_scan import triton_impl
+
+    inputs = list(mamba_inputs(1, 20, 2, 8, 1, 16, True, True))
+    inputs[1] = torch.where(torch.rand(1, 20, 2) < 0.5, dt, inputs[1])
+    inputs[2] = torch.full((2,), A)
+    outputs = triton_impl.mamba_scan_triton(*inputs, True)
+    gradients = tuple(torch.randn_like(t) for t in outputs)
+    actual = (*outputs, *triton_impl.mamba_scan_backward_triton(*gradients, *inputs))
+    exact = (
+        *mamba_reference.mamba_scan_reference(*wide(tuple(inputs)), True),
+        *mamba_reference.mamba_scan_backward_reference(*wide(gradients), *wide(tuple(inputs))),
+    )
+    for i, (ours, expected) in enumerate(zip(actual, exact, strict=True)):
+        assert_equal_to_float64(ours, expected, 1e-4, f"result {i}")  # of tiny decays
+
+
 @pytest.mark.parametrize("optional", [False, True])
 def test_mamba_step(optional: bool) -> None:
     """One token, from slices, into a transposed state."""
@@ -205,3 +225,22 @@ def test_norm(shape: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPat
         pairs = zip(actual, exact, strict=True) if isinstance(actual, tuple) else [(actual, exact)]
         for i, (ours, expected) in enumerate(pairs):
             assert_equal_to_float64(ours, expected, 1e-5, f"{name} {i}")
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_mamba_core(documents: bool) -> None:
+    """Gradients written in place, to slices of in_proj's, equal those of the references in float64."""
+    from yaongi.kernels.mamba_core import op, triton_impl
+
+    B, L, H, P, G, N = 2, 20, 4, 8, 2, 16
+    channels = H * P + 2 * G * N
+    ids = (torch.rand(B, L) < 0.1).cumsum(1).int() if documents else None
+    per_head, taps, taps_bias = torch.randn(3, H), torch.randn(channels, 4), torch.randn(channels)
+    parameters = (taps, taps_bias, -per_head[0].exp(), per_head[1], per_head[2] - 1, torch.randn(H * P))
+    inputs = (torch.randn(B, L, H * P + channels + H), *parameters, ids, G, 1e-3)
+    outputs, exact = triton_impl.mamba_core_triton(*inputs), op.mamba_core_reference(*wide(inputs))
+    dy = torch.randn_like(outputs[0])
+    outputs += triton_impl.mamba_core_backward_triton(dy, *outputs[1:], *inputs)
+    exact += op.mamba_core_backward_reference(dy.double(), *exact[1:], *wide(inputs))
+    for i, (ours, expected) in enumerate(zip(outputs, exact, strict=True)):
+        assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yaongi.kernels import causal_conv1d, causal_conv1d_step, mamba_scan, mamba_step
+from yaongi.kernels import causal_conv1d, causal_conv1d_step, mamba_core, mamba_scan, mamba_step
 from yaongi.model.config import ModelConfig
 from yaongi.model.linear import DepthwiseConv, Linear
 from yaongi.model.norm import GatedRMSNorm
@@ -45,16 +45,28 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, document_ids: Tensor | None, cache: MambaCache | None = None) -> Tensor:
         """(B, L, d) to (B, L, d); fills the cache with the state after the last token."""
-        z, xbc, dt = self.in_proj(x).split(self.splits, dim=-1)
-        taps, bias = self.conv1d.taps, self.conv1d.bias
+        projected, taps, bias = self.in_proj(x), self.conv1d.taps, self.conv1d.bias
         if cache is None:
-            xbc = causal_conv1d(xbc, taps, bias, document_ids=document_ids)
-            y = mamba_scan(*self._operands(xbc, dt), document_ids=document_ids, precision=self.precision)
-        else:
-            xbc, cache.conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
-            y, cache.state = mamba_scan(
-                *self._operands(xbc, dt), document_ids=document_ids, return_final_state=True, precision=self.precision
+            assert bias is not None
+            y = mamba_core(
+                projected,
+                taps,
+                bias,
+                self._rates(),
+                self.D,
+                self.dt_bias,
+                self.norm.weight,
+                groups=self.groups,
+                eps=self.norm.eps,
+                document_ids=document_ids,
+                precision=self.precision,
             )
+            return self.out_proj(y)
+        z, xbc, dt = projected.split(self.splits, dim=-1)
+        xbc, cache.conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
+        y, cache.state = mamba_scan(
+            *self._operands(xbc, dt), document_ids=document_ids, return_final_state=True, precision=self.precision
+        )
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
@@ -71,5 +83,9 @@ class Mamba2(nn.Module):
         group_width = self.groups * self.state
         x, b, c = xbc.split([self.splits[0], group_width, group_width], dim=-1)
         heads, groups = (self.heads, -1), (self.groups, -1)
-        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        return x.unflatten(-1, heads), dt, A, b.unflatten(-1, groups), c.unflatten(-1, groups), self.D, self.dt_bias
+        x, rates = x.unflatten(-1, heads), self._rates()
+        return x, dt, rates, b.unflatten(-1, groups), c.unflatten(-1, groups), self.D, self.dt_bias
+
+    def _rates(self) -> Tensor:
+        """A (H), negative, float32 or wider."""
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()

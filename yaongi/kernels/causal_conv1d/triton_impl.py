@@ -242,6 +242,7 @@ def _store_dx(
     end,
     L,
     C,
+    stride_gl,
     c,
     mask,
     W: tl.constexpr,
@@ -257,7 +258,7 @@ def _store_dx(
             reached &= _load_document(document_ptr, row, L) == _load_document(document_ptr, L - 1, L)
         dx += tl.load(dfinal_ptr + c * (W - 1) + i, mask=mask & reached, other=0.0).to(tl.float32)
     own = (row >= start) & (row < end)
-    tl.store(dx_ptr + tl.cast(row, tl.int64) * C + c, dx.to(dx_ptr.dtype.element_ty), mask=mask & own)
+    tl.store(dx_ptr + tl.cast(row, tl.int64) * stride_gl + c, dx.to(dx_ptr.dtype.element_ty), mask=mask & own)
     if HAS_STATE:
         place = row + (W - 1)
         before = (start == 0) & (row < 0) & (place >= 0)
@@ -273,7 +274,7 @@ def _causal_conv1d_backward_kernel(
     bias_ptr,  # (C)
     document_ptr,  # (B, L)
     state_ptr,  # (B, C, W − 1)
-    dx_ptr,  # (B, L, C), contiguous
+    dx_ptr,  # (B, L, C)
     dstate_ptr,  # (B, C, W − 1)
     partial_ptr,  # (B · strips, W + 1, C), fp32: the weight's gradient, then the bias's
     L,
@@ -282,6 +283,8 @@ def _causal_conv1d_backward_kernel(
     stride_yl,
     stride_xb,
     stride_xl,
+    stride_gb,
+    stride_gl,
     stride_db,
     W: tl.constexpr,
     SILU: tl.constexpr,
@@ -299,7 +302,7 @@ def _causal_conv1d_backward_kernel(
     mask = c < C
     dy_ptr += batch * stride_yb
     x_ptr += batch * stride_xb
-    dx_ptr += batch * L * C
+    dx_ptr += batch * stride_gb
     if HAS_DOCUMENTS:
         document_ptr += batch * stride_db
     if HAS_STATE:
@@ -361,7 +364,7 @@ def _causal_conv1d_backward_kernel(
         dx_2 += _keep(w_2 * dp, same_2, W, 2)
         dx_1 += _keep(w_1 * dp, same_1, W, 1)
         _store_dx(
-            dx_3, row - 3, dx_ptr, dfinal_ptr, dstate_ptr, document_ptr, start, end, L, C, c, mask,
+            dx_3, row - 3, dx_ptr, dfinal_ptr, dstate_ptr, document_ptr, start, end, L, C, stride_gl, c, mask,
             W, HAS_DOCUMENTS, HAS_STATE, HAS_DFINAL,
         )  # fmt: skip
         dx_3, dx_2, dx_1 = dx_2, dx_1, w_0 * dp
@@ -385,12 +388,13 @@ def causal_conv1d_backward_triton(
     document_ids: Tensor | None,
     initial_state: Tensor | None,
     activation: str | None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `causal_conv1d_backward_reference`; W is 2, 3 or 4."""
+    """As `causal_conv1d_backward_reference`; W is 2, 3 or 4. Fills `dx`, a slice perhaps, where it is given."""
     (batch, length, channels), width = x.shape, weight.shape[1]
     config = _config(BACKWARD, batch, length, channels)
     strips = triton.cdiv(length, config.rows)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
     partial = x.new_empty(batch * strips, width + 1, channels, dtype=torch.float32)
     document_ids = _unit_stride(document_ids)
@@ -413,6 +417,8 @@ def causal_conv1d_backward_triton(
             dy.stride(1),
             x.stride(0),
             x.stride(1),
+            dx.stride(0),
+            dx.stride(1),
             0 if document_ids is None else document_ids.stride(0),
             W=width,
             SILU=activation == "silu",

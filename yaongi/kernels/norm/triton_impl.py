@@ -163,7 +163,7 @@ def _forward(
     )
 
 
-def _backward(
+def fill_gradients(
     dy: Tensor,
     extra: Tensor | None,
     u: Tensor,
@@ -174,7 +174,7 @@ def _backward(
     du: Tensor,
     dz: Tensor | None,
 ) -> Tensor:
-    """Fills du and, through the gate z, dz; returns the weight's gradient."""
+    """Fills du, contiguous, and through the gate z dz, a slice perhaps; returns the weight's gradient."""
     width = u.shape[-1]
     if not u.numel():
         return torch.zeros_like(weight)
@@ -221,7 +221,7 @@ def rms_norm_backward_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `rms_norm_backward_reference`."""
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    return du, _backward(dy, dsum, u, None, weight, eps, 1, du, None)
+    return du, fill_gradients(dy, dsum, u, None, weight, eps, 1, du, None)
 
 
 def gated_rms_norm_triton(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
@@ -236,4 +236,4 @@ def gated_rms_norm_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `gated_rms_norm_backward_reference`."""
     dx, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, z))
-    return dx, dz, _backward(dy, None, x, z, weight, eps, groups, dx, dz)
+    return dx, dz, fill_gradients(dy, None, x, z, weight, eps, groups, dx, dz)

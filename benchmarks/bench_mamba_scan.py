@@ -1,0 +1,247 @@
+"""The Mamba-2 scan, its step and the core of the mixer around it, beside mamba_ssm's Triton kernels."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from measure import Absent, Compare, Peer, Work
+from torch.nn import functional as F
+
+from yaongi.kernels import causal_conv1d, gated_rms_norm, mamba_scan, mamba_step, use_backend
+
+H, P, N, TAPS, EPS = 64, 64, 128, 4, 1e-5
+SHAPES = [(8, 4096, 8), (8, 4096, 1), (2, 16384, 8), (1, 32768, 8)]  # B, L, G
+Tensors = tuple[torch.Tensor, ...]
+Scan = Callable[..., torch.Tensor]
+MAMBA_SSM = "pip install mamba-ssm"
+
+
+def mamba_ssm_scan(chunk: int) -> Scan | Absent:
+    """mamba_ssm's scan at one of its chunk sizes."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return Absent(MAMBA_SSM)
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    def scan(
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        D: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        return mamba_chunk_scan_combined(x, dt, A, b, c, chunk, D=D, dt_bias=bias, dt_softplus=True)
+
+    return scan
+
+
+class Case:
+    """The tensors of a scan as a trained model has them: x, b and c slices of the convolution's output."""
+
+    def __init__(self, B: int, L: int, G: int) -> None:
+        torch.manual_seed(0)
+        bf16, fp32 = {"device": "cuda", "dtype": torch.bfloat16}, {"device": "cuda"}
+        self.G, self.tokens = G, B * L
+        packed = F.silu(torch.randn(B, L, H * P + 2 * G * N, **bf16))
+        x, b, c = packed.split([H * P, G * N, G * N], dim=-1)
+        step = torch.empty(H, **fp32).uniform_(-6.9, -2.3).exp()  # 0.001 to 0.1, as Mamba-2 starts
+        made = (
+            x.unflatten(-1, (H, P)),
+            torch.randn(B, L, H, **bf16),
+            -torch.empty(H, **fp32).uniform_(1, 16),
+            b.unflatten(-1, (G, N)),
+            c.unflatten(-1, (G, N)),
+            torch.ones(H, **fp32),
+            step + torch.log(-torch.expm1(-step)),
+        )
+        self.inputs: Tensors = tuple(t.requires_grad_() for t in made)
+        self.dy = torch.randn(B, L, H, P, **bf16)
+
+    @property
+    def work(self) -> dict[str, Work]:
+        """FLOPs as the model counts them (chunks of 128); each input read and each output written once."""
+        flops = 2.0 * self.tokens * (self.G * N * 64 + H * P * 64 + 2 * H * P * N)
+        heads, groups, steps = (2.0 * self.tokens * n for n in (H * P, self.G * N, H))
+        forward, backward = 2 * heads + 2 * groups + steps, 3 * heads + 4 * groups + 2 * steps
+        return {
+            "forward": Work(flops, forward),
+            "backward": Work(2 * flops, backward),
+            "forward_and_backward": Work(3 * flops, forward + backward),
+        }
+
+    def timed(self, scan: Scan, direction: str) -> Callable[[], Any]:
+        if direction == "forward":
+            return torch.no_grad()(lambda: scan(*self.inputs))
+        if direction == "forward_and_backward":
+            return lambda: torch.autograd.grad(scan(*self.inputs), self.inputs, self.dy)
+        y = scan(*self.inputs)
+        return lambda: torch.autograd.grad(y, self.inputs, self.dy, retain_graph=True)
+
+    def results(self, scan: Scan, dtype: torch.dtype | None = None) -> Tensors:
+        """Output and gradients on one row's first 1,000 tokens of one group's heads."""
+        heads = H // self.G
+        x, dt, A, b, c, D, bias = self.inputs
+        x, dt, dy = (t[:1, :1000, :heads] for t in (x, dt, self.dy))
+        some = (x, dt, A[:heads], b[:1, :1000, :1], c[:1, :1000, :1], D[:heads], bias[:heads])
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in some]
+        y = scan(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+
+def relative_errors(results: Tensors, exact: Tensors) -> list[float]:
+    """The Frobenius errors of a scan's output and gradients."""
+    return [float((r.double() - e).norm() / e.norm()) for r, e in zip(results, exact, strict=True)]
+
+
+def check(case: Case, peer: Scan | Absent) -> None:
+    """No error is larger than 1.2 × the peer's own, or where it is absent 1 %."""
+    with use_backend("reference"):
+        exact = case.results(mamba_scan, torch.float64)
+    ours = relative_errors(case.results(mamba_scan), exact)
+    theirs = [1e-2 / 1.2] * len(ours) if isinstance(peer, Absent) else relative_errors(case.results(peer), exact)
+    for name, our, their in zip(("y", "dx", "ddt", "dA", "db", "dc", "dD", "ddt_bias"), ours, theirs, strict=True):
+        assert our <= 1.2 * their + 1e-6, f"{name}: relative error {our:.2e}, the peer's {their:.2e}"
+
+
+def peak_gb(call: Callable[[], Any]) -> str:
+    """Memory at the peak of a call beyond what was there before and what it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    returned = torch.cuda.memory_allocated() - before
+    del result
+    return f"{(torch.cuda.max_memory_allocated() - before - returned) / 1e9:.2f} GB"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward_and_backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-L{}-G{}".format(*s))
+def test_mamba_scan(shape: tuple[int, int, int], direction: str, compare: Compare) -> None:
+    """64 heads of 64 × 128 over 32,768 tokens, against the larger of the floors by FLOPs and by bytes."""
+    case = Case(*shape)
+    scans = {f"mamba_ssm {chunk}": mamba_ssm_scan(chunk) for chunk in (256, 128)}
+    check(case, scans["mamba_ssm 256"])
+    peers: dict[str, Peer] = {
+        name: scan if isinstance(scan, Absent) else case.timed(scan, direction) for name, scan in scans.items()
+    }
+    call = case.timed(mamba_scan, direction)
+    notes = {"peak": peak_gb(call)} | {
+        f"peak of {n}": peak_gb(p) for n, p in peers.items() if not isinstance(p, Absent)
+    }
+    compare(call, case.work[direction], peers, notes)
+
+
+def mamba_ssm_step() -> Scan | Absent:
+    """mamba_ssm's step, which wants every parameter expanded to the state's shape."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return Absent(MAMBA_SSM)
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    def step(
+        state: torch.Tensor,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        D: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        wide = (t[..., None].expand(*t.shape, P) for t in (dt, D, bias))
+        wide_dt, wide_D, wide_bias = wide
+        wide_A = A[:, None, None].expand(H, P, N)
+        return selective_state_update(state, x, wide_dt, wide_A, b, c, wide_D, dt_bias=wide_bias, dt_softplus=True)
+
+    return step
+
+
+@pytest.mark.parametrize("B", [1, 8, 64, 256])
+def test_mamba_step(B: int, compare: Compare) -> None:
+    """Decode: the fp32 state read and written once."""
+    case = Case(B, 1, 8)
+    x, dt, A, b, c, D, bias = (t.detach() for t in case.inputs)
+    token = (x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], D, bias)
+    states = [torch.zeros(B, H, P, N, device="cuda") for _ in range(3)]
+    with use_backend("reference"):
+        expected = mamba_step(states[0], *token)
+    torch.testing.assert_close(mamba_step(states[1], *token), expected)
+    torch.testing.assert_close(states[1], states[0])
+    step = mamba_ssm_step()
+    peers: dict[str, Peer] = {"mamba_ssm": step if isinstance(step, Absent) else lambda: step(states[2], *token)}
+    compare(lambda: mamba_step(states[1], *token), Work(bytes=2.0 * states[0].nbytes), peers)
+
+
+class Core:
+    """The mixer between its projections: convolution, scan, gate and norm, on in_proj's output."""
+
+    def __init__(self, B: int, L: int, G: int) -> None:
+        case = Case(B, L, G)
+        bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+        self.G, self.splits = G, [H * P, H * P + 2 * G * N, H]  # z, (x, b, c), dt
+        _, _, A, _, _, D, bias = case.inputs
+        self.inputs: Tensors = (
+            torch.randn(B, L, sum(self.splits), **bf16).requires_grad_(),
+            (torch.randn(self.splits[1], TAPS, **bf16) / 2).requires_grad_(),
+            torch.zeros(self.splits[1], **bf16).requires_grad_(),
+            A,
+            D,
+            bias,
+            torch.ones(H * P, **bf16).requires_grad_(),
+        )
+        self.dy = torch.randn(B, L, H * P, **bf16)
+        heads, groups = (2.0 * B * L * n for n in (H * P, G * N))
+        conv, scan, norm = 5 * (heads + 2 * groups), 5 * heads + 6 * groups, 8 * heads
+        self.work = Work(3 * case.work["forward"].flops, conv + scan + norm)
+
+    def call(self, conv: Scan, scan: Scan, norm: Scan) -> Callable[[], Any]:
+        """Forward and backward of a core made of three functions."""
+
+        def core(
+            projected: torch.Tensor,
+            taps: torch.Tensor,
+            taps_bias: torch.Tensor,
+            A: torch.Tensor,
+            D: torch.Tensor,
+            dt_bias: torch.Tensor,
+            weight: torch.Tensor,
+        ) -> torch.Tensor:
+            z, xbc, dt = projected.split(self.splits, dim=-1)
+            x, b, c = conv(xbc, taps, taps_bias).split([H * P, self.G * N, self.G * N], dim=-1)
+            b, c = (t.unflatten(-1, (self.G, N)) for t in (b, c))
+            y = scan(x.unflatten(-1, (H, P)), dt, A, b, c, D, dt_bias)
+            return norm(y.flatten(-2), z, weight, EPS, self.G)
+
+        return lambda: torch.autograd.grad(core(*self.inputs), self.inputs, self.dy)
+
+
+@torch.compile
+def compiled_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Shifted products and silu."""
+    padded, length = F.pad(x, (0, 0, TAPS - 1, 0)), x.shape[1]
+    return F.silu(sum(padded[:, k : k + length] * weight[:, k] for k in range(TAPS)) + bias)
+
+
+@torch.compile
+def compiled_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, groups: int) -> torch.Tensor:
+    """Gate and RMS norm by groups."""
+    gated = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
+    scaled = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return (scaled.flatten(-2) * weight.float()).to(y.dtype)
+
+
+@pytest.mark.parametrize("groups", [8, 1])
+def test_mixer_core(groups: int, compare: Compare) -> None:
+    """Forward and backward of convolution, scan and gated norm; the floor counts each tensor between them."""
+    core = Core(8, 4096, groups)
+    scan = mamba_ssm_scan(256)
+    theirs: Peer = scan if isinstance(scan, Absent) else core.call(compiled_conv, scan, compiled_norm)
+    ours = core.call(causal_conv1d, mamba_scan, gated_rms_norm)
+    with use_backend("reference"):
+        exact = ours()
+    for our, expected in zip(ours(), exact, strict=True):
+        assert (our.double() - expected.double()).norm() <= 2e-2 * expected.double().norm()
+    compare(ours, core.work, {"mamba_ssm + torch.compile": theirs}, {"peak": peak_gb(ours)})

@@ -1,0 +1,246 @@
+"""`mamba_core`: registration, the composition of the references, and the public function."""
+
+from typing import Literal
+
+import torch
+
+from yaongi.kernels import backend, check
+from yaongi.kernels.causal_conv1d.reference import causal_conv1d_backward_reference, causal_conv1d_reference
+from yaongi.kernels.mamba_scan.reference import mamba_scan_backward_reference, mamba_scan_reference
+from yaongi.kernels.norm.reference import gated_rms_norm_backward_reference, gated_rms_norm_reference
+
+Tensor = torch.Tensor
+WIDE = (torch.float32, torch.float64)
+
+
+def split_projected(projected: Tensor, A: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns of z, of x, b, c together, and of dt."""
+    heads, width = A.shape[0], weight.shape[0]
+    return projected.split([width, projected.shape[-1] - width - heads, heads], dim=-1)
+
+
+def split_convolved(xbc: Tensor, A: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, L, H, P), b and c (B, L, G, N)."""
+    heads, width = A.shape[0], weight.shape[0]
+    projection = (xbc.shape[-1] - width) // 2
+    x, b, c = xbc.split([width, projection, projection], dim=-1)
+    return x.unflatten(-1, (heads, -1)), b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))
+
+
+def mamba_core_reference(
+    projected: Tensor,  # (B, L, 2·H·P + 2·G·N + H)
+    taps: Tensor,  # (H·P + 2·G·N, W)
+    taps_bias: Tensor,  # (H·P + 2·G·N)
+    A: Tensor,  # (H)
+    D: Tensor,  # (H)
+    dt_bias: Tensor,  # (H)
+    weight: Tensor,  # (H·P)
+    document_ids: Tensor | None,  # (B, L)
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H·P); the convolution's output; (B, L, H·P), the scan's
+    """Convolution, scan, gated norm; the last two results are what backward wants."""
+    z, xbc, dt = split_projected(projected, A, weight)
+    xbc, _ = causal_conv1d_reference(xbc, taps, taps_bias, document_ids, None, "silu", False)
+    x, b, c = split_convolved(xbc, A, weight, groups)
+    scanned, _ = mamba_scan_reference(x, dt, A, b, c, D, dt_bias, document_ids, None, False)
+    scanned = scanned.flatten(-2)
+    return gated_rms_norm_reference(scanned, z, weight, eps, groups), xbc, scanned
+
+
+def mamba_core_backward_reference(
+    dy: Tensor,  # (B, L, H·P)
+    xbc: Tensor,
+    scanned: Tensor,
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    document_ids: Tensor | None,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of projected, taps, taps_bias, A, D, dt_bias and weight."""
+    z, conv_in, dt = split_projected(projected, A, weight)
+    x, b, c = split_convolved(xbc, A, weight, groups)
+    dscanned, dz, dweight = gated_rms_norm_backward_reference(dy, scanned, z, weight, eps, groups)
+    dx, ddt, dA, db, dc, dD, ddt_bias, _ = mamba_scan_backward_reference(
+        dscanned.view(x.shape), None, x, dt, A, b, c, D, dt_bias, document_ids, None
+    )
+    dxbc = torch.cat([t.flatten(-2) for t in (dx, db, dc)], dim=-1)
+    dconv_in, dtaps, dtaps_bias, _ = causal_conv1d_backward_reference(
+        dxbc, None, conv_in, taps, taps_bias, document_ids, None, "silu"
+    )
+    return torch.cat([dz, dconv_in, ddt], dim=-1), dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
+
+
+def _fake(
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = projected.shape[:2]
+    y, scanned = (projected.new_empty(*lead, weight.shape[0]) for _ in range(2))
+    return y, projected.new_empty(*lead, taps.shape[0]), scanned
+
+
+def _backward_fake(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in inputs[:7])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.groups, ctx.eps = inputs
+    _, xbc, scanned = output
+    ctx.mark_non_differentiable(xbc, scanned)
+    ctx.save_for_backward(xbc, scanned, *tensors)
+
+
+def _backward(ctx, dy: Tensor, *unused: Tensor):  # type: ignore[no-untyped-def]
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    return *_backward_op(dy, *ctx.saved_tensors, ctx.groups, ctx.eps), None, None, None
+
+
+def _value_check(
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    document_ids: Tensor | None,
+    *rest: object,
+) -> None:
+    check.finite("mamba_core", projected=projected, taps=taps, taps_bias=taps_bias, A=A, D=D, dt_bias=dt_bias)
+    check.finite("mamba_core", weight=weight)
+    check.documents("mamba_core", document_ids)
+
+
+def _triton_refuses(
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    document_ids: Tensor | None,
+    groups: int,
+    eps: float,
+) -> str | None:
+    head_dim, state = weight.shape[0] // A.shape[0], (taps.shape[0] - weight.shape[0]) // (2 * groups)
+    if taps.shape[1] not in (2, 3, 4):
+        return f"it takes W = 2, 3 or 4, got {taps.shape[1]}"
+    if head_dim % 8 or state % 8 or not 8 <= state <= 256:
+        return f"it takes P and N in multiples of 8, N up to 256, got {head_dim} and {state}"
+    return backend.refuses_float64(projected, taps, taps_bias, A, D, dt_bias, weight)
+
+
+def _backward_triton_refuses(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Tensor) -> str | None:
+    return _triton_refuses(*inputs)  # type: ignore[arg-type]
+
+
+_INPUTS = (
+    "Tensor projected, Tensor taps, Tensor taps_bias, Tensor A, Tensor D, Tensor dt_bias, Tensor weight, "
+    "Tensor? document_ids, int groups, float eps"
+)
+_op = backend.define(
+    f"mamba_core({_INPUTS}) -> (Tensor y, Tensor xbc, Tensor scanned)",
+    reference=mamba_core_reference,
+    fake=_fake,
+    triton="yaongi.kernels.mamba_core.triton_impl:mamba_core_triton",
+    triton_refuses=_triton_refuses,
+    value_check=_value_check,
+)
+_backward_op = backend.define(
+    f"mamba_core_backward(Tensor dy, Tensor xbc, Tensor scanned, {_INPUTS}) -> (Tensor dprojected, Tensor dtaps, "
+    "Tensor dtaps_bias, Tensor dA, Tensor dD, Tensor ddt_bias, Tensor dweight)",
+    reference=mamba_core_backward_reference,
+    fake=_backward_fake,
+    triton="yaongi.kernels.mamba_core.triton_impl:mamba_core_backward_triton",
+    triton_refuses=_backward_triton_refuses,
+)
+backend.define_autograd("mamba_core", _backward, _setup_context)
+backend.define_no_autograd("mamba_core_backward")
+
+
+def mamba_core(
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    *,
+    groups: int,
+    eps: float = 1e-5,
+    document_ids: Tensor | None = None,
+    precision: Literal["bf16", "fp8"] = "bf16",
+) -> Tensor:
+    """A Mamba-2 mixer between its projections: causal_conv1d with silu, mamba_scan, gated_rms_norm.
+
+    Reads in_proj's output in place, and writes its gradient in place.
+
+    Args:
+        projected: (B, L, 2·H·P + 2·G·N + H), any float, L ≥ 1, unit stride along the last: columns of z, x, b, c, dt.
+        taps, taps_bias: (H·P + 2·G·N, W) and (H·P + 2·G·N), any float, of one dtype.
+        A: (H), float32 (or float64), not positive.
+        D, dt_bias: (H), any float.
+        weight: (H·P), any float, of the norm.
+        groups: G, which divides H: heads share b and c by groups, and the norm has as many.
+        eps: a positive number.
+        document_ids: (B, L), int32, non-decreasing along L.
+        precision: of the scan's operands; "fp8" is not available yet.
+
+    Returns:
+        y (B, L, H·P) in projected's dtype, contiguous.
+
+    Raises:
+        TypeError: kind, dtype or device. ValueError: shape, stride or value.
+    """
+    args = check.Arguments("mamba_core")
+    _check_tensors(args, projected, taps, taps_bias, A, D, dt_bias, weight, groups)
+    args.number("eps", eps)
+    args.require(eps > 0, "eps", "positive", eps)
+    args.optional("document_ids", document_ids, ("B", "L"), (torch.int32,))
+    args.choice("precision", precision, ("bf16", "fp8"))
+    args.require(precision == "bf16", "precision", "'bf16' (fp8 is not available yet)", repr(precision))
+    return _op(projected, taps, taps_bias, A, D, dt_bias, weight, document_ids, groups, eps)[0]
+
+
+def _check_tensors(
+    args: check.Arguments,
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    groups: int,
+) -> None:
+    args.tensor("projected", projected, ("B", "L", "in"), unit_stride=True)
+    args.require(projected.shape[1] >= 1, "projected", "(B, L, in) with L >= 1", tuple(projected.shape))
+    args.tensor("taps", taps, ("C", "W"))
+    args.tensor("taps_bias", taps_bias, ("C",), (taps.dtype,))
+    args.tensor("A", A, ("H",), WIDE)
+    args.tensor("D", D, ("H",))
+    args.tensor("dt_bias", dt_bias, ("H",))
+    args.tensor("weight", weight, ("H·P",))
+    args.integer("groups", groups, 1)
+    heads, width, channels = A.shape[0], weight.shape[0], taps.shape[0]
+    args.require(heads % groups == 0, "groups", f"a divisor of H = {heads}", groups)
+    args.require(heads > 0 and width % heads == 0, "weight", f"(H·P) with H = {heads}", tuple(weight.shape))
+    wanted = channels >= width and (channels - width) % (2 * groups) == 0
+    args.require(wanted, "taps", f"(H·P + 2·G·N, W) with H·P = {width} and G = {groups}", tuple(taps.shape))
+    columns = width + channels + heads
+    args.require(projected.shape[2] == columns, "projected", f"(B, L, {columns})", tuple(projected.shape))

@@ -1,0 +1,65 @@
+"""The core of a Mamba-2 mixer from the Triton kernels of its three parts, which read and write slices in place."""
+
+import torch
+
+from yaongi.kernels.causal_conv1d.triton_impl import causal_conv1d_backward_triton, causal_conv1d_triton
+from yaongi.kernels.mamba_core.op import split_convolved, split_projected
+from yaongi.kernels.mamba_scan import triton_impl as scan
+from yaongi.kernels.norm import triton_impl as norm
+
+Tensor = torch.Tensor
+
+
+def mamba_core_triton(
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    document_ids: Tensor | None,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `mamba_core_reference`."""
+    z, xbc, dt = split_projected(projected, A, weight)
+    xbc, _ = causal_conv1d_triton(xbc, taps, taps_bias, document_ids, None, "silu", False)
+    x, b, c = split_convolved(xbc, A, weight, groups)
+    scanned, _ = scan.mamba_scan_triton(x, dt, A, b, c, D, dt_bias, document_ids, None, False)
+    scanned = scanned.flatten(-2)
+    return norm.gated_rms_norm_triton(scanned, z, weight, eps, groups), xbc, scanned
+
+
+def mamba_core_backward_triton(
+    dy: Tensor,
+    xbc: Tensor,
+    scanned: Tensor,
+    projected: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    weight: Tensor,
+    document_ids: Tensor | None,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `mamba_core_backward_reference`; every gradient of a column is written where it belongs."""
+    if not projected.numel():
+        return tuple(torch.zeros_like(t) for t in (projected, taps, taps_bias, A, D, dt_bias, weight))
+    gradients_of = (projected, xbc, scanned)
+    dprojected, dxbc, dscanned = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in gradients_of)
+    z, conv_in, dt = split_projected(projected, A, weight)
+    dz, dconv_in, ddt = split_projected(dprojected, A, weight)
+    x, b, c = split_convolved(xbc, A, weight, groups)
+    dx, db, dc = split_convolved(dxbc, A, weight, groups)
+    dweight = norm.fill_gradients(dy, None, scanned, z, weight, eps, groups, dscanned, dz)
+    dA, dD, ddt_bias, _ = scan.fill_gradients(
+        scan.Gradients(dx, ddt, db, dc), dscanned.view(x.shape), None, x, dt, A, b, c, D, dt_bias, document_ids, None
+    )
+    _, dtaps, dtaps_bias, _ = causal_conv1d_backward_triton(
+        dxbc, None, conv_in, taps, taps_bias, document_ids, None, "silu", dconv_in
+    )
+    return dprojected, dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
