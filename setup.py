@@ -108,7 +108,7 @@ EXTRAS = {
         "gram-newton-schulz",
         "liger-kernel",
     ],
-    "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "transformers>=5.17", "psutil"],
+    "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers>=5.17", "psutil"],
 }
 
 setup(
