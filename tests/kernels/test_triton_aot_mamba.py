@@ -40,7 +40,7 @@ def scan_arguments(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythin
     ],
 )
 def test_mamba_scan(L: int, P: int, G: int, N: int, dtype: torch.dtype, everything: bool) -> None:
-    """All kernels of both directions: tensor cores and copy engine, and hardly a spill at the flagship's sizes."""
+    """All kernels of both directions: tensor cores and copy engine, and no spill at the flagship's sizes."""
     inputs = scan_arguments(L, P, G, N, dtype, everything)
     kernels = compile_launcher(mamba_scan.mamba_scan_triton, *inputs, everything)
     kernels += compile_launcher(mamba_scan.mamba_scan_backward_triton, inputs[0], inputs[-1], *inputs)
@@ -53,16 +53,15 @@ def test_mamba_scan(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythi
             assert "HGMMA" in kernel.sass
             assert "UTMALDG" in kernel.sass
         if (P, N) == (64, 128):
-            assert kernel.spilled_bytes <= 64, kernel.name
+            assert kernel.spilled_bytes == 0, kernel.name
         if (P, N) == (64, 128) and kernel.name == "_mamba_scan_output_kernel":
             assert kernel.shared_bytes <= 113 * 1024  # two programs on a multiprocessor
 
 
-@pytest.mark.parametrize("config", mamba_step.STEP)
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16])
-def test_mamba_step(state_dtype: torch.dtype, config: str) -> None:
+def test_mamba_step(state_dtype: torch.dtype) -> None:
     """The state in wide loads, in registers throughout."""
-    B, P, G, N = {"many": 64, "few": 1}[config], 64, 8, 128
+    B, P, G, N = 64, 64, 8, 128
     state, x, dt = meta(B, H, P, N, dtype=state_dtype), meta(B, H, P), meta(B, H)
     b, per_head = meta(B, G, N), meta(H, dtype=torch.float32)
     (kernel,) = compile_launcher(mamba_step.mamba_step_triton, state, x, dt, per_head, b, b, per_head, per_head)

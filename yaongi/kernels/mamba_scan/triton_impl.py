@@ -48,10 +48,11 @@ from yaongi.kernels.mamba_scan.states.triton_impl import (
 Tensor = torch.Tensor
 FORGOTTEN = tl.constexpr(-126.0)  # no gradient passes a step that leaves less than 2^−126: only rounding would
 
-# By bytes of an operand's element.
+# By bytes of an operand's element; those for 2 found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
 OUTPUT = {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
 STATES_BYTES = 600e6  # of the states and their gradients together that a backward pass keeps at a time
-GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
+GRADIENTS = {2: Config(num_warps=8, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
+WIDE_GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: GRADIENTS[4]}  # N > 128: a third stage has no room
 
 
 @triton.jit
@@ -220,29 +221,25 @@ def _mamba_scan_gradients_kernel(
     for k in tl.range(0, heads_a_group * BLOCKS_P, disable_licm=True):
         head, column = group * heads_a_group + k // BLOCKS_P, (k % BLOCKS_P) * BLOCK_P
         row = batch * H + head
-        # Through the chunk.
         h = states_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
         g = dstates_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
-        steps_row = steps_ptr + row.to(tl.int64) * PLANES * padded
-        through = load_through(steps_row, start, CHUNK)
-        passing = through * tl.sum(h.to(tl.float32) * g.to(tl.float32))
-        # From the entry to its outputs.
         dy = load_tile(dy_desc, batch, start, head, column, CHUNK, BLOCK_P)
-        into = load_into(steps_desc, row, start, CHUNK)
-        dc = tl.dot(scaled(dy, into), h.T, dc, input_precision="ieee")
-        y_entering = tl.dot(c, h, input_precision="ieee") * into[:, None]
-        # From its inputs to the end.
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
-        out = load_out(steps_desc, row, start, CHUNK)
+        into, out = load_into(steps_desc, row, start, CHUNK), load_out(steps_desc, row, start, CHUNK)
+        through = load_through(steps_ptr + row.to(tl.int64) * PLANES * padded, start, CHUNK)
+        passing = through * tl.sum(h.to(tl.float32) * g.to(tl.float32))
+        products = tl.dot(dy, x.T, input_precision="ieee")
+        # Nothing needs these two sums before the next head: they are added while what follows is computed.
+        dc = tl.dot(scaled(dy, into), h.T, dc, input_precision="ieee")
         db = tl.dot(scaled(x, out), g.T, db, input_precision="ieee")
-        dx_leaving = tl.dot(b, g, input_precision="ieee") * out[:, None]
-        # From its inputs to its outputs.
         decay = load_decays(steps_desc, row, start, CHUNK)
-        dscore = decay * tl.dot(dy, x.T, input_precision="ieee")
+        dscore = decay * products
         dscores += dscore
         within = scores * dscore
         dexponent = tl.sum(within, 1) - tl.sum(within, 0)
         dx = tl.dot((scores * decay).to(x.dtype).T, dy, input_precision="ieee")
+        y_entering = tl.dot(c, h, input_precision="ieee") * into[:, None]
+        dx_leaving = tl.dot(b, g, input_precision="ieee") * out[:, None]
         x_wide, dy_wide = x.to(tl.float32), dy.to(tl.float32)
         entering, leaving, direct, skip = sum_rows(
             y_entering * dy_wide, x_wide * dx_leaving, x_wide * dx, x_wide * dy_wide
@@ -347,7 +344,7 @@ def scan_gradients(
     block_p, block_n = blocks_of(x, N)
     blocks_p = triton.cdiv(P, block_p)
     sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
-    config = GRADIENTS[x.element_size()]
+    config = (GRADIENTS if block_n <= 128 else WIDE_GRADIENTS)[x.element_size()]
     _mamba_scan_gradients_kernel[(scan.chunks, G, B)](
         *(by_head(t, scan.chunk, block_p) for t in (x, dy)),
         *(by_head(t, scan.chunk, block_n) for t in (b, c)),

@@ -102,11 +102,12 @@ def _norm_backward_kernel(
         mask = (row < T) & (i < size)
         u = _load(u_ptr, row * stride_u + channel, mask)
         dy = _load(dy_ptr, row * stride_y + channel, mask)
-        x, z, gate = u, u, u
+        x, swish, slope = u, u, u
         if GATED:
             z = _load(z_ptr, row * stride_z + channel, mask)
             gate = tl.sigmoid(z)
-            u = x * z * gate
+            swish, slope = z * gate, gate * (1.0 + z * (1.0 - gate))
+            u = x * swish
         inverse_rms = (1.0 / tl.sqrt_rn(tl.sum(u * u, 1) / size + eps))[:, None]
         normalised = u * inverse_rms
         dweight += dy * normalised
@@ -116,9 +117,9 @@ def _norm_backward_kernel(
         if HAS_EXTRA:
             du += _load(extra_ptr, row * stride_e + channel, mask)
         if GATED:
-            dz = du * x * gate * (1.0 + z * (1.0 - gate))
+            dz = du * x * slope
             tl.store(dz_ptr + row * stride_dz + channel, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-            du *= z * gate
+            du *= swish
         tl.store(du_ptr + row * D + channel, du.to(du_ptr.dtype.element_ty), mask=mask)
     place = partial_ptr + tl.program_id(0).to(tl.int64) * D + channel
     tl.store(place, tl.sum(dweight, 0)[None, :], mask=i < size)

@@ -36,7 +36,7 @@ class Config:
 # By bytes of an operand's element: 64 rows are the tensor core's tile; fp32 goes without it, and takes few registers.
 CHUNK = {2: 64, 4: 16}
 BLOCK_P = {2: 64, 4: 32}
-STATES = {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
+STATES = {2: Config(num_warps=4, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
 SLOTS = 264  # walks that fill the 132 multiprocessors, two on each
 
 

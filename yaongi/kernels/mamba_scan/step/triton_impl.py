@@ -19,13 +19,7 @@ class Config:
     num_warps: int
 
 
-# By how many programs of the larger block there would be: with few, the smaller block feeds more multiprocessors.
-STEP = {"many": Config(block_p=32, num_warps=4), "few": Config(block_p=8, num_warps=2)}
-
-
-def _config(batch: int, heads: int, head_dim: int) -> Config:
-    many = STEP["many"]
-    return many if batch * heads * triton.cdiv(head_dim, many.block_p) >= 1024 else STEP["few"]
+STEP = Config(block_p=64, num_warps=8)  # the fastest at 1 and at 64 rows of 64 heads; H100, 2026-11-24 (docs/LAB.md)
 
 
 @triton.jit
@@ -97,8 +91,8 @@ def mamba_step_triton(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not state.numel():
         return y
-    config = _config(B, H, P)
-    _mamba_step_kernel[(triton.cdiv(P, config.block_p), H, B)](
+    block_p = min(STEP.block_p, triton.next_power_of_2(P))
+    _mamba_step_kernel[(triton.cdiv(P, block_p), H, B)](
         state,
         x,
         dt,
@@ -119,8 +113,8 @@ def mamba_step_triton(
         *c.stride()[:2],
         HAS_D=D is not None,
         HAS_BIAS=dt_bias is not None,
-        BLOCK_P=config.block_p,
+        BLOCK_P=block_p,
         BLOCK_N=triton.next_power_of_2(N),
-        num_warps=config.num_warps,
+        num_warps=STEP.num_warps,
     )
     return y
