@@ -66,9 +66,10 @@ def median_ms(step: Callable[[], Any]) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def give_gradients(model: Yaongi, dtype: torch.dtype) -> None:
+def give_gradients(model: Yaongi, dtype: torch.dtype | None = None) -> None:
+    """Random ones, in each parameter's own dtype unless another is given."""
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16).to(dtype)
+        parameter.grad = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16).to(dtype or parameter.dtype)
 
 
 def floor_ms(model: Yaongi) -> float:
@@ -119,7 +120,7 @@ def test_ours(benchmark: Any, request: pytest.FixtureRequest) -> None:
 def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
     """torch's fused AdamW on everything, bf16 with bf16 moments and no master."""
     model = flagship()
-    give_gradients(model, torch.bfloat16)
+    give_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     report(benchmark, request, model, {"ms": median_ms(optimizer.step)})
 
@@ -127,7 +128,7 @@ def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
 def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Muon as a good user writes it: foreach passes, matrices of one shape in one batch, no master; fused AdamW."""
     model = flagship()
-    give_gradients(model, torch.bfloat16)
+    give_gradients(model)
     roles = parameter_roles(model)
     named = dict(model.named_parameters())
     rest = torch.optim.AdamW([p for n, p in named.items() if roles[n].kind == "adamw"], lr=3e-3, fused=True)
@@ -163,7 +164,7 @@ def test_torch_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch.optim.Muon is absent: pip install 'torch>=2.9'")
     model = flagship()
-    give_gradients(model, torch.bfloat16)
+    give_gradients(model)
     roles = parameter_roles(model)
     matrices = [p for n, p in model.named_parameters() if roles[n].kind != "adamw" and p.dim() == 2]
     optimizer = torch.optim.Muon(matrices, lr=0.02)

@@ -185,6 +185,21 @@ def test_cuda_graph(backend: str) -> None:
         assert_same(got, expected, 0)
 
 
+@pytest.mark.gpu
+def test_a_captured_call_leaves_later_ones_alone() -> None:
+    """The graph fills its tables of addresses when it is replayed; a call on its stream before that has its own."""
+    got = state(2, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of("cuda", "teon_update"))
+    expected = run(converted(got, torch.clone), "cuda", stack=2, lr=0.1)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        run(got, "cuda", stack=2, lr=0.1)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(got, "cuda", stack=2, lr=0.1)
+    torch.cuda.synchronize()
+    assert_same(got, expected, 0)
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_no_synchronisation(backend: str) -> None:

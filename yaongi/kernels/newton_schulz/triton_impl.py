@@ -13,7 +13,6 @@ A norm is taken in two steps, for the same bits each time and without overflow: 
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +21,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels import backend
-from yaongi.kernels.newton_schulz.iteration import (
-    STORAGE,
-    Product,
-    bytes_per_matrix,
-    orthogonalise,
-    torch_product,
-)
+from yaongi.kernels.newton_schulz.iteration import STORAGE, Product, bytes_per_matrix, orthogonalise, torch_product
 from yaongi.kernels.newton_schulz.reference import DIRECTION, triples
 
 Tensor = torch.Tensor
@@ -299,12 +292,11 @@ class Wide:
     def columns(self) -> int:
         return _padded(max(self.m, self.n))
 
-    def batches(self, count: int) -> Iterator[tuple[int, int]]:
-        """(first, size) of batches of equal size, as large as the workspace allows."""
+    def batches(self, count: int) -> list[slice]:
+        """Batches of equal size, but for the last one, as large as the workspace allows."""
         most = max(1, WORKSPACE // bytes_per_matrix(self.rows, self.columns))
         size = triton.cdiv(count, triton.cdiv(count, most))
-        for first in range(0, count, size):
-            yield first, min(size, count - first)
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
     def empty(self, count: int, like: Tensor) -> Tensor:
         return torch.empty(count, self.rows, self.columns, dtype=STORAGE, device=like.device)
@@ -332,6 +324,17 @@ class Wide:
         )  # fmt: skip
 
 
+def _partial_norms(x: Tensor) -> Tensor:
+    """(B, tiles, 2) of contiguous matrices (B, m, n)."""
+    count, m, n = x.shape
+    tiling = _tiling(m, n, across=False)
+    partial = torch.empty(count, tiling.count, 2, dtype=torch.float32, device=x.device)
+    _newton_schulz_norm_kernel[(count * tiling.count,)](
+        x, partial, m, n, tiling.count, ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps
+    )
+    return partial
+
+
 def newton_schulz_triton(x: Tensor, coefficients: list[float], form: str) -> Tensor:
     """As `newton_schulz_reference` with float16 as its storage; products by torch."""
     return _newton_schulz(torch_product, x, coefficients, form)
@@ -349,17 +352,13 @@ def _newton_schulz(product: Product, x: Tensor, coefficients: list[float], form:
     m, n = x.shape[-2:]
     out = x.new_empty(x.shape)
     flat, results, layout = x.contiguous().view(-1, m, n), out.view(-1, m, n), Wide(m, n)
-    direct = x.dtype == STORAGE and layout.columns == n and layout.rows == m  # the last product writes to out
-    tiling = _tiling(m, n, across=False)
-    for first, count in layout.batches(flat.shape[0]):
-        batch, result = flat[first : first + count], results[first : first + count]
-        partial = torch.empty(count, tiling.count, 2, dtype=torch.float32, device=x.device)
-        _newton_schulz_norm_kernel[(count * tiling.count,)](
-            batch, partial, m, n, tiling.count,
-            ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
-        )  # fmt: skip
-        wide, spare = layout.empty(count, x), layout.empty(count, x)
-        layout.normalise(batch, partial, wide)
+    batches = layout.batches(flat.shape[0])
+    memory = [layout.empty(batches[0].stop, x) for _ in range(2)]
+    for batch in batches:
+        source, result = flat[batch], results[batch]
+        wide, spare = (half[: len(source)] for half in memory)
+        direct = result.dtype == STORAGE and result.shape == wide.shape  # the last product writes to it
+        layout.normalise(source, _partial_norms(source), wide)
         wide = orthogonalise(wide, spare, triples(coefficients), form, product, result if direct else None)
         if not direct:
             layout.result(wide, result)
@@ -370,23 +369,30 @@ class Addresses:
     """Tables of the addresses of tensors, on the GPU.
 
     Training meets the same tensors each step, and then pays nothing; a new table is copied from pinned memory, without
-    waiting. Tables belong to the stream that copied them.
+    waiting, and belongs to the stream that copied it. In a graph that is being captured the copy is the graph's own and
+    happens at every replay: such a table is for that graph alone, and its source is kept for good.
     """
 
     KEPT = 256
 
     def __init__(self) -> None:
-        self._build = functools.lru_cache(maxsize=self.KEPT)(self._copied)
+        self._known = functools.lru_cache(maxsize=self.KEPT)(self._copied)
+        self._captured: list[Tensor] = []
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
         """(len(tensors)) int64."""
-        device = tensors[0].device
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        return self._build(tuple(t.data_ptr() for t in tensors), device, stream)[0]
+        device, pointers = tensors[0].device, tuple(t.data_ptr() for t in tensors)
+        if device.type != "cuda":
+            return self._known(pointers, device, 0)[0]
+        if torch.cuda.is_current_stream_capturing():
+            table, source = self._copied(pointers, device, 0)
+            self._captured.append(source)
+            return table
+        return self._known(pointers, device, torch.cuda.current_stream(device).cuda_stream)[0]
 
     @staticmethod
     def _copied(pointers: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-        """The table and its source, which a captured graph reads at every replay."""
+        """The table and its source in host memory."""
         source = torch.tensor(pointers, dtype=torch.int64, pin_memory=device.type == "cuda")
         return source.to(device, non_blocking=True), source
 
@@ -394,47 +400,51 @@ class Addresses:
 addresses = Addresses()
 
 
-def _aligned(*lists: list[Tensor]) -> bool:
-    return all(t.data_ptr() % 16 == 0 for tensors in lists for t in tensors)
+class Apart:
+    """Tensors of one shape and dtype that lie apart, as a kernel takes them."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors  # which may be copies that nobody else holds
+        self.table = addresses(tensors)
+        self.type = TYPES[tensors[0].dtype]
+        self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 class Teon:
-    """One call of `teon_update`: its tensors by their addresses, and the passes over a batch of their matrices."""
+    """One call of `teon_update`: its tensors, and the passes over a batch of their matrices."""
 
     def __init__(
         self, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], masters: list[Tensor], stack: int
     ) -> None:
-        weights = masters or params
         self.E, self.m, self.n = (1, *params[0].shape)[-3:]
         self.stack = stack
         self.layout = Wide(self.m, stack * self.n)
         self.count = len(params) // stack * self.E  # matrices to orthogonalise
-        self._reads = [grads, momenta]
-        self._writes = [weights, params]
-        self._tables = {id(t): addresses(t) for t in (grads, momenta, weights, params)}
+        self._has_masters = bool(masters)
+        self._grads, self._momenta = Apart([g.contiguous() for g in grads]), Apart(momenta)
+        self._weights, self._params = Apart(masters or params), Apart(params)
 
     def directions(self, first: int, u: Tensor, momentum: float, nesterov: bool) -> Tensor:
         """Moves the momenta of the matrices first … and writes U, (B, m, K·n); returns its partial norms."""
-        (grads, momenta), K, count = self._reads, self.stack, u.shape[0]
+        K, count = self.stack, u.shape[0]
         tiling = _tiling(self.m, self.n, across=False)
         partial = torch.empty(count, K * tiling.count, 2, dtype=torch.float32, device=u.device)
         _teon_momentum_kernel[(count * K * tiling.count,)](
-            self._tables[id(grads)], self._tables[id(momenta)], u, partial, first, self.E, self.m, self.n, momentum,
-            tiling.count, GRAD=TYPES[grads[0].dtype], MOMENTUM=TYPES[momenta[0].dtype],
-            ALIGNED=_aligned(grads, momenta), NESTEROV=nesterov, K=K,
-            ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
+            self._grads.table, self._momenta.table, u, partial, first, self.E, self.m, self.n, momentum, tiling.count,
+            GRAD=self._grads.type, MOMENTUM=self._momenta.type, ALIGNED=self._grads.aligned and self._momenta.aligned,
+            NESTEROV=nesterov, K=K, ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
         return partial
 
     def apply(self, first: int, wide: Tensor, decay: float, scale: float) -> None:
         """W ← decay·W − scale·O for the matrices first …, and the parameters' casts."""
-        (weights, params), layout = self._writes, self.layout
+        layout = self.layout
         tiling = _tiling(self.m, self.n, across=layout.transposed)
         _teon_weight_kernel[(wide.shape[0] * self.stack * tiling.count,)](
-            wide, self._tables[id(weights)], self._tables[id(params)], first, self.E, self.m, self.n,
-            layout.rows, layout.columns, decay, scale, tiling.count,
-            WEIGHT=TYPES[weights[0].dtype], PARAM=TYPES[params[0].dtype], ALIGNED=_aligned(weights, params),
-            HAS_MASTERS=weights is not params, TRANSPOSED=layout.transposed, K=self.stack,
+            wide, self._weights.table, self._params.table, first, self.E, self.m, self.n, layout.rows, layout.columns,
+            decay, scale, tiling.count,
+            WEIGHT=self._weights.type, PARAM=self._params.type, ALIGNED=self._weights.aligned and self._params.aligned,
+            HAS_MASTERS=self._has_masters, TRANSPOSED=layout.transposed, K=self.stack,
             ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
 
@@ -465,13 +475,15 @@ def _teon_update(
     """The update with one way to take symmetric products, in batches that fit the workspace."""
     if not params[0].numel():
         return
-    step = Teon(params, [g.contiguous() for g in grads], momenta, masters, stack)
+    step = Teon(params, grads, momenta, masters, stack)
     m, n, layout, steps = step.m, step.n, step.layout, triples(coefficients)
-    for first, count in layout.batches(step.count):
-        wide, spare = layout.empty(count, params[0]), layout.empty(count, params[0])
+    batches = layout.batches(step.count)
+    memory = [layout.empty(batches[0].stop, params[0]) for _ in range(2)]
+    for batch in batches:
+        count = batch.stop - batch.start
+        wide, spare = (half[:count] for half in memory)
         u = spare.view(-1)[: count * m * stack * n].view(DIRECTION).view(count, m, stack * n)
-        partial = step.directions(first, u, momentum, nesterov)
-        layout.normalise(u, partial, wide)
+        layout.normalise(u, step.directions(batch.start, u, momentum, nesterov), wide)
         wide = orthogonalise(wide, spare, steps, "gram", product, None)
-        step.apply(first, wide, 1 - lr * weight_decay, lr * math.sqrt(m / n))
+        step.apply(batch.start, wide, 1 - lr * weight_decay, lr * math.sqrt(m / n))
     torch.autograd.graph.increment_version([*params, *momenta, *masters])
