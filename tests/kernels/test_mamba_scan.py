@@ -311,9 +311,9 @@ def test_extremes_are_finite_and_right(extreme: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backends("triton", "cuda"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("extreme", ["dt underflows", "dt underflows now and then", "A -100", "dt huge"])
+@pytest.mark.parametrize("extreme", ["dt underflows", "dt underflows now and then", "dt tiny", "A near 0", "A -100"])
 def test_extremes_are_finite_in_every_dtype(extreme: str, dtype: torch.dtype, backend: str) -> None:
-    """No NaN where a step size, a decay or a product of both underflows, and gradients of about the right size."""
+    """No NaN where a step size, a decay or a product of both underflows, and about the right gradients."""
     args = arguments((2, 4, 16, 2, 16), 80, (30, 50), dtype=dtype, device=device_of(backend, "mamba_scan"))
     args |= EXTREMES[extreme](args)
     with use_backend("reference"):
@@ -321,9 +321,8 @@ def test_extremes_are_finite_in_every_dtype(extreme: str, dtype: torch.dtype, ba
     with use_backend(backend):
         results = outputs_and_gradients(mamba_scan, args, DIFFERENTIABLE)
     for name, value in results.items():
-        if not (dtype == torch.float16 and exact[name].abs().max() > 6e4):
-            assert value.isfinite().all(), name
-            assert value.double().norm() <= 1.1 * exact[name].norm() + 1e-3, name
+        assert value.isfinite().all(), name
+        assert (value.double() - exact[name]).norm() <= 0.1 * exact[name].norm() + 1e-3, name
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)

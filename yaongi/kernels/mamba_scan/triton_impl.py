@@ -1,14 +1,15 @@
 """The Mamba-2 scan in Triton: the output in one walk along the sequence, the gradients by chunks from stored states.
 
-    steps      step sizes and decays, once for all heads                                        states/triton_impl.py
+    steps      step sizes and decays, once for all that follows                                 states/triton_impl.py
     output     a program walks along one head's sequence: scores, decay, output, next state; no state leaves the chip
-    states     backward only: the state at every second chunk's entry, and the gradient of that at its end, in x's dtype
+    states     backward only: the state h that enters each chunk, then backwards the gradient g' of the state that
+               leaves it, rounded to x's dtype
     gradients  a program takes one chunk of one group and goes through the group's heads: db and dc are summed in its
-               registers; the one of h and g' that belongs to the middle of a span is computed again from its other half
+               registers, never written by head
     steps'     the gradients of the exponents, summed along each chunk, become those of dt, A and dt_bias
 
-Names as in README.md: K = c·bᵀ, E the decay from input to output, `into` e, `out` o, `through` t. Nothing is summed in
-an order that may change: same bits always.
+Backward takes the heads in slices, so that the states of all of them never exist at once. Names as in README.md:
+`scores` K = c·bᵀ, `into` e, `out` o·δ, `through` t, `decay` E∘δ. Every sum has one order: same bits always.
 """
 
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def _mamba_scan_gradients_kernel(
     dx_desc,  # (B, H, L, P)
     db_desc,  # (B, G, L, N)
     dc_desc,  # (B, G, L, N)
-    sums_ptr,  # (B, H, BLOCKS_P, padded, 4): u-part of dδ; of the exponents, from tokens at or after, and before; of D
+    sums_ptr,  # (B, H, BLOCKS_P, padded, 4): x·du·δ, da's terms from tokens on, before, dy·x
     H,
     N,
     padded,
@@ -202,19 +203,20 @@ def _mamba_scan_gradients_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One chunk of one group, head after head."""
+    """One chunk of one group, head after head; products of the diagonal apart, in fp32."""
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = chunk * CHUNK
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for n in range(0, N, BLOCK_N):  # a loop of one round: where a product feeds a product, Triton gives both warpgroups
-        c = load_tile(c_desc, batch, start, group, n, CHUNK, BLOCK_N)  # the same rows
+    # One round, but a loop: a product that plainly feeds another has all warps along its rows, here each row twice.
+    for n in range(0, N, BLOCK_N):
+        c = load_tile(c_desc, batch, start, group, n, CHUNK, BLOCK_N)
         b = load_tile(b_desc, batch, start, group, n, CHUNK, BLOCK_N)
         scores = tl.dot(c, b.T, scores, input_precision="ieee")
     b = load_tile(b_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     diagonal = tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
     own_score = tl.sum(tl.where(diagonal, scores, 0.0), 1)
-    scores = tl.where(diagonal, 0.0, scores)
+    scores = tl.where(diagonal, 0.0, scores)  # no decay's gradient comes from the diagonal, whose terms may be largest
     db = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dc = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
