@@ -118,8 +118,9 @@ def wide(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def mamba_inputs(B: int, L: int, H: int, P: int, G: int, N: int, documents: bool, optional: bool) -> tuple[Any, ...]:
-    """The arguments of a scan; x, b and c are slices."""
-    x, b, c = torch.randn(B, L, H * P + 2 * G * N).split([H * P, G * N, G * N], dim=-1)
+    """The arguments of a scan; x, b and c are slices, of odd strides and places when there are no optional arguments."""
+    packed = torch.randn(B, L, H * P + 2 * G * N + (not optional))[..., int(not optional) :]
+    x, b, c = packed.split([H * P, G * N, G * N], dim=-1)
     ids = (torch.rand(B, L) < 0.1).cumsum(1).int() if documents else None
     parameters = (
         (torch.randn(H), torch.randn(H) - 1, ids, torch.randn(B, H, P, N)) if optional else (None, None, ids, None)

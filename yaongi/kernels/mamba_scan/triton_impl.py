@@ -134,7 +134,7 @@ def mamba_scan_triton(
         return y, final
     x, b, c = addressable(x), addressable(b), addressable(c)
     scan = scan_steps(x, dt, A, dt_bias, document_ids)
-    first = None if initial_state is None else initial_state.contiguous()
+    first = None if initial_state is None else addressable(initial_state.contiguous())
     entry = segment_entries(scan, x, b, first)
     block_p, block_n = blocks_of(x, N)
     config = OUTPUT[x.element_size()]
@@ -417,7 +417,7 @@ def _slice_gradients(
     first: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """One slice of heads: fills its gradients; returns those of A, D and dt_bias (3, H), and of the initial state."""
-    dlast, first = (None if t is None else t.contiguous() for t in (dlast, first))
+    dlast, first = (None if t is None else addressable(t.contiguous()) for t in (dlast, first))
     dfirst = None if first is None else torch.empty_like(first)
     scan = scan_steps(x, dt, A, dt_bias, document_ids)
     states = scan_states(scan, x, b, first, None)
