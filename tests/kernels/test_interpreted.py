@@ -118,7 +118,7 @@ def wide(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def mamba_inputs(B: int, L: int, H: int, P: int, G: int, N: int, documents: bool, optional: bool) -> tuple[Any, ...]:
-    """The arguments of a scan; x, b and c are slices, of odd strides and places when there are no optional arguments."""
+    """The arguments of a scan; x, b and c are slices, of odd strides and places where the optional arguments lack."""
     packed = torch.randn(B, L, H * P + 2 * G * N + (not optional))[..., int(not optional) :]
     x, b, c = packed.split([H * P, G * N, G * N], dim=-1)
     ids = (torch.rand(B, L) < 0.1).cumsum(1).int() if documents else None
@@ -169,7 +169,7 @@ def test_mamba_scan(
         *mamba_reference.mamba_scan_backward_reference(*wide(gradients), *wide(inputs)),
     )
     for i, (ours, expected) in enumerate(zip(actual, exact, strict=True)):
-        assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
+        assert_equal_to_float64(ours, expected, 2e-5, f"result {i}")
 
 
 @pytest.mark.parametrize("A", [-1e-8, -1.0, -1e3])
