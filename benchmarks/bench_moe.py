@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Compare, Peer, Work
+from measure import Compare, Peer, Work, peak_gb
 from oracle import assert_close
 
 from yaongi.kernels import moe, moe_route, use_backend
@@ -112,16 +112,6 @@ def check(case: Case) -> None:
             results[name] = (y.detach(), *torch.autograd.grad(y, leaves, case.dy[:256].to(dtype)))
     for kernel, exact, plain in zip(results["triton"], results["exact"], results["reference"], strict=True):
         assert_close(kernel, exact, plain)
-
-
-def peak_gb(call: Callable[[], Any]) -> float:
-    """Memory at the peak of a call beyond what was there before, its results included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 @pytest.mark.parametrize("routing", ["balanced", "zipf", "one"])

@@ -2,11 +2,10 @@
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from measure import Absent, Compare, Peer, Work
+from measure import Absent, Compare, Peer, Work, peak_gb
 from oracle import assert_close
 
 from yaongi.kernels import newton_schulz
@@ -63,16 +62,6 @@ def check(x: Tensor) -> None:
     for form in ("gram", "standard"):
         exact = newton_schulz_reference(x.double(), flat, form)
         assert_close(newton_schulz(x, form=form), exact, newton_schulz_reference(x, flat, form, torch.float16))
-
-
-def peak_gb(call: Callable[[], Any]) -> float:
-    """Memory at the peak of a call beyond what was there before, its results included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 @pytest.mark.parametrize("name", [*FLAGSHIP, *OTHERS])

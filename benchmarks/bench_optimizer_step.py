@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench_newton_schulz import peak_gb, torch_standard, work_of
-from measure import COPY_BYTES_PER_S, MATMUL_FLOPS_PER_S
+from bench_newton_schulz import torch_standard, work_of
+from measure import COPY_BYTES_PER_S, MATMUL_FLOPS_PER_S, peak_gb
 from oracle import assert_close
 
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS

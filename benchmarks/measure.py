@@ -55,6 +55,16 @@ def interleaved_ms(candidates: dict[str, Callable[[], Any]], flush: Callable[[],
     return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) for name, pairs in events.items()}
 
 
+def peak_gb(call: Callable[[], Any]) -> float:
+    """Memory at the peak of a call beyond what was there before, its results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
 def figures(times: dict[str, float], work: Work) -> dict[str, Any]:
     """What a row shows: ms, TFLOP/s, GB/s, the fraction of the floor, and for each peer its ms and our speed-up."""
     ours = times["yaongi"]
