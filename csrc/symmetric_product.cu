@@ -241,6 +241,8 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     ptx::fence_barrier_init();
   }
   ptx::cluster_sync();
+  ptx::wait_for_previous_kernel();  // what comes before this line overlaps with its end
+  ptx::allow_next_kernel();
   if (warpgroup == 0) {
     ptx::decrease_registers<24>();
     if (thread == 0) produce(s, p, &map_x, &map_y);
@@ -277,9 +279,17 @@ const char* launch(const CUtensorMap& map_x, const CUtensorMap& map_y, const CUt
                    cudaStream_t stream) {
   int clusters = 0;
   if (cudaError_t error = resident_clusters<BFLOAT16>(&clusters)) return cudaGetErrorString(error);
-  const int grid = CLUSTER * (p.total < clusters ? p.total : clusters);
-  symmetric_product_kernel<BFLOAT16><<<grid, THREADS, SHARED_BYTES, stream>>>(map_x, map_y, map_out, p);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchAttribute early_start;
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(CLUSTER * (p.total < clusters ? p.total : clusters));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = SHARED_BYTES;
+  config.stream = stream;
+  config.attrs = &early_start;
+  config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, symmetric_product_kernel<BFLOAT16>, map_x, map_y, map_out, p);
   return error ? cudaGetErrorString(error) : nullptr;
 }
 

@@ -109,6 +109,15 @@ __device__ __forceinline__ void tma_store_wait_read() {
 // Makes this thread's ordinary shared-memory writes visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- kernels that follow one another --------------------------------------------------------------------------------
+
+// Waits until the kernels before this one in the stream are done and their writes visible; only a launch that allows an
+// early start comes here before that.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel, if its launch allows it, take multiprocessors as this one's blocks leave them.
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 // ---- matrix fragments in shared memory ------------------------------------------------------------------------------
 
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&v)[4]) {

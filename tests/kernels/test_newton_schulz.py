@@ -163,6 +163,20 @@ def test_hard_matrices_on_a_gpu(name: str, form: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 64, 128), (3, 130, 72)], ids=str)
+@pytest.mark.gpu
+def test_last_product_by_torch(
+    shape: tuple[int, ...], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large matrices take it: straight into the result where that is float16, or through a pass of its own."""
+    from yaongi.kernels.newton_schulz import triton_impl
+
+    monkeypatch.setattr(triton_impl, "FUSED_UP_TO", 0)
+    assert_rule(torch.randn(shape, device=device_of(backend, "newton_schulz")).to(dtype), "gram", backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_batches_within_the_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut into batches of any size, the bits are those of one batch."""

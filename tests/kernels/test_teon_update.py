@@ -146,6 +146,20 @@ def test_masters_float32_gradients_and_bfloat16_momenta(nesterov: bool, backend:
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(("stack", "shape"), [(1, (3, 136, 72)), (2, (3, 40, 24)), (2, (24, 40))])
+@pytest.mark.gpu
+def test_last_product_by_torch(
+    stack: int, shape: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large matrices take it, with a pass of its own over the weights."""
+    from yaongi.kernels.newton_schulz import triton_impl
+
+    monkeypatch.setattr(triton_impl, "FUSED_UP_TO", 0)
+    start = state(4, *shape, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
+    assert_rule(start, backend, stack=stack, lr=0.02, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_batches_within_the_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut into batches of any size, also within one parameter's experts, the bits are those of one batch."""

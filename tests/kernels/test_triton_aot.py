@@ -95,32 +95,49 @@ def test_moe_route() -> None:
 FLAT = [value for step in POLAR_EXPRESS for value in step]
 
 
+def compile_newton_schulz(fused_up_to: int, launcher: Callable[..., Any], *arguments: Any) -> dict[str, Compiled]:
+    """The kernels of a call by name, none of which spills, with the last product apart or within."""
+    with mock.patch.object(newton_schulz, "FUSED_UP_TO", fused_up_to):
+        kernels = compile_launcher(launcher, *arguments)
+    assert [kernel.name for kernel in kernels if kernel.spilled_bytes] == []
+    return {kernel.name: kernel for kernel in kernels}
+
+
+@pytest.mark.parametrize("fused_up_to", [0, 512], ids=["apart", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(64, 512, 2048), (64, 2048, 512)], ids=str)
-def test_newton_schulz(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The passes around the products, along the rows and across them: wide accesses, no spills."""
-    x = meta(*shape, dtype=dtype)
-    kernels = compile_launcher(newton_schulz.newton_schulz_triton, x, FLAT, "gram")
-    names = {"_newton_schulz_norm_kernel", "_newton_schulz_normalise_kernel", "_newton_schulz_result_kernel"}
-    assert names < {kernel.name for kernel in kernels}
-    for kernel in kernels:
-        assert kernel.spilled_bytes == 0, kernel.name
-        assert kernel.registers <= 128, kernel.name
-        if kernel.name in names:
-            assert "LDG.E.128" in kernel.sass or "LDG.E.64" in kernel.sass, kernel.name
-            assert "STG.E.128" in kernel.sass or kernel.name == "_newton_schulz_norm_kernel", kernel.name
+def test_newton_schulz(shape: tuple[int, ...], dtype: torch.dtype, fused_up_to: int) -> None:
+    """The passes around the products, along the rows and across them: wide accesses, and registers for many warps."""
+    kernels = compile_newton_schulz(
+        fused_up_to, newton_schulz.newton_schulz_triton, meta(*shape, dtype=dtype), FLAT, "gram"
+    )
+    last = kernels.pop("_newton_schulz_last_product_kernel", None)
+    if fused_up_to:
+        assert last is not None
+        assert last.registers <= 128
+        assert "HGMMA" in last.sass
+        assert "UTMALDG" in last.sass
+    names = {"_newton_schulz_norm_kernel", "_newton_schulz_divisors_kernel", "_newton_schulz_normalise_kernel"}
+    assert kernels.keys() == (names if fused_up_to else names | {"_newton_schulz_result_kernel"})
+    kernels.pop("_newton_schulz_divisors_kernel")
+    for name, kernel in kernels.items():
+        assert kernel.registers <= 128, name
+        assert "LDG.E.128" in kernel.sass or "LDG.E.64" in kernel.sass, name
+        assert "STG.E.128" in kernel.sass or name == "_newton_schulz_norm_kernel", name
 
 
+@pytest.mark.parametrize("fused_up_to", [0, 512], ids=["apart", "fused"])
 @pytest.mark.parametrize("shape", [(64, 512, 2048), (64, 2048, 512)], ids=str)
-def test_teon_update(shape: tuple[int, ...]) -> None:
+def test_teon_update(shape: tuple[int, ...], fused_up_to: int) -> None:
     """float32 gradients and masters, bfloat16 momenta and parameters, by addresses: still accesses of 16 bytes."""
     wide, narrow = (lambda: [meta(*shape, dtype=torch.float32)]), (lambda: [meta(*shape)])
     settings = (1, 0.02, 0.95, True, 0.1, FLAT)
-    kernels = compile_launcher(newton_schulz.teon_update_triton, narrow(), wide(), narrow(), wide(), *settings)
-    by_name = {kernel.name: kernel for kernel in kernels}
-    for name in ("_teon_momentum_kernel", "_teon_weight_kernel"):
-        kernel = by_name[name]
-        assert kernel.spilled_bytes == 0, name
-        assert kernel.registers <= 128, name
-        assert "LDG.E.128" in kernel.sass, name
-        assert "STG.E.128" in kernel.sass, name
+    kernels = compile_newton_schulz(
+        fused_up_to, newton_schulz.teon_update_triton, narrow(), wide(), narrow(), wide(), *settings
+    )
+    last = "_teon_last_product_kernel" if fused_up_to else "_teon_weight_kernel"
+    for name, registers in (("_teon_momentum_kernel", 128), (last, 255 if fused_up_to else 128)):
+        assert kernels[name].registers <= registers, name
+        assert "LDG.E.128" in kernels[name].sass, name
+        assert "STG.E.128" in kernels[name].sass, name
+    assert ("HGMMA" in kernels[last].sass) == bool(fused_up_to)

@@ -28,26 +28,28 @@ def torch_product(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, b
 
 
 def bytes_per_matrix(m: int, n: int) -> int:
-    """What `orthogonalise` and its caller hold for one matrix: X twice, and the squares."""
+    """What `iterate` and its caller hold for one matrix: X twice, and the squares."""
     return STORAGE.itemsize * (2 * m * n + SQUARES * m * m)
 
 
-def orthogonalise(x: Tensor, spare: Tensor, steps: Steps, form: str, product: Product, out: Tensor | None) -> Tensor:
-    """All steps on X, (B, m, n), whose memory is used up, as is that of `spare`, a matrix like it.
+def iterate(x: Tensor, spare: Tensor, steps: Steps, form: str, product: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """All steps on X, (B, m, n), but for the last product: Q, X and spare memory like X; Q·X is the result.
 
-    The result goes to `out`, or lies in one of the two when that is None.
+    X's memory is used up, and that of `spare`, a matrix like it.
     """
     square = (x.shape[0], x.shape[1], x.shape[1])
     squares = [x.new_empty(square) for _ in range(SQUARES if form == "gram" else 2)]
     parts = [steps[:RESTART], steps[RESTART:]] if form == "gram" else [[step] for step in steps]
-    parts = [part for part in parts if part]
-    for number, part in enumerate(parts):
+    q: Tensor | None = None
+    for part in (part for part in parts if part):
+        if q is not None:
+            torch.bmm(q, x, out=spare)
+            x, spare = spare, x
         free = list(squares)
         product(x, None, None, GRAM_SCALE, 0.0, gram := free.pop())
-        target = out if out is not None and number + 1 == len(parts) else spare
-        torch.bmm(_factor(gram, part, free, product), x, out=target)
-        x, spare = target, x
-    return x
+        q = _factor(gram, part, free, product)
+    assert q is not None
+    return q, x, spare
 
 
 def _factor(gram: Tensor, steps: Steps, free: list[Tensor], product: Product) -> Tensor:

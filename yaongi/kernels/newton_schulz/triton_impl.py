@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels import backend
-from yaongi.kernels.newton_schulz.iteration import STORAGE, Product, bytes_per_matrix, orthogonalise, torch_product
+from yaongi.kernels.newton_schulz.iteration import STORAGE, Product, bytes_per_matrix, iterate, torch_product
 from yaongi.kernels.newton_schulz.reference import DIRECTION, triples
 
 Tensor = torch.Tensor
@@ -41,6 +42,25 @@ class Config:
 # `across` where a pass transposes, `along` elsewhere.
 CONFIGS = {"along": Config(rows=8, columns=512, num_warps=4), "across": Config(rows=64, columns=64, num_warps=4)}
 REDUCTION = 1024  # partial norms a program reads at a time
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """A tile of the last product, and how it is run."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+# What the last product writes: a result, or weights, whose tile lies in registers beside the product's.
+LAST_PRODUCT = {
+    "result": ProductConfig(rows=128, columns=128, inner=64, num_warps=8, num_stages=3),
+    "weights": ProductConfig(rows=128, columns=64, inner=64, num_warps=4, num_stages=3),
+}
+FUSED_UP_TO = 1024  # short edge up to which the last product writes what its result is for; beyond, it is cuBLAS's
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,36 @@ def _newton_schulz_result_kernel(
 
 
 @triton.jit
+def _update(
+    weight_table,
+    param_table,
+    matrix,
+    k,
+    row,
+    column,
+    E,
+    m,
+    n,
+    decay,
+    change,
+    WEIGHT: tl.constexpr,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """W ← decay·W − change on a tile of the k-th layer of a stack, and the parameter's cast."""
+    i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
+    inside, place = (row < m) & (column < n), row * n + column
+    weight_ptr = _address(weight_table, i, WEIGHT, ALIGNED) + e * m * n
+    weight = decay * tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32) - change
+    tl.store(weight_ptr + place, weight.to(WEIGHT), mask=inside)
+    if HAS_MASTERS:
+        param_ptr = _address(param_table, i, PARAM, ALIGNED) + e * m * n
+        tl.store(param_ptr + place, weight.to(PARAM), mask=inside)
+
+
+@triton.jit
 def _teon_weight_kernel(
     wide_ptr,  # (B, rows, columns): the orthogonalised directions
     weight_table,  # (K · U) addresses of (E, m, n): what takes the update
@@ -257,20 +307,102 @@ def _teon_weight_kernel(
 ):
     tile, layer = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     local, k = layer // K, layer % K
-    matrix = first + local
-    i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
     row, column = _tile(tile, n, ROWS, COLUMNS)
     inside = (row < m) & (column < n)
-    place = row * n + column
     wide_ptr += local.to(tl.int64) * rows * columns
-    orthogonal = _load_result(wide_ptr, row, k * n + column, inside, columns, TRANSPOSED)
-    weight_ptr = _address(weight_table, i, WEIGHT, ALIGNED) + e * m * n
-    weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    weight = decay * weight - scale * orthogonal
-    tl.store(weight_ptr + place, weight.to(WEIGHT), mask=inside)
-    if HAS_MASTERS:
-        param_ptr = _address(param_table, i, PARAM, ALIGNED) + e * m * n
-        tl.store(param_ptr + place, weight.to(PARAM), mask=inside)
+    change = scale * _load_result(wide_ptr, row, k * n + column, inside, columns, TRANSPOSED)
+    _update(
+        weight_table, param_table, first + local, k, row, column, E, m, n, decay, change,
+        WEIGHT, PARAM, ALIGNED, HAS_MASTERS, K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _result_tile(
+    q_desc,  # (B, rows, rows)
+    x_desc,  # (B, rows, columns)
+    matrix,
+    row,
+    column,
+    inner,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """The tile of Q·X, or of (Q·X)ᵀ = Xᵀ·Q, that starts at (row, column)."""
+    result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, inner, INNER):
+        if TRANSPOSED:
+            x = x_desc.load([matrix, k, row]).reshape(INNER, ROWS)
+            q = q_desc.load([matrix, k, column]).reshape(INNER, COLUMNS)
+            result = tl.dot(x.T, q, result)
+        else:
+            q = q_desc.load([matrix, row, k]).reshape(ROWS, INNER)
+            x = x_desc.load([matrix, k, column]).reshape(INNER, COLUMNS)
+            result = tl.dot(q, x, result)
+    return result
+
+
+@triton.jit
+def _newton_schulz_last_product_kernel(
+    q_desc,
+    x_desc,
+    out_ptr,  # (B, m, n), contiguous
+    m,
+    n,
+    inner,
+    tiles,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Q·X in the result's own layout and dtype."""
+    tile, matrix = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    across = tl.cdiv(n, COLUMNS)
+    first_row, first_column = tile // across * ROWS, tile % across * COLUMNS
+    result = _result_tile(q_desc, x_desc, matrix, first_row, first_column, inner, TRANSPOSED, ROWS, COLUMNS, INNER)
+    row, column = _tile(tile, n, ROWS, COLUMNS)
+    out_ptr += matrix.to(tl.int64) * m * n
+    tl.store(out_ptr + row * n + column, result.to(out_ptr.dtype.element_ty), mask=(row < m) & (column < n))
+
+
+@triton.jit
+def _teon_last_product_kernel(
+    q_desc,
+    x_desc,
+    weight_table,  # (K · U) addresses of (E, m, n): what takes the update
+    param_table,  # the same, of the casts
+    first,
+    E,
+    m,
+    n,
+    inner,
+    decay,  # 1 − η·λ
+    scale,  # η·sqrt(m/n)
+    tiles,
+    WEIGHT: tl.constexpr,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """W ← decay·W − scale·Q·X, without Q·X ever being stored."""
+    tile, layer = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    local, k = layer // K, layer % K
+    across = tl.cdiv(n, COLUMNS)
+    first_row, first_column = tile // across * ROWS, k * n + tile % across * COLUMNS
+    result = _result_tile(q_desc, x_desc, local, first_row, first_column, inner, TRANSPOSED, ROWS, COLUMNS, INNER)
+    row, column = _tile(tile, n, ROWS, COLUMNS)
+    _update(
+        weight_table, param_table, first + local, k, row, column, E, m, n, decay, scale * result,
+        WEIGHT, PARAM, ALIGNED, HAS_MASTERS, K,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -315,6 +447,29 @@ class Wide:
             ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
 
+    @property
+    def fused(self) -> bool:
+        """Whether the last product writes what its result is for."""
+        return self.rows <= FUSED_UP_TO
+
+    def factors(self, q: Tensor, x: Tensor, config: ProductConfig) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Q and X as the copy engine reads them for a tile of the last product."""
+        if self.transposed:
+            boxes = [1, config.inner, config.columns], [1, config.inner, config.rows]
+        else:
+            boxes = [1, config.rows, config.inner], [1, config.inner, config.columns]
+        return TensorDescriptor.from_tensor(q, boxes[0]), TensorDescriptor.from_tensor(x, boxes[1])
+
+    def last_product(self, q: Tensor, x: Tensor, out: Tensor) -> None:
+        """out = Q·X, (B, m, n) in any dtype."""
+        config = LAST_PRODUCT["result"]
+        tiles = triton.cdiv(self.m, config.rows) * triton.cdiv(self.n, config.columns)
+        _newton_schulz_last_product_kernel[(out.shape[0] * tiles,)](
+            *self.factors(q, x, config), out, self.m, self.n, self.rows, tiles, TRANSPOSED=self.transposed,
+            ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
     def result(self, wide: Tensor, out: Tensor) -> None:
         """Writes what lies in `wide` to out, (B, m, n) in any dtype."""
         tiling = _tiling(self.m, self.n, across=self.transposed)
@@ -357,11 +512,14 @@ def _newton_schulz(product: Product, x: Tensor, coefficients: list[float], form:
     for batch in batches:
         source, result = flat[batch], results[batch]
         wide, spare = (half[: len(source)] for half in memory)
-        direct = result.dtype == STORAGE and result.shape == wide.shape  # the last product writes to it
         layout.normalise(source, _partial_norms(source), wide)
-        wide = orthogonalise(wide, spare, triples(coefficients), form, product, result if direct else None)
-        if not direct:
-            layout.result(wide, result)
+        q, wide, spare = iterate(wide, spare, triples(coefficients), form, product)
+        if layout.fused:
+            layout.last_product(q, wide, result)
+        elif result.dtype == STORAGE and result.shape == wide.shape:
+            torch.bmm(q, wide, out=result)
+        else:
+            layout.result(torch.bmm(q, wide, out=spare), result)
     return out
 
 
@@ -423,6 +581,7 @@ class Teon:
         self._has_masters = bool(masters)
         self._grads, self._momenta = Apart([g.contiguous() for g in grads]), Apart(momenta)
         self._weights, self._params = Apart(masters or params), Apart(params)
+        self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # the copy engine's boxes start on 16 bytes
 
     def directions(self, first: int, u: Tensor, momentum: float, nesterov: bool) -> Tensor:
         """Moves the momenta of the matrices first … and writes U, (B, m, K·n); returns its partial norms."""
@@ -436,15 +595,27 @@ class Teon:
         )  # fmt: skip
         return partial
 
-    def apply(self, first: int, wide: Tensor, decay: float, scale: float) -> None:
-        """W ← decay·W − scale·O for the matrices first …, and the parameters' casts."""
-        layout = self.layout
+    def apply(self, first: int, q: Tensor, x: Tensor, spare: Tensor, decay: float, scale: float) -> None:
+        """W ← decay·W − scale·Q·X for the matrices first …, and the parameters' casts."""
+        weights, params, layout = self._weights, self._params, self.layout
+        tables = weights.table, params.table
+        types = {
+            "WEIGHT": weights.type, "PARAM": params.type, "ALIGNED": weights.aligned and params.aligned,
+            "HAS_MASTERS": self._has_masters, "TRANSPOSED": layout.transposed, "K": self.stack,
+        }  # fmt: skip
+        if self._fused:
+            config = LAST_PRODUCT["weights"]
+            tiles = triton.cdiv(self.m, config.rows) * triton.cdiv(self.n, config.columns)
+            _teon_last_product_kernel[(x.shape[0] * self.stack * tiles,)](
+                *layout.factors(q, x, config), *tables, first, self.E, self.m, self.n, layout.rows, decay, scale, tiles,
+                **types, ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+            return
         tiling = _tiling(self.m, self.n, across=layout.transposed)
-        _teon_weight_kernel[(wide.shape[0] * self.stack * tiling.count,)](
-            wide, self._weights.table, self._params.table, first, self.E, self.m, self.n, layout.rows, layout.columns,
-            decay, scale, tiling.count,
-            WEIGHT=self._weights.type, PARAM=self._params.type, ALIGNED=self._weights.aligned and self._params.aligned,
-            HAS_MASTERS=self._has_masters, TRANSPOSED=layout.transposed, K=self.stack,
+        _teon_weight_kernel[(x.shape[0] * self.stack * tiling.count,)](
+            torch.bmm(q, x, out=spare), *tables, first, self.E, self.m, self.n, layout.rows, layout.columns,
+            decay, scale, tiling.count, **types,
             ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
 
@@ -484,6 +655,6 @@ def _teon_update(
         wide, spare = (half[:count] for half in memory)
         u = spare.view(-1)[: count * m * stack * n].view(DIRECTION).view(count, m, stack * n)
         layout.normalise(u, step.directions(batch.start, u, momentum, nesterov), wide)
-        wide = orthogonalise(wide, spare, steps, "gram", product, None)
-        step.apply(batch.start, wide, 1 - lr * weight_decay, lr * math.sqrt(m / n))
+        q, wide, spare = iterate(wide, spare, steps, "gram", product)
+        step.apply(batch.start, q, wide, spare, 1 - lr * weight_decay, lr * math.sqrt(m / n))
     torch.autograd.graph.increment_version([*params, *momenta, *masters])
