@@ -81,12 +81,10 @@ class Case:
         return lambda: torch.autograd.grad(y, self.inputs, self.dy, retain_graph=True)
 
     def results(self, scan: Scan, dtype: torch.dtype | None = None) -> Tensors:
-        """Output and gradients on one row's first 1,000 tokens of one group's heads."""
-        heads = H // self.G
+        """Output and gradients on one row's first 1,000 tokens."""
         x, dt, A, b, c, D, bias = self.inputs
-        x, dt, dy = (t[:1, :1000, :heads] for t in (x, dt, self.dy))
-        some = (x, dt, A[:heads], b[:1, :1000, :1], c[:1, :1000, :1], D[:heads], bias[:heads])
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in some]
+        x, dt, b, c, dy = (t[:1, :1000] for t in (x, dt, b, c, self.dy))
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, dt, A, b, c, D, bias)]
         y = scan(*leaves)
         return y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))
 

@@ -21,12 +21,13 @@ from yaongi.model import Yaongi, load_preset
 Tensor = torch.Tensor
 FLAT = [value for step in POLAR_EXPRESS for value in step]
 M, N = 256, 512
+SEED = 18  # of the matrix of few tokens
 NEVER = 5
 # name: form, steps before the restart, storage
 WAYS = {
     "gram": ("gram", reference.RESTART, torch.float16),
     "restart after 1": ("gram", 1, torch.float16),
-    "after 2": ("gram", 2, torch.float16),
+    "after 3": ("gram", 3, torch.float16),
     "after 4": ("gram", 4, torch.float16),
     "no restart": ("gram", NEVER, torch.float16),
     "gram bf16": ("gram", reference.RESTART, torch.bfloat16),
@@ -61,6 +62,17 @@ def trained_gradient() -> Tensor:
     return weight.grad.double()
 
 
+def few_tokens() -> Tensor:
+    """As an expert's gradient from few tokens: four directions, rows and columns of very different sizes, noise."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rows, columns = (1.5 * normal(M, 1)).exp(), (1.5 * normal(1, N)).exp()
+    return rows * (normal(M, 4) @ normal(4, N) + 1e-3 * normal(M, N)) * columns
+
+
 def cases() -> dict[str, Tensor]:
     ones, ranks = torch.ones(M, dtype=torch.float64), torch.arange(1, M + 1, dtype=torch.float64)
     gaussian = torch.randn(M, N, dtype=torch.float64)
@@ -73,6 +85,7 @@ def cases() -> dict[str, Tensor]:
         "huge, 1e36": 1e36 * gaussian,
         "zero": torch.zeros(M, N, dtype=torch.float64),
         "a real gradient": trained_gradient(),
+        "few tokens": few_tokens(),
     }
 
 
@@ -118,7 +131,7 @@ def main() -> None:
     from matplotlib import pyplot
 
     torch.manual_seed(0)
-    figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), sharex=True, sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(3, 3, figsize=(11, 9), sharex=True, sharey=True, layout="constrained")
     rows = []
     for axis, (name, x) in zip(axes.flat, cases().items(), strict=True):
         results = results_of(x)

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from small_run import ALONE, arguments, environment, run
 
 from yaongi.train.checkpoint import Checkpoints, read_meta
@@ -51,6 +53,25 @@ def test_old_ones_go(tmp_path: Path) -> None:
         saved.wait()
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{s:08d}" for s in (10, 20, 25)]
     assert (tmp_path / "latest").read_text() == "step-00000025"
+
+
+def test_saves_again_where_torch_closes_the_stager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 does after each save, with whatever stager it is handed."""
+    original = dcp.async_save
+
+    def closing(*args: Any, **options: Any) -> Any:
+        future = original(*args, **options)
+        future.add_done_callback(lambda _: options["async_stager"].close())
+        return future
+
+    monkeypatch.setattr(dcp, "async_save", closing)
+    saved = checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        saved.save(step, tensors(step), {})
+        saved.wait()
+    loaded = tensors(0.0)
+    saved.load(tmp_path / "step-00000003", loaded)
+    assert torch.equal(loaded["model"]["a"], tensors(3)["model"]["a"])
 
 
 def test_unfinished_ones_go(tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 _MARGIN = 1.05  # free space wanted, as a multiple of a checkpoint's bytes
 
 
+class _Stager(DefaultStager):
+    """Keeps its pinned memory, and itself, for the next save."""
+
+    def close(self) -> None:
+        """Nothing: torch 2.11's ``async_save`` closes after every save even a stager that isn't its own."""
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -40,7 +47,7 @@ class Checkpoints:
         self._writing: tuple[int, Future[Any], dict[str, Any]] | None = None
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
+        self._stager = _Stager(StagingOptions(gpu, False, False, gpu))
 
     def prepare(self) -> None:
         """Make the folder, and remove what an interrupted save has left in it."""

@@ -102,7 +102,7 @@ def _moe_up_kernel(
             x = tl.load(x_rows + d) if EVEN_D else tl.load(x_rows + d, mask=d < D, other=0.0)
             w = w_desc.load([expert * F + column * BLOCK_N, k])  # (BLOCK_N, BLOCK_K)
             accumulator = tl.dot(x, w.T, accumulator)
-        hidden = tl.maximum(accumulator, 0.0)
+        hidden = tl.maximum(accumulator, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a bad weight must show in the loss
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
         mask = (rows < end)[:, None] & (n < F)[None, :]

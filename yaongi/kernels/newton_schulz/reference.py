@@ -12,7 +12,7 @@ import torch
 
 Tensor = torch.Tensor
 Steps = list[tuple[float, float, float]]  # (a, b, c) of each
-RESTART = 3  # the Gram form builds the Gram matrix anew after this many steps
+RESTART = 2  # the Gram form builds the Gram matrix anew after this many steps
 GRAM_SCALE = 2.0**12  # of the stored Gram matrix: its entries reach 4, and its small ones would be subnormal
 DIRECTION = torch.bfloat16  # what a GPU stores U in before its norm is known: float32's range in half the bytes
 
