@@ -180,7 +180,7 @@ RULE_CASES = {
     "usual": ((2, 4, 16, 2, 16), 150),
     "documents": ((2, 4, 16, 1, 32), 150, (1, 40, 2, 100, 7)),
     "no optional arguments": ((1, 8, 16, 8, 16), 200, None, OPTIONAL),
-    "one token": ((2, 16, 16, 2, 16), 1),
+    "one token": ((32, 16, 16, 2, 16), 1),  # many rows: the rule compares two largest errors, of few values by chance
     "flagship heads": ((1, 8, 64, 1, 128), 257, (200, 57)),
 }
 
@@ -304,7 +304,7 @@ EXTREMES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extremes_are_finite_and_right(extreme: str, backend: str) -> None:
     device = device_of(backend, "mamba_scan")
-    args = arguments((2, 4, 16, 2, 16), 80, (30, 50), dtype=torch.float32, device=device)
+    args = arguments((2, 16, 16, 2, 16), 80, (30, 50), dtype=torch.float32, device=device)
     args |= EXTREMES[extreme](args)
     assert_rule(lambda a: outputs_and_gradients(mamba_scan, a, DIFFERENTIABLE), args, backend)
 

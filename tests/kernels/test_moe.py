@@ -116,6 +116,19 @@ def test_float64_rule(
 
 
 @pytest.mark.parametrize("backend", backends("triton"))
+def test_a_nan_in_a_weight_shows_in_the_output(backend: str) -> None:
+    """relu must not turn it into 0: a trainer would see a finite loss and NaN gradients."""
+    args = arguments(40, 32, 16, 4, 2, dtype=torch.bfloat16, device=device_of(backend, "moe"))
+    args["w_up"][1, 3, 5] = torch.nan
+    with use_backend(backend):
+        y = moe(**args)
+    touched = (args["expert_ids"] == 1).any(-1)
+    assert touched.any()
+    assert not touched.all()
+    assert torch.equal(y.isnan().any(-1), touched)
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
 def test_non_contiguous_arguments(backend: str) -> None:
     args = arguments(33, 32, 16, 4, 2, dtype=working_dtype(backend), device=device_of(backend, "moe"))
     strided = {name: t.mT.contiguous().mT for name, t in args.items()}
