@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from bench_newton_schulz import torch_standard, work_of
-from measure import COPY_BYTES_PER_S, MATMUL_FLOPS_PER_S, peak_gb
+from measure import COPY_BYTES_PER_S, MATMUL_FLOPS_PER_S, peak_gb, report
 from oracle import assert_close
 
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
@@ -64,6 +64,11 @@ def median_ms(step: Callable[[], Any]) -> float:
         events.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def size_of(model: Yaongi) -> dict[str, str]:
+    """What the row of a report says of the parameters."""
+    return {"parameters": f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B"}
 
 
 def give_gradients(model: Yaongi, dtype: torch.dtype | None = None) -> None:
@@ -114,7 +119,7 @@ def test_ours(benchmark: Any, request: pytest.FixtureRequest) -> None:
     check_one_matrix(model, optimizer)
     workspace = peak_gb(optimizer.step)
     info = {"ms": median_ms(optimizer.step), "floor_ms": floor_ms(model), "workspace": f"{workspace:.2f} GB"}
-    report(benchmark, request, model, info)
+    report(benchmark, request, size_of(model) | info)
 
 
 def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
@@ -122,7 +127,7 @@ def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
     model = flagship()
     give_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    report(benchmark, request, model, {"ms": median_ms(optimizer.step)})
+    report(benchmark, request, size_of(model) | {"ms": median_ms(optimizer.step)})
 
 
 def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
@@ -134,7 +139,8 @@ def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
     rest = torch.optim.AdamW([p for n, p in named.items() if roles[n].kind == "adamw"], lr=3e-3, fused=True)
     matrices = [p for n, p in named.items() if roles[n].kind != "adamw"]
     momenta = [torch.zeros_like(p) for p in matrices]
-    report(benchmark, request, model, {"ms": median_ms(lambda: (eager_muon(matrices, momenta), rest.step()))})
+    ms = median_ms(lambda: (eager_muon(matrices, momenta), rest.step()))
+    report(benchmark, request, size_of(model) | {"ms": ms})
 
 
 @torch.no_grad()
@@ -169,12 +175,4 @@ def test_torch_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
     matrices = [p for n, p in model.named_parameters() if roles[n].kind != "adamw" and p.dim() == 2]
     optimizer = torch.optim.Muon(matrices, lr=0.02)
     share = f"{sum(p.numel() for p in matrices) / 1e9:.2f} B of them"
-    report(benchmark, request, model, {"ms": median_ms(optimizer.step), "takes": share})
-
-
-def report(benchmark: Any, request: pytest.FixtureRequest, model: Yaongi, info: dict[str, Any]) -> None:
-    """A row of figures; pytest-benchmark's own clock has nothing to add."""
-    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
-    info["parameters"] = f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B"
-    benchmark.extra_info.update(info | {"gpu": torch.cuda.get_device_name()})
-    print(f"\n{request.node.name.removeprefix('test_')}: " + ", ".join(f"{k} {v}" for k, v in info.items()))
+    report(benchmark, request, size_of(model) | {"ms": median_ms(optimizer.step), "takes": share})

@@ -16,7 +16,7 @@ import pytest
 import torch
 from bench_optimizer_step import eager_muon
 from composition import Composition, mamba_ssm_scan
-from measure import MATMUL_FLOPS_PER_S, Absent
+from measure import MATMUL_FLOPS_PER_S, Absent, report
 from torch.profiler import ProfilerActivity, profile
 
 from yaongi.data.loader import Batch
@@ -150,11 +150,3 @@ def test_composition(preset: str, benchmark: Any, request: pytest.FixtureRequest
 
     flops = flops_per_token(bare, config.train.row_tokens)
     report(benchmark, request, figures(seconds(step), ids.numel(), config.train, flops))
-
-
-def report(benchmark: Any, request: pytest.FixtureRequest, info: dict[str, Any]) -> None:
-    """A row of figures; pytest-benchmark's own clock has nothing to add."""
-    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
-    benchmark.extra_info.update(info | {"gpu": torch.cuda.get_device_name()})
-    shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in info.items())
-    print(f"\n{request.node.name.removeprefix('test_')}: " + ", ".join(shown))
