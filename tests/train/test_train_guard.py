@@ -5,16 +5,18 @@ import random
 import pytest
 import torch
 
-from yaongi.train.guard import BadStepError, Guard, first_bad_tensor
+from yaongi.train.guard import BadStepError, Guard, first_not_finite
 
 
 def test_the_first_bad_tensor_is_named() -> None:
-    """The loss first, then gradients in order, sparse ones included."""
-    good, bad = torch.ones(2), torch.tensor([1.0, torch.nan])
+    """In their order; sparse ones count by their values, integers and empty ones not."""
+    good, bad = torch.ones(2, dtype=torch.bfloat16), torch.tensor([1.0, torch.nan])
     sparse = torch.sparse_coo_tensor([[3]], [[torch.inf, 1.0]], (5, 2), check_invariants=True)
-    assert first_bad_tensor(torch.tensor(torch.inf), [("a", bad)]) == "the loss"
-    assert first_bad_tensor(torch.tensor(1.0), [("a", good), ("b", sparse), ("c", bad)]) == "the gradient of b"
-    assert first_bad_tensor(torch.tensor(1.0), [("a", good)]) is None
+    fine = [("a", good), ("b", torch.arange(3)), ("c", torch.empty(0)), ("d", torch.full((9,), 3e38))]
+    assert first_not_finite([*fine, ("e", sparse), ("f", bad)]) == "e"
+    assert first_not_finite([*fine, ("f", bad), ("e", sparse)]) == "f"
+    assert first_not_finite(fine) is None
+    assert first_not_finite([]) is None
 
 
 def test_too_many_in_a_row() -> None:

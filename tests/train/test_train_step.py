@@ -88,6 +88,25 @@ def test_a_nan_in_a_gradient(tokens: Path, tmp_path: Path, capsys: pytest.Captur
     assert all(torch.equal(t, before[n]) for n, t in session.model.state_dict().items())
 
 
+def test_a_nan_in_a_weight(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weight is named, not what it spoils, and no checkpoint is made of it."""
+    session = session_of(tokens, tmp_path / "run")
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    with session:
+        batches = session.batches()
+        session.train_step(next(batches))
+        session.save(wait=True)
+        with torch.no_grad():
+            session.model.get_parameter(name)[3, 4] = torch.nan
+        session.train_step(next(batches))
+        assert f"step 2: the weight {name} is not finite" in capsys.readouterr().err
+        match = f"model.{name} is not finite; step 2 is not saved, the last checkpoint is .*step-00000001"
+        with pytest.raises(ValueError, match=match):
+            session.save(wait=True)
+        batches.close()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000001"]
+
+
 def test_the_run_goes_on_after_a_bad_step(tokens: Path, tmp_path: Path) -> None:
     """The data moves on, and the step is recorded."""
     session = session_of(tokens, tmp_path / "run")

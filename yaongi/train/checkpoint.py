@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from yaongi.data.files import write_atomically
-from yaongi.train.distributed import World
+from yaongi.train.distributed import World, local
+from yaongi.train.guard import first_not_finite
 
 LATEST = "latest"
 META = "run.json"
@@ -73,8 +75,10 @@ class Checkpoints:
 
         Raises:
             OSError: not enough space on the disk, or the save before failed; earlier checkpoints stay as they are.
+            ValueError: a tensor is not finite; likewise.
         """
         self.wait()
+        self._check_finite(step, tensors)
         self._check_space(tensors)
         path = self._temporary(step)
         single = self._world.size == 1
@@ -127,6 +131,12 @@ class Checkpoints:
         except CheckpointException as error:
             cause = _cause(error)
             raise ValueError(f"checkpoint: {path} is damaged or of another model: {_line(cause)}") from error
+
+    def _check_finite(self, step: int, tensors: dict[str, Any]) -> None:
+        bad = first_not_finite((name, local(tensor)) for name, tensor in _flat(tensors))
+        if self._world.any(bad is not None):
+            what = bad or "a tensor of another process"
+            raise ValueError(f"checkpoint: {what} is not finite; step {step} is not saved, {self._intact()}")
 
     def _check_space(self, tensors: dict[str, Any]) -> None:
         wanted = _MARGIN * state_bytes(tensors)
@@ -188,10 +198,18 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {path / META} can't be read: {_line(error)}") from error
 
 
+def _flat(tensors: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested dicts, their keys joined by dots."""
+    for key, value in tensors.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def state_bytes(tensors: dict[str, Any]) -> int:
     """Bytes of all tensors in nested dicts, over all processes."""
-    values = tensors.values()
-    return sum(state_bytes(v) if isinstance(v, dict) else v.numel() * v.element_size() for v in values)
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in _flat(tensors))
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -71,15 +71,19 @@ class Guard:
 
 
 @torch.no_grad()
-def first_bad_tensor(loss: torch.Tensor, named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor with a NaN or an infinity: the loss, then the gradients in their order."""
-    if not torch.isfinite(loss).all():
-        return "the loss"
-    for name, gradient in named:
-        values = gradient.coalesce().values() if gradient.is_sparse else gradient
-        if not torch.isfinite(values).all():
-            return f"the gradient of {name}"
-    return None
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity; waits for the device once."""
+    names: list[str] = []
+    largest: list[torch.Tensor] = []
+    for name, tensor in named:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        if values.is_floating_point() and values.numel():
+            names.append(name)
+            largest.append(torch.linalg.vector_norm(values.detach(), torch.inf, dtype=torch.float64))
+    if not names:
+        return None
+    good = torch.stack([value.to(largest[0].device) for value in largest]).isfinite().tolist()
+    return next((name for name, finite in zip(names, good, strict=True) if not finite), None)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

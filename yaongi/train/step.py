@@ -1,5 +1,6 @@
 """One optimizer step: the global batch's gradient, exact whatever the micro-batches; then, if finite, the update."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from yaongi.data.loader import Batch
 from yaongi.model import Yaongi
 from yaongi.train.config import Training
 from yaongi.train.distributed import World, average_whole_gradients, is_sharded, local
-from yaongi.train.guard import first_bad_tensor
+from yaongi.train.guard import first_not_finite
 from yaongi.train.optim import RoleOptimizer
 
 Named = list[tuple[str, nn.Parameter]]
@@ -107,9 +108,13 @@ class Stepper:
         return [p.grad for _, p in self._named if p.grad is not None]
 
     def _name_bad(self, loss: torch.Tensor) -> str:
-        """The bad tensor nearest to the loss, on any process: backward carries a NaN to all that come before it."""
-        named = reversed(self._named)
-        here = first_bad_tensor(loss, ((name, local(p.grad)) for name, p in named if p.grad is not None))
+        """A weight, from which all else follows, or the bad tensor nearest to the loss; on any process.
+
+        Backward carries a NaN to all that come before it, so the last gradient that has one is the nearest.
+        """
+        weights = ((f"the weight {name}", local(p)) for name, p in self._named)
+        gradients = ((f"the gradient of {n}", local(p.grad)) for n, p in reversed(self._named) if p.grad is not None)
+        here = first_not_finite(itertools.chain(weights, [("the loss", loss)], gradients))
         names = [here]
         if self._world.size > 1:
             names = [None] * self._world.size
