@@ -79,7 +79,7 @@ def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
         values = tensor.coalesce().values() if tensor.is_sparse else tensor
         if values.is_floating_point() and values.numel():
             names.append(name)
-            largest.append(torch.linalg.vector_norm(values.detach(), torch.inf, dtype=torch.float64))
+            largest.append(torch.linalg.vector_norm(values, torch.inf).double())
     if not names:
         return None
     good = torch.stack([value.to(largest[0].device) for value in largest]).isfinite().tolist()
