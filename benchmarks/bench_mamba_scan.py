@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Absent, Compare, Peer, Work
+from composition import mamba_ssm_scan
+from measure import Absent, Compare, Peer, Work, peak_gb
 from torch.nn import functional as F
 
-from yaongi.kernels import causal_conv1d, gated_rms_norm, mamba_scan, mamba_step, use_backend
+from yaongi.kernels import causal_conv1d, gated_rms_norm, mamba_core, mamba_scan, mamba_step, use_backend
 
 H, P, N, TAPS, EPS = 64, 64, 128, 4, 1e-5
 SHAPES = [(8, 4096, 8), (8, 4096, 1), (2, 16384, 8), (1, 32768, 8)]  # B, L, G
@@ -18,24 +19,9 @@ Scan = Callable[..., torch.Tensor]
 MAMBA_SSM = "pip install mamba-ssm"
 
 
-def mamba_ssm_scan(chunk: int) -> Scan | Absent:
+def peer_scan(chunk: int) -> Scan | Absent:
     """mamba_ssm's scan at one of its chunk sizes."""
-    if importlib.util.find_spec("mamba_ssm") is None:
-        return Absent(MAMBA_SSM)
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    def scan(
-        x: torch.Tensor,
-        dt: torch.Tensor,
-        A: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        D: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> torch.Tensor:
-        return mamba_chunk_scan_combined(x, dt, A, b, c, chunk, D=D, dt_bias=bias, dt_softplus=True)
-
-    return scan
+    return mamba_ssm_scan(chunk) if importlib.util.find_spec("mamba_ssm") else Absent(MAMBA_SSM)
 
 
 class Case:
@@ -104,16 +90,9 @@ def check(case: Case, peer: Scan | Absent) -> None:
         assert our <= 1.2 * their + 1e-6, f"{name}: relative error {our:.2e}, the peer's {their:.2e}"
 
 
-def peak_gb(call: Callable[[], Any]) -> str:
-    """Memory at the peak of a call beyond what was there before and what it returns."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    returned = torch.cuda.memory_allocated() - before
-    del result
-    return f"{(torch.cuda.max_memory_allocated() - before - returned) / 1e9:.2f} GB"
+def peak(call: Callable[[], Any]) -> str:
+    """As a note says it."""
+    return f"{peak_gb(call, beyond_results=True):.2f} GB"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward_and_backward"])
@@ -121,15 +100,13 @@ def peak_gb(call: Callable[[], Any]) -> str:
 def test_mamba_scan(shape: tuple[int, int, int], direction: str, compare: Compare) -> None:
     """64 heads of 64 × 128 over 32,768 tokens, against the larger of the floors by FLOPs and by bytes."""
     case = Case(*shape)
-    scans = {f"mamba_ssm {chunk}": mamba_ssm_scan(chunk) for chunk in (256, 128)}
+    scans = {f"mamba_ssm {chunk}": peer_scan(chunk) for chunk in (256, 128)}
     check(case, scans["mamba_ssm 256"])
     peers: dict[str, Peer] = {
         name: scan if isinstance(scan, Absent) else case.timed(scan, direction) for name, scan in scans.items()
     }
     call = case.timed(mamba_scan, direction)
-    notes = {"peak": peak_gb(call)} | {
-        f"peak of {n}": peak_gb(p) for n, p in peers.items() if not isinstance(p, Absent)
-    }
+    notes = {"peak": peak(call)} | {f"peak of {n}": peak(p) for n, p in peers.items() if not isinstance(p, Absent)}
     compare(call, case.work[direction], peers, notes)
 
 
@@ -235,11 +212,16 @@ def compiled_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: f
 def test_mixer_core(groups: int, compare: Compare) -> None:
     """Forward and backward of convolution, scan and gated norm; the floor counts each tensor between them."""
     core = Core(8, 4096, groups)
-    scan = mamba_ssm_scan(256)
+    scan = peer_scan(256)
     theirs: Peer = scan if isinstance(scan, Absent) else core.call(compiled_conv, scan, compiled_norm)
-    ours = core.call(causal_conv1d, mamba_scan, gated_rms_norm)
+    three = core.call(causal_conv1d, mamba_scan, gated_rms_norm)
+
+    def ours() -> Tensors:
+        return torch.autograd.grad(mamba_core(*core.inputs, groups=groups, eps=EPS), core.inputs, core.dy)
+
     with use_backend("reference"):
         exact = ours()
-    for our, expected in zip(ours(), exact, strict=True):
-        assert (our.double() - expected.double()).norm() <= 2e-2 * expected.double().norm()
-    compare(ours, core.work, {"mamba_ssm + torch.compile": theirs}, {"peak": peak_gb(ours)})
+    for call in (ours, three):
+        for our, expected in zip(call(), exact, strict=True):
+            assert (our.double() - expected.double()).norm() <= 2e-2 * expected.double().norm()
+    compare(ours, core.work, {"mamba_ssm + torch.compile": theirs, "our three ops": three}, {"peak": peak(ours)})

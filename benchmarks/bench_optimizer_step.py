@@ -29,6 +29,7 @@ from yaongi.train.optim_units import MATRIX
 
 LR = {"matrix": 0.02, "vector": 3e-3, "table": 15e-3}
 ROUNDS = 7
+CHECKED = "backbone.layers.1.mixer.shared_experts.up_proj.weight"  # the matrix whose update is looked at
 Tensor = torch.Tensor
 
 
@@ -94,8 +95,7 @@ def floor_ms(model: Yaongi) -> float:
 
 def check_one_matrix(model: Yaongi, optimizer: RoleOptimizer) -> None:
     """The house's rule for a shared expert's master after one step from the initial state."""
-    name = "backbone.layers.1.mixer.shared_experts.up_proj.weight"
-    parameter, state = model.get_parameter(name), optimizer.tensors()[name]
+    parameter, state = model.get_parameter(CHECKED), optimizer.tensors()[CHECKED]
     before = {key: state[key].clone() for key in ("master", "momentum")}
     optimizer.step()
     flat = [value for step in POLAR_EXPRESS for value in step]
@@ -106,8 +106,17 @@ def check_one_matrix(model: Yaongi, optimizer: RoleOptimizer) -> None:
         settings = (1, LR[MATRIX], 0.95, True, 0.1, flat, storage)
         teon_update_reference([cast], [gradient], [momentum], [master], *settings)
         results.append(master)
-    assert_close(state["master"], results[0], results[1], name)
+    assert_close(state["master"], results[0], results[1], CHECKED)
     assert torch.equal(parameter.detach(), state["master"].bfloat16())
+
+
+def check_it_moves(model: Yaongi, step: Callable[[], Any]) -> None:
+    """A peer's step changes a matrix, to finite values."""
+    weight = model.get_parameter(CHECKED).detach()
+    before = weight.clone()
+    step()
+    assert weight.isfinite().all()
+    assert not torch.equal(weight, before)
 
 
 def test_ours(benchmark: Any, request: pytest.FixtureRequest) -> None:
@@ -127,6 +136,7 @@ def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
     model = flagship()
     give_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    check_it_moves(model, optimizer.step)
     report(benchmark, request, size_of(model) | {"ms": median_ms(optimizer.step)})
 
 
@@ -139,8 +149,13 @@ def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
     rest = torch.optim.AdamW([p for n, p in named.items() if roles[n].kind == "adamw"], lr=3e-3, fused=True)
     matrices = [p for n, p in named.items() if roles[n].kind != "adamw"]
     momenta = [torch.zeros_like(p) for p in matrices]
-    ms = median_ms(lambda: (eager_muon(matrices, momenta), rest.step()))
-    report(benchmark, request, size_of(model) | {"ms": ms})
+
+    def step() -> None:
+        eager_muon(matrices, momenta)
+        rest.step()
+
+    check_it_moves(model, step)
+    report(benchmark, request, size_of(model) | {"ms": median_ms(step)})
 
 
 @torch.no_grad()
@@ -174,5 +189,6 @@ def test_torch_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
     roles = parameter_roles(model)
     matrices = [p for n, p in model.named_parameters() if roles[n].kind != "adamw" and p.dim() == 2]
     optimizer = torch.optim.Muon(matrices, lr=0.02)
+    check_it_moves(model, optimizer.step)
     share = f"{sum(p.numel() for p in matrices) / 1e9:.2f} B of them"
     report(benchmark, request, size_of(model) | {"ms": median_ms(optimizer.step), "takes": share})

@@ -149,4 +149,6 @@ def test_composition(preset: str, benchmark: Any, request: pytest.FixtureRequest
         model.zero_grad(set_to_none=True)
 
     flops = flops_per_token(bare, config.train.row_tokens)
-    report(benchmark, request, figures(seconds(step), ids.numel(), config.train, flops))
+    info = figures(seconds(step), ids.numel(), config.train, flops)
+    assert loss(ids).isfinite()
+    report(benchmark, request, info)

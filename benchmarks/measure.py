@@ -56,14 +56,16 @@ def interleaved_ms(candidates: dict[str, Callable[[], Any]], flush: Callable[[],
     return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) for name, pairs in events.items()}
 
 
-def peak_gb(call: Callable[[], Any]) -> float:
-    """Memory at the peak of a call beyond what was there before, its results included."""
+def peak_gb(call: Callable[[], Any], *, beyond_results: bool = False) -> float:
+    """Memory at the peak of a call beyond what was there before, its results included or not."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call()
+    results = call()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
+    counted = torch.cuda.memory_allocated() if beyond_results else before
+    del results
+    return (torch.cuda.max_memory_allocated() - counted) / 1e9
 
 
 def figures(times: dict[str, float], work: Work) -> dict[str, Any]:

@@ -47,11 +47,10 @@ class Mamba2(nn.Module):
         """(B, L, d) to (B, L, d); fills the cache with the state after the last token."""
         projected, taps, bias = self.in_proj(x), self.conv1d.taps, self.conv1d.bias
         if cache is None:
-            assert bias is not None
             y = mamba_core(
                 projected,
                 taps,
-                bias,
+                bias,  # type: ignore[arg-type]  # this convolution has one
                 self._rates(),
                 self.D,
                 self.dt_bias,

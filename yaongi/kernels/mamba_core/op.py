@@ -1,6 +1,7 @@
 """`mamba_core`: registration, the composition of the references, and the public function."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
@@ -11,6 +12,7 @@ from yaongi.kernels.norm.reference import gated_rms_norm_backward_reference, gat
 
 Tensor = torch.Tensor
 WIDE = (torch.float32, torch.float64)
+NAMES = ("projected", "taps", "taps_bias", "A", "D", "dt_bias", "weight")
 
 
 def split_projected(projected: Tensor, A: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,25 +29,35 @@ def split_convolved(xbc: Tensor, A: Tensor, weight: Tensor, groups: int) -> tupl
     return x.unflatten(-1, (heads, -1)), b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))
 
 
-def mamba_core_reference(
-    projected: Tensor,  # (B, L, 2·H·P + 2·G·N + H)
-    taps: Tensor,  # (H·P + 2·G·N, W)
-    taps_bias: Tensor,  # (H·P + 2·G·N)
-    A: Tensor,  # (H)
-    D: Tensor,  # (H)
-    dt_bias: Tensor,  # (H)
-    weight: Tensor,  # (H·P)
-    document_ids: Tensor | None,  # (B, L)
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H·P); the convolution's output; (B, L, H·P), the scan's
-    """Convolution, scan, gated norm; the last two results are what backward wants."""
-    z, xbc, dt = split_projected(projected, A, weight)
-    xbc, _ = causal_conv1d_reference(xbc, taps, taps_bias, document_ids, None, "silu", False)
-    x, b, c = split_convolved(xbc, A, weight, groups)
-    scanned, _ = mamba_scan_reference(x, dt, A, b, c, D, dt_bias, document_ids, None, False)
-    scanned = scanned.flatten(-2)
-    return gated_rms_norm_reference(scanned, z, weight, eps, groups), xbc, scanned
+def composed(
+    conv: Callable[..., tuple[Tensor, Tensor]], scan: Callable[..., tuple[Tensor, Tensor]], norm: Callable[..., Tensor]
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The forward of the op from its parts: all of them references, or all of them launchers."""
+
+    def forward(
+        projected: Tensor,  # (B, L, 2·H·P + 2·G·N + H)
+        taps: Tensor,  # (H·P + 2·G·N, W)
+        taps_bias: Tensor,  # (H·P + 2·G·N)
+        A: Tensor,  # (H)
+        D: Tensor,  # (H)
+        dt_bias: Tensor,  # (H)
+        weight: Tensor,  # (H·P)
+        document_ids: Tensor | None,  # (B, L)
+        groups: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H·P); the convolution's output; (B, L, H·P), the scan's
+        """Convolution, scan, gated norm; the last two results are what backward wants."""
+        z, xbc, dt = split_projected(projected, A, weight)
+        xbc, _ = conv(xbc, taps, taps_bias, document_ids, None, "silu", False)
+        x, b, c = split_convolved(xbc, A, weight, groups)
+        scanned, _ = scan(x, dt, A, b, c, D, dt_bias, document_ids, None, False)
+        scanned = scanned.flatten(-2)
+        return norm(scanned, z, weight, eps, groups), xbc, scanned
+
+    return forward
+
+
+mamba_core_reference = composed(causal_conv1d_reference, mamba_scan_reference, gated_rms_norm_reference)
 
 
 def mamba_core_backward_reference(
@@ -77,16 +89,8 @@ def mamba_core_backward_reference(
     return torch.cat([dz, dconv_in, ddt], dim=-1), dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
 
 
-def _fake(
-    projected: Tensor,
-    taps: Tensor,
-    taps_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    weight: Tensor,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    projected, taps, _, _, _, _, weight = inputs[:7]
     lead = projected.shape[:2]
     y, scanned = (projected.new_empty(*lead, weight.shape[0]) for _ in range(2))
     return y, projected.new_empty(*lead, taps.shape[0]), scanned
@@ -108,44 +112,23 @@ def _backward(ctx, dy: Tensor, *unused: Tensor):  # type: ignore[no-untyped-def]
     return *_backward_op(dy, *ctx.saved_tensors, ctx.groups, ctx.eps), None, None, None
 
 
-def _value_check(
-    projected: Tensor,
-    taps: Tensor,
-    taps_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    weight: Tensor,
-    document_ids: Tensor | None,
-    *rest: object,
-) -> None:
-    check.finite("mamba_core", projected=projected, taps=taps, taps_bias=taps_bias, A=A, D=D, dt_bias=dt_bias)
-    check.finite("mamba_core", weight=weight)
-    check.documents("mamba_core", document_ids)
+def _value_check(*inputs: Any) -> None:
+    check.finite("mamba_core", **dict(zip(NAMES, inputs, strict=False)))
+    check.documents("mamba_core", inputs[len(NAMES)])
 
 
-def _triton_refuses(
-    projected: Tensor,
-    taps: Tensor,
-    taps_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    weight: Tensor,
-    document_ids: Tensor | None,
-    groups: int,
-    eps: float,
-) -> str | None:
+def _triton_refuses(*inputs: Any) -> str | None:
+    _, taps, _, A, _, _, weight, _, groups, _ = inputs
     head_dim, state = weight.shape[0] // A.shape[0], (taps.shape[0] - weight.shape[0]) // (2 * groups)
     if taps.shape[1] not in (2, 3, 4):
         return f"it takes W = 2, 3 or 4, got {taps.shape[1]}"
     if head_dim % 8 or state % 8 or not 8 <= state <= 256:
         return f"it takes P and N in multiples of 8, N up to 256, got {head_dim} and {state}"
-    return backend.refuses_float64(projected, taps, taps_bias, A, D, dt_bias, weight)
+    return backend.refuses_float64(*inputs)
 
 
-def _backward_triton_refuses(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Tensor) -> str | None:
-    return _triton_refuses(*inputs)  # type: ignore[arg-type]
+def _backward_triton_refuses(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Any) -> str | None:
+    return _triton_refuses(*inputs)
 
 
 _INPUTS = (

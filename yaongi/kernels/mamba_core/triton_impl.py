@@ -3,32 +3,14 @@
 import torch
 
 from yaongi.kernels.causal_conv1d.triton_impl import causal_conv1d_backward_triton, causal_conv1d_triton
-from yaongi.kernels.mamba_core.op import split_convolved, split_projected
+from yaongi.kernels.mamba_core.op import composed, split_convolved, split_projected
 from yaongi.kernels.mamba_scan import triton_impl as scan
 from yaongi.kernels.norm import triton_impl as norm
 
 Tensor = torch.Tensor
 
 
-def mamba_core_triton(
-    projected: Tensor,
-    taps: Tensor,
-    taps_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    weight: Tensor,
-    document_ids: Tensor | None,
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `mamba_core_reference`."""
-    z, xbc, dt = split_projected(projected, A, weight)
-    xbc, _ = causal_conv1d_triton(xbc, taps, taps_bias, document_ids, None, "silu", False)
-    x, b, c = split_convolved(xbc, A, weight, groups)
-    scanned, _ = scan.mamba_scan_triton(x, dt, A, b, c, D, dt_bias, document_ids, None, False)
-    scanned = scanned.flatten(-2)
-    return norm.gated_rms_norm_triton(scanned, z, weight, eps, groups), xbc, scanned
+mamba_core_triton = composed(causal_conv1d_triton, scan.mamba_scan_triton, norm.gated_rms_norm_triton)
 
 
 def mamba_core_backward_triton(

@@ -40,33 +40,31 @@ def iterate(x: Tensor, spare: Tensor, steps: Steps, form: str, product: Product)
     square = (x.shape[0], x.shape[1], x.shape[1])
     squares = [x.new_empty(square) for _ in range(SQUARES if form == "gram" else 2)]
     parts = [steps[:RESTART], steps[RESTART:]] if form == "gram" else [[step] for step in steps]
-    q: Tensor | None = None
-    for part in (part for part in parts if part):
-        if q is not None:
-            torch.bmm(q, x, out=spare)
-            x, spare = spare, x
-        free = list(squares)
-        product(x, None, None, GRAM_SCALE, 0.0, gram := free.pop())
-        q = _factor(gram, part, free, product)
-    assert q is not None
+    first, *rest = (part for part in parts if part)
+    q = _factor(x, first, squares, product)
+    for part in rest:
+        torch.bmm(q, x, out=spare)
+        x, spare = spare, x
+        q = _factor(x, part, squares, product)
     return q, x, spare
 
 
-def _factor(gram: Tensor, steps: Steps, free: list[Tensor], product: Product) -> Tensor:
-    """Q, the product of the steps' factors aI + Z with Z = bR + cR², out of the scaled R, whose memory is used up."""
-    q: Tensor | None = None
+def _factor(x: Tensor, steps: Steps, squares: list[Tensor], product: Product) -> Tensor:
+    """Q, the product of the steps' factors aI + Z with Z = bR + cR² and R = XXᵀ; all but Q in `squares` is used up."""
+    q: Tensor
+    free = list(squares)
+    product(x, None, None, GRAM_SCALE, 0.0, gram := free.pop())
     for number, (a, b, c) in enumerate(steps):
         product(gram, gram, gram, c / GRAM_SCALE**2, b / GRAM_SCALE, z := free.pop())
         if number + 1 < len(steps):
             product(z, gram, gram, 1.0, a, w := free.pop())  # (aI + Z)·R
             product(w, z, w, 1.0, a, gram)  # (aI + Z)·R·(aI + Z)
             free.append(w)
-        if q is None:
+        if number == 0:
             z.diagonal(dim1=-2, dim2=-1).add_(a)  # R no longer needs Z alone
             q = z
         else:
             product(q, z, q, 1.0, a, target := free.pop())
             free += [q, z]
             q = target
-    assert q is not None
     return q
