@@ -132,7 +132,7 @@ __device__ __forceinline__ void load_addend(const Problem& p, const Tile& tile, 
     for (int i = 0; i < PANEL_REGISTERS; ++i) {
       const int r = min(first_row + i % 2 * 8, p.rows - 1);
       const int column = min(first_column + panel * PANEL_COLUMNS + i / 2 * 8, p.rows - 2);
-      c[panel * PANEL_REGISTERS + i] = ptx::load_constant(start + r * p.addend_row_stride + column);
+      c[panel * PANEL_REGISTERS + i] = ptx::load_in_place(start + r * p.addend_row_stride + column);
     }
   }
 }
@@ -181,14 +181,14 @@ __device__ __forceinline__ void store_panel(uint8_t* buffer, const CUtensorMap* 
 }
 
 // A consumer's strip of a tile: scaled, added to C, and stored panel by panel, with its mirror image where it lies below
-// the panels on the diagonal, which are mirrored within; above them nothing is stored.
+// the panels on the diagonal, which are mirrored within; above them nothing is stored. `buffer` is the staging buffer that
+// the last store, perhaps of the tile before, does not read.
 template <bool BFLOAT16>
 __device__ __forceinline__ void finish(Shared& s, const Problem& p, const Tile& tile, int row, int consumer,
                                        uint32_t thread, const CUtensorMap* map_out, const float (&acc)[128],
-                                       const uint32_t (&addend)[PANELS * PANEL_REGISTERS]) {
+                                       const uint32_t (&addend)[PANELS * PANEL_REGISTERS], int& buffer) {
   uint8_t(&staging)[2][STRIP_BYTES] = s.staging[consumer];
   const uint32_t barrier = 1 + consumer;
-  int buffer = 0;
 #pragma unroll
   for (int panel = 0; panel < PANELS; ++panel) {
     const int column = tile.column + panel * PANEL_COLUMNS;
@@ -214,6 +214,7 @@ __device__ __forceinline__ void finish(Shared& s, const Problem& p, const Tile& 
 template <bool BFLOAT16>
 __device__ void consume(Shared& s, const Problem& p, int consumer, uint32_t thread, const CUtensorMap* map_out) {
   RingPosition<STAGES> at;
+  int buffer = 0;
   for (int square = cluster_index(); square < p.total; square += cluster_count()) {
     const Tile tile = tile_at(p, square, ptx::cluster_rank());
     const int row = tile.row + consumer * STRIP;
@@ -221,7 +222,7 @@ __device__ void consume(Shared& s, const Problem& p, int consumer, uint32_t thre
     uint32_t addend[PANELS * PANEL_REGISTERS];
     if (p.addend) load_addend(p, tile, row, thread, addend);
     multiply<BFLOAT16>(s, p, tile, consumer, thread, at, acc);
-    finish<BFLOAT16>(s, p, tile, row, consumer, thread, map_out, acc, addend);
+    finish<BFLOAT16>(s, p, tile, row, consumer, thread, map_out, acc, addend, buffer);
   }
   if (thread == 0) ptx::tma_store_wait_read<0>();
 }

@@ -139,10 +139,11 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return transposed;
 }
 
-// A load that stays where it is written, ahead of the work that hides it; of memory that no kernel is writing.
-__device__ __forceinline__ uint32_t load_constant(const void* address) {
+// A load that stays where it is written, ahead of the work that hides it. Not by the read-only path (.nc): a kernel that
+// starts early lives while the one before still writes.
+__device__ __forceinline__ uint32_t load_in_place(const void* address) {
   uint32_t v;
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(address));
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(address));
   return v;
 }
 

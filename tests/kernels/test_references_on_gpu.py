@@ -12,7 +12,6 @@ import yaongi.kernels
 from yaongi.kernels import use_backend
 from yaongi.kernels.backend import OPS
 
-pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
 Case = tuple[dict[str, Any], tuple[str, ...]]  # the arguments of a call in float64, and those that get a gradient
 IN_PLACE = {"causal_conv1d_step": ("state",), "mamba_step": ("state",), "teon_update": ("params", "momenta", "masters")}
@@ -71,6 +70,19 @@ def cases() -> dict[str, Case]:
             },
             ("x", "dt", "A", "b", "c", "D", "dt_bias", "initial_state"),
         ),
+        "mamba_core": (
+            {
+                "projected": randn(2, 90, 64 + 160 + 4),
+                "taps": randn(160, 4),
+                "taps_bias": randn(160),
+                "weight": randn(64),
+                "groups": 2,
+                "eps": 1e-3,
+                "document_ids": document_ids(2, (30, 1, 59)),
+            }
+            | {name: scan[name] for name in ("A", "D", "dt_bias")},
+            ("projected", "taps", "taps_bias", "A", "D", "dt_bias", "weight"),
+        ),
         "mamba_step": (one_token(scan) | {"state": randn(2, 4, 16, 24)}, ()),
         "moe_route": ({"logits": randn(70, 8), "bias": randn(8), "top_k": 3, "scale": 2.5}, ("logits",)),
         "moe": (
@@ -116,6 +128,7 @@ def run(op: str, arguments: dict[str, Any], wanted: tuple[str, ...]) -> Results:
     return outputs_and_gradients(function, arguments, wanted)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", RELATIVE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("op", cases())
 def test_reference_on_a_gpu_equals_the_cpu(op: str, dtype: torch.dtype) -> None:

@@ -169,6 +169,17 @@ def test_cuda_reads_the_lower_triangle_alone() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(20000, 8, 24), (4000, 200, 8)], ids=str)
+def test_cuda_tiles_that_follow_at_once(shape: tuple[int, ...]) -> None:
+    """With one step of products a tile, the last one's stores are still on their way when the next is ready."""
+    args = arguments(shape, "xc", torch.float16, device_of("cuda", "symmetric_product"))
+    expected = symmetric_product(**{n: t.float() if isinstance(t, torch.Tensor) else t for n, t in args.items()})
+    with use_backend("cuda"):
+        for _ in range(20):
+            torch.testing.assert_close(symmetric_product(**args).float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
 def test_cuda_on_a_side_stream() -> None:
     args = arguments((2, 512, 2048), "xyc", torch.bfloat16, device_of("cuda", "symmetric_product"))
     expected = symmetric_product(**args)

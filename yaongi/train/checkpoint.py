@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from yaongi.data.files import write_atomically
 from yaongi.train.distributed import World, local
@@ -33,13 +33,6 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 _MARGIN = 1.05  # free space wanted, as a multiple of a checkpoint's bytes
 
 
-class _Stager(DefaultStager):
-    """Keeps its pinned memory, and itself, for the next save."""
-
-    def close(self) -> None:
-        """Nothing: torch 2.11's ``async_save`` closes after every save even a stager that isn't its own."""
-
-
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -48,8 +41,8 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[int, Future[Any], dict[str, Any]] | None = None
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        gpu = world.device.type == "cuda"
-        self._stager = _Stager(StagingOptions(gpu, False, False, gpu))
+        # Not torch's default stager: on torch 2.11 it can't be used twice.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")  # in pinned memory
 
     def prepare(self) -> None:
         """Make the folder, and remove what an interrupted save has left in it."""

@@ -257,7 +257,11 @@ def _mamba_scan_states_kernel(
         else:
             weight = load_out(steps_desc, row, start, CHUNK)
         through = load_through(steps_ptr, start, CHUNK)
-        state = tl.dot(b.T, scaled(x, weight), state * through, input_precision="ieee")
+        weighted = x.to(tl.float32) * weight[:, None]
+        rounded = weighted.to(x.dtype)
+        state = tl.dot(b.T, rounded, state * through, input_precision="ieee")
+        if x.dtype != tl.float32:  # what rounding left out is most of dA's error, and the bytes leave time for it
+            state = tl.dot(b.T, (weighted - rounded.to(tl.float32)).to(x.dtype), state, input_precision="ieee")
     if TOTALS:
         store_state(end_desc, segment_row, column, state, BLOCK_P, BLOCK_N)
     elif HAS_END and segment == (0 if REVERSE else tl.num_programs(1) - 1):
