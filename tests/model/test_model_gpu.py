@@ -12,6 +12,7 @@ from yaongi.model import Yaongi
 from yaongi.model import moe as moe_module
 from yaongi.model.attention import attend, plan_attention
 from yaongi.model.generation import generate
+from yaongi.train.distributed import settle
 
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
@@ -102,6 +103,18 @@ def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_do
     routes.restart()
     for name, result in run(narrow, ids, documents).items():
         assert_close(result, exact[name], plain[name], name)
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_same_bits_every_time(with_documents: bool) -> None:
+    """As the trainer asks torch for them: rows long enough for several blocks of each kernel's sums."""
+    model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
+    ids, documents = token_ids(model, 2, 4096), packed((3000, 1, 1095), (4096,)) if with_documents else None
+    settle(deterministic=True)
+    first = run(model, ids, documents)
+    for _ in range(3):
+        for name, result in run(model, ids, documents).items():
+            assert torch.equal(result, first[name]), name
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "varlen", "flex"])

@@ -6,14 +6,16 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import command, environment, final_tensors, losses, run
+from small_run import arguments, command, environment, final_tensors, losses, run
 
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
+from yaongi.train import __main__ as program
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
@@ -204,3 +206,18 @@ def test_other_data_than_the_run_s(tokens: Path, whole: Path, tmp_path: Path) ->
     refused = run(folder, whole)
     assert refused.returncode == 1
     assert "the saved position is of other data" in refused.stderr
+
+
+def test_an_operation_without_a_deterministic_form(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, with the option to add; torch's own message says what no user of a trainer can type."""
+
+    def refuse(*_: object) -> int:
+        torch.zeros(4, 4).put_(torch.tensor([0]), torch.ones(1))
+        return 0
+
+    monkeypatch.setattr(program, "train", refuse)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run")])
+    assert program.main() == 1
+    assert capsys.readouterr().err == "error: put_ can't give the same bits every time here: add --no-deterministic\n"

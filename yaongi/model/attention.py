@@ -147,7 +147,8 @@ def _flash() -> Callable[..., Tensor]:
     from flash_attn import flash_attn_varlen_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True)
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True, deterministic=same_bits)
 
     return run
 

@@ -54,6 +54,12 @@ def main() -> int:
         text = error.strerror if isinstance(error, OSError) and not error.filename else None
         print("error:", *(text or str(error)).split(), file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        print(f"error: {operation} can't give the same bits every time here: add --no-deterministic", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted before the first step", file=sys.stderr)
         return 130

@@ -78,10 +78,13 @@ def open_world(device: str) -> World:
 
 
 def settle(deterministic: bool) -> None:
-    """Ask torch for the same bits every time; what can't give them on this device warns."""
+    """Ask torch for the same bits every time; what can't give them on this device raises RuntimeError when it runs.
+
+    With a warning instead, flash attention's backward pass takes its other form, silently but for one line.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
