@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,52 @@ def test_every_role(build: Callable[[torch.dtype], Yaongi]) -> None:
     first, second = (f"backbone.layers.{i}.mixer.q_proj.weight" for i in (2, 4))
     wanted = muon(start[first], gradients[first], [gradients[second]])
     torch.testing.assert_close(model.get_parameter(first).detach(), wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_stacks_of_mamba_and_shared_experts(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """Each part of in_proj, out_proj and the shared experts' matrices go with those of the next layer of their kind."""
+    model = build(torch.float64)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = RoleOptimizer(model, replace(TRAIN, stacked="mamba,shared"), torch.float64)
+    optimizer.set_lr(RATES)
+    gradients = give_gradients(model, 0)
+    optimizer.step()
+
+    def stacked(part: str, layers: tuple[int, int], rows: slice = slice(None)) -> None:
+        first, second = (f"backbone.layers.{i}.mixer.{part}.weight" for i in layers)
+        wanted = muon(start[first][rows], [gradients[first][rows]], [[gradients[second][rows]]])
+        torch.testing.assert_close(model.get_parameter(first).detach()[rows], wanted, rtol=1e-9, atol=1e-11)
+
+    stacked("out_proj", (0, 3))
+    stacked("in_proj", (0, 3), slice(32, 64))
+    query = "backbone.layers.2.mixer.q_proj.weight"
+    alone = muon(start[query], [gradients[query]], [])
+    torch.testing.assert_close(model.get_parameter(query).detach(), alone, rtol=1e-9, atol=1e-11)
+
+
+def test_adamw_on_the_matrices(build: Callable[[torch.dtype], Yaongi]) -> None:
+    """As torch's, each kind with its own rate; all else is as with Teon."""
+    model, other = build(torch.float64), build(torch.float64)
+    optimizer = RoleOptimizer(model, replace(TRAIN, matrix_optimizer="adamw"), torch.float64)
+    usual = RoleOptimizer(other, TRAIN, torch.float64)
+    name = "backbone.layers.1.mixer.experts.up_proj"
+    expected = model.get_parameter(name).detach().clone().requires_grad_()
+    torchs = torch.optim.AdamW([expected], lr=RATES["matrix"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(3):
+        expected.grad = give_gradients(model, step)[name]
+        give_gradients(other, step)
+        for each in (optimizer, usual):
+            each.set_lr(RATES)
+            each.step()
+        torchs.step()
+    torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-12, atol=1e-14)
+    assert not any("momentum" in state for state in optimizer.tensors().values())
+    for kept in ("backbone.embeddings.weight", "backbone.layers.0.mixer.A_log"):
+        assert torch.equal(model.get_parameter(kept), other.get_parameter(kept))
+    assert not torch.equal(
+        model.get_parameter("backbone.layers.0.mixer.in_proj.weight"),
+        other.get_parameter("backbone.layers.0.mixer.in_proj.weight"),
+    )
 
 
 def test_masters(build: Callable[[torch.dtype], Yaongi]) -> None:

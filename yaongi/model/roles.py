@@ -35,7 +35,7 @@ class Split:
 class Role:
     """How one parameter is updated.
 
-    kind: "qkv" is Teon, stacked with the parameter of the same `part` whose `attention` index is the other of the pair
+    kind: "qkv" is Teon, stacked with the parameter of the same `part` in the other attention layer of the pair
     (2i, 2i + 1); "muon" is Teon with K = 1; "expert" is Muon for each of the E matrices of (E, rows, columns); "table"
     is AdamW with its learning rate times 5, on a gradient that is sparse unless the config says otherwise.
     """
@@ -43,25 +43,23 @@ class Role:
     kind: Kind
     part: str  # the name inside its layer, as mixer.in_proj.weight; q, k or v for qkv
     layer: int | None = None  # index in the pattern
-    attention: int | None = None  # qkv: which of the attention layers it is, from 0
     splits: tuple[Split, ...] = ()  # in_proj: its rows in parts; the whole parameter when empty
     decay: bool = False  # decoupled weight decay
 
 
 def parameter_roles(model: Yaongi) -> dict[str, Role]:
     """The role of every parameter, in the order of `named_parameters`."""
-    attention_layers = model.config.layers_of("*")
-    return {name: _role(name, model, attention_layers) for name, _ in model.named_parameters()}
+    return {name: _role(name, model) for name, _ in model.named_parameters()}
 
 
-def _role(name: str, model: Yaongi, attention_layers: list[int]) -> Role:
+def _role(name: str, model: Yaongi) -> Role:
     layer, part = None, name
     if name.startswith("backbone.layers."):
         _, _, index, part = name.split(".", 3)
         layer = int(index)
     letter = part.removeprefix("mixer.")[:1]
     if layer is not None and part == f"mixer.{letter}_proj.weight" and letter in QKV:
-        return Role("qkv", letter, layer, attention_layers.index(layer), decay=True)
+        return Role("qkv", letter, layer, decay=True)
     if part in MATRICES:
         return Role("muon", part, layer, decay=True)
     if part == "mixer.in_proj.weight":

@@ -38,7 +38,9 @@ class Training:
     momentum: float = 0.95  # of the matrices, Nesterov
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
-    stack: int = 2  # attention layers whose Q, K, V are orthogonalised jointly
+    matrix_optimizer: Literal["teon", "adamw"] = "teon"  # adamw, with matrix_lr: the baseline; the rest stays as it is
+    stack: int = 2  # consecutive layers whose matrices are orthogonalised jointly; 1 is Muon
+    stacked: str = "qkv"  # which, by commas: qkv (attention), mamba (in_proj's parts, out_proj), shared (experts)
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     z_loss: float = 0.0  # weight of the squared log of the softmax's normaliser
     balance_loss: float = 1e-4  # weight of the experts' sequence balance loss
@@ -65,6 +67,8 @@ class Training:
         for name in ("tokens", "matrix_lr", "adam_lr", "table_lr_scale", "stack"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"config: wanted {name} above 0, got {getattr(self, name)}")
+        if unknown := sorted(set(self.stacked.split(",")) - {"qkv", "mamba", "shared"}):
+            raise ValueError(f"config: wanted stacked from qkv, mamba and shared, by commas, got {unknown[0]!r}")
         for name in ("weight_decay", "clip", "z_loss", "balance_loss", "bias_rate", "bad_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"config: wanted {name} of 0 or more, got {getattr(self, name)}")

@@ -44,12 +44,18 @@ class Memory:
 
 
 def predict(
-    model: Yaongi, rows: int, length: int, *, momentum: torch.dtype, device: torch.device, shards: int
+    model: Yaongi,
+    rows: int,
+    length: int,
+    *,
+    momentum: torch.dtype | None,
+    device: torch.device,
+    shards: int,
 ) -> Memory:
     """The memory of training ``model``, which lies on the meta device, with micro-batches (rows, length).
 
     Args:
-        momentum: dtype of the matrices' momentum.
+        momentum: dtype of the matrices' momentum; None: they take AdamW.
         shards: processes that share weights, gradients and state.
     """
     roles = parameter_roles(model)
@@ -62,8 +68,10 @@ def predict(
             sizes["moments"] += 8 * count
             continue
         sizes["gradients"] += 4 * count
-        sizes["moments"] += 8 * count if role.kind == "adamw" else 0
-        sizes["momentum"] += momentum.itemsize * count if role.kind != "adamw" else 0
+        if role.kind == "adamw" or momentum is None:
+            sizes["moments"] += 8 * count
+        else:
+            sizes["momentum"] += momentum.itemsize * count
     activations = _activations(model, rows, length, device)
     if device.type == "cpu" or not _has_kernel("mamba_scan"):
         activations = round(_REFERENCES[device.type] * activations)

@@ -1,10 +1,11 @@
 """Teon, Muon and AdamW by role, as one ``torch.optim.Optimizer``.
 
 Each parameter has a role (``yaongi.model.roles``). Matrices take Teon (Q, K, V of consecutive attention layers jointly)
-or Muon; a projection that is several matrices in one takes it for each range of rows; vectors, embedding, head, router
-take AdamW; Engram's tables take Adam on the rows that were read. Parameters narrower than float32 have a float32
-master, which takes the update and whose cast they are. Under FSDP the state is sharded like the parameters. Frozen
-parameters, which require no gradient, are left out. A step doesn't wait for the GPU, but for the tables' rows.
+or Muon, or for a baseline AdamW with a learning rate of their own; a projection that is several matrices in one takes
+Teon for each range of rows; vectors, embedding, head, router take AdamW; Engram's tables take Adam on rows that were
+read. Parameters narrower than float32 have a float32 master, which takes the update and whose cast they are. Under FSDP
+the state is sharded like the parameters. Frozen parameters, which require no gradient, are left out. A step doesn't
+wait for the GPU, but for the tables' rows.
 """
 
 from collections import defaultdict
@@ -36,11 +37,11 @@ class RoleOptimizer(torch.optim.Optimizer):
         """``momentum_dtype``: of the matrices' momentum."""
         self._train = train
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self._units, self._vectors, self._tables = units_of(model, train.stack)
+        self._units, self._vectors, self._tables = units_of(model, train)
         self._matrices = list(dict.fromkeys(p for unit in self._units for p in unit.parameters))
         in_groups: dict[str, list[nn.Parameter]] = {
-            MATRIX: self._matrices,
-            VECTOR: [v.parameter for v in self._vectors if v.rows is None],
+            MATRIX: self._matrices + [v.parameter for v in self._vectors if v.kind == MATRIX],
+            VECTOR: [v.parameter for v in self._vectors if v.rows is None and v.kind == VECTOR],
             TABLE: self._tables,
         }
         self.peak_lr: dict[str, float] = {
@@ -49,7 +50,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             TABLE: train.adam_lr * train.table_lr_scale,
         }
         groups = [{"params": p, "kind": kind, "lr": self.peak_lr[kind]} for kind, p in in_groups.items()]
-        super().__init__(groups, {"stack": train.stack})
+        super().__init__(groups, {"stack": train.stack, "stacked": train.stacked})
         self._make_state(momentum_dtype)
 
     def set_lr(self, lr: dict[str, float]) -> None:
@@ -167,8 +168,8 @@ class RoleOptimizer(torch.optim.Optimizer):
 
     def _step_vectors(self, split_gradients: dict[nn.Parameter, torch.Tensor]) -> None:
         """AdamW; ``split_gradients`` holds the whole gradients of rows of sharded matrices."""
-        for decay in (True, False):
-            vectors = [v for v in self._vectors if v.decay == decay]
+        for kind, decay in ((VECTOR, True), (VECTOR, False), (MATRIX, True)):
+            vectors = [v for v in self._vectors if (v.kind, v.decay) == (kind, decay)]
             weights, gradients = [], []
             for vector in vectors:
                 if vector.parameter in split_gradients:  # the rows' change comes first, the rows lie on some process
@@ -177,7 +178,7 @@ class RoleOptimizer(torch.optim.Optimizer):
                 else:
                     gradients.append(rows_of(local(gradient_of(vector.parameter)), vector.rows))
                     weights.append(rows_of(local(self._weight(vector.parameter)), vector.rows))
-            self._adamw(vectors, weights, gradients, self._train.weight_decay if decay else 0.0)
+            self._adamw(vectors, weights, gradients, self._lr(kind), self._train.weight_decay if decay else 0.0)
             for vector, weight in zip(vectors, weights, strict=True):
                 if vector.parameter in split_gradients and vector.rows is not None:
                     here = own_rows(vector.parameter, vector.rows)
@@ -185,7 +186,12 @@ class RoleOptimizer(torch.optim.Optimizer):
         self._cast((v.parameter, None if is_sharded(v.parameter) else v.rows) for v in self._vectors)
 
     def _adamw(
-        self, vectors: list[Vector], weights: list[torch.Tensor], gradients: list[torch.Tensor], decay: float
+        self,
+        vectors: list[Vector],
+        weights: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        lr: float,
+        decay: float,
     ) -> None:
         """One launch for all of them on a GPU; none of it waits for the GPU, whose own counters it moves."""
         states = [self.state[v.parameter] for v in vectors]
@@ -200,7 +206,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             amsgrad=False,
             beta1=self._train.beta1,
             beta2=self._train.beta2,
-            lr=self._lr(VECTOR),
+            lr=lr,
             weight_decay=decay,
             eps=EPS,
             maximize=False,

@@ -23,7 +23,8 @@ def load_state(groups: Groups, state: Mapping[Any, State], saved: Mapping[str, A
     pairs: list[tuple[State, State]] = []
     for mine, their in zip(groups, theirs, strict=True):
         what = f"of kind {mine['kind']}"
-        _require(f"stack {what}", mine["stack"], their["stack"])
+        for key in ("stack", "stacked"):
+            _require(f"{key} {what}", mine[key], their[key])
         _require(f"number of parameters {what}", len(mine["params"]), len(their["params"]))
         pairs += [(state[p], saved["state"][i]) for p, i in zip(mine["params"], their["params"], strict=True)]
     for ours, values in pairs:

@@ -1,14 +1,24 @@
 """What is updated together: the roles of a model's parameters, laid out for the optimizer."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from torch import nn
 
 from yaongi.model import Yaongi
-from yaongi.model.roles import parameter_roles
+from yaongi.model.roles import Role, parameter_roles
+from yaongi.train.config import Training
 
 MATRIX, VECTOR, TABLE = "matrix", "vector", "table"  # kinds of parameter groups
+STACKS = {  # the stacks of the config by the matrices' part
+    "q": "qkv",
+    "k": "qkv",
+    "v": "qkv",
+    "mixer.in_proj.weight": "mamba",
+    "mixer.out_proj.weight": "mamba",
+    "mixer.shared_experts.up_proj.weight": "shared",
+    "mixer.shared_experts.down_proj.weight": "shared",
+}
 
 
 @dataclass(frozen=True)
@@ -26,35 +36,44 @@ class Vector:
     parameter: nn.Parameter
     rows: slice | None
     decay: bool
+    kind: str = VECTOR  # whose learning rate: that of the vectors, or for a whole matrix that of the matrices
 
 
-def units_of(model: Yaongi, stack: int) -> tuple[list[Unit], list[Vector], list[nn.Parameter]]:
-    """The matrices in units of up to ``stack`` attention layers, what takes AdamW, and Engram's tables.
+def units_of(model: Yaongi, train: Training) -> tuple[list[Unit], list[Vector], list[nn.Parameter]]:
+    """The matrices in units of up to ``train.stack`` consecutive layers, what takes AdamW, and Engram's tables.
 
     Of a pair of which one is frozen the other is a unit of its own.
     """
-    units: list[Unit] = []
+    joint: dict[tuple[str, int, int], list[nn.Parameter]] = defaultdict(list)
+    rows_of: dict[tuple[str, int, int], slice | None] = {}
     vectors: list[Vector] = []
     tables: list[nn.Parameter] = []
-    attention: dict[tuple[str, int], list[nn.Parameter]] = defaultdict(list)
-    parameters = dict(model.named_parameters())
+    parameters, layers = dict(model.named_parameters()), Counter[str]()
     for name, role in parameter_roles(model).items():
-        parameter = parameters[name]
+        parameter, layer = parameters[name], layers[role.part]
+        layers[role.part] += 1
         if not parameter.requires_grad:
             continue
-        if role.kind == "qkv" and role.attention is not None:
-            attention[role.part, role.attention // stack].append(parameter)
-        elif role.kind == "table":
+        if role.kind == "table":
             tables.append(parameter)
         elif role.kind == "adamw":
             vectors.append(Vector(parameter, None, role.decay))
-        elif not role.splits:
-            units.append(Unit((parameter,)))
-        for split in role.splits:
-            rows = slice(split.start, split.stop)
-            if split.kind == "muon":
-                units.append(Unit((parameter,), rows))
-            else:
-                vectors.append(Vector(parameter, rows, split.decay))
-    units += [Unit(tuple(joint)) for joint in attention.values()]
-    return units, vectors, tables
+        elif train.matrix_optimizer == "adamw":
+            vectors.append(Vector(parameter, None, role.decay, MATRIX))
+        else:
+            stack = train.stack if STACKS.get(role.part) in train.stacked.split(",") else 1
+            for number, (rows, decay, by_adamw) in enumerate(_parts(role)):
+                if by_adamw:
+                    vectors.append(Vector(parameter, rows, decay))
+                    continue
+                key = role.part, number, layer // stack
+                joint[key].append(parameter)
+                rows_of[key] = rows
+    return [Unit(tuple(members), rows_of[key]) for key, members in joint.items()], vectors, tables
+
+
+def _parts(role: Role) -> list[tuple[slice | None, bool, bool]]:
+    """The rows of a matrix that are matrices of their own, whether they decay, and whether they take AdamW."""
+    if not role.splits:
+        return [(None, role.decay, False)]
+    return [(slice(s.start, s.stop), s.decay, s.kind == "adamw") for s in role.splits]

@@ -132,7 +132,7 @@ class _Trial:
     def memory(self, rows: int) -> Memory:
         """With micro-batches of ``rows``."""
         train, device = self._config.train, self._world.device
-        momentum = momentum_dtype(train, device)
+        momentum = momentum_dtype(train, device) if train.matrix_optimizer == "teon" else None
         return predict(self._model, rows, train.row_tokens, momentum=momentum, device=device, shards=self._world.size)
 
     def rows_that_fit(self, available: int) -> int:
