@@ -7,6 +7,7 @@ from small_run import TOML, arguments, changed
 
 from yaongi.train.command_line import parse
 from yaongi.train.config import as_dict, differences, load_config
+from yaongi.train.recompute import recomputed_layers
 from yaongi.train.signals import resume_command
 
 PRESETS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
@@ -68,3 +69,17 @@ def test_resume_command() -> None:
     assert resume_command(["--fresh", "--out", "a b"]) == "python -m yaongi.train --out 'a b'"
     for stop in (["--stop-after", "7"], ["--stop-after=7"], ["--stop_after", "7"]):
         assert resume_command([*stop, "--out", "a_b"]) == "python -m yaongi.train --out a_b"
+
+
+@pytest.mark.parametrize(
+    ("policy", "layers"),
+    [("none", ()), ("all", (0, 1, 2, 3, 4)), ("mamba", (0, 3)), ("attention,1", (1, 2)), ("0-2,experts", (0, 1, 2, 4))],
+)
+def test_layers_to_recompute(policy: str, layers: tuple[int, ...]) -> None:
+    assert recomputed_layers(policy, "ME*ME") == layers
+
+
+@pytest.mark.parametrize("policy", ["moe", "5", "3-9", "4-2", "1-", "-1", ""])
+def test_no_such_layers_to_recompute(policy: str) -> None:
+    with pytest.raises(ValueError, match=r"^config: wanted (recompute as none|layers from 0 to 4)"):
+        recomputed_layers(policy, "ME*ME")

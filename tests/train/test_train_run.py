@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_run import arguments, command, environment, final_tensors, losses, run
 
 from yaongi.data.tokenizer import Tokenizer
+from yaongi.kernels import moe_route
 from yaongi.model import Yaongi
 from yaongi.train import __main__ as program
 
@@ -221,3 +223,33 @@ def test_an_operation_without_a_deterministic_form(
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run")])
     assert program.main() == 1
     assert capsys.readouterr().err == "error: put_ can't give the same bits every time here: add --no-deterministic\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "advice"),
+    [
+        (("--micro-rows", "8"), "try --micro-rows 4"),
+        (("--micro-rows", "1"), "try --recompute all"),
+        (("--micro-rows", "1", "--recompute", "all"), "try more GPUs (torchrun), shorter rows (--row-tokens) or a"),
+    ],
+)
+def test_out_of_gpu_memory(
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    advice: str,
+) -> None:
+    """The part and the setting to change, in one line."""
+
+    def refuse(logits: torch.Tensor, *rest: Any) -> Any:
+        if logits.is_meta:  # the plan's trial
+            return moe_route(logits, *rest)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79")
+
+    monkeypatch.setattr("yaongi.model.moe.moe_route", refuse)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run", *more)])
+    assert program.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of GPU memory in an expert layer, which wanted 1.50 GiB: " + advice), error

@@ -40,8 +40,9 @@ def test_micro_batches_don_t_matter(tokens: Path, tmp_path: Path) -> None:
 
 def test_recompute_changes_nothing(tokens: Path, tmp_path: Path) -> None:
     """It only costs time."""
-    plain, again = (session_of(tokens, tmp_path / n, *more) for n, more in (("a", ()), ("b", ("--recompute",))))
-    assert train(plain, 2) == train(again, 2)
+    policies = ("none", "all", "mamba,4")
+    plain, *again = (train(session_of(tokens, tmp_path / p, "--recompute", p), 2) for p in policies)
+    assert again == [plain, plain]
 
 
 def test_clipping(tokens: Path, tmp_path: Path) -> None:

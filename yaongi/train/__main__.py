@@ -6,10 +6,13 @@ It resumes by itself when its output folder holds a run of the same configuratio
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.distributed import World, open_world, settle
 from yaongi.train.guard import BadStepError
+from yaongi.train.out_of_memory import explain
 from yaongi.train.session import Session
 from yaongi.train.signals import StopRequest, resume_command
 
@@ -22,8 +25,15 @@ def train(config: Config, world: World, arguments: Sequence[str]) -> int:
         return 0
     if not session.plan.fits:
         raise ValueError(f"train: the run does not fit into memory: {session.plan.advice}")
+    try:
+        return _train(session, world, arguments)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(explain(error, session.plan.micro_rows, config.run.recompute)) from error
+
+
+def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
     session.start()
-    run = config.run
+    run = session.config.run
     with StopRequest() as stop, session:
         if session.step == 0:
             session.evaluate()
@@ -50,7 +60,7 @@ def main() -> int:
         world = open_world(config.run.device)
         settle(config.run.deterministic)
         return train(config, world, arguments)
-    except (ValueError, TypeError, OSError, BadStepError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, BadStepError) as error:
         text = error.strerror if isinstance(error, OSError) and not error.filename else None
         print("error:", *(text or str(error)).split(), file=sys.stderr)
         return 1

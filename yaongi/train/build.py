@@ -10,6 +10,7 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi, compression_map
 from yaongi.train.config import Config, Training
 from yaongi.train.distributed import World
+from yaongi.train.recompute import recomputed_layers
 
 
 def open_data(config: Config) -> tuple[Loader, Tokenizer]:
@@ -48,7 +49,7 @@ def build_model(config: Config, tokenizer: Tokenizer, device: torch.device | str
     """The model with its initial weights; on the meta device without any."""
     compression = compression_map(tokenizer.pieces()) if config.model.engram else None
     model = Yaongi(config.model, seed=config.train.seed, device=device, dtype=dtype, compression=compression)
-    model.recompute = "all" if config.run.recompute else "none"
+    model.recompute = recomputed_layers(config.run.recompute, config.model.pattern)
     return model
 
 

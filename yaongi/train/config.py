@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from yaongi.data.mix import DEFAULT_MIX
 from yaongi.model import ModelConfig, load_preset
+from yaongi.train.recompute import recomputed_layers
 from yaongi.train.schedule import Kind
 
 _MIX = ",".join(f"{domain}={share:g}" for domain, share in DEFAULT_MIX.items())
@@ -85,7 +86,7 @@ class Running:
     stop_after: int = 0  # save and stop after this step, to go on another time; 0: at the end
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_rows: int = 0  # rows a forward pass; 0: what fits
-    recompute: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    recompute: str = "none"  # layers computed again in the backward pass: all, or by commas mamba, experts, 7, 0-25
     deterministic: bool = True  # the same bits every time, also on a GPU
     log_every: int = 10  # steps between lines; every step goes to metrics.jsonl
     evaluate_every: int = 500  # steps between evaluations; also before the first and after the last step
@@ -118,6 +119,10 @@ class Config:
     model: ModelConfig
     train: Training = field(default_factory=Training)
     run: Running = field(default_factory=Running)
+
+    def __post_init__(self) -> None:
+        """ValueError for layers to recompute that the model doesn't have."""
+        recomputed_layers(self.run.recompute, self.model.pattern)
 
 
 def load_config(name: str) -> Config:

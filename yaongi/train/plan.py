@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from yaongi.data.tokenizer import Tokenizer
+from yaongi.kernels.backend import unavailable
 from yaongi.model import Yaongi
 from yaongi.model.count import count_parameters, flops_per_token
 from yaongi.train.build import build_model, micro_rows, momentum_dtype, weight_dtype
@@ -19,6 +20,7 @@ from yaongi.train.memory import Memory, predict
 
 _USABLE = 0.93  # of a GPU's memory; the rest is left to fragmentation
 _SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # a training step's FLOP/s over those of a large matrix product
+_H100_SPEED = 0.5 * 7.3e14  # of a training step in bfloat16, FLOP/s, by the same measure
 _CPU_TOKENS = 1 << 12  # of a forward pass on a CPU, where more is not faster
 
 
@@ -42,6 +44,7 @@ class Plan:
     seconds: float
     dollars: float
     advice: str  # empty if it fits
+    kernels: str  # what runs here, and where it isn't an H100, how slow that is
 
     @property
     def fits(self) -> bool:
@@ -75,6 +78,7 @@ class Plan:
             ("device", f"{self.device}, {self.processes} process{'es' if self.processes > 1 else ''}"),
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps of {self.batch_rows} x {self.row_tokens}"),
             ("micro-batch", f"{self.micro_rows} x {self.row_tokens}, {accumulation} a step and process"),
+            ("kernels", self.kernels),
             ("FLOPs", f"{flops:.2e}, {self.flops_per_token / 1e9:.3g} GFLOP a token"),
             ("memory", f"{_gigabytes(self.memory.total)} of {_gigabytes(self.available)}: {verdict}"),
             ("", by_part),
@@ -99,7 +103,8 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
     counts = count_parameters(config.model)
     flops = flops_per_token(config.model, train.row_tokens)
     tokens = train.steps * train.batch_tokens
-    seconds = flops * tokens / (_SHARE_OF_PRODUCT[device.type] * _product_speed(config, device) * world.size)
+    speed = _SHARE_OF_PRODUCT[device.type] * _product_speed(config, device)
+    seconds = flops * tokens / (speed * world.size)
     return Plan(
         preset=config.preset,
         device=torch.cuda.get_device_name(device)
@@ -119,6 +124,7 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
         seconds=seconds,
         dollars=seconds / 3600 * config.run.dollars_per_hour,
         advice=trial.advice(rows, available),
+        kernels=_kernels(device, speed),
     )
 
 
@@ -149,12 +155,21 @@ class _Trial:
             return ""
         if rows > 1 and self.memory(1).total <= limit:
             return f"try --micro-rows {min(rows - 1, self.rows_that_fit(available))}"
-        self._model.recompute = "all"
+        before, self._model.recompute = self._model.recompute, "all"
         fits = self.memory(1).total <= limit
-        self._model.recompute = "all" if self._config.run.recompute else "none"
+        self._model.recompute = before
         if fits:
-            return "try --micro-rows 1 --recompute"
+            return "try --micro-rows 1 --recompute all"
         return "try more GPUs (torchrun), shorter rows (--row-tokens) or a smaller preset"
+
+
+def _kernels(device: torch.device, speed: float) -> str:
+    """What the ops run on; ``speed`` is that of a training step, FLOP/s."""
+    slower = f"about 1/{_H100_SPEED / speed:.0f} of an H100's speed"
+    if device.type == "cpu":
+        return f"plain torch, right and slow: {slower}; the fast ones want an NVIDIA GPU"
+    reason = unavailable("cuda")
+    return "CUDA and Triton" if reason is None else f"Triton and torch's products, {slower}: {reason}"
 
 
 def _available(device: torch.device) -> int:

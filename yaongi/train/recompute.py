@@ -1,0 +1,34 @@
+"""Which layers give up their activations and compute them again in the backward pass: the policy of a config."""
+
+KINDS = {"mamba": "M", "experts": "E", "attention": "*"}
+
+
+def recomputed_layers(policy: str, pattern: str) -> tuple[int, ...]:
+    """The indices of the layers that a policy names.
+
+    Args:
+        policy: "none", "all", or by commas kinds of layers (mamba, experts, attention), layers (7) and ranges (0-25).
+        pattern: one letter a layer, as in the model's config.
+
+    Raises:
+        ValueError: something else stands in it, or a layer that the model doesn't have.
+    """
+    layers = range(len(pattern))
+    chosen: set[int] = set()
+    for word in policy.split(","):
+        first, _, last = word.partition("-")
+        if word == "all":
+            chosen |= set(layers)
+        elif word in KINDS:
+            chosen |= {i for i in layers if pattern[i] == KINDS[word]}
+        elif first.isdecimal() and (last.isdecimal() or last == "" == word[len(first) :]):
+            named = range(int(first), int(last or first) + 1)
+            if not named or named[-1] not in layers:
+                raise ValueError(f"config: wanted layers from 0 to {layers[-1]} in recompute, got {word!r}")
+            chosen |= set(named)
+        elif word != "none":
+            raise ValueError(
+                f"config: wanted recompute as none, all, {', '.join(KINDS)}, layers (7) or ranges (0-25), by commas, "
+                f"got {word!r}"
+            )
+    return tuple(sorted(chosen))
