@@ -10,6 +10,7 @@ import torch
 from oracle import assert_equal_to_float64
 
 from yaongi.kernels.causal_conv1d import reference
+from yaongi.kernels.cross_entropy import reference as cross_entropy_reference
 from yaongi.kernels.mamba_scan import reference as mamba_reference
 from yaongi.kernels.moe import reference as moe_reference
 from yaongi.kernels.newton_schulz import reference as newton_schulz_reference
@@ -48,6 +49,25 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
     )
     for i, (ours, expected) in enumerate(zip(actual, exact, strict=True)):
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
+
+
+@pytest.mark.parametrize(("T", "V"), [(3, 7), (2, 4096), (5, 9001), (1, 1)])
+def test_cross_entropy(T: int, V: int) -> None:
+    """Both directions, of logits in a wider tensor; rows without a target, and one whose first block is −∞."""
+    from yaongi.kernels.cross_entropy import triton_impl
+
+    logits, targets = 9 * torch.randn(T, V + 8)[:, :V], torch.randint(-1, V, (T,))
+    targets[0] = V - 1
+    logits[0, : V - 1] = -torch.inf
+    dlosses, dnormalizers = torch.randn(T), torch.randn(T)
+    results = triton_impl.cross_entropy_triton(logits, targets)
+    exact = cross_entropy_reference.cross_entropy_reference(logits.double(), targets)
+    for name, ours, wanted in zip(("losses", "normalizers"), results, exact, strict=True):
+        assert_equal_to_float64(ours, wanted, 1e-6, name)
+    dlogits = triton_impl.cross_entropy_backward_triton(dlosses, dnormalizers, logits, targets, results[1])
+    doubles = (t.double() for t in (dlosses, dnormalizers, logits))
+    wanted = cross_entropy_reference.cross_entropy_backward_reference(*doubles, targets, exact[1])
+    assert_equal_to_float64(dlogits, wanted, 1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (37, 64, 6), (3, 3, 3), (20, 130, 16)])

@@ -70,6 +70,7 @@ def cases() -> dict[str, Case]:
             },
             ("x", "dt", "A", "b", "c", "D", "dt_bias", "initial_state"),
         ),
+        "cross_entropy": ({"logits": randn(70, 50), "targets": torch.arange(-20, 50)}, ("logits",)),
         "mamba_core": (
             {
                 "projected": randn(2, 90, 64 + 160 + 4),

@@ -10,6 +10,7 @@ import torch
 from aot import Compiled, compile_launcher
 
 from yaongi.kernels.causal_conv1d import triton_impl as causal_conv1d
+from yaongi.kernels.cross_entropy import triton_impl as cross_entropy
 from yaongi.kernels.moe import triton_impl as moe
 from yaongi.kernels.moe.routing import triton_impl as routing
 from yaongi.kernels.newton_schulz import triton_impl as newton_schulz
@@ -141,3 +142,17 @@ def test_teon_update(shape: tuple[int, ...], fused_up_to: int) -> None:
         assert "LDG.E.128" in kernels[name].sass, name
         assert "STG.E.128" in kernels[name].sass, name
     assert ("HGMMA" in kernels[last].sass) == bool(fused_up_to)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cross_entropy(dtype: torch.dtype) -> None:
+    """The vocabulary of the presets: wide loads and stores, no spills."""
+    logits, rows = torch.empty(4096, 32768, dtype=dtype, device="meta"), torch.empty(4096, device="meta")
+    targets = torch.empty(4096, dtype=torch.int64, device="meta")
+    kernels = compile_launcher(cross_entropy.cross_entropy_triton, logits, targets)
+    kernels += compile_launcher(cross_entropy.cross_entropy_backward_triton, rows, rows, logits, targets, rows)
+    for kernel in kernels:
+        assert kernel.spilled_bytes == 0, kernel.name
+        assert kernel.registers <= 64, kernel.name
+        assert "LDG.E.128" in kernel.sass, kernel.name
+    assert "STG.E.128" in kernels[1].sass

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from yaongi.model import Yaongi, load_preset
 from yaongi.model.init import initialize
-from yaongi.model.losses import NO_TARGET, cross_entropy, next_tokens
+from yaongi.model.losses import NO_TARGET, head_cross_entropy, next_tokens
 from yaongi.model.roles import parameter_roles
 
 WITH_ENGRAM = {"engram": [ENGRAM]}
@@ -100,7 +100,7 @@ def test_chunked_cross_entropy_and_its_gradients(chunk: int) -> None:
     weight = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 17, (30,))
     targets[::4] = NO_TARGET
-    total, squares = cross_entropy(hidden, weight, targets, chunk)
+    total, squares = head_cross_entropy(hidden, weight, targets, chunk)
     found = torch.autograd.grad(total + 0.3 * squares, [hidden, weight])
     logits = (hidden @ weight.T)[targets != NO_TARGET]
     plain = F.cross_entropy(logits, targets[targets != NO_TARGET], reduction="sum")
@@ -176,7 +176,7 @@ def test_roles_are_those_of_the_specification() -> None:
     roles = parameter_roles(model)
     assert list(roles) == [name for name, _ in model.named_parameters()]
     q = roles["backbone.layers.6.mixer.q_proj.weight"]
-    assert (q.kind, q.part, q.layer, q.attention, q.decay) == ("qkv", "q", 6, 2, True)
+    assert (q.kind, q.part, q.layer, q.decay) == ("qkv", "q", 6, True)
     splits = roles["backbone.layers.0.mixer.in_proj.weight"].splits
     assert [(s.name, s.start, s.stop, s.kind, s.decay) for s in splits] == [
         ("z", 0, 24, "muon", True),

@@ -2,6 +2,7 @@
 
 from yaongi.kernels.backend import check_values, info, use_backend
 from yaongi.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from yaongi.kernels.cross_entropy.op import cross_entropy
 from yaongi.kernels.mamba_core.op import mamba_core
 from yaongi.kernels.mamba_scan.op import mamba_scan, mamba_step
 from yaongi.kernels.moe.op import moe, moe_route
@@ -13,6 +14,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "check_values",
+    "cross_entropy",
     "gated_rms_norm",
     "info",
     "mamba_core",

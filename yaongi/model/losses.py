@@ -1,12 +1,15 @@
-"""The loss: next-token cross entropy in chunks of tokens, so that float32 logits are never all alive at once."""
+"""The loss: next-token cross entropy in chunks of tokens, so that the logits are never all alive at once."""
 
 from typing import Any, NamedTuple
 
 import torch
 
+from yaongi.kernels import cross_entropy
+from yaongi.kernels.cross_entropy.op import cross_entropy_backward
+
 Tensor = torch.Tensor
 NO_TARGET = -1
-CHUNK_LOGITS = 2**26  # logits alive at once: 256 MB in float32
+CHUNK_LOGITS = 2**27  # logits alive at once, in the model's dtype, beside as many gradients: 0.5 GB in bfloat16
 
 
 class Losses(NamedTuple):
@@ -27,7 +30,9 @@ def next_tokens(input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
     return torch.nn.functional.pad(following, (0, 1), value=NO_TARGET)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def head_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Σ −log p(target) and Σ logsumexp² of the logits hidden·weightᵀ over the tokens that have a target.
 
     Args:
@@ -38,39 +43,35 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | 
         Two scalars in float32 (float64 for float64). The backward pass computes the logits again.
     """
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
-    return _CrossEntropy.apply(hidden, weight, targets, chunk)
+    return _HeadCrossEntropy.apply(hidden, weight, targets, chunk)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses, normalizers = [], []
-        for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = (rows @ weight.T).to(wide)
-            normalizers.append(logits.logsumexp(-1))
-            picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            losses.append(torch.where(labels == NO_TARGET, 0, normalizers[-1] - picked).sum())
-        normalizer = torch.cat(normalizers)
-        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        results = [
+            cross_entropy(rows @ weight.T, labels)
+            for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+        losses, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.chunk = chunk
-        squares = torch.where(targets == NO_TARGET, 0, normalizer.square())
-        return torch.stack(losses).sum(), squares.sum()
+        return losses.sum(), torch.where(targets == NO_TARGET, 0, normalizers.square()).sum()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets, normalizer = ctx.saved_tensors
-        has_target = targets != NO_TARGET
-        share = torch.where(has_target, dloss + 2 * dsquares * normalizer, 0)  # of the softmax, in each token's dlogits
+    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden, weight, targets, normalizers = ctx.saved_tensors
+        dlosses = dloss.expand_as(normalizers)
+        dnormalizers = torch.where(targets == NO_TARGET, 0, 2 * dsquares * normalizers)
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=normalizer.dtype)
-        for start in range(0, hidden.shape[0], ctx.chunk):
+        dweight: Tensor | None = None
+        for start in range(0, max(1, len(hidden)), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            rows, labels = hidden[part], targets[part].clamp(min=0).unsqueeze(-1)
-            logits = (rows @ weight.T).to(normalizer.dtype)
-            dlogits = logits.sub_(normalizer[part, None]).exp_().mul_(share[part, None])
-            dlogits.scatter_add_(-1, labels, torch.where(has_target[part, None], -dloss, 0))
-            narrow = dlogits.to(hidden.dtype)
-            dhidden[part] = narrow @ weight
-            dweight += narrow.T @ rows
-        return dhidden, dweight.to(weight.dtype), None, None
+            rows = hidden[part]
+            dlogits = cross_entropy_backward(
+                dlosses[part], dnormalizers[part], rows @ weight.T, targets[part], normalizers[part]
+            )
+            torch.mm(dlogits, weight, out=dhidden[part])
+            product = dlogits.T @ rows
+            dweight = product if dweight is None else dweight.to(normalizers.dtype).add_(product)
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None

@@ -16,7 +16,7 @@ from yaongi.model.engram import Engram
 from yaongi.model.hashing import hash_plans, ngram_window
 from yaongi.model.init import initialize
 from yaongi.model.linear import Embedding, Linear
-from yaongi.model.losses import NO_TARGET, Losses, cross_entropy, next_tokens
+from yaongi.model.losses import NO_TARGET, Losses, head_cross_entropy, next_tokens
 from yaongi.model.mamba2 import Mamba2
 from yaongi.model.moe import MoE, Routing
 from yaongi.model.norm import RMSNorm
@@ -205,14 +205,14 @@ class Yaongi(nn.Module):
         """The mean loss in nats over the tokens that have a next one in their document; 0 when none has."""
         hidden, _ = self._hidden(input_ids, document_ids, with_routing=False)
         targets = next_tokens(input_ids, document_ids).flatten()
-        total, _ = cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
+        total, _ = head_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
         return total / (targets != NO_TARGET).sum().clamp(min=1)
 
     def losses(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Losses:
         """What a training step sums over its micro-batches; arguments and errors as `forward`."""
         hidden, routings = self._hidden(input_ids, document_ids, with_routing=True)
         targets = next_tokens(input_ids, document_ids).flatten()
-        total, squares = cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
+        total, squares = head_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
         if routings:
             balance = torch.stack([routing.balance for routing in routings]).sum()
             loads = torch.stack([routing.load for routing in routings])

@@ -1,0 +1,31 @@
+"""Cross entropy in plain torch: see README.md beside this file for the mathematics."""
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def cross_entropy_reference(
+    logits: Tensor,  # (T, V)
+    targets: Tensor,  # (T), below 0 where there is none
+) -> tuple[Tensor, Tensor]:  # (T), (T), at least float32
+    """The losses, and the normalizers n."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normalizers = wide.logsumexp(-1)
+    picked = wide.gather(-1, targets.long().clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets < 0, 0, normalizers - picked), normalizers
+
+
+def cross_entropy_backward_reference(
+    dlosses: Tensor,  # (T)
+    dnormalizers: Tensor,  # (T)
+    logits: Tensor,  # (T, V)
+    targets: Tensor,  # (T)
+    normalizers: Tensor,  # (T)
+) -> Tensor:  # (T, V) in the logits' dtype
+    """The gradient of the logits."""
+    dlosses = torch.where(targets < 0, 0, dlosses.to(normalizers.dtype))
+    softmax = (logits.to(normalizers.dtype) - normalizers[:, None]).exp()
+    dlogits = softmax * (dlosses + dnormalizers)[:, None]
+    dlogits.scatter_add_(-1, targets.long().clamp(min=0)[:, None], -dlosses[:, None])
+    return dlogits.to(logits.dtype)
