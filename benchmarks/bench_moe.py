@@ -171,6 +171,7 @@ def test_stages(compare: Compare) -> None:
         a = stages.moe_up(x, w_up, plan)
         parts = stages.moe_rows(a, w_down, plan, weights)
         dh, ga, _ = stages.moe_dh(dy, w_down, a, plan, weights)
+        dw_up, dw_down, sums = torch.empty_like(w_up), torch.empty_like(w_down), torch.zeros_like(w_up.float())
         calls: dict[str, Callable[[], Any]] = {
             "route": lambda: moe_route(case.logits, case.bias, case.K, SCALE),
             "dispatch": lambda: stages.dispatch(ids, case.E),
@@ -178,8 +179,9 @@ def test_stages(compare: Compare) -> None:
             "down": lambda: stages.moe_rows(a, w_down, plan, weights),
             "combine": lambda: stages.moe_combine(parts, plan, case.T, case.K),
             "dh": lambda: stages.moe_dh(dy, w_down, a, plan, weights),
-            "dw_up": lambda: stages.moe_dw(dh, x, w_up, plan, gather_left=False),
-            "dw_down": lambda: stages.moe_dw(ga, dy, w_down, plan, gather_left=True),
+            "dw_up": lambda: stages.moe_dw(dh, x, dw_up, plan, gather_left=False),
+            "dw_up, added in fp32": lambda: stages.moe_dw(dh, x, sums, plan, gather_left=False, accumulate=True),
+            "dw_down": lambda: stages.moe_dw(ga, dy, dw_down, plan, gather_left=True),
             "dx": lambda: stages.moe_rows(dh, w_up, plan, None),
         }
         compare(calls.pop("up"), Work(case.flops / 2), calls)

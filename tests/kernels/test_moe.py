@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_equal_to_float64
+from oracle import assert_close, assert_equal_to_float64
 from support import assert_refused, assert_rule, backends, bad_calls, checked_mode, device_of
 
 from yaongi.kernels import moe, moe_route, use_backend
@@ -136,6 +136,37 @@ def test_non_contiguous_arguments(backend: str) -> None:
     assert_rule(lambda a: forward_and_gradients(moe, a), strided, backend)
 
 
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize("routing", ["usual", "no token", "empty experts", "bad ids"])
+def test_weight_gradients_are_added(routing: str, backend: str) -> None:
+    """To what is there, unrounded; those of experts without a token stay to the bit, and all else is as without."""
+    T, D, F, E, K, change = ROUTINGS[routing]
+    device = device_of(backend, "moe")
+    args = arguments(20 * T, 16 * D, 16 * F, E, K, change, working_dtype(backend), device)
+    dy = torch.randn_like(args["x"])
+    sums = [torch.randn(args[name].shape, device=device) for name in ("w_up", "w_down")]
+    before = [t.clone() for t in sums]
+
+    def gradients(dtype: torch.dtype, **more: Any) -> list[torch.Tensor | None]:
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves = {n: args[n].to(wide if n == "expert_weights" else dtype).requires_grad_() for n in FLOAT_ARGUMENTS}
+        y = moe(**leaves, expert_ids=args["expert_ids"], **more)
+        return list(torch.autograd.grad(y, list(leaves.values()), dy.to(dtype), allow_unused=True))
+
+    with use_backend("reference"):
+        exact, plain = gradients(torch.float64), gradients(args["x"].dtype)
+    with use_backend(backend):
+        usual = gradients(args["x"].dtype)
+        dx, *none, dweights = gradients(args["x"].dtype, weight_gradients=tuple(sums))
+    assert none == [None, None]
+    assert torch.equal(dx, usual[0])
+    assert torch.equal(dweights, usual[3])
+    for total, start, wanted, rounded in zip(sums, before, exact[1:3], plain[1:3], strict=True):
+        assert_close(total, start.double() + wanted, start + rounded.float())
+        untouched = (wanted == 0).flatten(1).all(1)
+        assert torch.equal(total[untouched], start[untouched])
+
+
 def test_rows_of_the_activation_are_sorted_by_expert() -> None:
     args = arguments(6, 8, 5, 4, 2, lambda ids: torch.where(ids == 2, 9, ids).int())
     _, a = torch.ops.yaongi.moe(**args)
@@ -196,7 +227,10 @@ def test_opcheck(routing: str) -> None:
     needing = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in args.items()}
     torch.library.opcheck(torch.ops.yaongi.moe.default, (), needing)
     y, a = torch.ops.yaongi.moe(**args)
-    torch.library.opcheck(torch.ops.yaongi.moe_backward.default, (torch.ones_like(y), *args.values(), a))
+    backward = (torch.ones_like(y), *args.values(), a)
+    torch.library.opcheck(torch.ops.yaongi.moe_backward.default, backward)
+    sums = (torch.zeros_like(args["w_up"]), torch.zeros_like(args["w_down"]))
+    torch.library.opcheck(torch.ops.yaongi.moe_backward_accumulate.default, (*backward, *sums))
 
 
 def routed(x: torch.Tensor, logits: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> torch.Tensor:
@@ -304,6 +338,16 @@ def bad_arguments() -> Any:
     yield {"precision": "fp8"}, ValueError, "precision must be 'bf16' (fp8 is not available yet), got 'fp8'"
     yield {"precision": "fp16"}, ValueError, "precision must be 'bf16' or 'fp8', got 'fp16'"
     yield {"precision": None}, ValueError, "precision must be 'bf16' or 'fp8', got None"
+    up, down = torch.zeros(3, 6, 8), torch.zeros(3, 8, 6)
+    named = "weight_gradients' dw_up must be"
+    yield {"weight_gradients": (up.half(), down)}, TypeError, f"{named} float32, got float16"
+    yield {"weight_gradients": (down, down)}, ValueError, f"{named} (E, F, D) = (3, 6, 8), got (3, 8, 6)"
+    yield {"weight_gradients": (down.mT, down)}, ValueError, f"{named} contiguous, got strides (48, 1, 6)"
+    yield (
+        {"weight_gradients": (up, empty(3, 8, 6, device=meta))},
+        TypeError,
+        "weight_gradients' dw_down must be on cpu like the first tensor, got meta",
+    )
 
 
 @bad_calls(bad_arguments())

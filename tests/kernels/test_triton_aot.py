@@ -73,7 +73,12 @@ def test_moe(hidden: int) -> None:
     x, w_up, w_down, a = meta(T, D), meta(E, hidden, D), meta(E, D, hidden), meta(T * K, hidden)
     ids, weights = meta(T, K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
     kernels = compile_launcher(moe.moe_triton, x, w_up, w_down, ids, weights)
-    kernels += compile_launcher(moe.moe_backward_triton, x, x, w_up, w_down, ids, weights, a)
+    backward = (x, x, w_up, w_down, ids, weights, a)
+    kernels += compile_launcher(moe.moe_backward_triton, *backward)
+    sums = [meta(*w.shape, dtype=torch.float32) for w in (w_up, w_down)]
+    adding = compile_launcher(moe.moe_backward_accumulate_triton, *backward, *sums)
+    assert ["UTMAREDG" in kernel.sass for kernel in adding if kernel.name == "_moe_dw_kernel"] == [True, True]
+    kernels += adding
     assert {k.name for k in kernels} >= {"_moe_up_kernel", "_moe_rows_kernel", "_moe_dh_kernel", "_moe_dw_kernel"}
     for kernel in kernels:
         assert kernel.spilled_bytes == 0, kernel.name

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from yaongi.model import Yaongi, load_preset
 from yaongi.model.init import initialize
+from yaongi.model.linear import gradients_in_place
 from yaongi.model.losses import NO_TARGET, head_cross_entropy, next_tokens
 from yaongi.model.roles import parameter_roles
 
@@ -114,6 +115,24 @@ def test_next_tokens_stay_in_their_document() -> None:
     ids = torch.tensor([[4, 5, 6, 7]])
     assert next_tokens(ids, None).tolist() == [[5, 6, 7, NO_TARGET]]
     assert next_tokens(ids, packed((2, 2))).tolist() == [[5, NO_TARGET, 7, NO_TARGET]]
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_gradients_in_place(recompute: str) -> None:
+    """Two passes add up to the bits that autograd adds up to, in the very tensors of the first."""
+    model, other = (small_model("MEM*ME", **WITH_ENGRAM) for _ in range(2))
+    model.recompute = recompute
+    batches = [token_ids(model, 2, 9) for _ in range(2)]
+    model.loss(batches[0]).backward()
+    held = {name: p.grad for name, p in model.named_parameters()}
+    with gradients_in_place():
+        model.loss(batches[1]).backward()
+    for batch in batches:
+        other.loss(batch).backward()
+    for name, parameter in other.named_parameters():
+        found = model.get_parameter(name).grad
+        assert found is held[name], name
+        assert torch.equal(found.to_dense(), parameter.grad.to_dense()), name
 
 
 @pytest.mark.parametrize("recompute", ["all", [0, 2, 3]])

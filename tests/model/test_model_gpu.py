@@ -12,6 +12,7 @@ from yaongi.model import Yaongi
 from yaongi.model import moe as moe_module
 from yaongi.model.attention import attend, plan_attention
 from yaongi.model.generation import generate
+from yaongi.model.linear import gradients_in_place
 from yaongi.train.distributed import settle
 
 pytestmark = pytest.mark.gpu
@@ -115,6 +116,23 @@ def test_the_same_bits_every_time(with_documents: bool) -> None:
     for _ in range(3):
         for name, result in run(model, ids, documents).items():
             assert torch.equal(result, first[name]), name
+
+
+def test_gradients_in_place() -> None:
+    """Of two passes: what autograd adds up, but for a rounding of each to bfloat16."""
+    found: list[Results] = []
+    for in_place in (False, True):
+        model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
+        for parameter in model.parameters():
+            parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
+        torch.manual_seed(1)
+        for number in range(2):
+            with gradients_in_place(in_place and number > 0):
+                model.loss(token_ids(model, 2, 512).to("cuda")).backward()
+        found.append({n: p.grad.to_dense() for n, p in model.named_parameters() if p.grad is not None})
+    for name, usual in found[0].items():
+        assert found[1][name].dtype == usual.dtype
+        assert_relative(found[1][name], usual, 1e-2, name)
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "varlen", "flex"])

@@ -9,7 +9,7 @@ from torch import nn
 
 from yaongi.kernels import moe, moe_route
 from yaongi.model.config import ModelConfig, RolePrecision
-from yaongi.model.linear import Linear
+from yaongi.model.linear import Linear, gradient_to_add_to
 
 Tensor = torch.Tensor
 
@@ -116,7 +116,10 @@ class MoE(nn.Module):
         logits = self.gate(rows)
         bias = self.gate.e_score_correction_bias.to(logits.dtype)
         ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
-        y = moe(rows, self.experts.up_proj, self.experts.down_proj, ids, weights, self.precision)
+        up, down = self.experts.up_proj, self.experts.down_proj
+        dw_up, dw_down = gradient_to_add_to(up), gradient_to_add_to(down)
+        sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
+        y = moe(rows, up, down, ids, weights, self.precision, sums)
         y = (y + self.shared_experts(rows)).view(x.shape)
         if not with_routing:
             return y, None

@@ -12,6 +12,7 @@ from torch import nn
 
 from yaongi.data.loader import Batch
 from yaongi.model import Yaongi
+from yaongi.model.linear import gradients_in_place
 from yaongi.train.config import Training
 from yaongi.train.distributed import World, average_whole_gradients, is_sharded, local
 from yaongi.train.guard import first_not_finite
@@ -84,13 +85,15 @@ class Stepper:
         train, world = self._train, self._world
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         loads: list[torch.Tensor] = []
-        for ids, documents in moved:
-            losses = self._model.losses(ids, documents)
-            share = len(ids) / train.batch_rows
-            loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
-            if train.z_loss:
-                loss = loss + train.z_loss * losses.z_sum / targets
-            (loss * world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
+        sharded = any(is_sharded(p) for _, p in self._named)
+        for number, (ids, documents) in enumerate(moved):
+            with gradients_in_place(number > 0 and not sharded):  # the first makes them
+                losses = self._model.losses(ids, documents)
+                share = len(ids) / train.batch_rows
+                loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
+                if train.z_loss:
+                    loss = loss + train.z_loss * losses.z_sum / targets
+                (loss * world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
             parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
             sums += torch.stack([part.detach().double() for part in parts])
             loads.append(losses.loads.long())

@@ -1,11 +1,12 @@
 """`moe_route` and `moe`: registration and the public functions."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from yaongi.kernels import backend, check
 from yaongi.kernels.moe.reference import (
+    moe_backward_accumulate_reference,
     moe_backward_reference,
     moe_reference,
     moe_route_backward_reference,
@@ -73,6 +74,20 @@ def _backward_fake(
     return dx, dw_up, dw_down, dweights
 
 
+def _accumulate_fake(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    a: Tensor,
+    dw_up: Tensor,
+    dw_down: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), expert_weights.new_empty(expert_weights.shape)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, a = output
     ctx.mark_non_differentiable(a)
@@ -132,8 +147,40 @@ _backward_op = backend.define(
     triton="yaongi.kernels.moe.triton_impl:moe_backward_triton",
     triton_refuses=_backward_triton_refuses,
 )
+_accumulate_op = backend.define(
+    "moe_backward_accumulate(Tensor dy, Tensor x, Tensor w_up, Tensor w_down, Tensor expert_ids, Tensor expert_weights,"
+    " Tensor a, Tensor(a!) dw_up, Tensor(b!) dw_down) -> (Tensor dx, Tensor dexpert_weights)",
+    reference=moe_backward_accumulate_reference,
+    fake=_accumulate_fake,
+    triton="yaongi.kernels.moe.triton_impl:moe_backward_accumulate_triton",
+    triton_refuses=_backward_triton_refuses,
+)
 backend.define_autograd("moe", _backward, _setup_context)
 backend.define_no_autograd("moe_backward")
+
+
+class _Accumulating(torch.autograd.Function):
+    """The experts, whose weights' gradients don't go through autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        weight_gradients: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        y, a = _op(x, w_up, w_down, expert_ids, expert_weights)
+        ctx.save_for_backward(x, w_up, w_down, expert_ids, expert_weights, a)
+        ctx.weight_gradients = weight_gradients
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweights = _accumulate_op(*grads, *ctx.saved_tensors, *ctx.weight_gradients)
+        return dx, None, None, None, dweights, None
 
 
 def moe_route(logits: Tensor, bias: Tensor, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,6 +217,7 @@ def moe(
     expert_ids: Tensor,
     expert_weights: Tensor,
     precision: Literal["bf16", "fp8"] = "bf16",
+    weight_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Squared-ReLU experts: y_t = Σ_k g_tk · W_down[e]·relu(W_up[e]·x_t)², with e = expert_ids[t, k].
 
@@ -183,6 +231,8 @@ def moe(
         expert_ids: (T, K) int32.
         expert_weights: (T, K) float32 (float64 for x in float64), g.
         precision: "bf16" takes the operands as they are; "fp8" is not available yet.
+        weight_gradients: contiguous, like w_up and w_down but float32 (float64 for x in float64): the backward pass
+            adds the weights' gradients to these, unrounded, and autograd gets none. None: autograd gets them.
 
     Returns:
         y: (T, D) in x's dtype, contiguous; accumulated in float32 (float64 for float64) and rounded once.
@@ -198,4 +248,10 @@ def moe(
     args.tensor("expert_weights", expert_weights, ("T", "K"), (torch.promote_types(x.dtype, torch.float32),))
     args.choice("precision", precision, ("bf16", "fp8"))
     args.require(precision != "fp8", "precision", "'bf16' (fp8 is not available yet)", repr(precision))
-    return _op(x, w_up, w_down, expert_ids, expert_weights)[0]
+    if weight_gradients is None:
+        return _op(x, w_up, w_down, expert_ids, expert_weights)[0]
+    for name, value, like in zip(("dw_up", "dw_down"), weight_gradients, (w_up, w_down), strict=True):
+        name = f"weight_gradients' {name}"
+        args.tensor(name, value, ("E", "F", "D") if like is w_up else ("E", "D", "F"), (expert_weights.dtype,))
+        args.require(value.is_contiguous(), name, "contiguous", f"strides {tuple(value.stride())}")
+    return _Accumulating.apply(x, w_up, w_down, expert_ids, expert_weights, weight_gradients)

@@ -106,3 +106,22 @@ def moe_backward_reference(
         dw_up[expert] = (dhidden.T @ x[tokens].to(wide)).to(w_up.dtype)
         dw_down[expert] = (dy_rows.T @ (g * act).to(x.dtype).to(wide)).to(w_down.dtype)
     return dparts.view(T, K, x.shape[1]).sum(1).to(x.dtype), dw_up, dw_down, dweights.view(T, K)
+
+
+def moe_backward_accumulate_reference(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    a: Tensor,
+    dw_up: Tensor,  # (E, F, D), at least float32
+    dw_down: Tensor,  # (E, D, F)
+) -> tuple[Tensor, Tensor]:
+    """dx and dexpert_weights; the weights' gradients, unrounded, are added to dw_up and dw_down."""
+    wide = (w_up.to(dw_up.dtype), w_down.to(dw_down.dtype))
+    dx, up, down, dweights = moe_backward_reference(dy, x, *wide, expert_ids, expert_weights, a)
+    dw_up.add_(up)
+    dw_down.add_(down)
+    return dx, dweights

@@ -241,16 +241,21 @@ def _moe_dw_kernel(
     token_ptr,
     offset_ptr,
     out_ptr,  # (E, G, R), or (E, R, G)
+    sum_desc,  # the same in float32, to which is added; else None
     R,
     G,
     stride_g,
     GATHER_LEFT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     EVEN_G: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[e] = Σ over the rows of e of gathered ⊗ row (or row ⊗ gathered); rows past the expert's end are masked."""
+    """out[e] = Σ over the rows of e of gathered ⊗ row (or row ⊗ gathered); rows past the expert's end are masked.
+
+    To add, the tile leaves by the copy engine, which adds in L2: read into registers, the old one would not fit there.
+    """
     tiles_r, tiles_g = tl.cdiv(R, BLOCK_R), tl.cdiv(G, BLOCK_G)
     expert = tl.program_id(0) // (tiles_r * tiles_g)
     tile = tl.program_id(0) % (tiles_r * tiles_g)
@@ -278,12 +283,20 @@ def _moe_dw_kernel(
             accumulator = tl.dot(gathered.T, rows, accumulator)
         else:
             accumulator = tl.dot(rows.T, gathered, accumulator)
-    n = first_r + tl.arange(0, BLOCK_R)
-    place, mask = (g[:, None] * R + n[None, :], (g < G)[:, None] & (n < R)[None, :])
-    if not GATHER_LEFT:
-        place, mask = (n[:, None] * G + g[None, :], (n < R)[:, None] & (g < G)[None, :])
-    out_ptr += expert.to(tl.int64) * R * G
-    tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+    if ACCUMULATE:
+        if start < end:
+            first_g = (tile // tiles_r) * BLOCK_G
+            if GATHER_LEFT:
+                sum_desc.atomic_add([expert, first_g, first_r], accumulator.reshape(1, BLOCK_G, BLOCK_R))
+            else:
+                sum_desc.atomic_add([expert, first_r, first_g], accumulator.reshape(1, BLOCK_R, BLOCK_G))
+    else:
+        n = first_r + tl.arange(0, BLOCK_R)
+        place, mask = (g[:, None] * R + n[None, :], (g < G)[:, None] & (n < R)[None, :])
+        if not GATHER_LEFT:
+            place, mask = (n[:, None] * G + g[None, :], (n < R)[:, None] & (g < G)[None, :])
+        out_ptr += expert.to(tl.int64) * R * G
+        tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -405,21 +418,25 @@ def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tenso
     return dh, ga, dweights
 
 
-def moe_dw(rows: Tensor, gathered: Tensor, like: Tensor, plan: Dispatch, *, gather_left: bool) -> Tensor:
-    """Σ over each expert's rows of gathered ⊗ row (E, G, R), or of row ⊗ gathered (E, R, G), in the weight's dtype."""
+def moe_dw(
+    rows: Tensor, gathered: Tensor, out: Tensor, plan: Dispatch, *, gather_left: bool, accumulate: bool = False
+) -> None:
+    """out = Σ, or out += Σ, over each expert's rows of gathered ⊗ row (E, G, R), or of row ⊗ gathered (E, R, G)."""
     R, G = rows.shape[1], gathered.shape[1]
     block_r, block_g = _fitting(DW.block_r, R), _fitting(DW.block_g, G)
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    _moe_dw_kernel[(like.shape[0] * triton.cdiv(R, block_r) * triton.cdiv(G, block_g),)](
+    box = [1, block_g, block_r] if gather_left else [1, block_r, block_g]
+    _moe_dw_kernel[(out.shape[0] * triton.cdiv(R, block_r) * triton.cdiv(G, block_g),)](
         _descriptor(rows, DW.block_k, block_r),
         gathered,
         plan.token,
         plan.offset,
-        out,
+        None if accumulate else out,
+        TensorDescriptor.from_tensor(out, box) if accumulate else None,
         R,
         G,
         gathered.stride(0),
         GATHER_LEFT=gather_left,
+        ACCUMULATE=accumulate,
         EVEN_G=G % block_g == 0,
         BLOCK_R=block_r,
         BLOCK_G=block_g,
@@ -427,7 +444,6 @@ def moe_dw(rows: Tensor, gathered: Tensor, like: Tensor, plan: Dispatch, *, gath
         num_warps=DW.num_warps,
         num_stages=DW.num_stages,
     )
-    return out
 
 
 def moe_triton(
@@ -447,14 +463,51 @@ def moe_backward_triton(
     dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `moe_backward_reference`; the dispatch is computed again rather than saved."""
+    dw_up, dw_down = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (w_up, w_down))
+    if not expert_ids.numel():
+        dw_up.zero_()
+        dw_down.zero_()
+    dx, dweights = _backward(dy, x, w_up, w_down, expert_ids, expert_weights, a, dw_up, dw_down, accumulate=False)
+    return dx, dw_up, dw_down, dweights
+
+
+def moe_backward_accumulate_triton(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    a: Tensor,
+    dw_up: Tensor,
+    dw_down: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `moe_backward_accumulate_reference`."""
+    return _backward(dy, x, w_up, w_down, expert_ids, expert_weights, a, dw_up, dw_down, accumulate=True)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    a: Tensor,
+    dw_up: Tensor,
+    dw_down: Tensor,
+    *,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fills, or adds to, the weights' gradients; returns dx and dexpert_weights."""
     T, K = expert_ids.shape
     if not T:
-        return x.new_empty(x.shape), torch.zeros_like(w_up), torch.zeros_like(w_down), expert_weights.new_empty(T, K)
+        return x.new_empty(x.shape), expert_weights.new_empty(T, K)
     plan = dispatch(expert_ids, w_up.shape[0])
     x, dy = _addressable(x), _addressable(dy)
     dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
-    dw_up = moe_dw(dh, x, w_up, plan, gather_left=False)
-    dw_down = moe_dw(ga, dy, w_down, plan, gather_left=True)
+    moe_dw(dh, x, dw_up, plan, gather_left=False, accumulate=accumulate)
+    moe_dw(ga, dy, dw_down, plan, gather_left=True, accumulate=accumulate)
     del ga  # the rows of dx are the peak of the step
     dx = moe_combine(moe_rows(dh, w_up.contiguous(), plan, None), plan, T, K)
-    return dx, dw_up, dw_down, dweights.view(T, K)
+    return dx, dweights.view(T, K)
