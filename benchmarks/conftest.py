@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Absent, Compare, Peer, Work, figures, interleaved_ms, line_of
+from measure import Absent, Compare, Peer, Work, figures, interleaved_ms, line_of, machine
 
 from yaongi.kernels import backend
 
@@ -72,7 +72,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, l2_flush: Callable[[
         info = figures(times, work)
         info |= {name: f"absent: {peer.reason}" for name, peer in peers.items() if isinstance(peer, Absent)}
         info |= notes or {}
-        info["gpu"] = torch.cuda.get_device_name()
+        info |= machine()
         benchmark.extra_info.update(info)
         request.config.stash[_ROWS].append((request.node.name.removeprefix("test_"), info))
         return times

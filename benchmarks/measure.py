@@ -93,14 +93,19 @@ def line_of(name: str, info: dict[str, Any]) -> str:
     for key, value in info.items():
         if key.startswith("x "):
             line += f"  | {key[2:]} {info[f'{key[2:]} ms']:.4f} ms, x {value:.2f}"
-        elif isinstance(value, str) and key != "gpu":
+        elif isinstance(value, str) and key not in ("gpu", "torch"):
             line += f"  | {key} {value}"
     return line
+
+
+def machine() -> dict[str, str]:
+    """What figures are figures of."""
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
 
 def report(benchmark: Any, request: pytest.FixtureRequest, info: dict[str, Any]) -> None:
     """A row of figures; pytest-benchmark's own clock has nothing to add."""
     benchmark.pedantic(lambda: None, rounds=1, iterations=1)
-    benchmark.extra_info.update(info | {"gpu": torch.cuda.get_device_name()})
+    benchmark.extra_info.update(info | machine())
     shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in info.items())
     print(f"\n{request.node.name.removeprefix('test_')}: " + ", ".join(shown))

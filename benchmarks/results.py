@@ -1,0 +1,160 @@
+"""One page of results from what `pytest benchmarks/ --benchmark-only --benchmark-json out.json` wrote.
+
+    python -m benchmarks.results out.json [more.json …]      writes docs/results.md and docs/results.png
+
+Of a benchmark that stands in several files the last one counts; all of one page come from one kind of GPU. The picture
+has a bar a case, the fastest peer's time over ours, and a roofline: each case by FLOPs a byte, under the ceilings.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.measure import COPY_BYTES_PER_S, MATMUL_FLOPS_PER_S
+
+COMMAND = "pytest benchmarks/ --benchmark-only --benchmark-json out.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and its figures."""
+
+    file: str
+    name: str
+    info: dict[str, Any]
+    date: str
+    versions: str
+
+    @property
+    def peers(self) -> dict[str, float]:
+        """Their milliseconds."""
+        return {
+            key.removesuffix(" ms"): v
+            for key, v in self.info.items()
+            if key.endswith(" ms") and f"x {key[:-3]}" in self.info
+        }
+
+    @property
+    def speedup(self) -> float | None:
+        """Over the fastest peer."""
+        return min(self.peers.values()) / self.info["ms"] if self.peers else None
+
+
+def rows_of(paths: list[Path]) -> list[Row]:
+    """All cases.
+
+    Raises:
+        ValueError: a file isn't JSON of pytest-benchmark, or they come from different GPUs.
+    """
+    rows: dict[tuple[str, str], Row] = {}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+            for found in content["benchmarks"]:
+                file = Path(found["fullname"].partition("::")[0]).stem.removeprefix("bench_")
+                info = found["extra_info"]
+                versions = f"torch {info['torch']}" if "torch" in info else ""
+                row = Row(file, found["name"].removeprefix("test_"), info, content["datetime"][:10], versions)
+                rows[file, row.name] = row
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"results: wanted JSON of pytest-benchmark in {path}, got {error!r}") from error
+    gpus = sorted({str(row.info.get("gpu")) for row in rows.values()})
+    if len(gpus) != 1:
+        raise ValueError(f"results: wanted cases of one GPU, got {', '.join(gpus) or 'no case'}")
+    return list(rows.values())
+
+
+def page(rows: list[Row]) -> str:
+    """The table, a heading for each benchmark."""
+    dates, versions = (sorted({getattr(row, what) for row in rows} - {""}) for what in ("date", "versions"))
+    lines = [
+        "# Results",
+        "",
+        f"{', '.join([rows[0].info['gpu'], *versions, *dates])}, `{COMMAND}`. Medians with cold L2, peers in turn.",
+        "",
+        "![How many times as fast as the fastest peer, and roofline](results.png)",
+    ]
+    for file in dict.fromkeys(row.file for row in rows):
+        lines += [
+            "",
+            f"## {file}",
+            "",
+            "| case | ours | of the floor | fastest peer | × | more |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [_line(row) for row in rows if row.file == file]
+    return "\n".join([*lines, ""])
+
+
+def _line(row: Row) -> str:
+    info, peers = row.info, row.peers
+    fastest = min(peers, key=lambda name: peers[name]) if peers else None
+    known = {"ms", "floor_ms", "of_floor", "gpu", "torch", *(f"{p} ms" for p in peers), *(f"x {p}" for p in peers)}
+    cells = (
+        row.name,
+        f"{info['ms']:.4g} ms" if "ms" in info else "",
+        f"{info['of_floor']:.0%}" if "of_floor" in info else "",
+        f"{fastest} {peers[fastest]:.4g} ms" if fastest else "",
+        f"{row.speedup:.2f}" if row.speedup else "",
+        ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items() if k not in known),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _label(row: Row) -> str:
+    return row.name if row.name.startswith(row.file) else f"{row.file} {row.name}"
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Bars and roofline."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    compared = [row for row in rows if row.speedup]
+    measured = [row for row in rows if {"tflops", "gb_per_s"} <= row.info.keys()]
+    figure, (bars, roof) = pyplot.subplots(1, 2, figsize=(14, 2 + 0.16 * len(compared)), layout="constrained")
+    bars.barh([_label(row) for row in compared], [row.speedup or 0 for row in compared], color="tab:blue")
+    bars.axvline(1, color="black", linewidth=0.8)
+    bars.invert_yaxis()
+    bars.tick_params(axis="y", labelsize=6)
+    bars.set(title="times as fast as the fastest peer")
+    bars.grid(axis="x", alpha=0.3)
+    peak = MATMUL_FLOPS_PER_S["bf16"] / 1e12
+    intensities = [10 ** (i / 20) for i in range(0, 81)]
+    roof.plot(intensities, [min(peak, x * COPY_BYTES_PER_S / 1e12) for x in intensities], color="black", linewidth=0.8)
+    for file in dict.fromkeys(row.file for row in measured):
+        infos = [row.info for row in measured if row.file == file]
+        x = [1e3 * info["tflops"] / info["gb_per_s"] for info in infos]
+        roof.plot(x, [info["tflops"] for info in infos], "o", markersize=4, label=file)
+    roof.set(
+        xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s", title="under the ceilings of the chip"
+    )
+    roof.grid(alpha=0.3, which="both")
+    if measured:
+        roof.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    try:
+        rows = rows_of(arguments.files)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    (arguments.out / "results.md").write_text(page(rows))
+    picture(rows, arguments.out / "results.png")
+    print(arguments.out / "results.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
