@@ -102,11 +102,13 @@ FLAT = [value for step in POLAR_EXPRESS for value in step]
 
 @pytest.fixture
 def newton_schulz_in_float32() -> Iterator[Any]:
-    """The launchers' module, storing in float32 what a GPU stores in half of it, and in batches of a few matrices."""
+    """The launchers of both ops, storing in float32 what a GPU stores in half of it, and a few matrices at a time."""
     from yaongi.kernels.newton_schulz import triton_impl
+    from yaongi.kernels.newton_schulz.teon import triton_impl as teon
 
-    with mock.patch.multiple(triton_impl, STORAGE=torch.float32, DIRECTION=torch.float32, WORKSPACE=1000):
-        yield triton_impl
+    float32 = {"STORAGE": torch.float32, "WORKSPACE": 1000}
+    with mock.patch.multiple(triton_impl, **float32), mock.patch.object(teon, "DIRECTION", torch.float32):
+        yield triton_impl.newton_schulz_triton, teon.teon_update_triton
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 20), (3, 20, 5), (1, 8, 24), (1, 70, 9), (2, 9, 530)], ids=str)
@@ -115,7 +117,7 @@ def test_newton_schulz(shape: tuple[int, ...], form: str, newton_schulz_in_float
     """Padding, transposition, several tiles and several batches."""
     x = torch.randn(shape)
     exact = newton_schulz_reference.newton_schulz_reference(x.double(), FLAT, form)
-    assert_equal_to_float64(newton_schulz_in_float32.newton_schulz_triton(x, FLAT, form), exact, 2e-4)
+    assert_equal_to_float64(newton_schulz_in_float32[0](x, FLAT, form), exact, 2e-4)
 
 
 @pytest.mark.parametrize("masters", [False, True])
@@ -126,7 +128,7 @@ def test_teon_update(stack: int, shape: tuple[int, ...], masters: bool, newton_s
     exact = [[t.double() for t in tensors] for tensors in lists]
     settings = (stack, 0.5, 0.9, True, 0.1, FLAT)
     newton_schulz_reference.teon_update_reference(*exact, *settings)
-    newton_schulz_in_float32.teon_update_triton(*lists, *settings)
+    newton_schulz_in_float32[1](*lists, *settings)
     for ours, expected in zip(lists, exact, strict=True):
         for tensor, wanted in zip(ours, expected, strict=True):
             assert_equal_to_float64(tensor, wanted, 2e-4)

@@ -15,6 +15,7 @@ from yaongi.kernels.moe import triton_impl as moe
 from yaongi.kernels.moe.routing import triton_impl as routing
 from yaongi.kernels.newton_schulz import triton_impl as newton_schulz
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
+from yaongi.kernels.newton_schulz.teon import triton_impl as teon
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,7 @@ def test_teon_update(shape: tuple[int, ...], fused_up_to: int) -> None:
     """float32 gradients and masters, bfloat16 momenta and parameters, by addresses: still accesses of 16 bytes."""
     wide, narrow = (lambda: [meta(*shape, dtype=torch.float32)]), (lambda: [meta(*shape)])
     settings = (1, 0.02, 0.95, True, 0.1, FLAT)
-    kernels = compile_newton_schulz(
-        fused_up_to, newton_schulz.teon_update_triton, narrow(), wide(), narrow(), wide(), *settings
-    )
+    kernels = compile_newton_schulz(fused_up_to, teon.teon_update_triton, narrow(), wide(), narrow(), wide(), *settings)
     last = "_teon_last_product_kernel" if fused_up_to else "_teon_weight_kernel"
     for name, registers in (("_teon_momentum_kernel", 128), (last, 255 if fused_up_to else 128)):
         assert kernels[name].registers <= registers, name

@@ -10,6 +10,7 @@ from yaongi.kernels.newton_schulz.reference import newton_schulz_reference, teon
 
 Tensor = torch.Tensor
 GPU = "yaongi.kernels.newton_schulz.triton_impl"
+TEON_ON_GPU = "yaongi.kernels.newton_schulz.teon.triton_impl"
 Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each step: σ ← aσ + bσ³ + cσ⁵
 SAFETY = 1.05  # the steps expect σ ≤ 1 and see σ/SAFETY: rounding errors above 1 then stay in their domain
 POLAR_EXPRESS: Coefficients = tuple(
@@ -98,9 +99,9 @@ _teon_op = backend.define(
     " float momentum, bool nesterov, float weight_decay, float[] coefficients) -> ()",
     reference=teon_update_reference,
     fake=_teon_fake,
-    triton=f"{GPU}:teon_update_triton",
+    triton=f"{TEON_ON_GPU}:teon_update_triton",
     triton_refuses=_teon_triton_refuses,
-    cuda=f"{GPU}:teon_update_cuda",
+    cuda=f"{TEON_ON_GPU}:teon_update_cuda",
     cuda_refuses=_teon_cuda_refuses,
     value_check=_teon_value_check,
 )

@@ -1,0 +1,1 @@
+"""The Teon update: momentum before the Newton-Schulz steps, weights after them."""
