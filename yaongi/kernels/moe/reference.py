@@ -109,19 +109,15 @@ def moe_backward_reference(
 
 
 def moe_backward_accumulate_reference(
-    dy: Tensor,
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    expert_ids: Tensor,
-    expert_weights: Tensor,
-    a: Tensor,
-    dw_up: Tensor,  # (E, F, D), at least float32
-    dw_down: Tensor,  # (E, D, F)
+    dy: Tensor,  # (T, D)
+    x: Tensor,  # (T, D)
+    w_up: Tensor,  # (E, F, D)
+    w_down: Tensor,  # (E, D, F)
+    *rest: Tensor,  # expert_ids, expert_weights, a; dw_up and dw_down, like the weights, at least float32
 ) -> tuple[Tensor, Tensor]:
     """dx and dexpert_weights; the weights' gradients, unrounded, are added to dw_up and dw_down."""
-    wide = (w_up.to(dw_up.dtype), w_down.to(dw_down.dtype))
-    dx, up, down, dweights = moe_backward_reference(dy, x, *wide, expert_ids, expert_weights, a)
+    *saved, dw_up, dw_down = rest
+    dx, up, down, dweights = moe_backward_reference(dy, x, w_up.to(dw_up.dtype), w_down.to(dw_down.dtype), *saved)
     dw_up.add_(up)
     dw_down.add_(down)
     return dx, dweights

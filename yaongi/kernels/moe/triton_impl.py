@@ -460,30 +460,18 @@ def moe_triton(
 
 
 def moe_backward_triton(
-    dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor, a: Tensor
+    dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, *rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `moe_backward_reference`; the dispatch is computed again rather than saved."""
-    dw_up, dw_down = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (w_up, w_down))
-    if not expert_ids.numel():
-        dw_up.zero_()
-        dw_down.zero_()
-    dx, dweights = _backward(dy, x, w_up, w_down, expert_ids, expert_weights, a, dw_up, dw_down, accumulate=False)
+    make = torch.empty if len(x) else torch.zeros  # without tokens no kernel writes them
+    dw_up, dw_down = (make(w.shape, dtype=w.dtype, device=w.device) for w in (w_up, w_down))
+    dx, dweights = _backward(dy, x, w_up, w_down, *rest, dw_up, dw_down, accumulate=False)
     return dx, dw_up, dw_down, dweights
 
 
-def moe_backward_accumulate_triton(
-    dy: Tensor,
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    expert_ids: Tensor,
-    expert_weights: Tensor,
-    a: Tensor,
-    dw_up: Tensor,
-    dw_down: Tensor,
-) -> tuple[Tensor, Tensor]:
+def moe_backward_accumulate_triton(*arguments: Tensor) -> tuple[Tensor, Tensor]:
     """As `moe_backward_accumulate_reference`."""
-    return _backward(dy, x, w_up, w_down, expert_ids, expert_weights, a, dw_up, dw_down, accumulate=True)
+    return _backward(*arguments, accumulate=True)
 
 
 def _backward(
