@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,24 @@ def gram_newton_schulz(*, gram: bool) -> Peer:
     return GramNewtonSchulz(ns_coefficients=list(POLAR_EXPRESS), use_gram_newton_schulz=gram)
 
 
+def emerging_optimizers() -> Callable[[Tensor], Any] | Absent:
+    """NVIDIA's, matrix by matrix as its Muon calls it: bf16 operands, half of each square by Triton."""
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        return Absent("pip install git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers")
+    from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz as theirs
+
+    steps = {"steps": len(POLAR_EXPRESS), "coefficient_type": "custom", "custom_coefficient_sets": list(POLAR_EXPRESS)}
+
+    def call(x: Tensor) -> list[Tensor]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        results = [theirs(matrix.float(), **steps, use_syrk=True) for matrix in x]
+        torch.set_float32_matmul_precision(before)
+        return results
+
+    return call
+
+
 def work_of(batch: int, m: int, n: int) -> Work:
     """m³·(14 + 6α) a matrix in Gram form, symmetric products counted by half; x read and written once in bf16."""
     m, n = sorted((m, n))
@@ -77,6 +96,8 @@ def test_newton_schulz(name: str, compare: Compare) -> None:
     for label, gram in packages.items():
         peer = gram_newton_schulz(gram=gram)
         peers[label] = peer if isinstance(peer, Absent) else (lambda peer=peer: peer(x))
+    nvidias = emerging_optimizers()
+    peers["emerging-optimizers"] = nvidias if isinstance(nvidias, Absent) else (lambda: nvidias(x))
     peers["our standard form"] = lambda: newton_schulz(x, form="standard")
     notes = {"shape": str(shape), "peak": f"{peak_gb(lambda: newton_schulz(x)):.2f} GB"}
     compare(lambda: newton_schulz(x), work_of(*shape), peers, notes)

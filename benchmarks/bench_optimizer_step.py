@@ -140,7 +140,8 @@ def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
     report(benchmark, request, size_of(model) | {"ms": median_ms(optimizer.step)})
 
 
-def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("orthogonalise", [torch_standard, torch.compile(torch_standard)], ids=["eager", "compiled"])
+def test_muon(orthogonalise: Callable[[Tensor], Tensor], benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Muon as a good user writes it: foreach passes, matrices of one shape in one batch, no master; fused AdamW."""
     model = flagship()
     give_gradients(model)
@@ -151,7 +152,7 @@ def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
     momenta = [torch.zeros_like(p) for p in matrices]
 
     def step() -> None:
-        eager_muon(matrices, momenta)
+        eager_muon(matrices, momenta, orthogonalise=orthogonalise)
         rest.step()
 
     check_it_moves(model, step)
@@ -159,7 +160,13 @@ def test_eager_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
 
 
 @torch.no_grad()
-def eager_muon(matrices: list[Tensor], momenta: list[Tensor], lr: float = 0.02, mu: float = 0.95) -> None:
+def eager_muon(
+    matrices: list[Tensor],
+    momenta: list[Tensor],
+    lr: float = 0.02,
+    mu: float = 0.95,
+    orthogonalise: Callable[[Tensor], Tensor] = torch_standard,
+) -> None:
     """In place; in_proj is orthogonalised whole here."""
     gradients = [p.grad for p in matrices]
     torch._foreach_mul_(momenta, mu)
@@ -172,7 +179,7 @@ def eager_muon(matrices: list[Tensor], momenta: list[Tensor], lr: float = 0.02, 
         size = len(members) if len(shape) == 2 else 1  # an expert tensor is a batch of its own
         for first in range(0, len(members), size):
             batch = members[first : first + size]
-            o = torch_standard(torch.stack([directions[i] for i in batch]).view(-1, *shape[-2:]))
+            o = orthogonalise(torch.stack([directions[i] for i in batch]).view(-1, *shape[-2:]))
             torch._foreach_copy_([directions[i] for i in batch], list(o.view(len(batch), *shape).unbind()))
     torch._foreach_mul_(matrices, 1 - lr * 0.1)
     scales = [-lr * math.sqrt(p.shape[-2] / p.shape[-1]) for p in matrices]

@@ -1,0 +1,124 @@
+"""`mamba_scan` on a GPU: all sizes, 200 random calls, slices and segments, graphs, a million tokens."""
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from mamba_support import DIFFERENTIABLE, OPTIONAL, arguments, differentiable, positional
+from support import converted, outputs_and_gradients
+
+from yaongi.kernels import mamba_scan, use_backend
+
+
+def assert_near(
+    results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], what: str
+) -> None:
+    """Asserts that each Frobenius error is at most 1 %, or where terms cancel thrice that of the plain computation."""
+    for name, value in exact.items():
+        error, allowed = (results[name].double() - value).norm(), (plain[name].double() - value).norm()
+        assert error <= 1e-2 * value.norm() + 3 * allowed + 1e-6, (
+            f"{what} {name}: error {error:.2e} of {value.norm():.2e}"
+        )
+
+
+def on_gpu(args: dict[str, Any], backend: Any, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of a backend, perhaps in another dtype."""
+    args = converted(args, lambda t: t if dtype is None else t.to(dtype))
+    with use_backend(backend):
+        return outputs_and_gradients(mamba_scan, args, differentiable(args))
+
+
+def check_on_gpu(args: dict[str, Any], what: str) -> None:
+    """Triton's results beside the reference's, in float64 and as it is."""
+    exact, plain = on_gpu(args, "reference", torch.float64), on_gpu(args, "reference")
+    assert_near(on_gpu(args, "triton"), exact, plain, what)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "L"),
+    [
+        ((1, 2, 128, 1, 64), 65),
+        ((2, 4, 64, 2, 256), 130),
+        ((1, 3, 72, 1, 24), 63),
+        ((1, 1, 64, 1, 128), 5000),
+        ((1, 64, 64, 8, 128), 1),
+    ],
+)
+def test_sizes_on_a_gpu(sizes: tuple[int, int, int, int, int], L: int) -> None:
+    documents = (L // 3, 1, L - L // 3 - 1) if L > 1 else None
+    args = arguments(sizes, L, documents, dtype=torch.bfloat16, device="cuda")
+    check_on_gpu(args, f"{sizes} {L}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_slices_and_segments_change_nothing(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of all heads at once, of some, of one at a time; the sequence whole and in segments."""
+    from yaongi.kernels.mamba_scan import triton_impl
+    from yaongi.kernels.mamba_scan.states import triton_impl as states
+
+    args = arguments((2, 8, 16, groups, 16), 1000, (300, 700), dtype=torch.bfloat16, device="cuda")
+    for slots in (1, 64):
+        monkeypatch.setattr(states, "SLOTS", slots)
+        for bound in (1e9, 1e5, 1.0):
+            monkeypatch.setattr(triton_impl, "STATES_BYTES", bound)
+            check_on_gpu(args, f"{slots} {bound}")
+
+
+@pytest.mark.gpu
+def test_fuzz_on_a_gpu() -> None:
+    """200 random shapes and layouts of documents."""
+    generator = random.Random(0)
+    for case in range(200):
+        G, heads_a_group, B = generator.choice((1, 2, 3)), generator.choice((1, 2, 4)), generator.choice((1, 2, 5))
+        L = generator.choice((1, 2, 31, 63, 64, 65, 127, 128, 129, 200, 511, 1000)) + generator.choice((0, 0, 7))
+        cuts = sorted({0, L, *(generator.randrange(L) for _ in range(generator.choice((0, 1, 3, 20))))})
+        lengths = tuple(b - a for a, b in itertools.pairwise(cuts))
+        absent = OPTIONAL if case % 2 else ()
+        torch.manual_seed(case)
+        args = arguments((B, G * heads_a_group, 16, G, 32), L, lengths, absent, dtype=torch.bfloat16, device="cuda")
+        check_on_gpu(args, f"case {case}, {args['x'].shape}")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_and_side_stream() -> None:
+    args = arguments((1, 4, 16, 2, 32), 200, (150, 50), dtype=torch.bfloat16, device="cuda")
+    with use_backend("triton"):
+        expected = outputs_and_gradients(mamba_scan, args, DIFFERENTIABLE)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            for name, value in outputs_and_gradients(mamba_scan, args, DIFFERENTIABLE).items():
+                assert torch.equal(value, expected[name]), name
+        torch.cuda.synchronize()
+        tensors = positional(args)
+        y, final = torch.ops.yaongi.mamba_scan(*tensors, True)
+        with torch.cuda.graph(graph):
+            captured = (
+                *torch.ops.yaongi.mamba_scan(*tensors, True),
+                *torch.ops.yaongi.mamba_scan_backward(y, None, *tensors),
+            )
+        graph.replay()
+        torch.cuda.synchronize()
+        again = (y, final, *torch.ops.yaongi.mamba_scan_backward(y, None, *tensors))
+        assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_million_tokens() -> None:
+    """Offsets beyond 2^31 elements: the end of the row equals the same tokens behind the state before them."""
+    L, cut, (H, P, N) = 1_000_000, 999_936, (40, 64, 16)
+    args = arguments((1, H, P, 1, N), 128, absent=("initial_state",), dtype=torch.bfloat16, device="cuda")
+    long = {
+        name: args[name].repeat(1, L // 128 + 1, *[1] * (args[name].dim() - 2))[:, :L] for name in ("x", "dt", "b", "c")
+    }
+    assert long["x"].numel() > 2**31
+    with use_backend("triton"), torch.no_grad():
+        y, final = mamba_scan(**args | long)
+        _, state = mamba_scan(**args | {name: t[:, :cut] for name, t in long.items()})
+        rest = {name: t[:, cut:] for name, t in long.items()}
+        z, end = mamba_scan(**args | rest | {"initial_state": state})
+    pieces = {"y": z, "final": end}
+    assert_near({"y": y[:, cut:], "final": final}, {n: t.double() for n, t in pieces.items()}, pieces, "last tokens")
