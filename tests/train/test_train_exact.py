@@ -1,0 +1,36 @@
+"""A run in two pieces is the run in one, to the bit, on the device at hand: kernels, micro-batches, checkpoint."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import arguments, final_tensors, losses
+
+from yaongi.train import __main__ as program
+
+SIZES = (  # what the fast kernels take; rows long enough for several blocks of each kernel's sums
+    *("--model.hidden-size", "64", "--model.mamba-head-dim", "16", "--model.mamba-state", "16"),
+    *("--model.expert-size", "32", "--model.shared-expert-size", "32", "--model.attention-head-dim", "32"),
+    *("--model.max-sequence-length", "512", "--row-tokens", "512", "--batch-tokens", "4096", "--micro-rows", "2"),
+    *("--tokens", "24576", "--evaluate-every", "3", "--checkpoint-every", "0"),
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_pieces_are_one(device: str, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(name: str, *more: str) -> None:
+        monkeypatch.setattr(
+            sys, "argv", ["train", *arguments(tokens, tmp_path / name, "--device", device), *SIZES, *more]
+        )
+        assert program.main() == 0
+
+    train("whole")
+    train("pieces", "--stop-after", "3")
+    assert [step for step, _, _ in losses(tmp_path / "pieces")] == [1, 2, 3]
+    train("pieces")
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+    whole, pieces = (final_tensors(tmp_path / name) for name in ("whole", "pieces"))
+    assert whole.keys() == pieces.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, pieces[name]), name
