@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from yaongi.kernels import causal_conv1d, causal_conv1d_step
 from yaongi.model.config import EngramConfig, ModelConfig
 from yaongi.model.hashing import HashPlan, hash_rows
-from yaongi.model.linear import DepthwiseConv, Embedding, Linear
+from yaongi.model.linear import AddingEmbedding, DepthwiseConv, Embedding, Linear, gradient_to_add_to
 from yaongi.model.norm import RMSNorm
 
 Tensor = torch.Tensor
@@ -86,7 +86,14 @@ class Engram(nn.Module):
         """e (B, L, orders·heads·head_dim). The table may lie on another device, such as the host's memory."""
         rows = hash_rows(window, self.plan, self.primes, self.starts)
         table = self.table.weight
-        found = F.embedding(rows.to(table.device), table, sparse=self.sparse)
+        there = rows.to(table.device)
+        gradient = gradient_to_add_to(table)
+        if gradient is None:
+            found = F.embedding(there, table, sparse=self.sparse)
+        else:
+            if gradient.is_sparse:
+                table.grad = gradient = gradient.to_dense()
+            found = AddingEmbedding.apply(there, table, gradient)
         return found.to(rows.device, non_blocking=True).flatten(-2)
 
     def _gated_value(self, hidden: Tensor, found: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Projections without bias, and the depthwise convolution's weights. Precision by role enters here.
 
 Autograd adds up the gradients of several micro-batches by writing each one in the weight's dtype, casting it, and
-adding the cast: 20 bytes a parameter in bfloat16. Within `gradients_in_place` the backward pass of a projection, and of
-the experts, adds to the float32 gradient that the weight has already, and hands autograd none.
+adding the cast: 20 bytes a parameter in bfloat16; sparse ones it lays end to end, and copies all of them each time.
+Within `gradients_in_place` the backward pass of projections, experts and Engram's tables adds to the float32 gradient
+that the weight has already, and hands autograd none.
 """
 
 import contextlib
@@ -58,6 +59,22 @@ class _AddingLinear(torch.autograd.Function):
         (dy,) = grads
         ctx.gradient.add_(dy.flatten(0, -2).T @ x.flatten(0, -2))
         return dy @ weight if ctx.needs_input_grad[0] else None, None, None
+
+
+class AddingEmbedding(torch.autograd.Function):
+    """Rows of a table, (…) to (…, width), whose backward pass adds to these rows of `gradient`, which is dense."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.gradient = gradient
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        (rows,) = ctx.saved_tensors
+        ctx.gradient.index_add_(0, rows.flatten(), grads[0].flatten(0, -2).to(ctx.gradient.dtype))
+        return None, None, None
 
 
 class Linear(nn.Module):

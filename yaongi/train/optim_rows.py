@@ -1,4 +1,4 @@
-"""Adam on the rows of a table that were read: their moments move and decay, all others stay as they are."""
+"""Adam on the rows of a table that have a gradient: their moments move and decay, all others stay as they are."""
 
 import math
 
@@ -21,7 +21,7 @@ def adam_rows(
 
     Args:
         weight: (R, D), float32: the master, or the parameter itself.
-        gradient: (R, D), sparse along R; of a dense one, the rows that aren't zero.
+        gradient: (R, D), sparse along R, or dense; of either, the rows that aren't zero.
         exp_avg, exp_avg_sq: (R, D).
         step: this step's number, from 1, for the correction of the moments' bias.
         parameter: (R, D), gets the new rows in its own dtype.
@@ -43,6 +43,8 @@ def _rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row numbers (n,) and their gradients (n, D)."""
     if gradient.is_sparse:
         gradient = gradient.coalesce()
-        return gradient.indices()[0], gradient.values()
+        rows, values = gradient.indices()[0], gradient.values()
+        some = values.any(-1)
+        return rows[some], values[some]
     rows = gradient.any(-1).nonzero().squeeze(-1)
     return rows, gradient[rows]

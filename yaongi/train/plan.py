@@ -139,7 +139,16 @@ class _Trial:
         """With micro-batches of ``rows``."""
         train, device = self._config.train, self._world.device
         momentum = momentum_dtype(train, device) if train.matrix_optimizer == "teon" else None
-        return predict(self._model, rows, train.row_tokens, momentum=momentum, device=device, shards=self._world.size)
+        size = self._world.size
+        return predict(
+            self._model,
+            rows,
+            train.row_tokens,
+            momentum=momentum,
+            device=device,
+            shards=size,
+            accumulates=size == 1 and rows < train.batch_rows,
+        )
 
     def rows_that_fit(self, available: int) -> int:
         """The largest micro-batch for ``available`` bytes, but on a CPU no more than helps; at least 1."""
