@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import assert_equal_to_float64
 from support import assert_refused, assert_rule, backends, bad_calls, checked_mode, device_of, outputs_and_gradients
@@ -59,12 +59,14 @@ def gated_definition(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps
     return torch.cat([F.rms_norm(g, g.shape[-1:], None, eps) for g in gated], dim=-1) * weight
 
 
-def assert_same(function: Callable[..., Any], definition: Callable[..., Any], args: dict[str, Any]) -> None:
+def assert_same(
+    function: Callable[..., Any], definition: Callable[..., Any], args: dict[str, Any], relative: float = 1e-12
+) -> None:
     """Asserts equal outputs and gradients in float64."""
     results, expected = (outputs_and_gradients(f, args, differentiable(args)) for f in (function, definition))
     assert results.keys() == expected.keys()
     for name, value in expected.items():
-        assert_equal_to_float64(results[name], value, 1e-12, name)
+        assert_equal_to_float64(results[name], value, relative, name)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -221,11 +223,13 @@ def test_compile(compiler: str) -> None:
     residual=st.booleans(),
     seed=st.integers(0, 2**16),
 )
+@example(leading=[], group=1, groups=1, residual=True, seed=5)
 def test_any_shape(leading: list[int], group: int, groups: int, residual: bool, seed: int) -> None:
     torch.manual_seed(seed)
     shape = (*leading, group * groups)
-    assert_same(rms_norm, norm_definition, norm_arguments(shape, residual))
-    assert_same(gated_rms_norm, gated_definition, gated_arguments(shape, groups))
+    relative = 1e-10 if group == 1 else 1e-12  # of one channel dx is what eps leaves of two equal terms
+    assert_same(rms_norm, norm_definition, norm_arguments(shape, residual), relative)
+    assert_same(gated_rms_norm, gated_definition, gated_arguments(shape, groups), relative)
 
 
 GOOD = norm_arguments((2, 3, 8), True, torch.float32)
