@@ -89,10 +89,13 @@ def run_logged(command: list[str]) -> None:
 
 
 def refuse_serialised_wgmma() -> None:
-    """A kernel whose wgmma ptxas serialised is correct and several times slower: never ship it."""
+    """A kernel whose wgmma ptxas serialised is correct and several times slower: never ship it.
+
+    ptxas says so only as it compiles, so the objects go too: the next build must hear it again.
+    """
     lines = [line for line in LOG.read_text().splitlines() if SERIALISED_WGMMA.search(line)]
     if lines:
-        (BUILD / "cmake" / "_C.so").unlink(missing_ok=True)
+        shutil.rmtree(BUILD / "cmake")
         sys.exit("\n".join(lines[:5]) + "\nyaongi: ptxas serialised wgmma or ignored setmaxnreg (see above)")
 
 

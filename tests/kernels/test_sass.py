@@ -74,6 +74,8 @@ def test_instructions(code: dict[str, str]) -> None:
 def test_wgmma_is_not_serialised() -> None:
     """ptxas only informs (C75xx) when it serialises wgmma or ignores setmaxnreg."""
     log = BUILD_LOG.read_text()
+    if "no work to do" in log:
+        pytest.skip("the last build compiled nothing; the one before would have been refused (setup.py)")
     assert "_C.so" in log
     assert "Used" in log or "Building CUDA" not in log, "the build's log holds no ptxas report"
     assert not re.search(r"C75\d\d", log)
