@@ -124,6 +124,11 @@ class Study:
             groups["Muon, half the tokens"] = [Run("Muon", muon, seed, 0.5) for seed in SEEDS]
         return groups
 
+    def found(self) -> dict[str, list[list[dict[str, Any]]]]:
+        """The evaluations of the complete runs of each group that has some."""
+        found = {label: [e for r in runs if (e := self.evaluations(r))] for label, runs in self.groups().items()}
+        return {label: runs for label, runs in found.items() if runs}
+
 
 def sweep() -> Iterator[Run]:
     """The runs that find the learning rates."""
@@ -148,8 +153,7 @@ def table(study: Study) -> str:
     for run in sweep():
         if found := study.evaluations(run):
             lines.append(f"| {run.way} | {run.lr:g} | {mean_bits(found[-1]):.4f} |")
-    groups = {label: [e for r in runs if (e := study.evaluations(r))] for label, runs in study.groups().items()}
-    groups = {label: found for label, found in groups.items() if found}
+    groups = study.found()
     if not groups:
         return "\n".join(lines)
     domains = list(next(iter(groups.values()))[0][-1]["bpb"])
@@ -205,8 +209,7 @@ def picture(study: Study, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = {label: [e for r in runs if (e := study.evaluations(r))] for label, runs in study.groups().items()}
-    groups = {label: found for label, found in groups.items() if found and label in COLORS}
+    groups = {label: found for label, found in study.found().items() if label in COLORS}
     domains = list(next(iter(groups.values()))[0][-1]["bpb"])
     figure, axes = pyplot.subplots(1, len(domains), figsize=(3.5 * len(domains), 3.5), layout="constrained")
     for axis, domain in zip(axes, domains, strict=True):

@@ -217,6 +217,7 @@ def test_a_captured_call_leaves_later_ones_alone() -> None:
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_no_synchronisation(backend: str) -> None:
+    """In this mode torch raises where something waits for the GPU."""
     got = state(4, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
     run(got, backend, stack=2, lr=0.1)
     got = converted(got, torch.clone)  # other addresses

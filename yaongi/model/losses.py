@@ -47,6 +47,8 @@ def head_cross_entropy(
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
+    """Chunk after chunk; of the logits neither direction keeps any, so both take the product with the head."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         results = [

@@ -51,6 +51,11 @@ class Training:
     momentum_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of the matrices' momentum; auto: dtype
 
     @property
+    def stacked_kinds(self) -> set[str]:
+        """The words of ``stacked``."""
+        return set(self.stacked.split(","))
+
+    @property
     def batch_rows(self) -> int:
         """Rows of a global batch."""
         return self.batch_tokens // self.row_tokens
@@ -68,7 +73,7 @@ class Training:
         for name in ("tokens", "matrix_lr", "adam_lr", "table_lr_scale", "stack"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"config: wanted {name} above 0, got {getattr(self, name)}")
-        if unknown := sorted(set(self.stacked.split(",")) - {"qkv", "mamba", "shared"}):
+        if unknown := sorted(self.stacked_kinds - {"qkv", "mamba", "shared"}):
             raise ValueError(f"config: wanted stacked from qkv, mamba and shared, by commas, got {unknown[0]!r}")
         for name in ("weight_decay", "clip", "z_loss", "balance_loss", "bias_rate", "bad_steps"):
             if not getattr(self, name) >= 0:

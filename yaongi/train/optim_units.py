@@ -61,7 +61,7 @@ def units_of(model: Yaongi, train: Training) -> tuple[list[Unit], list[Vector], 
         elif train.matrix_optimizer == "adamw":
             vectors.append(Vector(parameter, None, role.decay, MATRIX))
         else:
-            stack = train.stack if STACKS.get(role.part) in train.stacked.split(",") else 1
+            stack = train.stack if STACKS.get(role.part) in train.stacked_kinds else 1
             for number, (rows, decay, by_adamw) in enumerate(_parts(role)):
                 if by_adamw:
                     vectors.append(Vector(parameter, rows, decay))
