@@ -3,10 +3,11 @@
 | backend | when `attention_backend` is "auto" |
 |---|---|
 | sdpa, causal | no documents: cuDNN first, then flash, then the plain ones |
-| varlen | packed documents on a GPU in float16 or bfloat16: `torch.nn.attention.varlen` |
+| flex | packed documents on a GPU in float16 or bfloat16, with gradients: always the same bits, never a wait |
+| varlen | the same without gradients: `torch.nn.attention.varlen` |
 | sdpa, masked | packed documents elsewhere: a boolean mask (B, 1, L, L) |
 
-"flex" and "flash" (the flash-attn package) are used when asked for by name.
+"flash" (the flash-attn package) is used when asked for by name.
 """
 
 import contextlib
@@ -62,7 +63,9 @@ def plan_attention(
     """
     fast = device.type == "cuda" and dtype in HALVES
     if wanted == "auto":
-        wanted = "varlen" if document_ids is not None and fast and has_varlen() else "sdpa"
+        wanted = "sdpa"
+        if document_ids is not None and fast:
+            wanted = "flex" if torch.is_grad_enabled() else "varlen" if has_varlen() else "sdpa"
     if wanted in ("varlen", "flash"):
         if not fast:
             raise ValueError(

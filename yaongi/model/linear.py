@@ -2,8 +2,8 @@
 
 Autograd adds up the gradients of several micro-batches by writing each one in the weight's dtype, casting it, and
 adding the cast: 20 bytes a parameter in bfloat16; sparse ones it lays end to end, and copies all of them each time.
-Within `gradients_in_place` the backward pass of projections, experts and Engram's tables adds to the float32 gradient
-that the weight has already, and hands autograd none.
+Within `gradients_in_place` the backward pass of projections, head, experts and Engram's tables adds to the float32
+gradient that the weight has already, and hands autograd none.
 """
 
 import contextlib
@@ -44,21 +44,35 @@ def gradient_to_add_to(weight: nn.Parameter) -> Tensor | None:
     return weight.grad
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a·b; a total wider than a and b takes the sum before it is rounded, where torch has such a product."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
+
+
 class _AddingLinear(torch.autograd.Function):
-    """x · weightᵀ, whose backward pass adds the weight's gradient to `gradient`."""
+    """x · weightᵀ (+ addend), whose backward pass adds the weight's gradient to `gradient`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor, addend: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient
-        return F.linear(x, weight)
+        return _product(x, weight, addend)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
         x, weight = ctx.saved_tensors
         (dy,) = grads
-        ctx.gradient.add_(dy.flatten(0, -2).T @ x.flatten(0, -2))
-        return dy @ weight if ctx.needs_input_grad[0] else None, None, None
+        add_product(ctx.gradient, dy.flatten(0, -2).T, x.flatten(0, -2))
+        return dy @ weight if ctx.needs_input_grad[0] else None, None, None, dy if ctx.needs_input_grad[3] else None
+
+
+def _product(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+    return F.linear(x, weight) if addend is None else torch.addmm(addend, x, weight.T)
 
 
 class AddingEmbedding(torch.autograd.Function):
@@ -97,10 +111,12 @@ class Linear(nn.Module):
             raise ValueError(f"linear: wanted precision 'bf16' (fp8 is not available yet), got {precision!r}")
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, inputs) to (…, outputs)."""
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """(…, inputs) to (…, outputs); with an addend (T, outputs), added before rounding, x is (T, inputs)."""
         gradient = gradient_to_add_to(self.weight)
-        return F.linear(x, self.weight) if gradient is None else _AddingLinear.apply(x, self.weight, gradient)
+        if gradient is None:
+            return _product(x, self.weight, addend)
+        return _AddingLinear.apply(x, self.weight, gradient, addend)
 
 
 class Embedding(nn.Module):

@@ -6,6 +6,7 @@ import torch
 
 from yaongi.kernels import cross_entropy
 from yaongi.kernels.cross_entropy.op import cross_entropy_backward
+from yaongi.model.linear import add_product, gradient_to_add_to
 
 Tensor = torch.Tensor
 NO_TARGET = -1
@@ -43,30 +44,34 @@ def head_cross_entropy(
         Two scalars in float32 (float64 for float64). The backward pass computes the logits again.
     """
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
-    return _HeadCrossEntropy.apply(hidden, weight, targets, chunk)
+    gradient = gradient_to_add_to(weight) if isinstance(weight, torch.nn.Parameter) else None
+    return _HeadCrossEntropy.apply(hidden, weight, targets, chunk, gradient)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     """Chunk after chunk; of the logits neither direction keeps any, so both take the product with the head."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, gradient: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         results = [
             cross_entropy(rows @ weight.T, labels)
             for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         losses, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
         ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.gradient = chunk, gradient
         return losses.sum(), torch.where(targets == NO_TARGET, 0, normalizers.square()).sum()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
         dlosses = dloss.expand_as(normalizers)
         dnormalizers = torch.where(targets == NO_TARGET, 0, 2 * dsquares * normalizers)
         dhidden = torch.empty_like(hidden)
-        dweight: Tensor | None = None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros_like(weight, dtype=wide) if ctx.gradient is None else ctx.gradient
         for start in range(0, max(1, len(hidden)), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             rows = hidden[part]
@@ -74,6 +79,5 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 dlosses[part], dnormalizers[part], rows @ weight.T, targets[part], normalizers[part]
             )
             torch.mm(dlogits, weight, out=dhidden[part])
-            product = dlogits.T @ rows
-            dweight = product if dweight is None else dweight.to(normalizers.dtype).add_(product)
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
+            add_product(total, dlogits.T, rows)
+        return dhidden, total.to(weight.dtype) if ctx.gradient is None else None, None, None, None

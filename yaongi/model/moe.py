@@ -21,6 +21,12 @@ class Routing(NamedTuple):
     balance: Tensor  # scalar, the sequence balance loss averaged over the rows, unweighted
 
 
+@cache
+def fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """The function; on a GPU compiled into a few passes. For squared ReLU the fastest of three ways (docs/LAB.md)."""
+    return torch.compile(function) if device_type == "cuda" else function
+
+
 class Router(nn.Module):
     """Logits of the experts in float32, and the correction bias that steers the choice alone."""
 
@@ -54,13 +60,18 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        rest, parts = grads[0], []
-        for _ in range(3):
-            parts.append(rest.bfloat16())
-            rest = rest - parts[-1]
-        split = torch.cat(parts, dim=1)  # (T, 3·E)
+        split = fused(_three_parts, "cuda")(grads[0])
         dweight = torch.mm(split.T, x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
         return split @ weight.repeat(3, 1), dweight.to(weight.dtype)
+
+
+def _three_parts(t: Tensor) -> Tensor:
+    """(T, E) float32 to (T, 3·E) bfloat16, whose three parts add up to it."""
+    rest, parts = t, []
+    for _ in range(3):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1]
+    return torch.cat(parts, dim=1)
 
 
 class Experts(nn.Module):
@@ -74,7 +85,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """down(relu(up(x))²) for every token."""
+    """down(relu(up(x))²) of every token, added to what the routed experts say."""
 
     def __init__(
         self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype, precision: RolePrecision
@@ -84,19 +95,13 @@ class SharedExpert(nn.Module):
         self.up_proj = Linear(width, hidden, device, dtype, precision)
         self.down_proj = Linear(hidden, width, device, dtype, precision)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, d) to (T, d)."""
-        return self.down_proj(_squared_relu(x.device.type)(self.up_proj(x)))
+    def forward(self, x: Tensor, addend: Tensor) -> Tensor:
+        """(T, d) to (T, d), plus the addend."""
+        return self.down_proj(fused(_squared_relu, x.device.type)(self.up_proj(x)), addend)
 
 
-@cache
-def _squared_relu(device_type: str) -> Callable[[Tensor], Tensor]:
-    """relu(h)²; on a GPU one compiled pass each way between torch's products, the fastest of three (docs/LAB.md)."""
-
-    def run(h: Tensor) -> Tensor:
-        return h.relu().square()
-
-    return torch.compile(run) if device_type == "cuda" else run
+def _squared_relu(h: Tensor) -> Tensor:
+    return h.relu().square()
 
 
 class MoE(nn.Module):
@@ -120,11 +125,12 @@ class MoE(nn.Module):
         dw_up, dw_down = gradient_to_add_to(up), gradient_to_add_to(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
         y = moe(rows, up, down, ids, weights, self.precision, sums)
-        y = (y + self.shared_experts(rows)).view(x.shape)
+        y = self.shared_experts(rows, y).view(x.shape)
         if not with_routing:
             return y, None
         batch = x.shape[0]
-        return y, Routing(load, sequence_balance(logits.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1))))
+        balance = fused(sequence_balance, x.device.type)
+        return y, Routing(load, balance(logits.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1))))
 
 
 def sequence_balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
@@ -135,13 +141,10 @@ def sequence_balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
 
     f_e = E/(K·L) · the tokens of a row that chose e; P_e the mean over the row of the scores, normalised over E.
     """
-    batch, length, experts = logits.shape
+    _, length, experts = logits.shape
     top_k = expert_ids.shape[-1]
-    first = torch.arange(0, batch * experts, experts, device=logits.device, dtype=torch.int32)
-    chosen = (expert_ids + first[:, None, None]).flatten()
-    counts = torch.zeros(batch * experts, device=logits.device, dtype=torch.int32)
-    counts.index_add_(0, chosen, torch.ones_like(chosen))
-    share = counts.view(batch, experts) * (experts / (top_k * length))
+    chosen = expert_ids.flatten(1).unsqueeze(-1) == torch.arange(experts, device=logits.device)
+    share = chosen.sum(1) * (experts / (top_k * length))
     scores = logits.sigmoid()
     probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
     return (share * probability).sum(-1).mean()

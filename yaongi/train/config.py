@@ -93,6 +93,7 @@ class Running:
     micro_rows: int = 0  # rows a forward pass; 0: what fits
     recompute: str = "none"  # layers computed again in the backward pass: all, or by commas mamba, experts, 7, 0-25
     deterministic: bool = True  # the same bits every time, also on a GPU
+    cuda_graph: bool = True  # on one GPU: micro-batches are recorded once and replayed, without waiting for Python
     log_every: int = 10  # steps between lines; every step goes to metrics.jsonl
     evaluate_every: int = 500  # steps between evaluations; also before the first and after the last step
     evaluate_rows: int = 32  # held-out rows a domain

@@ -51,14 +51,12 @@ def predict(
     momentum: torch.dtype | None,
     device: torch.device,
     shards: int,
-    accumulates: bool,
 ) -> Memory:
     """The memory of training ``model``, which lies on the meta device, with micro-batches (rows, length).
 
     Args:
         momentum: dtype of the matrices' momentum; None: they take AdamW.
         shards: processes that share weights, gradients and state.
-        accumulates: a step has several micro-batches, which make the sparse gradients of tables dense.
     """
     roles = parameter_roles(model)
     sizes = {"weights": 0, "masters": 0, "gradients": 0, "momentum": 0, "moments": 0}
@@ -66,12 +64,9 @@ def predict(
         role, count = roles[name], parameter.numel() // shards
         sizes["weights"] += count * parameter.element_size()
         sizes["masters"] += 4 * count if parameter.element_size() < 4 else 0
-        if role.kind == "table":
-            sizes["moments"] += 8 * count
-            sizes["gradients"] += 4 * count if accumulates else 0
-            continue
-        sizes["gradients"] += 4 * count
-        if role.kind == "adamw" or momentum is None:
+        if role.kind != "table" or shards == 1:  # a sharded run's tables have sparse gradients
+            sizes["gradients"] += 4 * count
+        if role.kind in ("table", "adamw") or momentum is None:
             sizes["moments"] += 8 * count
         else:
             sizes["momentum"] += momentum.itemsize * count

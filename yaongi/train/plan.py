@@ -147,7 +147,6 @@ class _Trial:
             momentum=momentum,
             device=device,
             shards=size,
-            accumulates=size == 1 and rows < train.batch_rows,
         )
 
     def rows_that_fit(self, available: int) -> int:

@@ -80,7 +80,9 @@ class Session:
         self.optimizer = RoleOptimizer(self.model, config.train, momentum_dtype(config.train, world.device))
         self.guard = Guard(config.train.bad_steps)
         token_bytes = torch.from_numpy(self.loader.shard_set.token_bytes())
-        self.stepper = Stepper(self.model, self.optimizer, config.train, world, token_bytes)
+        self.stepper = Stepper(
+            self.model, self.optimizer, config.train, world, token_bytes, cuda_graph=config.run.cuda_graph
+        )
         self.evaluator = Evaluator(self.loader, config.run.evaluate_rows, world, self.display.warn)
 
     def _restore(self, path: Path, meta: dict[str, Any]) -> None:

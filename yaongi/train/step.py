@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from yaongi.train.config import Training
 from yaongi.train.distributed import World, average_whole_gradients, is_sharded, local
 from yaongi.train.guard import first_not_finite
 from yaongi.train.optim import RoleOptimizer
+from yaongi.train.replay import Replay
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -39,12 +40,24 @@ class Stepper:
     """Takes micro-batches of a step and changes the model by them."""
 
     def __init__(
-        self, model: Yaongi, optimizer: RoleOptimizer, train: Training, world: World, token_bytes: torch.Tensor
+        self,
+        model: Yaongi,
+        optimizer: RoleOptimizer,
+        train: Training,
+        world: World,
+        token_bytes: torch.Tensor,
+        *,
+        cuda_graph: bool = True,
     ) -> None:
-        """``token_bytes``: UTF-8 bytes of each id, (V,)."""
+        """``token_bytes``: UTF-8 bytes of each id, (V,). ``cuda_graph``: replay micro-batches where a GPU allows it."""
         self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
+        self._loads = torch.zeros(_loads_shape(model), dtype=torch.int64, device=world.device)
+        self._in_place = not any(is_sharded(p) for _, p in self._named)
+        recorded = cuda_graph and self._in_place and world.device.type == "cuda"
+        self._accumulate: Callable[..., None] = Replay(self._add_micro_batch) if recorded else self._add_micro_batch
 
     def __call__(self, batches: Sequence[Batch], lr: dict[str, float]) -> StepResult:
         """One step on this process's micro-batches of the global batch, with the learning rate of each kind."""
@@ -53,10 +66,11 @@ class Stepper:
             (b.input_ids.to(device, non_blocking=True), b.document_ids.to(device, non_blocking=True)) for b in batches
         ]
         targets, text_bytes = self._count(moved)
-        sums, loads = self._backward(moved, targets)
+        self._backward(moved, targets)
+        loads = self._world.total(self._loads.clone())
         average_whole_gradients((p for _, p in self._named if not is_sharded(p)), self._world)
         gnorm = total_norm(self._gradients(), self._world)
-        self._world.total(sums)
+        sums = self._world.total(self._sums.clone())
         loss, z, balance, norm, count, size = torch.stack(
             [*sums.unbind(), gnorm, targets.double(), text_bytes.double()]
         ).tolist()
@@ -65,7 +79,6 @@ class Stepper:
             bad = self._name_bad(sums[0])
         else:
             self._update(loads, norm, lr)
-        self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad)
 
     def _count(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,26 +91,34 @@ class Stepper:
         targets, text_bytes = self._world.total(counts).unbind()
         return targets, text_bytes
 
-    def _backward(
-        self, moved: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the micro-batches' gradients; cross entropy, z and balance (3,), loads (layers, E) of all processes."""
-        train, world = self._train, self._world
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        loads: list[torch.Tensor] = []
-        sharded = any(is_sharded(p) for _, p in self._named)
-        for number, (ids, documents) in enumerate(moved):
-            with gradients_in_place(number > 0 and not sharded):  # the first makes them
-                losses = self._model.losses(ids, documents)
-                share = len(ids) / train.batch_rows
-                loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
-                if train.z_loss:
-                    loss = loss + train.z_loss * losses.z_sum / targets
-                (loss * world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
-            parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
-            sums += torch.stack([part.detach().double() for part in parts])
-            loads.append(losses.loads.long())
-        return sums, world.total(torch.stack(loads).sum(0))
+    def _backward(self, moved: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor) -> None:
+        """The micro-batches' gradients in place of the last step's, and what they sum up."""
+        for sums in (self._sums, self._loads):
+            sums.zero_()
+        if self._in_place:
+            for _, parameter in self._named:
+                if parameter.grad is None:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    parameter.grad = torch.zeros_like(parameter, dtype=wide)
+            torch._foreach_zero_(self._gradients())
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+        for ids, documents in moved:
+            self._accumulate(ids, documents, targets)
+
+    def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add a micro-batch's gradients, cross entropy, z, balance and loads; ``targets`` of the global batch."""
+        train = self._train
+        with gradients_in_place(self._in_place):
+            losses = self._model.losses(ids, documents)
+            share = len(ids) / train.batch_rows
+            loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
+            if train.z_loss:
+                loss = loss + train.z_loss * losses.z_sum / targets
+            (loss * self._world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
+        parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
+        self._sums += torch.stack([part.detach().double() for part in parts])
+        self._loads += losses.loads
 
     def _update(self, loads: torch.Tensor, norm: float, lr: dict[str, float]) -> None:
         clip = self._train.clip
@@ -148,3 +169,7 @@ def _scale(gradients: Iterable[torch.Tensor], factor: float) -> None:
         else:
             dense.append(local(gradient))
     torch._foreach_mul_(dense, factor)
+
+
+def _loads_shape(model: Yaongi) -> tuple[int, int]:
+    return model.config.pattern.count("E"), model.config.experts

@@ -1,0 +1,55 @@
+"""A function recorded once as a CUDA graph and replayed: the GPU doesn't wait for Python between its kernels."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class Replay:
+    """Calls a function of tensors that returns nothing; from the second call on as one launch.
+
+    Whatever the function reads beside its arguments, and all that it changes, must stay where it is in memory, and
+    nothing in it may wait for the GPU. Its temporary tensors keep their memory between the calls.
+
+    The first call runs as usual, so that kernels are compiled and libraries have their workspaces. The second one is
+    recorded, with the memory that the first one left cached given back before.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._stream = torch.cuda.Stream()
+        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: torch.Tensor) -> None:
+        """Runs it.
+
+        Raises:
+            ValueError: other shapes than those of the first call.
+            RuntimeError: something in the function can't be recorded.
+        """
+        if not self._inputs:
+            self._inputs = tuple(given.clone() for given in inputs)
+            self._run()
+            return
+        for own, given in zip(self._inputs, inputs, strict=True):
+            if own.shape != given.shape:
+                raise ValueError(f"replay: wanted {tuple(own.shape)}, as recorded, got {tuple(given.shape)}")
+            own.copy_(given)
+        if self._graph is None:
+            self._graph = self._record()
+        self._graph.replay()
+
+    def _run(self) -> None:
+        """On the stream of the recording, of which autograd and the libraries remember things."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads load data and write checkpoints meanwhile: what they ask of the GPU doesn't concern the graph.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._function(*self._inputs)
+        return graph
