@@ -35,6 +35,11 @@ SDPA_ORDER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Tiles of flex_attention's backward pass: 1.31 ms for its own choice's 1.46 (2 × 4096, 32 and 8 heads of 64, H100).
+FLEX_OPTIONS = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")} | {
+    "bwd_num_warps": 4,
+    "bwd_num_stages": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,9 @@ def _flex(device_type: str) -> Callable[..., Any]:
     """flex_attention; compiled on a GPU, where it is slow otherwise."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    run: Callable[..., Any] = flex_attention
-    return torch.compile(run) if device_type == "cuda" else run
+    if device_type != "cuda":
+        return flex_attention
+    return torch.compile(functools.partial(flex_attention, kernel_options=FLEX_OPTIONS))
 
 
 def _flex_mask(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> Any:

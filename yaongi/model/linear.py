@@ -55,13 +55,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _AddingLinear(torch.autograd.Function):
-    """x · weightᵀ (+ addend), whose backward pass adds the weight's gradient to `gradient`."""
+    """x · weightᵀ, added to `into` if that is given; the backward pass adds the weight's gradient to `gradient`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor, addend: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor, into: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient
-        return _product(x, weight, addend)
+        if into is not None:
+            ctx.mark_dirty(into)
+        return _product(x, weight, into)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
@@ -71,8 +73,8 @@ class _AddingLinear(torch.autograd.Function):
         return dy @ weight if ctx.needs_input_grad[0] else None, None, None, dy if ctx.needs_input_grad[3] else None
 
 
-def _product(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
-    return F.linear(x, weight) if addend is None else torch.addmm(addend, x, weight.T)
+def _product(x: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
+    return F.linear(x, weight) if into is None else into.addmm_(x, weight.T)
 
 
 class AddingEmbedding(torch.autograd.Function):
@@ -111,12 +113,12 @@ class Linear(nn.Module):
             raise ValueError(f"linear: wanted precision 'bf16' (fp8 is not available yet), got {precision!r}")
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """(…, inputs) to (…, outputs); with an addend (T, outputs), added before rounding, x is (T, inputs)."""
+    def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """(…, inputs) to (…, outputs); from (T, inputs) also added to `into` (T, outputs), in place, rounded once."""
         gradient = gradient_to_add_to(self.weight)
         if gradient is None:
-            return _product(x, self.weight, addend)
-        return _AddingLinear.apply(x, self.weight, gradient, addend)
+            return _product(x, self.weight, into)
+        return _AddingLinear.apply(x, self.weight, gradient, into)
 
 
 class Embedding(nn.Module):

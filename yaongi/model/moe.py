@@ -95,9 +95,9 @@ class SharedExpert(nn.Module):
         self.up_proj = Linear(width, hidden, device, dtype, precision)
         self.down_proj = Linear(hidden, width, device, dtype, precision)
 
-    def forward(self, x: Tensor, addend: Tensor) -> Tensor:
-        """(T, d) to (T, d), plus the addend."""
-        return self.down_proj(fused(_squared_relu, x.device.type)(self.up_proj(x)), addend)
+    def forward(self, x: Tensor, into: Tensor) -> Tensor:
+        """Of (T, d), added to `into` (T, d)."""
+        return self.down_proj(fused(_squared_relu, x.device.type)(self.up_proj(x)), into)
 
 
 def _squared_relu(h: Tensor) -> Tensor:

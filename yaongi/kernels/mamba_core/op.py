@@ -104,10 +104,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.groups, ctx.eps = inputs
     _, xbc, scanned = output
     ctx.mark_non_differentiable(xbc, scanned)
+    ctx.set_materialize_grads(False)  # or autograd would make zeros for the gradients of those two
     ctx.save_for_backward(xbc, scanned, *tensors)
 
 
-def _backward(ctx, dy: Tensor, *unused: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy: Tensor, *unused: None):  # type: ignore[no-untyped-def]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     return *_backward_op(dy, *ctx.saved_tensors, ctx.groups, ctx.eps), None, None, None
 

@@ -23,8 +23,8 @@ class Config:
 
 
 FORWARD = Config(elements=2048, elements_a_warp=512)
-BACKWARD = Config(elements=2048, elements_a_warp=512)
-PROGRAMS = 1056  # that walk backwards, eight on each of the 132 multiprocessors
+BACKWARD = Config(elements=2048, elements_a_warp=1024)
+PROGRAMS = 528  # that walk backwards, four on each of the 132 multiprocessors
 
 
 @triton.jit

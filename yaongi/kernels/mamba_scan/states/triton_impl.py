@@ -11,6 +11,7 @@ exponent NOTHING: every decay across it is then zero by itself, and no kernel bu
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -38,6 +39,7 @@ CHUNK = {2: 64, 4: 16}
 BLOCK_P = {2: 64, 4: 32}
 STATES = {2: Config(num_warps=4, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
 SLOTS = 264  # walks that fill the 132 multiprocessors, two on each
+ENOUGH = {"forward": 133, "backward": 128}  # walks from which the sequence stays whole
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,14 @@ def blocks_of(x: Tensor, N: int) -> tuple[int, int]:
     return max(16, block_p), max(16, triton.next_power_of_2(N))
 
 
-def scan_steps(x: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, document_ids: Tensor | None) -> Scan:
+def scan_steps(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    document_ids: Tensor | None,
+    direction: Literal["forward", "backward"],
+) -> Scan:
     """The step sizes of a call, cut into chunks and, where heads are few, segments."""
     (B, L, H, P), chunk = x.shape, CHUNK[x.element_size()]
     chunks = triton.cdiv(L, chunk)
@@ -361,7 +370,7 @@ def scan_steps(x: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, documen
         num_warps=1,
     )
     walks = B * H * triton.cdiv(P, blocks_of(x, 1)[0])
-    segments = max(1, min(SLOTS // walks, chunks // 8))
+    segments = 1 if walks >= ENOUGH[direction] else max(1, min(SLOTS // walks, chunks // 8))
     segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
     return Scan(steps, L, chunk, segments)
 
