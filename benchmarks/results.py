@@ -32,11 +32,11 @@ class Row:
 
     @property
     def peers(self) -> dict[str, float]:
-        """Their milliseconds."""
+        """Their milliseconds; another form of our own is none."""
         return {
             key.removesuffix(" ms"): v
             for key, v in self.info.items()
-            if key.endswith(" ms") and f"x {key[:-3]}" in self.info
+            if key.endswith(" ms") and f"x {key[:-3]}" in self.info and not key.startswith("our ")
         }
 
     @property
@@ -66,7 +66,22 @@ def rows_of(paths: list[Path]) -> list[Row]:
     gpus = sorted({str(row.info.get("gpu")) for row in rows.values()})
     if len(gpus) != 1:
         raise ValueError(f"results: wanted cases of one GPU, got {', '.join(gpus) or 'no case'}")
+    for row in rows.values():
+        _compare_speeds(row, rows)
     return list(rows.values())
+
+
+def _compare_speeds(row: Row, rows: dict[tuple[str, str], Row]) -> None:
+    """Training steps are cases of their own, `ours[preset]` and its peers: by the time of a million tokens."""
+    kind, _, preset = row.name.partition("[")
+    if kind != "ours" or "tokens_per_s" not in row.info:
+        return
+    row.info["ms"] = 1e9 / row.info["tokens_per_s"]
+    for (file, name), other in rows.items():
+        peer, _, its_preset = name.partition("[")
+        if file == row.file and its_preset == preset and peer != kind:
+            row.info[f"{peer} ms"] = 1e9 / other.info["tokens_per_s"]
+            row.info[f"x {peer}"] = row.info["tokens_per_s"] / other.info["tokens_per_s"]
 
 
 def page(rows: list[Row]) -> str:
@@ -75,7 +90,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Results",
         "",
-        f"{', '.join([rows[0].info['gpu'], *versions, *dates])}, `{COMMAND}`. Medians with cold L2, peers in turn.",
+        f"{', '.join([rows[0].info['gpu'], *versions, *dates])}, `{COMMAND}`. Medians with cold L2, peers in turn; "
+        "of training steps the time of a million tokens.",
         "",
         "![How many times as fast as the fastest peer, and roofline](results.png)",
     ]
@@ -95,13 +111,14 @@ def _line(row: Row) -> str:
     info, peers = row.info, row.peers
     fastest = min(peers, key=lambda name: peers[name]) if peers else None
     known = {"ms", "floor_ms", "of_floor", "gpu", "torch", *(f"{p} ms" for p in peers), *(f"x {p}" for p in peers)}
+    more = {k: v for k, v in info.items() if k not in known and not k.endswith(" absent")}
     cells = (
         row.name,
         f"{info['ms']:.4g} ms" if "ms" in info else "",
         f"{info['of_floor']:.0%}" if "of_floor" in info else "",
         f"{fastest} {peers[fastest]:.4g} ms" if fastest else "",
         f"{row.speedup:.2f}" if row.speedup else "",
-        ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items() if k not in known),
+        ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items()),
     )
     return "| " + " | ".join(cells) + " |"
 

@@ -29,14 +29,15 @@ def test_a_page_of_two_files(tmp_path: Path) -> None:
     figures = {"gpu": GPU, "floor_ms": 0.1, "of_floor": 0.5, "tflops": 400.0, "gb_per_s": 900.0, "peak": "0.03 GB"}
     peers = {"torch ms": 0.8, "x torch": 4.0, "compiled ms": 0.5, "x compiled": 2.5}
     first = written(tmp_path / "a.json", benchmark("moe", "moe[F]", ms=9.0, **figures, **peers))
-    steps = benchmark("train_step", "ours", gpu=GPU, tokens_per_s=50000.0)
-    second = written(tmp_path / "b.json", benchmark("moe", "moe[F]", ms=0.2, **figures, **peers), steps)
+    steps = [benchmark("train_step", f"{n}[a]", gpu=GPU, tokens_per_s=v) for n, v in (("ours", 5e4), ("peer", 4e4))]
+    second = written(tmp_path / "b.json", benchmark("moe", "moe[F]", ms=0.2, **figures, **peers), *steps)
     done = run(first, second, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "results.md").read_text()
     assert f"{GPU}, 2026-11-24, `pytest benchmarks/" in page
     assert "| moe[F] | 0.2 ms | 50% | compiled 0.5 ms | 2.50 | tflops 400, gb_per_s 900, peak 0.03 GB |" in page
-    assert "| ours |  |  |  |  | tokens_per_s 5e+04 |" in page
+    assert "| ours[a] | 2e+04 ms |  | peer 2.5e+04 ms | 1.25 | tokens_per_s 5e+04 |" in page
+    assert "| peer[a] |  |  |  |  | tokens_per_s 4e+04 |" in page
     assert (tmp_path / "results.png").stat().st_size > 5000
 
 

@@ -25,8 +25,8 @@ def test_two_pieces_are_one(device: str, tokens: Path, tmp_path: Path, monkeypat
         )
         assert program.main() == 0
 
-    train("whole")
-    train("pieces", "--stop-after", "3")
+    train("whole")  # on a GPU micro-batches are replayed, in the pieces not: with graphs and without, the same bits
+    train("pieces", "--stop-after", "3", "--no-cuda-graph")
     assert [step for step, _, _ in losses(tmp_path / "pieces")] == [1, 2, 3]
     train("pieces")
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")

@@ -25,8 +25,7 @@ class Replay:
         """Runs it.
 
         Raises:
-            ValueError: other shapes than those of the first call.
-            RuntimeError: something in the function can't be recorded.
+            ValueError: other shapes than those of the first call; something that can't be recorded.
         """
         if not self._inputs:
             self._inputs = tuple(given.clone() for given in inputs)
@@ -49,7 +48,15 @@ class Replay:
 
     def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads load data and write checkpoints meanwhile: what they ask of the GPU doesn't concern the graph.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._function(*self._inputs)
+        try:
+            # Other threads load data and write checkpoints: what they ask of the GPU doesn't concern the graph.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._function(*self._inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                "replay: wanted a micro-batch that never waits for the GPU, to record it as a CUDA graph, got "
+                f"{str(error).splitlines()[0]!r}: add --no-cuda-graph"
+            ) from error
         return graph
