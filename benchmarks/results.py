@@ -111,7 +111,7 @@ def _line(row: Row) -> str:
     info, peers = row.info, row.peers
     fastest = min(peers, key=lambda name: peers[name]) if peers else None
     known = {"ms", "floor_ms", "of_floor", "gpu", "torch", *(f"{p} ms" for p in peers), *(f"x {p}" for p in peers)}
-    more = {k: v for k, v in info.items() if k not in known and not k.endswith(" absent")}
+    more = {k: v for k, v in info.items() if k not in known and not str(v).startswith("absent")}
     cells = (
         row.name,
         f"{info['ms']:.4g} ms" if "ms" in info else "",
