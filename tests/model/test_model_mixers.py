@@ -9,9 +9,18 @@ from torch.nn import functional as F
 
 from yaongi.model.attention import Attention, attend, document_starts, plan_attention
 from yaongi.model.mamba2 import Mamba2
-from yaongi.model.moe import MoE, sequence_balance
+from yaongi.model.moe import MoE, sequence_balance, three_parts
 
 Tensor = torch.Tensor
+
+
+def test_three_parts_add_up_compiled_too() -> None:
+    """To the bit; a compiler that drops a rounding in between would leave the second and third part zero."""
+    t = torch.randn(64, 16)
+    for split in (three_parts, torch.compile(three_parts)):
+        parts = split(t)
+        assert parts.dtype == torch.bfloat16
+        assert torch.equal(parts.float().unflatten(1, (3, -1)).sum(1), t)
 
 
 def test_experts_against_a_loop_over_tokens() -> None:

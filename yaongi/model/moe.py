@@ -60,18 +60,21 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        split = fused(_three_parts, "cuda")(grads[0])
+        split = fused(three_parts, "cuda")(grads[0])
         dweight = torch.mm(split.T, x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
         return split @ weight.repeat(3, 1), dweight.to(weight.dtype)
 
 
-def _three_parts(t: Tensor) -> Tensor:
-    """(T, E) float32 to (T, 3·E) bfloat16, whose three parts add up to it."""
+def three_parts(t: Tensor) -> Tensor:
+    """(T, E) float32 to (T, 3·E) bfloat16: three parts of eight bits each, which add up to it exactly.
+
+    Cut off by a mask, not rounded by a cast: torch.compile drops a cast to bfloat16 and back, and with it what is left.
+    """
     rest, parts = t, []
     for _ in range(3):
-        parts.append(rest.bfloat16())
+        parts.append((rest.view(torch.int32) & -(1 << 16)).view(torch.float32))
         rest = rest - parts[-1]
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1).bfloat16()
 
 
 class Experts(nn.Module):
