@@ -139,15 +139,7 @@ class _Trial:
         """With micro-batches of ``rows``."""
         train, device = self._config.train, self._world.device
         momentum = momentum_dtype(train, device) if train.matrix_optimizer == "teon" else None
-        size = self._world.size
-        return predict(
-            self._model,
-            rows,
-            train.row_tokens,
-            momentum=momentum,
-            device=device,
-            shards=size,
-        )
+        return predict(self._model, rows, train.row_tokens, momentum=momentum, device=device, shards=self._world.size)
 
     def rows_that_fit(self, available: int) -> int:
         """The largest micro-batch for ``available`` bytes, but on a CPU no more than helps; at least 1."""

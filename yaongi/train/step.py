@@ -54,7 +54,8 @@ class Stepper:
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
-        self._loads = torch.zeros(_loads_shape(model), dtype=torch.int64, device=world.device)
+        layers, experts = model.config.pattern.count("E"), model.config.experts
+        self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=world.device)
         self._in_place = not any(is_sharded(p) for _, p in self._named)
         recorded = cuda_graph and self._in_place and world.device.type == "cuda"
         self._accumulate: Callable[..., None] = Replay(self._add_micro_batch) if recorded else self._add_micro_batch
@@ -169,7 +170,3 @@ def _scale(gradients: Iterable[torch.Tensor], factor: float) -> None:
         else:
             dense.append(local(gradient))
     torch._foreach_mul_(dense, factor)
-
-
-def _loads_shape(model: Yaongi) -> tuple[int, int]:
-    return model.config.pattern.count("E"), model.config.experts

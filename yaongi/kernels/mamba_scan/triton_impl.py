@@ -133,7 +133,7 @@ def mamba_scan_triton(
     if not x.numel():
         return y, final
     x, b, c = addressable(x), addressable(b), addressable(c)
-    scan = scan_steps(x, dt, A, dt_bias, document_ids, "forward")
+    scan = scan_steps(x, dt, A, dt_bias, document_ids)
     first = None if initial_state is None else addressable(initial_state.contiguous())
     entry = segment_entries(scan, x, b, first)
     block_p, block_n = blocks_of(x, N)
@@ -419,7 +419,7 @@ def _slice_gradients(
     """One slice of heads: fills its gradients; returns those of A, D and dt_bias (3, H), and of the initial state."""
     dlast, first = (None if t is None else addressable(t.contiguous()) for t in (dlast, first))
     dfirst = None if first is None else torch.empty_like(first)
-    scan = scan_steps(x, dt, A, dt_bias, document_ids, "backward")
+    scan = scan_steps(x, dt, A, dt_bias, document_ids, backward=True)
     states = scan_states(scan, x, b, first, None)
     dstates = scan_states(scan, dy, c, dlast, dfirst, reverse=True)
     sums = scan_gradients(scan, out, dy, x, b, c, D, states, dstates)

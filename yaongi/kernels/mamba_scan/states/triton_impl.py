@@ -11,7 +11,6 @@ exponent NOTHING: every decay across it is then zero by itself, and no kernel bu
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
@@ -39,7 +38,7 @@ CHUNK = {2: 64, 4: 16}
 BLOCK_P = {2: 64, 4: 32}
 STATES = {2: Config(num_warps=4, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
 SLOTS = 264  # walks that fill the 132 multiprocessors, two on each
-ENOUGH = {"forward": 133, "backward": 128}  # walks from which the sequence stays whole
+ENOUGH_BACKWARD = 128  # walks from which a backward pass does better with the sequence whole
 
 
 @dataclass(frozen=True)
@@ -346,7 +345,8 @@ def scan_steps(
     A: Tensor,
     dt_bias: Tensor | None,
     document_ids: Tensor | None,
-    direction: Literal["forward", "backward"],
+    *,
+    backward: bool = False,
 ) -> Scan:
     """The step sizes of a call, cut into chunks and, where heads are few, segments."""
     (B, L, H, P), chunk = x.shape, CHUNK[x.element_size()]
@@ -370,7 +370,9 @@ def scan_steps(
         num_warps=1,
     )
     walks = B * H * triton.cdiv(P, blocks_of(x, 1)[0])
-    segments = 1 if walks >= ENOUGH[direction] else max(1, min(SLOTS // walks, chunks // 8))
+    segments = max(1, min(SLOTS // walks, chunks // 8))
+    if backward and walks >= ENOUGH_BACKWARD:
+        segments = 1
     segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
     return Scan(steps, L, chunk, segments)
 
