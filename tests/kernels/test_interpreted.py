@@ -51,6 +51,15 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
 
 
+@pytest.mark.parametrize("shape", [(1, 528, 70), (3, 5, 64), (1, 1, 1), (2, 129, 33)], ids=str)
+def test_column_sums(shape: tuple[int, int, int]) -> None:
+    """Fewer and more rows than a block has, and columns that don't fill the last one."""
+    from yaongi.kernels.sums.triton_impl import column_sums
+
+    partial = torch.randn(shape)
+    assert_equal_to_float64(column_sums(partial), partial.double().sum(1), 1e-5)
+
+
 @pytest.mark.parametrize(("T", "V"), [(3, 7), (2, 4096), (5, 9001), (1, 1)])
 def test_cross_entropy(T: int, V: int) -> None:
     """Both directions, of logits in a wider tensor; rows without a target, and one whose first block is −∞."""

@@ -22,8 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from yaongi.model.config import AttentionBackend, ModelConfig
+from yaongi.model.fused import fused
 from yaongi.model.linear import Linear
 
 Tensor = torch.Tensor
@@ -90,9 +92,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         flat = [t.flatten(0, 1) for t in (q, k, v)]
         function = _varlen() if plan.backend == "varlen" else _flash()
         return function(*flat, plan.starts, plan.longest).view(q.shape)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if plan.backend == "flex":
-        return _flex(q.device.type)(q, k, v, block_mask=plan.mask, enable_gqa=True).transpose(1, 2)
+        return fused(_flex_attend, q.device.type)(q, k, v, plan.mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return scaled_attention(q, k, v, plan.mask).transpose(1, 2)
 
 
@@ -161,26 +163,21 @@ def _flash() -> Callable[..., Tensor]:
     return run
 
 
-@functools.cache
-def _flex(device_type: str) -> Callable[..., Any]:
-    """flex_attention; compiled on a GPU, where it is slow otherwise."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if device_type != "cuda":
-        return flex_attention
-    return torch.compile(functools.partial(flex_attention, kernel_options=FLEX_OPTIONS))
+def _flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """As `attend`. Compiled with the transposes: a later one costs a copy of the gradient."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    options: Any = FLEX_OPTIONS if q.device.type == "cuda" else None
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options).transpose(1, 2)
 
 
-def _flex_mask(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def _flex_mask(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> BlockMask:
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         causal = query >= key
         return causal if document_ids is None else causal & (document_ids[b, query] == document_ids[b, key])
 
     batch, length = shape
     rows = None if document_ids is None else batch
-    return create_block_mask(visible, rows, None, length, length, device=device)
+    return fused(create_block_mask, device.type)(visible, rows, None, length, length, device=device)
 
 
 @dataclass
@@ -222,6 +219,7 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, d) to q (B, L, heads, D), k and v (B, L, kv heads, D)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in projections)
+        q, x = self.q_proj.branch(x)
+        k, x = self.k_proj.branch(x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, self.v_proj(x)))
         return q, k, v

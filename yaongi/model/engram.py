@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from yaongi.kernels import causal_conv1d, causal_conv1d_step
 from yaongi.model.config import EngramConfig, ModelConfig
+from yaongi.model.fused import fused
 from yaongi.model.hashing import HashPlan, hash_rows
 from yaongi.model.linear import AddingEmbedding, DepthwiseConv, Embedding, Linear, gradient_to_add_to
 from yaongi.model.norm import RMSNorm
@@ -97,13 +98,9 @@ class Engram(nn.Module):
         return found.to(rows.device, non_blocking=True).flatten(-2)
 
     def _gated_value(self, hidden: Tensor, found: Tensor) -> Tensor:
-        """αv, (…, d); the gate in float32."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        product = self.hidden_norm(hidden).to(wide) * self.key_norm(self.key_proj(found)).to(wide)
-        score = product.sum(-1, keepdim=True) * hidden.shape[-1] ** -0.5
-        if self.gate == "demo":
-            score = score.sign() * score.abs().clamp(min=SMALLEST).sqrt()
-        return (score.sigmoid() * self.value_proj(found).to(wide)).to(hidden.dtype)
+        """αv, (…, d)."""
+        query, key = self.hidden_norm(hidden), self.key_norm(self.key_proj(found))
+        return fused(_gated, hidden.device.type)(query, key, self.value_proj(found), self.gate)
 
     def _convolved(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
         """SiLU of the dilated convolution: each of `dilation` interleaved phases of the sequence is a sequence."""
@@ -130,3 +127,12 @@ class Engram(nn.Module):
         tail = F.pad(x, (0, 0, history, 0))[:, -history:] if history else x[:, :0]
         steps = tail.unflatten(1, (self.taps - 1, self.dilation))  # (B, taps − 1, dilation, d), oldest first
         return [steps[:, :, phase].mT.contiguous() for phase in range(self.dilation)]
+
+
+def _gated(query: Tensor, key: Tensor, value: Tensor, gate: str) -> Tensor:
+    """α·value of normalised query and key, all (…, d); α in float32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    score = (query.to(wide) * key.to(wide)).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
+    if gate == "demo":
+        score = score.sign() * score.abs().clamp(min=SMALLEST).sqrt()
+    return (score.sigmoid() * value.to(wide)).to(query.dtype)

@@ -77,6 +77,26 @@ def _product(x: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
     return F.linear(x, weight) if into is None else into.addmm_(x, weight.T)
 
 
+class _Branch(torch.autograd.Function):
+    """x · weightᵀ, and x itself for its other readers, whose gradient takes this one's as an addend of the product.
+
+    The addition is in place: what the other readers hand back must belong to nobody else, as products' results do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.gradient = gradient
+        return F.linear(x, weight), x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        dy, dx = (grad.flatten(0, -2) for grad in grads)
+        add_product(ctx.gradient, dy.T, x.flatten(0, -2))
+        return dx.addmm_(dy, weight).view(x.shape), None, None
+
+
 class AddingEmbedding(torch.autograd.Function):
     """Rows of a table, (…) to (…, width), whose backward pass adds to these rows of `gradient`, which is dense."""
 
@@ -119,6 +139,16 @@ class Linear(nn.Module):
         if gradient is None:
             return _product(x, self.weight, into)
         return _AddingLinear.apply(x, self.weight, gradient, into)
+
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, inputs) to (…, outputs), and x for another product or kernel that reads it.
+
+        Within `gradients_in_place` the two gradients of x are added in this product, not by a pass over both.
+        """
+        gradient = gradient_to_add_to(self.weight)
+        if gradient is None or not x.requires_grad:
+            return self(x), x
+        return _Branch.apply(x, self.weight, gradient)
 
 
 class Embedding(nn.Module):

@@ -1,7 +1,5 @@
 """The expert mixer: router, routed squared-ReLU experts, one shared expert, and the measures of balance."""
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +7,7 @@ from torch import nn
 
 from yaongi.kernels import moe, moe_route
 from yaongi.model.config import ModelConfig, RolePrecision
+from yaongi.model.fused import fused
 from yaongi.model.linear import Linear, gradient_to_add_to
 
 Tensor = torch.Tensor
@@ -19,12 +18,6 @@ class Routing(NamedTuple):
 
     load: Tensor  # (E) int32, tokens of each expert
     balance: Tensor  # scalar, the sequence balance loss averaged over the rows, unweighted
-
-
-@cache
-def fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """The function; on a GPU compiled into a few passes. For squared ReLU the fastest of three ways (docs/LAB.md)."""
-    return torch.compile(function) if device_type == "cuda" else function
 
 
 class Router(nn.Module):
@@ -39,30 +32,44 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, d) to logits (T, E)."""
-        if x.is_cuda and x.dtype == torch.bfloat16 == self.weight.dtype:
-            return _WideProduct.apply(x, self.weight)
+        if self._on_tensor_cores(x):
+            return _WideProduct.apply(x, self.weight)[0]
         wide = torch.promote_types(x.dtype, torch.float32)
         return nn.functional.linear(x.to(wide), self.weight.to(wide))
+
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and x for the experts; see `Linear.branch`."""
+        if self._on_tensor_cores(x) and gradient_to_add_to(self.weight) is not None:
+            return _WideProduct.apply(x, self.weight)
+        return self(x), x
+
+    def _on_tensor_cores(self, x: Tensor) -> bool:
+        return x.is_cuda and x.dtype == torch.bfloat16 == self.weight.dtype
 
 
 class _WideProduct(torch.autograd.Function):
     """x·Wᵀ of bfloat16 operands in float32, on tensor cores both ways: bf16 products are exact there, sums float32.
 
     The gradient is float32. It goes through the same products as the sum of three bfloat16 parts, 24 bits in all, laid
-    side by side: one product over three times the experts.
+    side by side: one product over three times the experts. x is returned too: a gradient that comes back through it,
+    which must belong to nobody else, is added in the product, in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
+        ctx.set_materialize_grads(False)
+        return torch.mm(x, weight.T, out_dtype=torch.float32), x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dlogits: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if dlogits is None:
+            return dx, None
         x, weight = ctx.saved_tensors
-        split = fused(three_parts, "cuda")(grads[0])
+        split = fused(three_parts, "cuda")(dlogits)
         dweight = torch.mm(split.T, x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
-        return split @ weight.repeat(3, 1), dweight.to(weight.dtype)
+        thrice = weight.repeat(3, 1)
+        return split @ thrice if dx is None else dx.addmm_(split, thrice), dweight
 
 
 def three_parts(t: Tensor) -> Tensor:
@@ -98,12 +105,16 @@ class SharedExpert(nn.Module):
         self.up_proj = Linear(width, hidden, device, dtype, precision)
         self.down_proj = Linear(hidden, width, device, dtype, precision)
 
-    def forward(self, x: Tensor, into: Tensor) -> Tensor:
-        """Of (T, d), added to `into` (T, d)."""
-        return self.down_proj(fused(_squared_relu, x.device.type)(self.up_proj(x)), into)
+    def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """up(x) of (T, d), and x for the routed experts."""
+        return self.up_proj.branch(x)
+
+    def down(self, h: Tensor, into: Tensor) -> Tensor:
+        """down(relu(h)²), added to `into` (T, d)."""
+        return self.down_proj(fused(_squared_relu, h.device.type)(h), into)
 
 
-def _squared_relu(h: Tensor) -> Tensor:
+def _squared_relu(h: Tensor) -> Tensor:  # compiled it is the fastest of three ways (docs/LAB.md)
     return h.relu().square()
 
 
@@ -121,14 +132,15 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
         """(B, L, d) to (B, L, d), and the routing's measures when they are wanted."""
         rows = x.reshape(-1, x.shape[-1])
-        logits = self.gate(rows)
+        logits, rows = self.gate.branch(rows)
+        h, rows = self.shared_experts.up(rows)
         bias = self.gate.e_score_correction_bias.to(logits.dtype)
         ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
         up, down = self.experts.up_proj, self.experts.down_proj
         dw_up, dw_down = gradient_to_add_to(up), gradient_to_add_to(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
         y = moe(rows, up, down, ids, weights, self.precision, sums)
-        y = self.shared_experts(rows, y).view(x.shape)
+        y = self.shared_experts.down(h, y).view(x.shape)
         if not with_routing:
             return y, None
         batch = x.shape[0]

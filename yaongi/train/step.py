@@ -1,9 +1,10 @@
 """One optimizer step: the global batch's gradient, exact whatever the micro-batches; then, if finite, the update."""
 
+import contextlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class Stepper:
         layers, experts = model.config.pattern.count("E"), model.config.experts
         self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=world.device)
         self._in_place = not any(is_sharded(p) for _, p in self._named)
+        self._vectors = [p for _, p in self._named if p.ndim == 1]
         recorded = cuda_graph and self._in_place and world.device.type == "cuda"
         self._accumulate: Callable[..., None] = Replay(self._add_micro_batch) if recorded else self._add_micro_batch
 
@@ -116,10 +118,26 @@ class Stepper:
             loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
             if train.z_loss:
                 loss = loss + train.z_loss * losses.z_sum / targets
-            (loss * self._world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
+            with self._vectors_together():
+                (loss * self._world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
         parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
         self._sums += torch.stack([part.detach().double() for part in parts])
         self._loads += losses.loads
+
+    @contextlib.contextmanager
+    def _vectors_together(self) -> Iterator[None]:
+        """Backward within it: the vectors' gradients are added up in a few launches at its end, not each in its own."""
+        if not self._in_place:
+            yield
+            return
+        totals = [vector.grad for vector in self._vectors]
+        for vector in self._vectors:
+            vector.grad = None
+        yield
+        found = [(total, v.grad) for total, v in zip(totals, self._vectors, strict=True) if v.grad is not None]
+        torch._foreach_add_(*zip(*found, strict=True))
+        for vector, total in zip(self._vectors, totals, strict=True):
+            vector.grad = total
 
     def _update(self, loads: torch.Tensor, norm: float, lr: dict[str, float]) -> None:
         clip = self._train.clip

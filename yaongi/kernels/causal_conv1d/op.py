@@ -9,6 +9,7 @@ from yaongi.kernels.causal_conv1d.reference import (
     causal_conv1d_backward_reference,
     causal_conv1d_reference,
     causal_conv1d_step_reference,
+    wide_dtype,
 )
 
 Tensor = torch.Tensor
@@ -39,9 +40,11 @@ def _backward_fake(
     initial_state: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    wide = wide_dtype(x, weight)
+    dweight = weight.new_empty(weight.shape, dtype=wide)
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape, dtype=wide)
     dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_state
+    return x.new_empty(x.shape), dweight, dbias, dinitial_state
 
 
 def _step_fake(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

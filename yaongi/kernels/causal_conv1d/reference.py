@@ -20,7 +20,7 @@ def causal_conv1d_reference(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:  # (B, L, C), (B, C, W − 1) or empty
     """y = activation(bias + Σ_k weight_k · x_{l−W+1+k}) within documents, and the last W − 1 inputs."""
-    wide = _wide(x, weight)
+    wide = wide_dtype(x, weight)
     extended = _extended(x, initial_state, weight.shape[1]).to(wide)
     masks = _masks(document_ids, weight.shape[1])
     pre = _pre_activation(extended, weight.to(wide), bias, masks)
@@ -42,7 +42,7 @@ def causal_conv1d_backward_reference(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # like x, weight, bias, initial_state; empty for what is None
     """The gradients; the value before the activation is computed again."""
-    wide, length, width = _wide(x, weight), x.shape[1], weight.shape[1]
+    wide, length, width = wide_dtype(x, weight), x.shape[1], weight.shape[1]
     extended = _extended(x, initial_state, width).to(wide)
     masks = _masks(document_ids, width)
     dpre = dy.to(wide)
@@ -59,10 +59,10 @@ def causal_conv1d_backward_reference(
     if dfinal_state is not None:
         dextended[:, length:] += _masked(dfinal_state.to(wide).mT, _final_mask(document_ids, width))
     dx = dextended[:, width - 1 :].to(x.dtype).contiguous()
-    dbias = x.new_empty(0) if bias is None else dpre.sum((0, 1)).to(bias.dtype)
+    dbias = x.new_empty(0) if bias is None else dpre.sum((0, 1))
     if initial_state is None:
-        return dx, dweight.to(weight.dtype), dbias, x.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias, _as_state(dextended[:, : width - 1], x.dtype)
+        return dx, dweight, dbias, x.new_empty(0)
+    return dx, dweight, dbias, _as_state(dextended[:, : width - 1], x.dtype)
 
 
 def causal_conv1d_step_reference(
@@ -73,7 +73,7 @@ def causal_conv1d_step_reference(
     activation: str | None,
 ) -> Tensor:  # (B, C)
     """One output of the convolution; the state forgets its oldest input and takes x."""
-    wide = _wide(x, weight)
+    wide = wide_dtype(x, weight)
     window = torch.cat([state, x.unsqueeze(-1)], dim=-1)  # (B, C, W)
     pre = (window.to(wide) * weight.to(wide)).sum(-1)
     if bias is not None:
@@ -82,7 +82,8 @@ def causal_conv1d_step_reference(
     return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
 
 
-def _wide(x: Tensor, weight: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What is computed in, and what the gradients of weight and bias come in."""
     return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.sums.triton_impl import column_sums
+
 Tensor = torch.Tensor
 
 
@@ -430,7 +432,6 @@ def causal_conv1d_backward_triton(
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
         )
-    total = partial.sum(0)  # (W + 1, C)
-    dweight = total[:width].mT.to(weight.dtype).contiguous()
-    dbias = x.new_empty(0) if bias is None else total[width].to(bias.dtype)
-    return dx, dweight, dbias, dinitial_state
+    total = column_sums(partial.flatten(1)[None]).view(width + 1, channels)
+    dbias = x.new_empty(0) if bias is None else total[width]
+    return dx, total[:width].mT.contiguous(), dbias, dinitial_state

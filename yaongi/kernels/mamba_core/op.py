@@ -75,7 +75,7 @@ def mamba_core_backward_reference(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of projected, taps, taps_bias, A, D, dt_bias and weight."""
+    """The gradients of projected, taps, taps_bias, A, D, dt_bias and weight; of taps and weight not rounded."""
     z, conv_in, dt = split_projected(projected, A, weight)
     x, b, c = split_convolved(xbc, A, weight, groups)
     dscanned, dz, dweight = gated_rms_norm_backward_reference(dy, scanned, z, weight, eps, groups)
@@ -97,7 +97,13 @@ def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_fake(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in inputs[:7])
+    projected, taps, taps_bias, A, D, dt_bias, weight = inputs[:7]
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    dtaps, dtaps_bias, dweight = (
+        t.new_empty(t.shape, dtype=torch.promote_types(t.dtype, wide)) for t in (taps, taps_bias, weight)
+    )
+    dprojected, dA, dD, ddt_bias = (t.new_empty(t.shape) for t in (projected, A, D, dt_bias))
+    return dprojected, dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -30,7 +30,9 @@ def mamba_core_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `mamba_core_backward_reference`; every gradient of a column is written where it belongs."""
     if not projected.numel():
-        return tuple(torch.zeros_like(t) for t in (projected, taps, taps_bias, A, D, dt_bias, weight))
+        dtaps, dtaps_bias, dweight = (t.new_zeros(t.shape, dtype=torch.float32) for t in (taps, taps_bias, weight))
+        dprojected, dA, dD, ddt_bias = (torch.zeros_like(t) for t in (projected, A, D, dt_bias))
+        return dprojected, dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
     gradients_of = (projected, xbc, scanned)
     dprojected, dxbc, dscanned = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in gradients_of)
     z, conv_in, dt = split_projected(projected, A, weight)

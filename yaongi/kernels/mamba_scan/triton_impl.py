@@ -45,6 +45,7 @@ from yaongi.kernels.mamba_scan.states.triton_impl import (
     store_state,
     store_tile,
 )
+from yaongi.kernels.sums.triton_impl import column_sums
 
 Tensor = torch.Tensor
 FORGOTTEN = tl.constexpr(-126.0)  # no gradient passes a step that leaves less than 2^−126: only rounding would
@@ -399,7 +400,7 @@ def step_gradients(
         BLOCK_H=block_h,
         num_warps=2,
     )
-    return partial.sum(1)
+    return column_sums(partial)
 
 
 def _slice_gradients(
@@ -485,7 +486,7 @@ def fill_gradients(
     if parts > 1:
         out.db.copy_(db.sum(0))
         out.dc.copy_(dc.sum(0))
-    dA, dD, ddt_bias = (torch.cat(p) for p in zip(*parameters, strict=True))
+    dA, dD, ddt_bias = parameters[0] if len(slices) == 1 else torch.cat(parameters, dim=1)
     dD, ddt_bias = (x.new_empty(0) if t is None else d.to(t.dtype) for t, d in ((D, dD), (dt_bias, ddt_bias)))
     return dA, dD, ddt_bias, x.new_empty(0) if initial_state is None else torch.cat(dfirsts, dim=1)
 

@@ -10,6 +10,7 @@ from yaongi.kernels.norm.reference import (
     gated_rms_norm_reference,
     rms_norm_backward_reference,
     rms_norm_reference,
+    wide_dtype,
 )
 
 Tensor = torch.Tensor
@@ -21,7 +22,7 @@ def _fake(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tup
 
 
 def _backward_fake(dy: Tensor, dsum: Tensor | None, u: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), weight.new_empty(weight.shape)
+    return u.new_empty(u.shape), weight.new_empty(weight.shape, dtype=wide_dtype(u, weight))
 
 
 def _gated_fake(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
@@ -31,7 +32,8 @@ def _gated_fake(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -
 def _gated_backward_fake(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
+    dweight = weight.new_empty(weight.shape, dtype=wide_dtype(x, weight))
+    return x.new_empty(x.shape), z.new_empty(z.shape), dweight
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ def rms_norm_reference(
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # (…, D), (…, D) or empty
     """The normalised x + residual, and that sum when there is a residual."""
-    wide = _wide(x, weight)
+    wide = wide_dtype(x, weight)
     if residual is None:
         return _rounded(_normalised(x.to(wide), eps) * weight.to(wide), x.dtype), x.new_empty(0)
     wide = torch.promote_types(wide, residual.dtype)
@@ -27,13 +27,13 @@ def rms_norm_backward_reference(
     u: Tensor,  # (…, D), what was normalised: x or the sum
     weight: Tensor,  # (D)
     eps: float,
-) -> tuple[Tensor, Tensor]:  # (…, D) like u, (D) like weight
+) -> tuple[Tensor, Tensor]:  # (…, D) like u, (D) float32 or float64
     """The gradients of u, that of the returned sum included, and of the weight."""
-    wide = _wide(u, weight)
+    wide = wide_dtype(u, weight)
     du, dweight = _norm_gradients(dy.to(wide), u.to(wide), weight.to(wide), eps, groups=1)
     if dsum is not None:
         du = du + dsum.to(wide)
-    return _rounded(du, u.dtype), dweight.to(weight.dtype)
+    return _rounded(du, u.dtype), dweight
 
 
 def gated_rms_norm_reference(
@@ -44,7 +44,7 @@ def gated_rms_norm_reference(
     groups: int,
 ) -> Tensor:  # (…, D)
     """x·silu(z), normalised over each group of channels."""
-    wide = _wide(x, weight)
+    wide = wide_dtype(x, weight)
     gated = x.to(wide) * F.silu(z.to(wide))
     normalised = _normalised(gated.unflatten(-1, (groups, -1)), eps).flatten(-2)
     return _rounded(normalised * weight.to(wide), x.dtype)
@@ -52,18 +52,19 @@ def gated_rms_norm_reference(
 
 def gated_rms_norm_backward_reference(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:  # like x, z, weight
+) -> tuple[Tensor, Tensor, Tensor]:  # like x, like z, (D) float32 or float64
     """The gradients of x, z and the weight."""
-    wide = _wide(x, weight)
+    wide = wide_dtype(x, weight)
     x, z = x.to(wide), z.to(wide)
     sigmoid = torch.sigmoid(z)
     du, dweight = _norm_gradients(dy.to(wide), x * z * sigmoid, weight.to(wide), eps, groups)
     dx = du * z * sigmoid
     dz = du * x * sigmoid * (1 + z * (1 - sigmoid))
-    return _rounded(dx, dy.dtype), _rounded(dz, dy.dtype), dweight.to(weight.dtype)
+    return _rounded(dx, dy.dtype), _rounded(dz, dy.dtype), dweight
 
 
-def _wide(x: Tensor, weight: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What is computed in, and what the weight's gradient comes in."""
     return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 

@@ -2,7 +2,7 @@
 
 A program takes a block of rows of one group of channels; `rms_norm` has one group. Forward reads each input once and
 writes each output once. Backward computes again what forward computed, and a program walks over many blocks with its
-part of the weight's gradient in registers: those parts are added in a fixed order: same bits always.
+part of the weight's gradient in registers; those parts are added in a fixed order: same bits always.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from yaongi.kernels.sums.triton_impl import column_sums
 
 Tensor = torch.Tensor
 
@@ -25,6 +27,7 @@ class Config:
 WIDE = 512
 FORWARD = Config(elements=2048, elements_a_warp=512)
 BACKWARD = Config(elements=2048, elements_a_warp=1024)
+STAGES = 2  # a program that walks backwards loads the next rows while it works on these
 PROGRAMS = 528  # that walk backwards, four on each of the 132 multiprocessors
 
 
@@ -92,13 +95,14 @@ def _norm_backward_kernel(
     HAS_EXTRA: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """du = r·(g − n·mean(g·n)) of g = dy·w, n = u·r; through the gate dx = du·z·σ, dz = du·x·σ·(1 + z·(1 − σ))."""
     i = tl.arange(0, BLOCK)[None, :]
     channel = tl.program_id(1) * size + i
     weight = _load(weight_ptr, channel, i < size)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (row < T) & (i < size)
         u = _load(u_ptr, row * stride_u + channel, mask)
@@ -180,7 +184,7 @@ def fill_gradients(
     """Fills du, contiguous, and through the gate z dz, a slice perhaps; returns the weight's gradient."""
     width = u.shape[-1]
     if not u.numel():
-        return torch.zeros_like(weight)
+        return torch.zeros(width, dtype=torch.float32, device=u.device)
     dys, us, dus = _rows(dy), _rows(u), _rows(du)
     extras, zs, dzs = (None if t is None else _rows(t) for t in (extra, z, dz))
     size = width // groups
@@ -206,9 +210,10 @@ def fill_gradients(
         *(0 if t is None else t.stride(0) for t in (zs, dzs)),
         GATED=z is not None,
         HAS_EXTRA=extra is not None,
+        STAGES=STAGES,
         **blocks,
     )
-    return partial.sum(0).to(weight.dtype)
+    return column_sums(partial[None])[0]
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Sums that several kernels end with."""

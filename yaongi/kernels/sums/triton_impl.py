@@ -1,0 +1,38 @@
+"""Sums of partial sums in Triton: many programs leave a row each of a parameter's gradient, and one pass adds them."""
+
+import torch
+import triton
+import triton.language as tl
+
+Tensor = torch.Tensor
+BLOCK_N, BLOCK_D = 128, 32
+ELEMENTS_A_WARP = 512
+
+
+@triton.jit
+def _column_sums_kernel(
+    partial_ptr,  # (S, N, D), fp32
+    sums_ptr,  # (S, D), fp32
+    N,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program adds all rows of BLOCK_D columns, in the same order always."""
+    partial_ptr += tl.program_id(1).to(tl.int64) * N * D
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        total += tl.load(partial_ptr + row * D + column, mask=(row < N) & (column < D), other=0.0)
+    tl.store(sums_ptr + tl.program_id(1) * D + column, tl.sum(total, 0), mask=column < D)
+
+
+def column_sums(partial: Tensor) -> Tensor:
+    """(S, D) from partial sums (S, N, D), contiguous, fp32, N ≥ 1."""
+    S, N, D = partial.shape
+    sums = torch.empty(S, D, dtype=torch.float32, device=partial.device)
+    block_n = min(BLOCK_N, triton.next_power_of_2(N))
+    warps = max(1, block_n * BLOCK_D // ELEMENTS_A_WARP)
+    _column_sums_kernel[(triton.cdiv(D, BLOCK_D), S)](partial, sums, N, D, block_n, BLOCK_D, num_warps=warps)
+    return sums
