@@ -29,7 +29,7 @@ from yaongi.train.optim import RoleOptimizer
 from yaongi.train.step import Stepper
 
 CUDA = torch.device("cuda")
-MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 2, "yaongi-small": 32}  # that fit into 80 GB beside the state
+MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 1, "yaongi-small": 32}  # that fit into 80 GB beside the state
 PEER_ROWS = 3  # of 4096 tokens: what the composition has room for
 LENGTHS = (2, 6)  # micro-batches of the steps that are timed
 PARTS = {  # of a step, by what a kernel's name holds; the first that fits

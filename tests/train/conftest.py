@@ -1,19 +1,12 @@
 """Token shards for all tests here: four domains of random words and a tokenizer of 600 pieces."""
 
-import random
 from pathlib import Path
 
 import pytest
+from small_run import documents
 
 from yaongi.data.pipeline import Options, tokenize_sources
 from yaongi.data.tokenizer import train_tokenizer
-
-
-def documents(seed: int, count: int) -> list[str]:
-    """Texts of 40 random words."""
-    rng = random.Random(seed)
-    letters = "abcdefghij가나다라마바사아"
-    return [" ".join("".join(rng.choices(letters, k=4)) for _ in range(40)) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""A model of a few thousand parameters and the commands that train it."""
+"""A model of a few thousand parameters, the commands that train it, and texts for it."""
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,13 @@ sample_tokens = 3
 wandb = "off"
 tensorboard = false
 """
+
+
+def documents(seed: int, count: int) -> list[str]:
+    """Texts of 40 random words."""
+    rng = random.Random(seed)
+    letters = "abcdefghij가나다라마바사아"
+    return [" ".join("".join(rng.choices(letters, k=4)) for _ in range(40)) for _ in range(count)]
 
 
 def arguments(tokens: Path, out: Path, *more: str) -> list[str]:

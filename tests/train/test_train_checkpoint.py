@@ -69,6 +69,23 @@ def test_saves_again_into_the_same_memory(tmp_path: Path, monkeypatch: pytest.Mo
         assert all(torch.equal(loaded["model"][n], t) for n, t in tensors(step)["model"].items())
 
 
+def test_room_is_made_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first save copies into memory that was reserved, and makes none."""
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.numel()), tensor)[1])
+    saved = Checkpoints(tmp_path, World(0, 1, torch.device("cuda")))
+    saved.prepare()
+    saved.reserve(tensors(0.0))
+    saved.reserve(tensors(0.0))
+    for step in (1, 2):
+        saved.save(step, tensors(step), {})
+        path, loaded = saved.wait(), tensors(0.0)
+        assert path is not None
+        saved.load(path, loaded)
+        assert all(torch.equal(loaded["model"][n], t) for n, t in tensors(step)["model"].items())
+        assert sorted(pinned) == [3, 1000]
+
+
 def test_unfinished_ones_go(tmp_path: Path) -> None:
     """What a killed save has left is no checkpoint; without ``latest`` the newest whole one counts."""
     saved = checkpoints(tmp_path)

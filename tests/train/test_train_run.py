@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import arguments, command, environment, final_tensors, losses, run
+from small_run import arguments, command, documents, environment, final_tensors, losses, run
 
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.kernels import moe_route
@@ -150,8 +150,6 @@ def cut_shard(folder: Path) -> None:
 
 def change_tokenizer(folder: Path) -> None:
     """Of another text."""
-    from conftest import documents
-
     from yaongi.data.tokenizer import train_tokenizer
 
     train_tokenizer(documents(9, 100), 520).save(folder / "tokenizer")

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from yaongi.data.files import write_atomically
 from yaongi.train.distributed import World, local
 from yaongi.train.guard import first_not_finite
+from yaongi.train.staging import Staging
 
 LATEST = "latest"
 META = "run.json"
@@ -41,8 +41,7 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[int, Future[Any], dict[str, Any]] | None = None
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        # Not torch's default stager: on torch 2.11 it can't be used twice.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")  # in pinned memory
+        self._stager = Staging(world.device)
 
     def prepare(self) -> None:
         """Make the folder, and remove what an interrupted save has left in it."""
@@ -51,6 +50,10 @@ class Checkpoints:
             for unfinished in self.folder.glob("*.tmp"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         self._world.barrier()
+
+    def reserve(self, tensors: dict[str, Any]) -> None:
+        """Begin to make room on the host for copies of such tensors, so that no save waits for that."""
+        self._stager.reserve(tensors)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, if there is one."""

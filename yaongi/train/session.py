@@ -1,6 +1,7 @@
 """A run under way: data, model, optimizer, checkpoints and log of one configuration, and what can be done with them."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -69,6 +70,8 @@ class Session:
         self._build()
         if found is not None:
             self._restore(*found)
+        if 0 < run.checkpoint_every < self.schedule.steps - self.step:
+            self.checkpoints.reserve(self._tensors())
         self._open_logs(resumed=found is not None)
 
     def _build(self) -> None:
@@ -192,7 +195,12 @@ class Session:
                     self.display.say(f"  {name}: {' '.join(sample.split())}")
 
     def save(self, *, wait: bool = False) -> None:
-        """Begin a checkpoint; ``wait`` until it is in place. OSError if it can't be written."""
+        """Begin a checkpoint; ``wait`` until it is in place. How long training stood still for it is recorded.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        began = time.perf_counter()
         with self.meter.paused():
             meta = {
                 "step": self.step,
@@ -205,6 +213,7 @@ class Session:
             self.checkpoints.save(self.step, self._tensors(), meta)
             if wait:
                 self.checkpoints.wait()
+        self.metrics.write("checkpoint", self.step, seconds=time.perf_counter() - began)
 
     def finish(self) -> None:
         """Wait for the last checkpoint, then write the model for use without the trainer, and the report."""

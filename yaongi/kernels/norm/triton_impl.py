@@ -27,7 +27,8 @@ class Config:
 WIDE = 512
 FORWARD = Config(elements=2048, elements_a_warp=512)
 BACKWARD = Config(elements=2048, elements_a_warp=1024)
-STAGES = 2  # a program that walks backwards loads the next rows while it works on these
+# By bytes of an element: of 16 bits a program that walks backwards loads the next rows while it works on these.
+STAGES = {2: 2, 4: 1}
 PROGRAMS = 528  # that walk backwards, four on each of the 132 multiprocessors
 
 
@@ -210,7 +211,7 @@ def fill_gradients(
         *(0 if t is None else t.stride(0) for t in (zs, dzs)),
         GATED=z is not None,
         HAS_EXTRA=extra is not None,
-        STAGES=STAGES,
+        STAGES=STAGES[u.element_size()],
         **blocks,
     )
     return column_sums(partial[None])[0]
