@@ -1,17 +1,19 @@
-"""The flagship's layers as a training step runs them, forward and backward: with the kernels, and by the references."""
+"""The flagship's layers as a training step runs them: beside the references, and what it costs to compute one twice."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from measure import Compare, Work
+from measure import Compare, Work, interleaved_ms, report
 
 from yaongi.kernels import use_backend
 from yaongi.kernels.backend import Backend
+from yaongi.model.attention import plan_attention
 from yaongi.model.init import initialize
 from yaongi.model.model import Context, Layer
 from yaongi.train.config import load_config
+from yaongi.train.recompute import KINDS
 
 B, L = 8, 4096
 CHUNK = 128  # of the scan's FLOPs
@@ -49,3 +51,30 @@ def test_layer(kind: str, compare: Compare) -> None:
         return call
 
     compare(on(None), Work(flops(layer)), {"references": on("reference")})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recompute(kind: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """The forward pass of one layer, 2 × 4096 tokens, replayed, over the bytes that it keeps for the backward pass.
+
+    Which kinds `--recompute` should name first: those of the fewest milliseconds a GB.
+    """
+    config = load_config("yaongi-4b").model
+    layer = Layer(config, config.pattern.index(KINDS[kind]), None, torch.device("cuda"), torch.bfloat16)
+    initialize(layer, config, 0)
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden, delta = (torch.randn(2, L, config.hidden_size, **bf16).requires_grad_() for _ in range(2))
+    documents = torch.zeros(2, L, dtype=torch.int32, device="cuda")
+    plan = plan_attention("auto", documents.shape, documents, documents.device, torch.bfloat16)
+    context = Context(documents, plan, None, with_routing=True)
+    for _ in range(2):
+        layer(hidden, delta, context)
+    before = torch.cuda.memory_allocated()
+    total, following, routing = layer(hidden, delta, context)
+    kept = torch.cuda.memory_allocated() - before - sum(t.nbytes for t in (total, following))
+    del total, following, routing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(hidden, delta, context)
+    ms = interleaved_ms({"layer": graph.replay}, lambda: None)["layer"]
+    report(benchmark, request, {"forward_ms": ms, "keeps": f"{kept / 1e9:.3f} GB", "ms_per_gb": 1e9 * ms / kept})

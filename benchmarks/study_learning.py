@@ -5,7 +5,8 @@
 
 Learning rates of the matrices are tuned first, AdamW over four and Muon over three, with one seed; the winners train
 with two more. Embedding, head, router, norms and tables take the same AdamW in all runs. Each run is a `python -m
-yaongi.train`, whose command is printed; a run that is complete in FOLDER isn't repeated.
+yaongi.train`, whose command is printed; a run that is complete in FOLDER isn't repeated. Options that are not listed
+here go to each of them: `--jobs 3 --micro-rows 32` shares a GPU.
 
 Alignment: where Teon stacks two layers, the share of one's r leading singular directions that lies within the other's,
 ‖V₁ᵀV₂‖²_F / r of the momenta at the end of a Muon run. Directions that have nothing to do with each other share r / n.
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,13 +238,11 @@ def draw(study: Study, path: Path) -> None:
         print(f"\n{path}")
 
 
-def train_all(study: Study) -> None:
+def train_all(study: Study, jobs: int) -> None:
     """The sweeps, and then what their winners are needed for."""
-    for run in sweep():
-        study.train(run)
-    for runs in study.groups().values():
-        for run in runs:
-            study.train(run)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(study.train, sweep()))
+        list(pool.map(study.train, [run for runs in study.groups().values() for run in runs]))
 
 
 def main() -> None:
@@ -254,12 +254,13 @@ def main() -> None:
     parser.add_argument("--preset", default="yaongi-small")
     parser.add_argument("--tokens", type=float, default=20e6, help="of a run")
     parser.add_argument("--batch-tokens", type=int, default=131072)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time: one starts while another trains")
     known, extra = parser.parse_known_args()
     if known.what == "run" and known.data is None:
         parser.error("run wants --data, a folder of token shards")
     study = Study(known.out, known.data, known.preset, known.tokens, known.batch_tokens, tuple(extra))
     if known.what == "run":
-        train_all(study)
+        train_all(study, known.jobs)
     draw(study, known.picture)
 
 
