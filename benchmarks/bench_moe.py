@@ -10,6 +10,7 @@ from oracle import assert_close
 
 from yaongi.kernels import moe, moe_route, use_backend
 from yaongi.kernels.moe import triton_impl as stages
+from yaongi.kernels.moe.gradients import triton_impl as gradients
 from yaongi.model.moe import SharedExpert
 from yaongi.train.config import load_config
 
@@ -170,7 +171,7 @@ def test_stages(compare: Compare) -> None:
         plan = stages.dispatch(ids, case.E)
         a = stages.moe_up(x, w_up, plan)
         parts = stages.moe_rows(a, w_down, plan, weights)
-        dh, ga, _ = stages.moe_dh(dy, w_down, a, plan, weights)
+        dh, ga, _ = gradients.moe_dh(dy, w_down, a, plan, weights)
         dw_up, dw_down, sums = torch.empty_like(w_up), torch.empty_like(w_down), torch.zeros_like(w_up.float())
         calls: dict[str, Callable[[], Any]] = {
             "route": lambda: moe_route(case.logits, case.bias, case.K, SCALE),
@@ -178,10 +179,10 @@ def test_stages(compare: Compare) -> None:
             "up": lambda: stages.moe_up(x, w_up, plan),
             "down": lambda: stages.moe_rows(a, w_down, plan, weights),
             "combine": lambda: stages.moe_combine(parts, plan, case.T, case.K),
-            "dh": lambda: stages.moe_dh(dy, w_down, a, plan, weights),
-            "dw_up": lambda: stages.moe_dw(dh, x, dw_up, plan, gather_left=False),
-            "dw_up, added in fp32": lambda: stages.moe_dw(dh, x, sums, plan, gather_left=False, accumulate=True),
-            "dw_down": lambda: stages.moe_dw(ga, dy, dw_down, plan, gather_left=True),
+            "dh": lambda: gradients.moe_dh(dy, w_down, a, plan, weights),
+            "dw_up": lambda: gradients.moe_dw(dh, x, dw_up, plan, gather_left=False),
+            "dw_up, added in fp32": lambda: gradients.moe_dw(dh, x, sums, plan, gather_left=False, accumulate=True),
+            "dw_down": lambda: gradients.moe_dw(ga, dy, dw_down, plan, gather_left=True),
             "dx": lambda: stages.moe_rows(dh, w_up, plan, None),
         }
         compare(calls.pop("up"), Work(case.flops / 2), calls)

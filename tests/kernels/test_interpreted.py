@@ -187,14 +187,15 @@ def test_mamba_scan(
 ) -> None:
     """Both directions equal the reference in float64."""
     from yaongi.kernels.mamba_scan import triton_impl
+    from yaongi.kernels.mamba_scan.gradients import triton_impl as backwards
     from yaongi.kernels.mamba_scan.states import triton_impl as states
 
     monkeypatch.setattr(states, "SLOTS", slots)
-    monkeypatch.setattr(triton_impl, "STATES_BYTES", states_bytes)
+    monkeypatch.setattr(backwards, "STATES_BYTES", states_bytes)
     inputs = mamba_inputs(*shape, documents, optional)
     outputs = triton_impl.mamba_scan_triton(*inputs, True)
     gradients = tuple(torch.randn_like(t) for t in outputs)
-    actual = (*outputs, *triton_impl.mamba_scan_backward_triton(*gradients, *inputs))
+    actual = (*outputs, *backwards.mamba_scan_backward_triton(*gradients, *inputs))
     exact = (
         *mamba_reference.mamba_scan_reference(*wide(inputs), True),
         *mamba_reference.mamba_scan_backward_reference(*wide(gradients), *wide(inputs)),
@@ -208,13 +209,14 @@ def test_mamba_scan(
 def test_mamba_scan_at_the_ends_of_float32(dt: float, A: float) -> None:
     """Step sizes that are denormal or zero, decays that underflow: all finite and right, documents included."""
     from yaongi.kernels.mamba_scan import triton_impl
+    from yaongi.kernels.mamba_scan.gradients import triton_impl as backwards
 
     inputs = list(mamba_inputs(1, 20, 2, 8, 1, 16, True, True))
     inputs[1] = torch.where(torch.rand(1, 20, 2) < 0.5, dt, inputs[1])
     inputs[2] = torch.full((2,), A)
     outputs = triton_impl.mamba_scan_triton(*inputs, True)
     gradients = tuple(torch.randn_like(t) for t in outputs)
-    actual = (*outputs, *triton_impl.mamba_scan_backward_triton(*gradients, *inputs))
+    actual = (*outputs, *backwards.mamba_scan_backward_triton(*gradients, *inputs))
     exact = (
         *mamba_reference.mamba_scan_reference(*wide(tuple(inputs)), True),
         *mamba_reference.mamba_scan_backward_reference(*wide(gradients), *wide(tuple(inputs))),

@@ -12,6 +12,7 @@ from aot import Compiled, compile_launcher
 from yaongi.kernels.causal_conv1d import triton_impl as causal_conv1d
 from yaongi.kernels.cross_entropy import triton_impl as cross_entropy
 from yaongi.kernels.moe import triton_impl as moe
+from yaongi.kernels.moe.gradients import triton_impl as moe_gradients
 from yaongi.kernels.moe.routing import triton_impl as routing
 from yaongi.kernels.newton_schulz import triton_impl as newton_schulz
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
@@ -76,9 +77,9 @@ def test_moe(hidden: int) -> None:
     ids, weights = meta(T, K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
     kernels = compile_launcher(moe.moe_triton, x, w_up, w_down, ids, weights)
     backward = (x, x, w_up, w_down, ids, weights, a)
-    kernels += compile_launcher(moe.moe_backward_triton, *backward)
+    kernels += compile_launcher(moe_gradients.moe_backward_triton, *backward)
     sums = [meta(*w.shape, dtype=torch.float32) for w in (w_up, w_down)]
-    adding = compile_launcher(moe.moe_backward_accumulate_triton, *backward, *sums)
+    adding = compile_launcher(moe_gradients.moe_backward_accumulate_triton, *backward, *sums)
     assert ["UTMAREDG" in kernel.sass for kernel in adding if kernel.name == "_moe_dw_kernel"] == [True, True]
     kernels += adding
     assert {k.name for k in kernels} >= {"_moe_up_kernel", "_moe_rows_kernel", "_moe_dh_kernel", "_moe_dw_kernel"}

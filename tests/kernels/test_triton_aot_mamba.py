@@ -5,6 +5,7 @@ import torch
 from aot import compile_launcher
 
 from yaongi.kernels.mamba_scan import triton_impl as mamba_scan
+from yaongi.kernels.mamba_scan.gradients import triton_impl as mamba_gradients
 from yaongi.kernels.mamba_scan.step import triton_impl as mamba_step
 from yaongi.kernels.norm import triton_impl as norm
 
@@ -43,7 +44,7 @@ def test_mamba_scan(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythi
     """All kernels of both directions: tensor cores and copy engine, and no spill at the flagship's sizes."""
     inputs = scan_arguments(L, P, G, N, dtype, everything)
     kernels = compile_launcher(mamba_scan.mamba_scan_triton, *inputs, everything)
-    kernels += compile_launcher(mamba_scan.mamba_scan_backward_triton, inputs[0], inputs[-1], *inputs)
+    kernels += compile_launcher(mamba_gradients.mamba_scan_backward_triton, inputs[0], inputs[-1], *inputs)
     names = {kernel.name for kernel in kernels}
     assert names >= PRODUCTS | {"_mamba_scan_steps_kernel", "_mamba_scan_steps_backward_kernel"}
     assert L < 32768 or "_mamba_scan_chain_kernel" in names

@@ -4,13 +4,14 @@ import torch
 
 from yaongi.kernels.causal_conv1d.triton_impl import causal_conv1d_backward_triton, causal_conv1d_triton
 from yaongi.kernels.mamba_core.op import composed, split_convolved, split_projected
-from yaongi.kernels.mamba_scan import triton_impl as scan
+from yaongi.kernels.mamba_scan.gradients import triton_impl as scan
+from yaongi.kernels.mamba_scan.triton_impl import mamba_scan_triton
 from yaongi.kernels.norm import triton_impl as norm
 
 Tensor = torch.Tensor
 
 
-mamba_core_triton = composed(causal_conv1d_triton, scan.mamba_scan_triton, norm.gated_rms_norm_triton)
+mamba_core_triton = composed(causal_conv1d_triton, mamba_scan_triton, norm.gated_rms_norm_triton)
 
 
 def mamba_core_backward_triton(

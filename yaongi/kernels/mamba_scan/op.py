@@ -137,7 +137,7 @@ _backward_op = backend.define(
     "Tensor db, Tensor dc, Tensor dD, Tensor ddt_bias, Tensor dinitial_state)",
     reference=mamba_scan_backward_reference,
     fake=_backward_fake,
-    triton="yaongi.kernels.mamba_scan.triton_impl:mamba_scan_backward_triton",
+    triton="yaongi.kernels.mamba_scan.gradients.triton_impl:mamba_scan_backward_triton",
     triton_refuses=_backward_triton_refuses,
 )
 _step_op = backend.define(

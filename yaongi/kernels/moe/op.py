@@ -135,7 +135,7 @@ _backward_op = backend.define(
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dexpert_weights)",
     reference=moe_backward_reference,
     fake=_backward_fake,
-    triton="yaongi.kernels.moe.triton_impl:moe_backward_triton",
+    triton="yaongi.kernels.moe.gradients.triton_impl:moe_backward_triton",
     triton_refuses=_backward_triton_refuses,
 )
 _accumulate_op = backend.define(
@@ -143,7 +143,7 @@ _accumulate_op = backend.define(
     " Tensor a, Tensor(a!) dw_up, Tensor(b!) dw_down) -> (Tensor dx, Tensor dexpert_weights)",
     reference=moe_backward_accumulate_reference,
     fake=_accumulate_fake,
-    triton="yaongi.kernels.moe.triton_impl:moe_backward_accumulate_triton",
+    triton="yaongi.kernels.moe.gradients.triton_impl:moe_backward_accumulate_triton",
     triton_refuses=_backward_triton_refuses,
 )
 backend.define_autograd("moe", _backward, _setup_context)
