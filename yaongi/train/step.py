@@ -135,7 +135,8 @@ class Stepper:
             vector.grad = None
         yield
         found = [(total, v.grad) for total, v in zip(totals, self._vectors, strict=True) if v.grad is not None]
-        torch._foreach_add_(*zip(*found, strict=True))
+        if found:
+            torch._foreach_add_(*zip(*found, strict=True))
         for vector, total in zip(self._vectors, totals, strict=True):
             vector.grad = total
 
