@@ -86,6 +86,25 @@ def test_room_is_made_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert sorted(pinned) == [3, 1000]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_host_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    """One line at the save, whether the room was to be made ahead or not; what is there stays."""
+
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nand much more")
+
+    saved = checkpoints(tmp_path)
+    saved.save(1, tensors(1), {})
+    saved.wait()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    full = Checkpoints(tmp_path, World(0, 1, torch.device("cuda")))
+    if ahead:
+        full.reserve(tensors(2))
+    with pytest.raises(OSError, match=r"page-locked memory of the host for a copy, got CUDA error: out of memory$"):
+        full.save(2, tensors(2), {})
+    assert full.latest() == tmp_path / "step-00000001"
+
+
 def test_unfinished_ones_go(tmp_path: Path) -> None:
     """What a killed save has left is no checkpoint; without ``latest`` the newest whole one counts."""
     saved = checkpoints(tmp_path)

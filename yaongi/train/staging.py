@@ -1,5 +1,6 @@
 """Where a checkpoint is copied to before it is written: page-locked memory of the host, made beside the first steps."""
 
+import errno
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -26,10 +27,18 @@ class Staging(BlockingAsyncStager):
             pool.shutdown(wait=False)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A copy on the host, which keeps its values until the next call."""
-        if self._reserved is not None:
-            self._reserved.result()
-        return super().stage(state_dict)
+        """A copy on the host, which keeps its values until the next call.
+
+        Raises:
+            OSError: the host has no room for it.
+        """
+        try:
+            if self._reserved is not None:
+                self._reserved.result()
+            return super().stage(state_dict)
+        except RuntimeError as error:
+            text = f"checkpoint: wanted page-locked memory of the host for a copy, got {str(error).splitlines()[0]}"
+            raise OSError(errno.ENOMEM, text) from error
 
     def _make(self, tensors: dict[str, Any]) -> None:
         self.state_dict_cache = _create_cpu_state_dict(tensors, pin_memory=True)
