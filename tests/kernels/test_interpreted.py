@@ -51,9 +51,9 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
 
 
-@pytest.mark.parametrize("shape", [(1, 528, 70), (3, 5, 64), (1, 1, 1), (2, 129, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 528, 70), (3, 5, 64), (1, 1, 1), (2, 129, 33), (2, 0, 5)], ids=str)
 def test_column_sums(shape: tuple[int, int, int]) -> None:
-    """Fewer and more rows than a block has, and columns that don't fill the last one."""
+    """No row, fewer and more than a block has, and columns that don't fill the last one."""
     from yaongi.kernels.sums.triton_impl import column_sums
 
     partial = torch.randn(shape)

@@ -29,10 +29,10 @@ def _column_sums_kernel(
 
 
 def column_sums(partial: Tensor) -> Tensor:
-    """(S, D) from partial sums (S, N, D), contiguous, fp32, N ≥ 1."""
+    """(S, D) from partial sums (S, N, D), contiguous, fp32; zeros where N is 0."""
     S, N, D = partial.shape
     sums = torch.empty(S, D, dtype=torch.float32, device=partial.device)
-    block_n = min(BLOCK_N, triton.next_power_of_2(N))
+    block_n = min(BLOCK_N, triton.next_power_of_2(max(1, N)))
     warps = max(1, block_n * BLOCK_D // ELEMENTS_A_WARP)
     _column_sums_kernel[(triton.cdiv(D, BLOCK_D), S)](partial, sums, N, D, block_n, BLOCK_D, num_warps=warps)
     return sums
