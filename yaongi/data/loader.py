@@ -145,10 +145,9 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         micro_batch: int | None = None,
-        ahead: int | None = None,
         pin_memory: bool = False,
     ) -> Iterator[Batch]:
-        """Micro-batches from the consumed position on, without end, read ``ahead`` of use by a thread: a whole step's.
+        """Micro-batches from the consumed position on, without end, by a thread that reads a whole step's ahead.
 
         ``state_dict`` counts a step once its last micro-batch has been handed out. Closing the generator ends the
         thread.
@@ -165,7 +164,7 @@ class Loader:
                     yield batch.pin_memory() if pin_memory else batch
                 first += self.batch_rows
 
-        for number, batch in enumerate(_ahead(batches(), ahead or max(4, micros)), 1):
+        for number, batch in enumerate(_ahead(batches(), max(4, micros)), 1):
             self.samples = start + number // micros * self.batch_rows
             yield batch
 

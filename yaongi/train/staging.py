@@ -20,7 +20,7 @@ class Staging(BlockingAsyncStager):
         self._reserved: Future[None] | None = None
 
     def reserve(self, tensors: dict[str, Any]) -> None:
-        """Begin to make room for such tensors, nested dicts of them; on a CPU there is nothing to prepare."""
+        """Begin to make room for such tensors, nested dicts of them, once; on a CPU there is nothing to prepare."""
         if self.cache_staged_state_dict and self._reserved is None:
             pool = ThreadPoolExecutor(1, "staging")
             self._reserved = pool.submit(self._make, tensors)
@@ -32,13 +32,14 @@ class Staging(BlockingAsyncStager):
         Raises:
             OSError: the host has no room for it.
         """
+        self.reserve(state_dict)
         try:
             if self._reserved is not None:
                 self._reserved.result()
-            return super().stage(state_dict)
         except RuntimeError as error:
             text = f"checkpoint: wanted page-locked memory of the host for a copy, got {str(error).splitlines()[0]}"
             raise OSError(errno.ENOMEM, text) from error
+        return super().stage(state_dict)
 
     def _make(self, tensors: dict[str, Any]) -> None:
         self.state_dict_cache = _create_cpu_state_dict(tensors, pin_memory=True)

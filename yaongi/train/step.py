@@ -58,7 +58,7 @@ class Stepper:
         layers, experts = model.config.pattern.count("E"), model.config.experts
         self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=world.device)
         self._in_place = not any(is_sharded(p) for _, p in self._named)
-        self._vectors = [p for _, p in self._named if p.ndim == 1]
+        self._vectors = [p for _, p in self._named if p.ndim == 1 and self._in_place]
         recorded = cuda_graph and self._in_place and world.device.type == "cuda"
         self._accumulate: Callable[..., None] = Replay(self._add_micro_batch) if recorded else self._add_micro_batch
 
@@ -127,9 +127,6 @@ class Stepper:
     @contextlib.contextmanager
     def _vectors_together(self) -> Iterator[None]:
         """Backward within it: the vectors' gradients are added up in a few launches at its end, not each in its own."""
-        if not self._in_place:
-            yield
-            return
         totals = [vector.grad for vector in self._vectors]
         for vector in self._vectors:
             vector.grad = None

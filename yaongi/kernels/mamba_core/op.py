@@ -8,7 +8,7 @@ import torch
 from yaongi.kernels import backend, check
 from yaongi.kernels.causal_conv1d.reference import causal_conv1d_backward_reference, causal_conv1d_reference
 from yaongi.kernels.mamba_scan.reference import mamba_scan_backward_reference, mamba_scan_reference
-from yaongi.kernels.norm.reference import gated_rms_norm_backward_reference, gated_rms_norm_reference
+from yaongi.kernels.norm.reference import gated_rms_norm_backward_reference, gated_rms_norm_reference, wide_dtype
 
 Tensor = torch.Tensor
 WIDE = (torch.float32, torch.float64)
@@ -98,9 +98,8 @@ def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_fake(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     projected, taps, taps_bias, A, D, dt_bias, weight = inputs[:7]
-    wide = torch.promote_types(projected.dtype, torch.float32)
     dtaps, dtaps_bias, dweight = (
-        t.new_empty(t.shape, dtype=torch.promote_types(t.dtype, wide)) for t in (taps, taps_bias, weight)
+        t.new_empty(t.shape, dtype=wide_dtype(projected, t)) for t in (taps, taps_bias, weight)
     )
     dprojected, dA, dD, ddt_bias = (t.new_empty(t.shape) for t in (projected, A, D, dt_bias))
     return dprojected, dtaps, dtaps_bias, dA, dD, ddt_bias, dweight

@@ -175,7 +175,8 @@ def blocks_of(config: Config, width: int) -> dict[str, int]:
 
 
 def block_e(experts: int) -> int:
-    return max(16, triton.next_power_of_2(experts))  # few variants to compile
+    """Experts as the kernels are compiled for: few variants."""
+    return max(16, triton.next_power_of_2(experts))
 
 
 def addressable(t: Tensor) -> Tensor:
