@@ -121,9 +121,10 @@ class Study:
         if adamw is not None:
             groups["AdamW"] = [Run("AdamW", adamw, seed) for seed in SEEDS]
         if muon is not None:
-            for way in ("Muon", "Teon", "Teon, more stacks"):
-                groups[way] = [Run(way, muon, seed) for seed in SEEDS]
+            groups["Muon"] = [Run("Muon", muon, seed) for seed in SEEDS]
             groups["Muon, half the tokens"] = [Run("Muon", muon, seed, 0.5) for seed in SEEDS]
+            for way in ("Teon", "Teon, more stacks"):
+                groups[way] = [Run(way, muon, seed) for seed in SEEDS]
         return groups
 
     def found(self) -> dict[str, list[list[dict[str, Any]]]]:

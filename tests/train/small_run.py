@@ -56,6 +56,12 @@ sample_tokens = 3
 wandb = "off"
 tensorboard = false
 """
+FOR_KERNELS = (  # sizes that the fast kernels take, six steps; several blocks a row of each kernel's sums
+    *("--model.hidden-size", "64", "--model.mamba-head-dim", "16", "--model.mamba-state", "16"),
+    *("--model.expert-size", "32", "--model.shared-expert-size", "32", "--model.attention-head-dim", "32"),
+    *("--model.max-sequence-length", "512", "--row-tokens", "512", "--batch-tokens", "4096", "--micro-rows", "2"),
+    *("--tokens", "24576", "--evaluate-every", "3", "--checkpoint-every", "0"),
+)
 
 
 def documents(seed: int, count: int) -> list[str]:

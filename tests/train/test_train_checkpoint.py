@@ -1,14 +1,18 @@
 """A checkpoint is whole or not there, and says so when it can't be."""
 
+import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small_run import ALONE, arguments, environment, run
+from small_run import ALONE, arguments, environment, run, session_of
+from torch.distributed.checkpoint import FileSystemWriter
 
 from yaongi.train.checkpoint import Checkpoints, read_meta
 from yaongi.train.distributed import World
@@ -164,3 +168,26 @@ def test_a_damaged_checkpoint(tokens: Path, tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "is damaged or of another model" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_slow_disk_is_named(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A save that must wait for the one before says so; one that needn't is silent."""
+    write = FileSystemWriter.write_data
+
+    def write_slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return write(*arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_slowly)
+    monkeypatch.setattr("yaongi.train.session.PATIENCE", 0.25)
+    with session_of(tokens, tmp_path / "run") as session:
+        session.save()
+        assert "waited" not in capsys.readouterr().out
+        session.save()
+        assert "s for the checkpoint before to be written" in capsys.readouterr().out
+        session.checkpoints.wait()
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    first, second = (r for r in records if r["event"] == "checkpoint")
+    assert first["waited"] < 0.25 < second["waited"] <= second["seconds"]

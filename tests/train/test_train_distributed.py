@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import arguments, environment, final_tensors, losses, run
+from small_run import FOR_KERNELS, arguments, environment, final_tensors, losses, run
 
 MORE = ("--sample-tokens", "0", "--micro-rows", "2")
 
@@ -83,3 +83,22 @@ def test_bfloat16(tokens: Path, tmp_path: Path) -> None:
     run_two(tokens, tmp_path / "two", "--dtype", "bfloat16")
     assert run(tokens, tmp_path / "one", *MORE, "--dtype", "bfloat16").returncode == 0
     assert losses(tmp_path / "two")[-1][1] == pytest.approx(losses(tmp_path / "one")[-1][1], abs=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_two_gpus(tokens: Path, tmp_path: Path, dtype: str, tolerance: float) -> None:
+    """The kernels and NCCL: the losses of one GPU, and a checkpoint of two goes on with one."""
+    more = ("--device", "cuda", "--dtype", dtype, *FOR_KERNELS)
+    assert run(tokens, tmp_path / "one", *MORE, *more).returncode == 0
+    wanted = losses(tmp_path / "one")
+    run_two(tokens, tmp_path / "two", *more)
+    run_two(tokens, tmp_path / "both", *more, "--stop-after", "3")
+    done = run(tokens, tmp_path / "both", *MORE, *more)
+    assert "resumed from step 3" in done.stdout, done.stderr
+    for out in ("two", "both"):
+        got = losses(tmp_path / out)
+        assert [step for step, *_ in got] == [step for step, *_ in wanted]
+        for (step, loss, _), (_, expected, _) in zip(got, wanted, strict=True):
+            assert loss == pytest.approx(expected, abs=tolerance), (out, step)

@@ -5,23 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import arguments, final_tensors, losses
+from small_run import FOR_KERNELS, arguments, final_tensors, losses
 
 from yaongi.train import __main__ as program
-
-SIZES = (  # what the fast kernels take; rows long enough for several blocks of each kernel's sums
-    *("--model.hidden-size", "64", "--model.mamba-head-dim", "16", "--model.mamba-state", "16"),
-    *("--model.expert-size", "32", "--model.shared-expert-size", "32", "--model.attention-head-dim", "32"),
-    *("--model.max-sequence-length", "512", "--row-tokens", "512", "--batch-tokens", "4096", "--micro-rows", "2"),
-    *("--tokens", "24576", "--evaluate-every", "3", "--checkpoint-every", "0"),
-)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_two_pieces_are_one(device: str, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(name: str, *more: str) -> None:
         monkeypatch.setattr(
-            sys, "argv", ["train", *arguments(tokens, tmp_path / name, "--device", device), *SIZES, *more]
+            sys, "argv", ["train", *arguments(tokens, tmp_path / name, "--device", device), *FOR_KERNELS, *more]
         )
         assert program.main() == 0
 

@@ -82,6 +82,12 @@ def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("yaongi.train.plan._available", lambda _: low)
     monkeypatch.setattr("yaongi.train.memory.resident_bytes", lambda: parts.base)
     assert "try --micro-rows" in make_plan(config, tokenizer, ALONE).advice
+    for policy in ("all", "mamba"):  # the second needs more room, and costs less time
+        config = config_of(tokens, tmp_path / "run", "--micro-rows", "1", "--recompute", policy)
+        low = make_plan(config, tokenizer, ALONE).memory.total / 0.93 + 1
+        monkeypatch.setattr("yaongi.train.plan._available", lambda _, low=low: low)
+        config = config_of(tokens, tmp_path / "run", "--micro-rows", "1")
+        assert make_plan(config, tokenizer, ALONE).advice == f"try --micro-rows 1 --recompute {policy}"
     monkeypatch.setattr("yaongi.train.plan._available", lambda _: 1000)
     assert "does not fit: try more GPUs" in make_plan(config, tokenizer, ALONE).lines()
 

@@ -227,7 +227,8 @@ def test_an_operation_without_a_deterministic_form(
     ("more", "advice"),
     [
         (("--micro-rows", "8"), "try --micro-rows 4"),
-        (("--micro-rows", "1"), "try --recompute all"),
+        (("--micro-rows", "1"), "try --recompute mamba\n"),
+        (("--micro-rows", "1", "--recompute", "mamba"), "try --recompute all\n"),
         (("--micro-rows", "1", "--recompute", "all"), "try more GPUs (torchrun), shorter rows (--row-tokens) or a"),
     ],
 )

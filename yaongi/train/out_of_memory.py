@@ -4,6 +4,8 @@ from types import TracebackType
 
 import torch
 
+from yaongi.train.recompute import CHEAPEST, MOST
+
 PARTS = {  # by the module whose code was running; the innermost that fits
     "yaongi.kernels.causal_conv1d": "a Mamba layer",
     "yaongi.kernels.mamba": "a Mamba layer",
@@ -40,6 +42,6 @@ def _part(trace: TracebackType | None) -> str:
 def _advice(micro_rows: int, recompute: str) -> str:
     if micro_rows > 1:
         return f"try --micro-rows {micro_rows // 2}"
-    if recompute != "all":
-        return "try --recompute all"
+    if recompute != MOST:
+        return f"try --recompute {CHEAPEST if recompute == 'none' else MOST}"
     return "try more GPUs (torchrun), shorter rows (--row-tokens) or a smaller preset"

@@ -17,6 +17,7 @@ from yaongi.train.config import Config
 from yaongi.train.distributed import World
 from yaongi.train.log import duration, short, significant
 from yaongi.train.memory import Memory, predict
+from yaongi.train.recompute import CHEAPEST, MOST, recomputed_layers
 
 _USABLE = 0.93  # of a GPU's memory; the rest is left to fragmentation
 _SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # a training step's FLOP/s over those of a large matrix product
@@ -135,9 +136,10 @@ class _Trial:
         self._config, self._world = config, world
         self._model: Yaongi = build_model(config, tokenizer, "meta", dtype=weight_dtype(config.train, world.device))
 
-    def memory(self, rows: int) -> Memory:
-        """With micro-batches of ``rows``."""
+    def memory(self, rows: int, policy: str = "") -> Memory:
+        """With micro-batches of ``rows``, layers recomputed by ``policy``, else as configured."""
         train, device = self._config.train, self._world.device
+        self._model.recompute = recomputed_layers(policy or self._config.run.recompute, self._config.model.pattern)
         momentum = momentum_dtype(train, device) if train.matrix_optimizer == "teon" else None
         return predict(self._model, rows, train.row_tokens, momentum=momentum, device=device, shards=self._world.size)
 
@@ -155,11 +157,9 @@ class _Trial:
             return ""
         if rows > 1 and self.memory(1).total <= limit:
             return f"try --micro-rows {min(rows - 1, self.rows_that_fit(available))}"
-        before, self._model.recompute = self._model.recompute, "all"
-        fits = self.memory(1).total <= limit
-        self._model.recompute = before
-        if fits:
-            return "try --micro-rows 1 --recompute all"
+        for policy in (CHEAPEST, MOST):
+            if self.memory(1, policy).total <= limit:
+                return f"try --micro-rows 1 --recompute {policy}"
         return "try more GPUs (torchrun), shorter rows (--row-tokens) or a smaller preset"
 
 

@@ -27,6 +27,8 @@ from yaongi.train.schedule import Schedule
 from yaongi.train.sinks import Sink, open_sinks
 from yaongi.train.step import Stepper
 
+PATIENCE = 3.0  # seconds that a checkpoint may hold training up before that is said
+
 
 class Session:
     """Opened by ``start``; a context that puts everything away at its end."""
@@ -197,11 +199,20 @@ class Session:
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint; ``wait`` until it is in place. How long training stood still for it is recorded.
 
+        One is written at a time: where the one before isn't on the disk yet, training waits, and is told so.
+
         Raises:
             OSError: it can't be written.
         """
         began = time.perf_counter()
         with self.meter.paused():
+            self.checkpoints.wait()
+            waited = time.perf_counter() - began
+            if waited > PATIENCE:
+                self.display.say(
+                    f"step {self.step}: waited {waited:.0f} s for the checkpoint before to be written: "
+                    "a faster disk or a larger --checkpoint-every avoids that"
+                )
             meta = {
                 "step": self.step,
                 "config": self._record,
@@ -213,7 +224,7 @@ class Session:
             self.checkpoints.save(self.step, self._tensors(), meta)
             if wait:
                 self.checkpoints.wait()
-        self.metrics.write("checkpoint", self.step, seconds=time.perf_counter() - began)
+        self.metrics.write("checkpoint", self.step, seconds=time.perf_counter() - began, waited=waited)
 
     def finish(self) -> None:
         """Wait for the last checkpoint, then write the model for use without the trainer, and the report."""
