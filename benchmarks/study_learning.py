@@ -4,9 +4,10 @@
     python -m benchmarks.study_learning draw --out FOLDER                 the table, and docs/learning.png
 
 Learning rates of the matrices are tuned first, AdamW over four and Muon over three, with one seed; the winners train
-with two more. Embedding, head, router, norms and tables take the same AdamW in all runs. Each run is a `python -m
-yaongi.train`, whose command is printed; a run that is complete in FOLDER isn't repeated. Options that are not listed
-here go to each of them: `--jobs 3 --micro-rows 32` shares a GPU.
+with two more. Embedding, head, router, norms and tables take the same AdamW in all runs. Warm-up is a tenth of the
+steps: the preset's fiftieth would be three of 153, too few for AdamW. Each run is a `python -m yaongi.train`, whose
+command is printed; a run that is complete in FOLDER isn't repeated. Options that are not listed here go to each of
+them: `--jobs 4 --micro-rows 32` shares a GPU.
 
 Alignment: where Teon stacks two layers, the share of one's r leading singular directions that lies within the other's,
 ‖V₁ᵀV₂‖²_F / r of the momenta at the end of a Muon run. Directions that have nothing to do with each other share r / n.
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     import matplotlib.axes
 
 SEEDS = (0, 1, 2)
-ADAMW_LR, MUON_LR = (1e-3, 2e-3, 4e-3, 8e-3), (0.01, 0.02, 0.04)
+ADAMW_LR, MUON_LR = (2.5e-4, 5e-4, 1e-3, 2e-3), (0.01, 0.02, 0.04)
+WARMUP = 0.1  # share of the steps
 LEADING = (1, 4, 16)  # r, singular directions whose alignment is taken
 PAIRS = {  # matrices that Teon may stack
     "Q": "q_proj.weight",
@@ -89,7 +91,7 @@ class Study:
             *("--preset", self.preset, "--data", str(self.data), "--out", str(self.out / run.name)),
             *("--tokens", f"{self.tokens * run.share:g}", "--batch-tokens", str(self.batch_tokens)),
             *("--evaluate-every", str(evaluations), "--checkpoint-every", "0", "--keep-last", "1"),
-            *("--sample-tokens", "0", "--wandb", "off", "--no-tensorboard"),
+            *("--warmup", f"{WARMUP:g}", "--sample-tokens", "0", "--wandb", "off", "--no-tensorboard"),
         )
         return [sys.executable, "-m", "yaongi.train", *shared, *self.extra, *run.options]
 
@@ -156,6 +158,9 @@ def table(study: Study) -> str:
     for run in sweep():
         if found := study.evaluations(run):
             lines.append(f"| {run.way} | {run.lr:g} | {mean_bits(found[-1]):.4f} |")
+    for way, rates in (("AdamW", ADAMW_LR), ("Muon", MUON_LR)):
+        if (best := study.best(way, rates)) in (rates[0], rates[-1]):
+            lines += ["", f"{way} is best at {best:g}, the end of its sweep: a better rate may lie beyond"]
     groups = study.found()
     if not groups:
         return "\n".join(lines)
