@@ -90,7 +90,7 @@ def test_bfloat16(tokens: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
 def test_two_gpus(tokens: Path, tmp_path: Path, dtype: str, tolerance: float) -> None:
     """The kernels and NCCL: the losses of one GPU, and a checkpoint of two goes on with one."""
-    more = ("--device", "cuda", "--dtype", dtype, *FOR_KERNELS)
+    more = ("--device", "cuda", "--dtype", dtype, *FOR_KERNELS, "--checkpoint-every", "2")
     assert run(tokens, tmp_path / "one", *MORE, *more).returncode == 0
     wanted = losses(tmp_path / "one")
     run_two(tokens, tmp_path / "two", *more)
