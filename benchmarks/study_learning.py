@@ -15,6 +15,7 @@ Alignment: where Teon stacks two layers, the share of one's r leading singular d
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,12 +105,20 @@ class Study:
         return evaluations if evaluations and evaluations[-1]["step"] == steps else []
 
     def train(self, run: Run) -> None:
-        """Unless it is there."""
+        """Unless it is there.
+
+        Raises:
+            ValueError: it is there by another command.
+        """
+        command, kept = self.command(run), self.out / run.name / "command.txt"
+        text = shlex.join(["python", *command[1:]])
         if self.evaluations(run):
+            if kept.is_file() and kept.read_text() != text:
+                raise ValueError(f"study: wanted another --out, got {self.out} with a run of `{kept.read_text()}`")
             return
-        command = self.command(run)
-        print("python", *command[1:], flush=True)
+        print(text, flush=True)
         subprocess.run(command, check=True)
+        kept.write_text(text)
 
     def best(self, way: str, rates: tuple[float, ...]) -> float | None:
         """The learning rate with the fewest bits per byte at the end; None while a run is missing."""
@@ -266,7 +275,10 @@ def main() -> None:
         parser.error("run wants --data, a folder of token shards")
     study = Study(known.out, known.data, known.preset, known.tokens, known.batch_tokens, tuple(extra))
     if known.what == "run":
-        train_all(study, known.jobs)
+        try:
+            train_all(study, known.jobs)
+        except (ValueError, subprocess.CalledProcessError) as error:
+            sys.exit(str(error))
     draw(study, known.picture)
 
 

@@ -62,3 +62,11 @@ def test_alignment() -> None:
     momenta = {f"layers.{i}.q_proj.weight": left[:, 32 * i : 32 * (i + 1)] @ sizes @ right[:, :32].T for i in range(2)}
     rows = [line for line in alignment(momenta) if line.startswith("| Q")]
     assert rows == [f"| Q | 1 | {r} | 1.000 | {r / 64:.3f} | 0.000 | {r / 64:.3f} |" for r in (1, 4, 16)]
+
+
+def test_another_study_in_the_folder(study: Study, tmp_path: Path) -> None:
+    """Runs by another command aren't taken for this study's."""
+    run = Run("Muon", MUON_LR[1])
+    (tmp_path / run.name / "command.txt").write_text("python -m yaongi.train --warmup 0.02")
+    with pytest.raises(ValueError, match=r"^study: wanted another --out, got .* with a run of `python -m yaongi"):
+        study.train(run)
