@@ -72,6 +72,7 @@ def test_recompute(kind: str, benchmark: Any, request: pytest.FixtureRequest) ->
     before = torch.cuda.memory_allocated()
     total, following, routing = layer(hidden, delta, context)
     kept = torch.cuda.memory_allocated() - before - sum(t.nbytes for t in (total, following))
+    assert kept > hidden.nbytes, kept  # less, and autograd has recorded nothing
     del total, following, routing
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import matplotlib.axes
 
 SEEDS = (0, 1, 2)
-ADAMW_LR, MUON_LR = (2.5e-4, 5e-4, 1e-3, 2e-3), (0.01, 0.02, 0.04)
+SWEEPS = {"AdamW": (2.5e-4, 5e-4, 1e-3, 2e-3), "Muon": (0.01, 0.02, 0.04)}  # learning rates of the matrices
 WARMUP = 0.1  # share of the steps
 LEADING = (1, 4, 16)  # r, singular directions whose alignment is taken
 PAIRS = {  # matrices that Teon may stack
@@ -126,14 +126,14 @@ class Study:
         subprocess.run(command, check=True)
         kept.write_text(text)
 
-    def best(self, way: str, rates: tuple[float, ...]) -> float | None:
+    def best(self, way: str) -> float | None:
         """The learning rate with the fewest bits per byte at the end; None while a run is missing."""
-        final = {lr: self.evaluations(Run(way, lr)) for lr in rates}
+        final = {lr: self.evaluations(Run(way, lr)) for lr in SWEEPS[way]}
         return min(final, key=lambda lr: mean_bits(final[lr][-1])) if all(final.values()) else None
 
     def groups(self) -> dict[str, list[Run]]:
         """What is compared, by label, as far as learning rates are known."""
-        adamw, muon = self.best("AdamW", ADAMW_LR), self.best("Muon", MUON_LR)
+        adamw, muon = self.best("AdamW"), self.best("Muon")
         groups: dict[str, list[Run]] = {}
         if adamw is not None:
             groups["AdamW"] = [Run("AdamW", adamw, seed) for seed in SEEDS]
@@ -152,8 +152,7 @@ class Study:
 
 def sweep() -> Iterator[Run]:
     """The runs that find the learning rates."""
-    yield from (Run("AdamW", lr) for lr in ADAMW_LR)
-    yield from (Run("Muon", lr) for lr in MUON_LR)
+    yield from (Run(way, lr) for way, rates in SWEEPS.items() for lr in rates)
 
 
 def mean_bits(evaluation: dict[str, Any]) -> float:
@@ -173,8 +172,8 @@ def table(study: Study) -> str:
     for run in sweep():
         if found := study.evaluations(run):
             lines.append(f"| {run.way} | {run.lr:g} | {mean_bits(found[-1]):.4f} |")
-    for way, rates in (("AdamW", ADAMW_LR), ("Muon", MUON_LR)):
-        if (best := study.best(way, rates)) in (rates[0], rates[-1]):
+    for way, rates in SWEEPS.items():
+        if (best := study.best(way)) in (rates[0], rates[-1]):
             lines += ["", f"{way} is best at {best:g}, the end of its sweep: a better rate may lie beyond"]
     groups = study.found()
     if not groups:

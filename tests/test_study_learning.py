@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from study_learning import ADAMW_LR, MUON_LR, Run, Study, alignment, picture, table
+from study_learning import SWEEPS, Run, Study, alignment, picture, table
 
 STEPS = 4
+ADAMW_LR, MUON_LR = SWEEPS["AdamW"], SWEEPS["Muon"]
 
 
 def record(out: Path, run: Run, bits: list[float], done: bool = True) -> None:
@@ -45,9 +46,9 @@ def test_the_table(study: Study) -> None:
 def test_no_winner_before_the_sweep_is_done(study: Study, tmp_path: Path) -> None:
     """A rate that is missing may be the best one."""
     (tmp_path / Run("AdamW", ADAMW_LR[2]).name / "metrics.jsonl").unlink()
-    assert study.best("AdamW", ADAMW_LR) is None
+    assert study.best("AdamW") is None
     assert "AdamW" not in study.groups()
-    assert study.best("Muon", MUON_LR) == MUON_LR[1]
+    assert study.best("Muon") == MUON_LR[1]
 
 
 def test_the_picture(study: Study, tmp_path: Path) -> None:

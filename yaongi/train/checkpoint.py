@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -62,18 +63,23 @@ class Checkpoints:
             return named
         return max(self._whole().values(), default=None, key=lambda path: path.name)
 
-    def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> float:
         """Copy ``tensors`` and begin to write them; waits for the save before, if it is still under way.
 
         Args:
             tensors: nested dicts of tensors; may change as soon as this returns.
             meta: all else, as JSON can hold it.
 
+        Returns:
+            Seconds that it waited for the save before.
+
         Raises:
             OSError: not enough space on the disk, or the save before failed; earlier checkpoints stay as they are.
             ValueError: a tensor is not finite; likewise.
         """
+        began = time.perf_counter()
         self.wait()
+        waited = time.perf_counter() - began
         self._check_finite(step, tensors)
         self._check_space(tensors)
         path = self._temporary(step)
@@ -85,6 +91,7 @@ class Checkpoints:
         if not isinstance(future, Future):
             raise RuntimeError(f"checkpoint: wanted a future of the upload, got {type(future).__name__}")
         self._writing = (step, future, meta)
+        return waited
 
     def poll(self) -> Path | None:
         """Put the checkpoint under way in its place once it is written. Call it every step.

@@ -206,13 +206,6 @@ class Session:
         """
         began = time.perf_counter()
         with self.meter.paused():
-            self.checkpoints.wait()
-            waited = time.perf_counter() - began
-            if waited > PATIENCE:
-                self.display.say(
-                    f"step {self.step}: waited {waited:.0f} s for the checkpoint before to be written: "
-                    "a faster disk or a larger --checkpoint-every avoids that"
-                )
             meta = {
                 "step": self.step,
                 "config": self._record,
@@ -221,7 +214,12 @@ class Session:
                 "guard": self.guard.state_dict(),
                 "seconds": self.meter.seconds,
             }
-            self.checkpoints.save(self.step, self._tensors(), meta)
+            waited = self.checkpoints.save(self.step, self._tensors(), meta)
+            if waited > PATIENCE:
+                self.display.say(
+                    f"step {self.step}: waited {waited:.0f} s for the checkpoint before to be written: "
+                    "a faster disk or a larger --checkpoint-every avoids that"
+                )
             if wait:
                 self.checkpoints.wait()
         self.metrics.write("checkpoint", self.step, seconds=time.perf_counter() - began, waited=waited)
