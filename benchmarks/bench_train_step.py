@@ -30,7 +30,7 @@ from yaongi.train.step import Stepper
 
 CUDA = torch.device("cuda")
 MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 1, "yaongi-small": 32}  # that fit into 80 GB beside the state
-PEER_ROWS = 3  # of 4096 tokens: what the composition has room for
+PEER_ROWS = {"yaongi-4b": 3, "yaongi-4b-pairs": 2}  # of 4096 tokens: what the composition has room for
 LENGTHS = (2, 6)  # micro-batches of the steps that are timed
 PARTS = {  # of a step, by what a kernel's name holds; the first that fits
     "experts": ("_moe",),
@@ -133,7 +133,7 @@ def measure_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) ->
     report(benchmark, request, info | breakdown(lambda: step(LENGTHS[0])))
 
 
-@pytest.mark.parametrize("preset", ["yaongi-4b", "yaongi-4b-pairs"])
+@pytest.mark.parametrize("preset", PEER_ROWS)
 def test_composition(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """The peer: no Engram, no masters, gradients and momenta in bf16."""
     try:
@@ -150,7 +150,7 @@ def test_composition(preset: str, benchmark: Any, request: pytest.FixtureRequest
     rest = torch.optim.AdamW([p for n, p in named.items() if roles[n].kind == "adamw"], lr=1e-4, fused=True)
     matrices = [p for n, p in named.items() if roles[n].kind != "adamw"]
     momenta = [torch.zeros_like(p) for p in matrices]
-    ids = torch.randint(bare.vocab_size, (PEER_ROWS, config.train.row_tokens), device=CUDA)
+    ids = torch.randint(bare.vocab_size, (PEER_ROWS[preset], config.train.row_tokens), device=CUDA)
 
     def step(length: int) -> None:
         for _ in range(length):
