@@ -52,6 +52,12 @@ def l2_flush() -> Callable[[], Any]:
 
 
 @pytest.fixture(autouse=True)
+def compiled_anew() -> None:
+    """What torch.compile saw in other cases is forgotten: at a second shape it would compile for shapes of any size."""
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
 def built() -> None:
     """Refuses to measure fallbacks: the CUDA library must be there."""
     reason = backend.unavailable("cuda")

@@ -7,7 +7,7 @@ Learning rates of the matrices are tuned first, AdamW over four and Muon over th
 with two more. Embedding, head, router, norms and tables take the same AdamW in all runs. Warm-up is a tenth of the
 steps: the preset's fiftieth would be three of 153, too few for AdamW. Each run is a `python -m yaongi.train`, whose
 command is printed; a run that is complete in FOLDER isn't repeated. Options that are not listed here go to each of
-them: `--jobs 4 --micro-rows 32` shares a GPU.
+them: `--jobs 3 --micro-rows 32` shares 80 GB.
 
 Alignment: where Teon stacks two layers, the share of one's r leading singular directions that lies within the other's,
 ‖V₁ᵀV₂‖²_F / r of the momenta at the end of a Muon run. Directions that have nothing to do with each other share r / n.
