@@ -327,6 +327,11 @@ def transposed() -> list[torch.Tensor]:
     return [t.mT for t in pair(6, 4)]
 
 
+def second(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """After one that is right."""
+    return [torch.ones(4, 6), tensor]
+
+
 @bad_calls(
     (
         {name: [torch.ones(4, 6), torch.full((4, 6), bad)]},
@@ -389,6 +394,10 @@ DISTINCT = "params must be distinct from one another and from momenta and master
         ({"momenta": pair(4, 6, device="meta")}, TypeError, f"momenta[0] {META}"),
         ({"momenta": transposed()}, ValueError, "momenta[0] must be contiguous, got strides (1, 4)"),
         ({"momenta": pair(4, 6, requires_grad=True)}, ValueError, f"momenta[0] {NO_GRAD}"),
+        ({"momenta": second(torch.ones(4, 6, device="meta"))}, TypeError, f"momenta[1] {META}"),
+        ({"momenta": second(torch.ones(6, 4).mT)}, ValueError, "momenta[1] must be contiguous, got strides (1, 4)"),
+        ({"momenta": second(torch.ones(4, 6, requires_grad=True))}, ValueError, f"momenta[1] {NO_GRAD}"),
+        ({"grads": second(torch.ones(4, 6, device="meta"))}, TypeError, f"grads[1] {META}"),
         ({"masters": 1}, TypeError, "masters must be a list of tensors, got int"),
         ({"masters": [None, None]}, TypeError, "masters[0] must be a tensor, got NoneType"),
         ({"masters": []}, ValueError, "masters must be 2 tensors like params, got 0"),
