@@ -56,6 +56,44 @@ def find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E:
 
 
 @triton.jit
+def times_expert(
+    left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Adds left (BLOCK_M, BLOCK_K), the inner elements from k on, times a tile of columns of the expert's matrix.
+
+    The matrices are (E·width, inner), or with TRANSPOSED (E·inner, width).
+    """
+    if TRANSPOSED:
+        accumulator = tl.dot(left, w_desc.load([expert * inner + k, column * BLOCK_N]), accumulator)
+    else:
+        accumulator = tl.dot(left, w_desc.load([expert * width + column * BLOCK_N, k]).T, accumulator)
+    return accumulator
+
+
+@triton.jit
+def gathered_times_expert(
+    rows_ptr,  # (BLOCK_M, 1), where each gathered row starts
+    w_desc,
+    expert,
+    column,
+    inner,
+    width,
+    TRANSPOSED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gathered rows times a tile of columns of the expert's matrix, (BLOCK_M, BLOCK_N) fp32."""
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, inner, BLOCK_K):
+        i = k + tl.arange(0, BLOCK_K)[None, :]
+        left = tl.load(rows_ptr + i) if EVEN else tl.load(rows_ptr + i, mask=i < inner, other=0.0)
+        accumulator = times_expert(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
+    return accumulator
+
+
+@triton.jit
 def _moe_up_kernel(
     x_ptr,  # (T, D)
     w_desc,  # (E·F, D)
@@ -81,12 +119,9 @@ def _moe_up_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
         x_rows = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt
-        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, D, BLOCK_K):
-            d = k + tl.arange(0, BLOCK_K)[None, :]
-            x = tl.load(x_rows + d) if EVEN_D else tl.load(x_rows + d, mask=d < D, other=0.0)
-            w = w_desc.load([expert * F + column * BLOCK_N, k])  # (BLOCK_N, BLOCK_K)
-            accumulator = tl.dot(x, w.T, accumulator)
+        accumulator = gathered_times_expert(
+            x_rows, w_desc, expert, column, D, F, False, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         hidden = tl.maximum(accumulator, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a bad weight must show in the loss
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
@@ -123,12 +158,7 @@ def _moe_rows_kernel(
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, inner, BLOCK_K):
             left = left_desc.load([start, k])
-            if TRANSPOSED:
-                w = w_desc.load([expert * inner + k, column * BLOCK_N])  # (BLOCK_K, BLOCK_N)
-                accumulator = tl.dot(left, w, accumulator)
-            else:
-                w = w_desc.load([expert * width + column * BLOCK_N, k])  # (BLOCK_N, BLOCK_K)
-                accumulator = tl.dot(left, w.T, accumulator)
+            accumulator = times_expert(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
         if WEIGHTED:
             pairs = tl.load(order_ptr + rows, mask=rows < end, other=0)
             accumulator *= tl.load(weight_ptr + pairs)[:, None]

@@ -21,6 +21,7 @@ from yaongi.kernels.moe.triton_impl import (
     descriptor,
     find_tile,
     fitting,
+    gathered_times_expert,
     moe_combine,
     moe_rows,
 )
@@ -74,13 +75,11 @@ def _moe_dh_kernel(
     expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
     if expert < E:
         rows = start + tl.arange(0, BLOCK_M)
-        dy_rows = dy_ptr + tl.load(token_ptr + rows, mask=rows < end, other=0).to(tl.int64)[:, None] * stride_yt
-        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, D, BLOCK_K):
-            d = k + tl.arange(0, BLOCK_K)[None, :]
-            dy = tl.load(dy_rows + d) if EVEN_D else tl.load(dy_rows + d, mask=d < D, other=0.0)
-            w = w_desc.load([expert * D + k, column * BLOCK_N])  # (BLOCK_K, BLOCK_N)
-            accumulator = tl.dot(dy, w, accumulator)
+        tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
+        dy_rows = dy_ptr + tokens.to(tl.int64)[:, None] * stride_yt
+        accumulator = gathered_times_expert(
+            dy_rows, w_desc, expert, column, D, F, True, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         pair = tl.load(order_ptr + rows, mask=rows < end, other=0)
         g = tl.load(weight_ptr + pair)[:, None]
         ga_ptr += start.to(tl.int64) * F
