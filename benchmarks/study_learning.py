@@ -43,12 +43,12 @@ PAIRS = {  # matrices that Teon may stack
     "shared up_proj": "shared_experts.up_proj.weight",
     "shared down_proj": "shared_experts.down_proj.weight",
 }
-COLORS = {
-    "AdamW": "tab:gray",
-    "Muon": "tab:blue",
-    "Muon, half the tokens": "tab:cyan",
-    "Teon": "tab:red",
-    "Teon, more stacks": "tab:orange",
+STYLES = {  # color and line; dashes, since some lie on each other
+    "AdamW": ("tab:gray", "-"),
+    "Muon": ("tab:blue", "-"),
+    "Muon, half the tokens": ("tab:cyan", "-"),
+    "Teon": ("tab:red", "--"),
+    "Teon, more stacks": ("tab:orange", ":"),
 }
 Tensor = torch.Tensor
 
@@ -238,8 +238,9 @@ def picture(study: Study, path: Path) -> None:
         for label, found in groups.items():
             tokens = [e["tokens"] / 1e6 for e in found[0]][1:]
             curves = torch.tensor([[e["bpb"][domain] for e in run][1:] for run in found])
-            axis.plot(tokens, curves.mean(0), color=COLORS[label], label=f"{label}, {len(found)} seeds")
-            axis.fill_between(tokens, curves.amin(0), curves.amax(0), color=COLORS[label], alpha=0.25, linewidth=0)
+            color, line = STYLES[label]
+            axis.plot(tokens, curves.mean(0), line, color=color, label=f"{label}, {len(found)} seeds")
+            axis.fill_between(tokens, curves.amin(0), curves.amax(0), color=color, alpha=0.25, linewidth=0)
         axis.set(title=domain, xlabel="million tokens", yscale="log")
         for set_format in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             set_format("{x:.2g}")
