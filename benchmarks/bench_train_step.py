@@ -108,6 +108,7 @@ def test_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> No
 
 def test_without_determinism(benchmark: Any, request: pytest.FixtureRequest) -> None:
     """What the same bits cost: the flagship's step where torch may take any kernel."""
+    assert not torch.are_deterministic_algorithms_enabled()
     measure_ours("yaongi-4b", benchmark, request)
 
 

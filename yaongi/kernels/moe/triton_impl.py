@@ -120,8 +120,9 @@ def _moe_up_kernel(
         tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
         x_rows = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt
         accumulator = gathered_times_expert(
-            x_rows, w_desc, expert, column, D, F, False, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+            x_rows, w_desc, expert, column, D, F, TRANSPOSED=False, EVEN=EVEN_D,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
         hidden = tl.maximum(accumulator, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a bad weight must show in the loss
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]

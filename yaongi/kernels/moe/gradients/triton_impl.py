@@ -78,8 +78,9 @@ def _moe_dh_kernel(
         tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
         dy_rows = dy_ptr + tokens.to(tl.int64)[:, None] * stride_yt
         accumulator = gathered_times_expert(
-            dy_rows, w_desc, expert, column, D, F, True, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+            dy_rows, w_desc, expert, column, D, F, TRANSPOSED=True, EVEN=EVEN_D,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
         pair = tl.load(order_ptr + rows, mask=rows < end, other=0)
         g = tl.load(weight_ptr + pair)[:, None]
         ga_ptr += start.to(tl.int64) * F
