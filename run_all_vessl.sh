@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 usage() {
   cat <<'TEXT'
 usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
-  --preset NAME    a file of configs/ without .toml; default: by the machine
+  --preset NAME    a file of yaongi/presets/ without .toml; default: by the machine
   --source SPEC    embedded, hub, DOMAIN=PATH (ko, en, code, math) or a folder with train/; may be repeated
   --stage NAME     only this one: env, data, tokenizer, tokens, train, report
   --smoke          everything in miniature, a minute or two
@@ -141,7 +141,7 @@ fi
 if ((!${#sources[@]})); then
   if [[ $preset != yaongi-tiny ]] && online; then sources=(hub); else sources=(embedded); fi
 fi
-[[ -f configs/$preset.toml ]] || die "no preset $preset: $(cd configs && echo *.toml)"
+[[ -f yaongi/presets/$preset.toml ]] || die "no preset $preset: $(cd yaongi/presets && echo *.toml)"
 say "preset $preset ($why), corpus: ${sources[*]}"
 
 vocabulary=32768 megabytes=60

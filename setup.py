@@ -102,7 +102,6 @@ def refuse_serialised_wgmma() -> None:
 REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tyro", "rich", "wandb"]
 REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokenizers", "zstandard", "datasketch"]
 EXTRAS = {
-    "eval": ["lm-eval"],
     "peers": [
         "mamba-ssm",
         "causal-conv1d",
@@ -121,7 +120,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["yaongi", "yaongi.*"]),
-    package_data={"yaongi": ["_C.so", "data/embedded/*.txt", "data/embedded/*/*.txt", "kernels/*/README.md"]},
+    package_data={
+        "yaongi": [
+            "_C.so",
+            "presets/*.toml",
+            "data/sources/embedded/*.txt",
+            "data/sources/embedded/*/*.txt",
+            "kernels/*/README.md",
+        ]
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=wanted_extensions(),

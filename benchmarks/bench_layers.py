@@ -9,8 +9,8 @@ from measure import Compare, Work, interleaved_ms, report
 
 from yaongi.kernels import use_backend
 from yaongi.kernels.backend import Backend
-from yaongi.model.attention import plan_attention
-from yaongi.model.init import initialize
+from yaongi.model.initialize import initialize
+from yaongi.model.mixers.attention_backends import plan_attention
 from yaongi.model.model import Context, Layer
 from yaongi.train.config import load_config
 from yaongi.train.recompute import KINDS

@@ -9,9 +9,9 @@ from measure import Compare, Peer, Work, peak_gb
 from oracle import assert_close
 
 from yaongi.kernels import moe, moe_route, use_backend
-from yaongi.kernels.moe import triton_impl as stages
-from yaongi.kernels.moe.gradients import triton_impl as gradients
-from yaongi.model.moe import SharedExpert
+from yaongi.kernels.moe import dispatch, experts_forward, grouped_gemm
+from yaongi.kernels.moe import experts_backward as gradients
+from yaongi.model.mixers.moe import SharedExpert
 from yaongi.train.config import load_config
 
 # (T, D, F, E, K)
@@ -168,21 +168,21 @@ def test_stages(compare: Compare) -> None:
     with torch.no_grad():
         ids, weights, _ = moe_route(case.logits, case.bias, case.K, SCALE)
         x, w_up, w_down, dy = (t.detach() for t in (case.x, case.w_up, case.w_down, case.dy))
-        plan = stages.dispatch(ids, case.E)
-        a = stages.moe_up(x, w_up, plan)
-        parts = stages.moe_rows(a, w_down, plan, weights)
+        plan = dispatch.dispatch(ids, case.E)
+        a = experts_forward.moe_up(x, w_up, plan)
+        parts = grouped_gemm.moe_rows(a, w_down, plan, weights)
         dh, ga, _ = gradients.moe_dh(dy, w_down, a, plan, weights)
         dw_up, dw_down, sums = torch.empty_like(w_up), torch.empty_like(w_down), torch.zeros_like(w_up.float())
         calls: dict[str, Callable[[], Any]] = {
             "route": lambda: moe_route(case.logits, case.bias, case.K, SCALE),
-            "dispatch": lambda: stages.dispatch(ids, case.E),
-            "up": lambda: stages.moe_up(x, w_up, plan),
-            "down": lambda: stages.moe_rows(a, w_down, plan, weights),
-            "combine": lambda: stages.moe_combine(parts, plan, case.T, case.K),
+            "dispatch": lambda: dispatch.dispatch(ids, case.E),
+            "up": lambda: experts_forward.moe_up(x, w_up, plan),
+            "down": lambda: grouped_gemm.moe_rows(a, w_down, plan, weights),
+            "combine": lambda: dispatch.moe_combine(parts, plan, case.T, case.K),
             "dh": lambda: gradients.moe_dh(dy, w_down, a, plan, weights),
             "dw_up": lambda: gradients.moe_dw(dh, x, dw_up, plan, gather_left=False),
             "dw_up, added in fp32": lambda: gradients.moe_dw(dh, x, sums, plan, gather_left=False, accumulate=True),
             "dw_down": lambda: gradients.moe_dw(ga, dy, dw_down, plan, gather_left=True),
-            "dx": lambda: stages.moe_rows(dh, w_up, plan, None),
+            "dx": lambda: grouped_gemm.moe_rows(dh, w_up, plan, None),
         }
         compare(calls.pop("up"), Work(case.flops / 2), calls)

@@ -22,10 +22,10 @@ from oracle import assert_close
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
 from yaongi.kernels.newton_schulz.reference import teon_update_reference
 from yaongi.model import Yaongi, load_preset
-from yaongi.model.roles import parameter_roles
 from yaongi.train.config import Training
-from yaongi.train.optim import RoleOptimizer
-from yaongi.train.optim_units import MATRIX
+from yaongi.train.optimizer.partition import MATRIX
+from yaongi.train.optimizer.role_optimizer import RoleOptimizer
+from yaongi.train.optimizer.roles import parameter_roles
 
 LR = {"matrix": 0.02, "vector": 3e-3, "table": 15e-3}
 ROUNDS = 7

@@ -22,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from yaongi.data.loader import Batch
 from yaongi.model import Yaongi
 from yaongi.model.count import flops_per_token
-from yaongi.model.roles import parameter_roles
 from yaongi.train.config import Training, load_config
-from yaongi.train.distributed import World, settle
-from yaongi.train.optim import RoleOptimizer
-from yaongi.train.step import Stepper
+from yaongi.train.distributed.world import World, settle
+from yaongi.train.optimizer.role_optimizer import RoleOptimizer
+from yaongi.train.optimizer.roles import parameter_roles
+from yaongi.train.step.stepper import Stepper
 
 CUDA = torch.device("cuda")
 MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 1, "yaongi-small": 32}  # that fit into 80 GB beside the state
@@ -129,7 +129,7 @@ def measure_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) ->
         result = stepper([batch] * length, dict.fromkeys(optimizer.peak_lr, 1e-4))
         assert result.bad is None, result.bad
 
-    flops = flops_per_token(config.model, train.row_tokens)
+    flops = flops_per_token(config.model, model.count_parameters().active, train.row_tokens)
     info = figures(seconds(step), ids.numel(), train, flops)
     report(benchmark, request, info | breakdown(lambda: step(LENGTHS[0])))
 
@@ -161,7 +161,7 @@ def test_composition(preset: str, benchmark: Any, request: pytest.FixtureRequest
         rest.step()
         model.zero_grad(set_to_none=True)
 
-    flops = flops_per_token(bare, config.train.row_tokens)
+    flops = flops_per_token(bare, model.count_parameters().active, config.train.row_tokens)
     info = figures(seconds(step), ids.numel(), config.train, flops)
     assert loss(ids).isfinite()
     report(benchmark, request, info)

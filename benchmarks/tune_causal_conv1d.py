@@ -1,7 +1,7 @@
 """Times every config of the causal convolution on this GPU: `python -m benchmarks.tune_causal_conv1d`.
 
 Prints milliseconds forward and backward, without and with documents; the fastest rows go into the table of
-yaongi/kernels/causal_conv1d/triton_impl.py with the date.
+yaongi/kernels/causal_conv1d/conv_*.py with the date.
 """
 
 import itertools
@@ -9,8 +9,9 @@ import itertools
 import torch
 from triton.testing import do_bench
 
-from yaongi.kernels.causal_conv1d import triton_impl
-from yaongi.kernels.causal_conv1d.triton_impl import Config, causal_conv1d_backward_triton, causal_conv1d_triton
+from yaongi.kernels.causal_conv1d import conv_backward, conv_forward
+from yaongi.kernels.causal_conv1d.conv_backward import causal_conv1d_backward_triton
+from yaongi.kernels.causal_conv1d.conv_forward import Config, causal_conv1d_triton
 
 SHAPES = {"long": (8, 4096, 6144), "short": (1, 512, 6144)}
 
@@ -31,7 +32,7 @@ def main() -> None:
             if not 2 <= block_c // (32 * warps) <= 8 or (regime == "long") != (rows >= 32):
                 continue
             config = Config(rows, block_c, warps)
-            triton_impl.FORWARD = triton_impl.BACKWARD = {"long": config, "short": config}
+            conv_forward.FORWARD = conv_backward.BACKWARD = {"long": config, "short": config}
             times = []
             for ids in (None, documents):
                 inputs = (x, weight, bias, ids, None, "silu")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from yaongi.model.command import run_command
+from yaongi import cli
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -28,12 +28,12 @@ class Export:
     def run(self) -> None:
         """Writes config, weights, generation config, model card and tokenizer; raises ValueError or OSError."""
         from yaongi.model import Yaongi
-        from yaongi.model.hf import export_hub
+        from yaongi.model.hub.folder import export_nemotron_h
 
         if self.out.resolve() == self.folder.resolve():
             raise ValueError(f"export: wanted another folder than the model's for --out, got {self.out}")
         model = Yaongi.from_pretrained(self.folder, dtype=None)
-        export_hub(model, self.out, drop_engram=self.drop_engram)
+        export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
         for name in TOKENIZER_FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, self.out / name)
@@ -42,7 +42,7 @@ class Export:
 
 def main() -> None:
     """Parses the command line; a mistake is one line."""
-    run_command(tyro.cli(Export, prog="python -m yaongi.export"))
+    cli.run(tyro.cli(Export, prog="python -m yaongi.export").run)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from yaongi.model.command import run_command
+from yaongi import cli
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Generate:
 
 def main() -> None:
     """Parses the command line; a mistake is one line."""
-    run_command(tyro.cli(Generate, prog="python -m yaongi.generate"))
+    cli.run(tyro.cli(Generate, prog="python -m yaongi.generate").run)
 
 
 if __name__ == "__main__":

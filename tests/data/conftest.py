@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from texts import random_texts, write_jsonl
 
-from yaongi.data.embedded import embedded_sources
 from yaongi.data.mix import DEFAULT_MIX, mixed_documents
-from yaongi.data.pipeline import Options, tokenize_sources
-from yaongi.data.sources import TRAIN
+from yaongi.data.sources.embedded.corpus import embedded_sources
+from yaongi.data.sources.source import TRAIN
+from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 
 

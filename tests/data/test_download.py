@@ -12,10 +12,10 @@ import pytest
 from pyarrow import parquet
 from texts import random_texts, write_jsonl
 
-from yaongi.data.download import Places, Progress, download, download_source
-from yaongi.data.hub import FALLBACKS, HUB_SOURCES, HubSource, MirrorRepository
-from yaongi.data.readers import read_documents
-from yaongi.data.sources import open_sources
+from yaongi.data.sources.hub import FALLBACKS, HUB_SOURCES, HubSource, MirrorRepository
+from yaongi.data.sources.readers import read_documents
+from yaongi.data.sources.specs import open_sources
+from yaongi.data.stages.download import Places, Progress, download, download_source
 
 SOURCE = HubSource("en", 10, "owner/set", ("data/*",))
 TEXTS = random_texts(11, 300)

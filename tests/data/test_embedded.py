@@ -5,19 +5,19 @@ import unicodedata
 
 import pytest
 
-from yaongi.data import embedded
-from yaongi.data.embedded.hangul import LEVELS, Predicate, attach, copula, native, sino
-from yaongi.data.embedded.korean import korean_documents, predicates, prose, template_count, templates, words
+from yaongi.data.sources.embedded import corpus
+from yaongi.data.sources.embedded.hangul import LEVELS, Predicate, attach, copula, native, sino
+from yaongi.data.sources.embedded.korean import korean_documents, predicates, prose, template_count, templates, words
 
 
 def test_what_is_shipped_and_generated_is_the_published_corpus() -> None:
-    assert embedded.shipped_hash() == embedded.SHIPPED_SHA256
+    assert corpus.shipped_hash() == corpus.SHIPPED_SHA256
 
 
 def test_splits_hold_everything_once() -> None:
-    sources = {(s.domain, s.split): list(s.documents()) for s in embedded.embedded_sources()}
+    sources = {(s.domain, s.split): list(s.documents()) for s in corpus.embedded_sources()}
     assert set(sources) == {(domain, split) for domain in ("ko", "en", "code", "math") for split in ("train", "val")}
-    assert len(sources["ko", "train"]) + len(sources["ko", "val"]) == len(list(embedded.korean()))
+    assert len(sources["ko", "train"]) + len(sources["ko", "val"]) == len(list(corpus.korean()))
     assert not set(sources["ko", "train"]) & set(sources["ko", "val"])
     for (_, split), documents in sources.items():
         size = sum(len(text.encode()) for text in documents)
@@ -137,7 +137,7 @@ def test_copula_and_numbers() -> None:
 def test_every_sum_is_right() -> None:
     sides = r"[\d(](?:[\d ()+×÷/-]*[\d)])?"
     equations = 0
-    for text in embedded.mathematics():
+    for text in corpus.mathematics():
         plain = re.sub(r".*\d[xs] .*", "", text)  # without lines that hold an unknown
         for chain in re.findall(rf"(?<![\w.])({sides}(?: = {sides})+)", plain):
             # Nothing but figures, signs and brackets can stand in a side, by the pattern above.

@@ -69,7 +69,9 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def run_download(endpoint: str, out: Path, script: str = "") -> subprocess.CompletedProcess[str]:
-    code = f"import yaongi.data.download as d; {script}\nimport sys; from yaongi.data.__main__ import main; main()"
+    code = (
+        f"import yaongi.data.stages.download as d; {script}\nimport sys; from yaongi.data.__main__ import main; main()"
+    )
     arguments = ["download", "--only", "finemath", "--out", str(out), "--tokens", "1000"]
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(out / "home")}
     for proxy in ("http_proxy", "https_proxy", "all_proxy"):

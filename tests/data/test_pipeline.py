@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from texts import random_texts, write_jsonl
 
-from yaongi.data.pipeline import Options, tokenize_sources
 from yaongi.data.shards import ShardSet, ShardWriter
+from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer
 
 QUESTION = "다음 가운데 물이 끓는 온도를 바르게 적은 것을 하나만 골라 그 번호를 답란에 쓰시오"

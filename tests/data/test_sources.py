@@ -11,8 +11,8 @@ import zstandard
 from pyarrow import parquet
 from texts import write_jsonl
 
-from yaongi.data.readers import read_documents, read_rows
-from yaongi.data.sources import open_sources
+from yaongi.data.sources.readers import read_documents, read_rows
+from yaongi.data.sources.specs import open_sources
 
 TEXTS = ["첫 글\n둘째 줄", "second", "x²"]
 LINES = "".join(json.dumps({"text": text, "extra": {"n": 1}}) + "\n" for text in TEXTS).encode()

@@ -10,7 +10,8 @@ import tokenizers
 from texts import random_texts
 
 from yaongi.data.chat import render_chat
-from yaongi.data.tokenizer import CONTROL_PIECES, USER_PIECES, Tokenizer, train_tokenizer
+from yaongi.data.pieces import CONTROL_PIECES, USER_PIECES
+from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 
 EDGES = [
     "",
@@ -86,7 +87,7 @@ def test_ten_thousand_random_strings_come_back_with_equal_ids(
 
 
 def test_embedded_documents_have_equal_ids(tokenizer: Tokenizer, hugging_face: tokenizers.Tokenizer) -> None:
-    from yaongi.data.embedded import embedded_sources
+    from yaongi.data.sources.embedded.corpus import embedded_sources
 
     for source in embedded_sources():
         if source.split == "val":

@@ -15,7 +15,7 @@ from yaongi.kernels.mamba_scan import reference as mamba_reference
 from yaongi.kernels.moe import reference as moe_reference
 from yaongi.kernels.newton_schulz import reference as newton_schulz_reference
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
-from yaongi.kernels.norm import reference as norm_reference
+from yaongi.kernels.rms_norm import reference as norm_reference
 
 pytestmark = pytest.mark.interpret
 
@@ -29,7 +29,7 @@ def causal_conv1d_cases() -> list[Any]:
 @pytest.mark.parametrize(("shape", "documents", "state", "activation"), causal_conv1d_cases())
 def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state: bool, activation: str | None) -> None:
     """Both directions equal the reference in float64, on a slice of a wider tensor."""
-    from yaongi.kernels.causal_conv1d import triton_impl
+    from yaongi.kernels.causal_conv1d import conv_backward, conv_forward
 
     batch, length, channels, taps = shape
     x = torch.randn(batch, length, channels + 24)[..., 8 : 8 + channels]
@@ -40,8 +40,8 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
     inputs = (x, weight, bias, ids, initial, activation)
     wide = tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs)
     actual = (
-        *triton_impl.causal_conv1d_triton(*inputs, state),
-        *triton_impl.causal_conv1d_backward_triton(dy, dfinal, *inputs),
+        *conv_forward.causal_conv1d_triton(*inputs, state),
+        *conv_backward.causal_conv1d_backward_triton(dy, dfinal, *inputs),
     )
     exact = (
         *reference.causal_conv1d_reference(*wide, state),
@@ -54,7 +54,7 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
 @pytest.mark.parametrize("shape", [(1, 528, 70), (3, 5, 64), (1, 1, 1), (2, 129, 33), (2, 0, 5)], ids=str)
 def test_column_sums(shape: tuple[int, int, int]) -> None:
     """No row, fewer and more than a block has, and columns that don't fill the last one."""
-    from yaongi.kernels.sums.triton_impl import column_sums
+    from yaongi.kernels.common.column_sums import column_sums
 
     partial = torch.randn(shape)
     assert_equal_to_float64(column_sums(partial), partial.double().sum(1), 1e-5)
@@ -63,17 +63,17 @@ def test_column_sums(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(("T", "V"), [(3, 7), (2, 4096), (5, 9001), (1, 1)])
 def test_cross_entropy(T: int, V: int) -> None:
     """Both directions, of logits in a wider tensor; rows without a target, and one whose first block is −∞."""
-    from yaongi.kernels.cross_entropy import triton_impl
+    from yaongi.kernels.cross_entropy import loss_kernels
 
     logits, targets = 9 * torch.randn(T, V + 8)[:, :V], torch.randint(-1, V, (T,))
     targets[0] = V - 1
     logits[0, : V - 1] = -torch.inf
     dlosses, dnormalizers = torch.randn(T), torch.randn(T)
-    results = triton_impl.cross_entropy_triton(logits, targets)
+    results = loss_kernels.cross_entropy_triton(logits, targets)
     exact = cross_entropy_reference.cross_entropy_reference(logits.double(), targets)
     for name, ours, wanted in zip(("losses", "normalizers"), results, exact, strict=True):
         assert_equal_to_float64(ours, wanted, 1e-6, name)
-    dlogits = triton_impl.cross_entropy_backward_triton(dlosses, dnormalizers, logits, targets, results[1])
+    dlogits = loss_kernels.cross_entropy_backward_triton(dlosses, dnormalizers, logits, targets, results[1])
     doubles = (t.double() for t in (dlosses, dnormalizers, logits))
     wanted = cross_entropy_reference.cross_entropy_backward_reference(*doubles, targets, exact[1])
     assert_equal_to_float64(dlogits, wanted, 1e-5)
@@ -82,20 +82,20 @@ def test_cross_entropy(T: int, V: int) -> None:
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (37, 64, 6), (3, 3, 3), (20, 130, 16)])
 def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
     """The same choice, ties included; pairs in a stable sort by expert, bad ids nowhere."""
-    from yaongi.kernels.moe.routing import triton_impl
+    from yaongi.kernels.moe import dispatch, routing
 
     logits, bias = torch.randn(tokens, experts), torch.zeros(experts)
     logits[1] = logits[1, 0]
-    ids, weights, load = triton_impl.moe_route_triton(logits, bias, top_k, 2.5)
+    ids, weights, load = routing.moe_route_triton(logits, bias, top_k, 2.5)
     expected = moe_reference.moe_route_reference(logits, bias, top_k, 2.5)
     assert torch.equal(ids, expected[0])
     assert torch.equal(load, expected[2])
     assert_equal_to_float64(weights, expected[1], 1e-6)
     dweights = torch.randn(tokens, top_k)
-    dlogits = triton_impl.moe_route_backward_triton(dweights, logits, ids, 2.5)
+    dlogits = routing.moe_route_backward_triton(dweights, logits, ids, 2.5)
     assert_equal_to_float64(dlogits, moe_reference.moe_route_backward_reference(dweights, logits, ids, 2.5), 1e-6)
     ids[0, 0], ids[2, 1] = -1, experts + 5
-    plan, pairs = triton_impl.dispatch(ids, experts), ids.flatten()
+    plan, pairs = dispatch.dispatch(ids, experts), ids.flatten()
     key = torch.where((pairs >= 0) & (pairs < experts), pairs, experts)
     order, counts = key.argsort(stable=True), torch.bincount(key, minlength=experts + 1)[:experts]
     valid = int(counts.sum())
@@ -112,12 +112,11 @@ FLAT = [value for step in POLAR_EXPRESS for value in step]
 @pytest.fixture
 def newton_schulz_in_float32() -> Iterator[Any]:
     """The launchers of both ops, storing in float32 what a GPU stores in half of it, and a few matrices at a time."""
-    from yaongi.kernels.newton_schulz import triton_impl
-    from yaongi.kernels.newton_schulz.teon import triton_impl as teon
+    from yaongi.kernels.newton_schulz import passes, teon
 
     float32 = {"STORAGE": torch.float32, "WORKSPACE": 1000}
-    with mock.patch.multiple(triton_impl, **float32), mock.patch.object(teon, "DIRECTION", torch.float32):
-        yield triton_impl.newton_schulz_triton, teon.teon_update_triton
+    with mock.patch.multiple(passes, **float32), mock.patch.object(teon, "DIRECTION", torch.float32):
+        yield passes.newton_schulz_triton, teon.teon_update_triton
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 20), (3, 20, 5), (1, 8, 24), (1, 70, 9), (2, 9, 530)], ids=str)
@@ -186,14 +185,13 @@ def test_mamba_scan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both directions equal the reference in float64."""
-    from yaongi.kernels.mamba_scan import triton_impl
-    from yaongi.kernels.mamba_scan.gradients import triton_impl as backwards
-    from yaongi.kernels.mamba_scan.states import triton_impl as states
+    from yaongi.kernels.mamba_scan import decays, scan_forward
+    from yaongi.kernels.mamba_scan import scan_backward as backwards
 
-    monkeypatch.setattr(states, "SLOTS", slots)
+    monkeypatch.setattr(decays, "SLOTS", slots)
     monkeypatch.setattr(backwards, "STATES_BYTES", states_bytes)
     inputs = mamba_inputs(*shape, documents, optional)
-    outputs = triton_impl.mamba_scan_triton(*inputs, True)
+    outputs = scan_forward.mamba_scan_triton(*inputs, True)
     gradients = tuple(torch.randn_like(t) for t in outputs)
     actual = (*outputs, *backwards.mamba_scan_backward_triton(*gradients, *inputs))
     exact = (
@@ -208,13 +206,13 @@ def test_mamba_scan(
 @pytest.mark.parametrize("dt", [-200.0, -110.0, -100.0, -90.0, -80.0, 1e4])
 def test_mamba_scan_at_the_ends_of_float32(dt: float, A: float) -> None:
     """Step sizes that are denormal or zero, decays that underflow: all finite and right, documents included."""
-    from yaongi.kernels.mamba_scan import triton_impl
-    from yaongi.kernels.mamba_scan.gradients import triton_impl as backwards
+    from yaongi.kernels.mamba_scan import scan_backward as backwards
+    from yaongi.kernels.mamba_scan import scan_forward
 
     inputs = list(mamba_inputs(1, 20, 2, 8, 1, 16, True, True))
     inputs[1] = torch.where(torch.rand(1, 20, 2) < 0.5, dt, inputs[1])
     inputs[2] = torch.full((2,), A)
-    outputs = triton_impl.mamba_scan_triton(*inputs, True)
+    outputs = scan_forward.mamba_scan_triton(*inputs, True)
     gradients = tuple(torch.randn_like(t) for t in outputs)
     actual = (*outputs, *backwards.mamba_scan_backward_triton(*gradients, *inputs))
     exact = (
@@ -228,13 +226,13 @@ def test_mamba_scan_at_the_ends_of_float32(dt: float, A: float) -> None:
 @pytest.mark.parametrize("optional", [False, True])
 def test_mamba_step(optional: bool) -> None:
     """One token, from slices, into a transposed state."""
-    from yaongi.kernels.mamba_scan.step import triton_impl
+    from yaongi.kernels.mamba_scan import decode
 
     x, dt, A, b, c, D, dt_bias, _, _ = mamba_inputs(3, 1, 4, 5, 2, 6, False, optional)
     inputs = (x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], D, dt_bias)
     state = torch.randn(3, 4, 6, 5).mT
     exact_state = state.double()
-    y = triton_impl.mamba_step_triton(state, *inputs)
+    y = decode.mamba_step_triton(state, *inputs)
     assert_equal_to_float64(y, mamba_reference.mamba_step_reference(exact_state, *wide(inputs)), 1e-5, "y")
     assert_equal_to_float64(state, exact_state, 1e-5, "state")
 
@@ -242,9 +240,9 @@ def test_mamba_step(optional: bool) -> None:
 @pytest.mark.parametrize(("shape", "groups"), [((3, 4, 8), 2), ((5, 6), 6), ((7,), 1), ((70, 96), 3)])
 def test_norm(shape: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both norms in both directions, more rows than a program's block."""
-    from yaongi.kernels.norm import triton_impl
+    from yaongi.kernels.rms_norm import norm_kernels
 
-    monkeypatch.setattr(triton_impl, "PROGRAMS", 2)
+    monkeypatch.setattr(norm_kernels, "PROGRAMS", 2)
     x, z, dy, dsum = (torch.randn(*shape[:-1], shape[-1] + 8)[..., 4:-4] for _ in range(4))
     weight = torch.randn(shape[-1])
     calls = {
@@ -254,7 +252,7 @@ def test_norm(shape: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPat
         "gated_rms_norm_backward": (dy, x, z, weight, 1e-3, groups),
     }
     for name, inputs in calls.items():
-        actual = getattr(triton_impl, f"{name}_triton")(*inputs)
+        actual = getattr(norm_kernels, f"{name}_triton")(*inputs)
         exact = getattr(norm_reference, f"{name}_reference")(*wide(inputs))
         pairs = zip(actual, exact, strict=True) if isinstance(actual, tuple) else [(actual, exact)]
         for i, (ours, expected) in enumerate(pairs):
@@ -264,7 +262,7 @@ def test_norm(shape: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("documents", [False, True])
 def test_mamba_core(documents: bool) -> None:
     """Gradients written in place, to slices of in_proj's, equal those of the references in float64."""
-    from yaongi.kernels.mamba_core import op, triton_impl
+    from yaongi.kernels.mamba_core import combined, reference
 
     B, L, H, P, G, N = 2, 20, 4, 8, 2, 16
     channels = H * P + 2 * G * N
@@ -272,9 +270,9 @@ def test_mamba_core(documents: bool) -> None:
     per_head, taps, taps_bias = torch.randn(3, H), torch.randn(channels, 4), torch.randn(channels)
     parameters = (taps, taps_bias, -per_head[0].exp(), per_head[1], per_head[2] - 1, torch.randn(H * P))
     inputs = (torch.randn(B, L, H * P + channels + H), *parameters, ids, G, 1e-3)
-    outputs, exact = triton_impl.mamba_core_triton(*inputs), op.mamba_core_reference(*wide(inputs))
+    outputs, exact = combined.mamba_core_triton(*inputs), reference.mamba_core_reference(*wide(inputs))
     dy = torch.randn_like(outputs[0])
-    outputs += triton_impl.mamba_core_backward_triton(dy, *outputs[1:], *inputs)
-    exact += op.mamba_core_backward_reference(dy.double(), *exact[1:], *wide(inputs))
+    outputs += combined.mamba_core_backward_triton(dy, *outputs[1:], *inputs)
+    exact += reference.mamba_core_backward_reference(dy.double(), *exact[1:], *wide(inputs))
     for i, (ours, expected) in enumerate(zip(outputs, exact, strict=True)):
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")

@@ -57,12 +57,12 @@ def test_sizes_on_a_gpu(sizes: tuple[int, int, int, int, int], L: int) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_slices_and_segments_change_nothing(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The states of all heads at once, of some, of one at a time; the sequence whole and in segments."""
-    from yaongi.kernels.mamba_scan.gradients import triton_impl as gradients
-    from yaongi.kernels.mamba_scan.states import triton_impl as states
+    from yaongi.kernels.mamba_scan import decays
+    from yaongi.kernels.mamba_scan import scan_backward as gradients
 
     args = arguments((2, 8, 16, groups, 16), 1000, (300, 700), dtype=torch.bfloat16, device="cuda")
     for slots in (1, 64):
-        monkeypatch.setattr(states, "SLOTS", slots)
+        monkeypatch.setattr(decays, "SLOTS", slots)
         for bound in (1e9, 1e5, 1.0):
             monkeypatch.setattr(gradients, "STATES_BYTES", bound)
             check_on_gpu(args, f"{slots} {bound}")

@@ -204,9 +204,9 @@ def test_last_product_by_torch(
     shape: tuple[int, ...], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As large matrices take it: straight into the result where that is float16, or through a pass of its own."""
-    from yaongi.kernels.newton_schulz import triton_impl
+    from yaongi.kernels.newton_schulz import passes
 
-    monkeypatch.setattr(triton_impl, "FUSED_UP_TO", 0)
+    monkeypatch.setattr(passes, "FUSED_UP_TO", 0)
     assert_rule(torch.randn(shape, device=device_of(backend, "newton_schulz")).to(dtype), "gram", backend)
 
 
@@ -214,13 +214,13 @@ def test_last_product_by_torch(
 @pytest.mark.gpu
 def test_batches_within_the_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut into batches of any size, the bits are those of one batch."""
-    from yaongi.kernels.newton_schulz import triton_impl
+    from yaongi.kernels.newton_schulz import passes
 
     x = torch.randn(7, 72, 136, device=device_of(backend, "newton_schulz")).bfloat16()
     with use_backend(backend):
         whole = newton_schulz(x)
         for bytes_ in (1, 350_000):
-            monkeypatch.setattr(triton_impl, "WORKSPACE", bytes_)
+            monkeypatch.setattr(passes, "WORKSPACE", bytes_)
             assert torch.equal(newton_schulz(x), whole)
 
 

@@ -143,4 +143,5 @@ def test_reference_on_a_gpu_equals_the_cpu(op: str, dtype: torch.dtype) -> None:
 
 
 def test_every_public_op_is_compared() -> None:
-    assert {name for name in yaongi.kernels.__all__ if name in OPS} == set(cases())
+    public = {name for name in yaongi.kernels.__all__ if name in OPS}
+    assert public - {"cross_entropy_backward"} == set(cases())  # compared as the gradient of its op

@@ -152,9 +152,9 @@ def test_last_product_by_torch(
     stack: int, shape: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As large matrices take it, with a pass of its own over the weights."""
-    from yaongi.kernels.newton_schulz import triton_impl
+    from yaongi.kernels.newton_schulz import passes
 
-    monkeypatch.setattr(triton_impl, "FUSED_UP_TO", 0)
+    monkeypatch.setattr(passes, "FUSED_UP_TO", 0)
     start = state(4, *shape, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
     assert_rule(start, backend, stack=stack, lr=0.02, weight_decay=0.1)
 
@@ -163,12 +163,12 @@ def test_last_product_by_torch(
 @pytest.mark.gpu
 def test_batches_within_the_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut into batches of any size, also within one parameter's experts, the bits are those of one batch."""
-    from yaongi.kernels.newton_schulz import triton_impl
+    from yaongi.kernels.newton_schulz import passes
 
     start = state(4, 5, 24, 40, dtype=torch.float32, device=device_of(backend, "teon_update"))
     whole = run(converted(start, torch.clone), backend, stack=2, lr=0.1)
     for bytes_ in (1, 30_000):
-        monkeypatch.setattr(triton_impl, "WORKSPACE", bytes_)
+        monkeypatch.setattr(passes, "WORKSPACE", bytes_)
         assert_same(run(converted(start, torch.clone), backend, stack=2, lr=0.1), whole, 0)
 
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from aot import Compiled, compile_launcher
 
-from yaongi.kernels.causal_conv1d import triton_impl as causal_conv1d
-from yaongi.kernels.cross_entropy import triton_impl as cross_entropy
-from yaongi.kernels.moe import triton_impl as moe
-from yaongi.kernels.moe.gradients import triton_impl as moe_gradients
-from yaongi.kernels.moe.routing import triton_impl as routing
-from yaongi.kernels.newton_schulz import triton_impl as newton_schulz
+from yaongi.kernels.causal_conv1d import conv_backward, conv_forward
+from yaongi.kernels.cross_entropy import loss_kernels as cross_entropy
+from yaongi.kernels.moe import experts_backward as moe_gradients
+from yaongi.kernels.moe import experts_forward, routing
+from yaongi.kernels.newton_schulz import passes as newton_schulz
+from yaongi.kernels.newton_schulz import teon
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
-from yaongi.kernels.newton_schulz.teon import triton_impl as teon
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ def causal_conv1d_launches() -> Iterator[Any]:
         for extras in ((None, None), (ids, state)):
             inputs, everything = (x, weight, bias, *extras, "silu"), extras[0] is not None
             calls = {
-                "FORWARD": (causal_conv1d.causal_conv1d_triton, (*inputs, everything)),
-                "BACKWARD": (causal_conv1d.causal_conv1d_backward_triton, (x, extras[1], *inputs)),
+                "FORWARD": (conv_forward, conv_forward.causal_conv1d_triton, (*inputs, everything)),
+                "BACKWARD": (conv_backward, conv_backward.causal_conv1d_backward_triton, (x, extras[1], *inputs)),
             }
-            for table, (launcher, arguments) in calls.items():
-                for name, config in getattr(causal_conv1d, table).items():
+            for table, (module, launcher, arguments) in calls.items():
+                for name, config in getattr(module, table).items():
                     yield pytest.param(
-                        Launch(launcher, arguments, causal_conv1d, table, config),
+                        Launch(launcher, arguments, module, table, config),
                         id=f"{table.lower()}-{name}-{dtype}-{'all' if everything else 'plain'}".replace("torch.", ""),
                     )
 
@@ -75,7 +74,7 @@ def test_moe(hidden: int) -> None:
     T, D, E, K = 32768, 2048, 64, 6
     x, w_up, w_down, a = meta(T, D), meta(E, hidden, D), meta(E, D, hidden), meta(T * K, hidden)
     ids, weights = meta(T, K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
-    kernels = compile_launcher(moe.moe_triton, x, w_up, w_down, ids, weights)
+    kernels = compile_launcher(experts_forward.moe_triton, x, w_up, w_down, ids, weights)
     backward = (x, x, w_up, w_down, ids, weights, a)
     kernels += compile_launcher(moe_gradients.moe_backward_triton, *backward)
     sums = [meta(*w.shape, dtype=torch.float32) for w in (w_up, w_down)]

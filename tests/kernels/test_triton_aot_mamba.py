@@ -4,10 +4,10 @@ import pytest
 import torch
 from aot import compile_launcher
 
-from yaongi.kernels.mamba_scan import triton_impl as mamba_scan
-from yaongi.kernels.mamba_scan.gradients import triton_impl as mamba_gradients
-from yaongi.kernels.mamba_scan.step import triton_impl as mamba_step
-from yaongi.kernels.norm import triton_impl as norm
+from yaongi.kernels.mamba_scan import decode as mamba_step
+from yaongi.kernels.mamba_scan import scan_backward as mamba_gradients
+from yaongi.kernels.mamba_scan import scan_forward as mamba_scan
+from yaongi.kernels.rms_norm import norm_kernels as norm
 
 H = 64
 PRODUCTS = {"_mamba_scan_output_kernel", "_mamba_scan_states_kernel", "_mamba_scan_gradients_kernel"}

@@ -8,7 +8,7 @@ import torch
 from model_support import assert_relative, packed, small_config, small_model, token_ids
 
 from yaongi.model import EngramConfig, Yaongi, compression_map
-from yaongi.model.hashing import hash_plans, hash_rows, ngram_window
+from yaongi.model.engram.hashing import hash_plans, hash_rows, ngram_window
 
 LARGEST = 2**63 - 1
 

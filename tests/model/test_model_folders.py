@@ -13,13 +13,18 @@ import torch
 from model_support import ENGRAM, roughened, small_config, small_model, token_ids
 from safetensors.torch import load_file, save_file
 
-from yaongi.model import Yaongi, count_parameters
-from yaongi.model.hf import export_hub, save_pretrained
+from yaongi.model import Yaongi
+from yaongi.model.hub.folder import export_nemotron_h, save
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
 NEVER_EXPORTED = ("layers_block_type", "time_step_limit")  # what other readers of the hub's layout stumble over
+
+
+def save_pretrained(model: Yaongi, folder: Path, *, shard_bytes: int) -> None:
+    """As the method, in shards of this size."""
+    save(model, model.config, model.count_parameters(), folder, shard_bytes=shard_bytes)
 
 
 def engram_model(dtype: torch.dtype = torch.float32) -> Yaongi:
@@ -77,7 +82,7 @@ def test_the_hubs_config_holds_what_others_read(tmp_path: Path) -> None:
     assert set(index["weight_map"]) == set(load_file(tmp_path / SHARD))
     assert "backbone.layers.1.mixer.experts.5.up_proj.weight" in index["weight_map"]
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 7
-    counts = count_parameters(model.config)
+    counts = Yaongi(model.config, device="meta").count_parameters()
     card = (tmp_path / "README.md").read_text()
     assert f"{counts.total:,}" in card
     assert f"{counts.active:,}" in card
@@ -108,7 +113,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: 
             raise OSError("no space left on device")
         save_file(*arguments, **options)
 
-    monkeypatch.setattr("yaongi.model.hub_weights.save_file", full_disk)
+    monkeypatch.setattr("yaongi.model.hub.weights.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(Yaongi(small_config(), seed=2), tmp_path, shard_bytes=20_000)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -116,14 +121,17 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: 
 
 def test_engram_is_exported_only_when_told_to_be_dropped(tmp_path: Path) -> None:
     model = engram_model()
-    with pytest.raises(ValueError, match=r"export: wanted a model without Engram.*layer 1 with .* parameters: --drop"):
-        export_hub(model, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"export: model must be without Engram.*layer 1 with .* parameters: --drop"):
+        export_nemotron_h(model, model.config, model.count_parameters(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export_hub(model, tmp_path / "out", drop_engram=True)
+    export_nemotron_h(model, model.config, model.count_parameters(), tmp_path / "out", drop_engram=True)
     back = Yaongi.from_pretrained(tmp_path / "out")
     assert back.config == model.config.without_engram().__class__.from_dict(back.config.to_dict())
     assert not back.config.engram
-    lost = count_parameters(model.config).total - count_parameters(back.config).total
+    lost = (
+        Yaongi(model.config, device="meta").count_parameters().total
+        - Yaongi(back.config, device="meta").count_parameters().total
+    )
     assert f"{lost:,}" in (tmp_path / "out" / "README.md").read_text()
     for name, tensor in back.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
@@ -139,10 +147,10 @@ def test_the_export_command(tmp_path: Path) -> None:
 
     refused = run(str(tmp_path / "out"))
     assert refused.returncode == 1
-    assert refused.stderr.startswith("export: wanted a model without Engram")
+    assert refused.stderr.startswith("error: export: model must be without Engram")
     assert refused.stderr.count("\n") == 1
     same = run(str(tmp_path / "model"), "--drop-engram")
-    assert same.stderr.startswith("export: wanted another folder than the model's for --out")
+    assert same.stderr.startswith("error: export: wanted another folder than the model's for --out")
     done = run(str(tmp_path / "out"), "--drop-engram")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
@@ -289,7 +297,7 @@ def test_another_head_for_speculation_is_left_out(saved: Path, tmp_path: Path) -
 PEAK = """
 import sys, torch
 from yaongi.model import Yaongi
-import yaongi.model.hf
+import yaongi.model.hub.folder
 def peak():  # of this process: getrusage would also count what its parent had when it was forked
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 

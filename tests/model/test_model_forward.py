@@ -6,10 +6,10 @@ from model_support import ENGRAM, assert_relative, gradients, packed, small_conf
 from torch.nn import functional as F
 
 from yaongi.model import Yaongi, load_preset
-from yaongi.model.init import initialize
-from yaongi.model.linear import gradients_in_place
+from yaongi.model.initialize import initialize
+from yaongi.model.layers.accumulation import gradients_in_place
 from yaongi.model.losses import NO_TARGET, head_cross_entropy, next_tokens
-from yaongi.model.roles import parameter_roles
+from yaongi.train.optimizer.roles import parameter_roles
 
 WITH_ENGRAM = {"engram": [ENGRAM]}
 KINDS = {"M": {}, "E": {}, "*": {}, "EE": WITH_ENGRAM, "MEM*ME": WITH_ENGRAM}

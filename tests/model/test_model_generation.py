@@ -124,16 +124,16 @@ def test_the_distribution_of_the_choice(settings: dict[str, Any], expected: list
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": []}, "wanted at least one prompt, got none"),
-        ({"prompts": [[1], []]}, "wanted prompts of at least one token, got an empty one"),
-        ({"prompts": [[61]]}, "wanted token ids from 0 to 60, got 61"),
-        ({"prompts": [[-1]]}, "wanted token ids from 0 to 60, got -1"),
-        ({"prompts": [[1] * 55]}, "wanted prompts of at most 54 tokens (64 less the 10 to generate), got 55"),
-        ({"max_new_tokens": 0}, "wanted max_new_tokens of 1 or more, got 0"),
-        ({"temperature": -1.0}, "wanted temperature of 0 or more, got -1.0"),
-        ({"top_k": 0}, "wanted top_k of 1 or more, got 0"),
-        ({"top_p": 0.0}, "wanted top_p above 0 and at most 1, got 0.0"),
-        ({"top_p": 1.5}, "wanted top_p above 0 and at most 1, got 1.5"),
+        ({"prompts": []}, "prompts must be at least one, got none"),
+        ({"prompts": [[1], []]}, "every prompt must be at least one token, got an empty one"),
+        ({"prompts": [[61]]}, "token ids must be 0 to 60, got 61"),
+        ({"prompts": [[-1]]}, "token ids must be 0 to 60, got -1"),
+        ({"prompts": [[1] * 55]}, "prompts must be at most 54 tokens long (64 less the 10 to generate), got 55"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"top_k": 0}, "top_k must be 1 or more, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
@@ -174,7 +174,7 @@ def test_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert done.stdout == run(str(tmp_path), "--prompt", "aq", "--prompt", "qa b", *options).stdout
     long = run(str(tmp_path), "--prompt", "aq" * 200)
     assert long.returncode == 1
-    assert long.stderr.startswith("generate: wanted prompts of at most ")
+    assert long.stderr.startswith("error: generate: prompts must be at most ")
     assert long.stderr.count("\n") == 1
 
 
@@ -182,7 +182,7 @@ def test_the_command_with_another_tokenizer(tokenizer: Tokenizer, tmp_path: Path
     small_model().save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     done = run(str(tmp_path), "--prompt", "aq")
-    assert done.stderr == "generate: wanted a tokenizer of 61 pieces, got 512\n"
+    assert done.stderr == "error: generate: wanted a tokenizer of 61 pieces, got 512\n"
     done = run(str(tmp_path / "none"), "--prompt", "aq")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -9,11 +9,12 @@ from oracle import assert_close
 
 from yaongi.kernels import use_backend
 from yaongi.model import Yaongi
-from yaongi.model import moe as moe_module
-from yaongi.model.attention import attend, plan_attention
 from yaongi.model.generation import generate
-from yaongi.model.linear import gradients_in_place
-from yaongi.train.distributed import settle
+from yaongi.model.layers.accumulation import gradients_in_place
+from yaongi.model.mixers import moe as moe_module
+from yaongi.model.mixers import router as router_module
+from yaongi.model.mixers.attention_backends import attend, plan_attention
+from yaongi.train.distributed.world import settle
 
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
@@ -196,7 +197,7 @@ def test_the_routers_product_is_as_good_as_in_float32() -> None:
     results: dict[torch.dtype, tuple[Tensor, ...]] = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, weight)]
-        router = moe_module.Router(config, torch.device("meta"), dtype)
+        router = router_module.Router(config, torch.device("meta"), dtype)
         logits = torch.func.functional_call(router, {"weight": leaves[1]}, leaves[0])
         assert logits.dtype == torch.promote_types(dtype, torch.float32)
         gradients = torch.autograd.grad(logits, leaves, dlogits.to(logits.dtype))

@@ -7,9 +7,11 @@ import torch
 from model_support import assert_relative, packed, small_config, small_model, token_ids
 from torch.nn import functional as F
 
-from yaongi.model.attention import Attention, attend, document_starts, plan_attention
-from yaongi.model.mamba2 import Mamba2
-from yaongi.model.moe import MoE, sequence_balance, three_parts
+from yaongi.model.mixers.attention import Attention
+from yaongi.model.mixers.attention_backends import attend, document_starts, plan_attention
+from yaongi.model.mixers.mamba2 import Mamba2
+from yaongi.model.mixers.moe import MoE
+from yaongi.model.mixers.router import sequence_balance, three_parts
 
 Tensor = torch.Tensor
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_run import documents
 
-from yaongi.data.pipeline import Options, tokenize_sources
+from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import train_tokenizer
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
-from yaongi.train.distributed import World
+from yaongi.train.distributed.world import World
 from yaongi.train.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -14,8 +14,8 @@ import torch
 from small_run import ALONE, arguments, environment, run, session_of
 from torch.distributed.checkpoint import FileSystemWriter
 
-from yaongi.train.checkpoint import Checkpoints, read_meta
-from yaongi.train.distributed import World
+from yaongi.train.checkpoint.checkpoints import Checkpoints, read_meta
+from yaongi.train.distributed.world import World
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 

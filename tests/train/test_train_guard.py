@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from yaongi.train.guard import BadStepError, Guard, first_not_finite
+from yaongi.train.step.guard import BadStepError, Guard, first_not_finite
 
 
 def test_the_first_bad_tensor_is_named() -> None:

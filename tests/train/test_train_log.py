@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from yaongi.train.log import Metrics, console_line, duration, read_metrics, scientific, short, significant
+from yaongi.train.formatting import duration, scientific, short, significant
+from yaongi.train.metrics.display import console_line
+from yaongi.train.metrics.records import Metrics, read_metrics
 
 
 def test_the_line_of_a_step() -> None:

@@ -11,10 +11,10 @@ from small_run import TOML
 
 from yaongi.kernels import newton_schulz
 from yaongi.model import Yaongi, load_preset
-from yaongi.model.roles import Role, parameter_roles
 from yaongi.train.config import Training
-from yaongi.train.optim import RoleOptimizer
-from yaongi.train.optim_rows import adam_rows
+from yaongi.train.optimizer.role_optimizer import RoleOptimizer
+from yaongi.train.optimizer.roles import Role, parameter_roles
+from yaongi.train.optimizer.sparse_adam import adam_rows
 
 TRAIN = Training(batch_tokens=4096, row_tokens=64)
 RATES = {"matrix": 0.02, "vector": 0.003, "table": 0.015}

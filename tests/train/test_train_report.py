@@ -10,12 +10,11 @@ import torch
 from small_run import ALONE, config_of, environment, run
 
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.train.benchmark_panel import kernel_panels
-from yaongi.train.build import micro_rows
-from yaongi.train.distributed import World
-from yaongi.train.memory import PeakMode
-from yaongi.train.plan import make_plan
-from yaongi.train.report import write_report
+from yaongi.train.distributed.world import World
+from yaongi.train.plan.activations import PeakMode
+from yaongi.train.plan.run_plan import make_plan, micro_rows
+from yaongi.train.report.kernels import kernel_panels
+from yaongi.train.report.page import write_report
 
 
 def test_messages(tmp_path: Path) -> None:
@@ -79,16 +78,16 @@ def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert plan.fits
     parts = plan.memory
     low = int((parts.total - 0.5 * parts.activations) / 0.93)
-    monkeypatch.setattr("yaongi.train.plan._available", lambda _: low)
-    monkeypatch.setattr("yaongi.train.memory.resident_bytes", lambda: parts.base)
+    monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _: low)
+    monkeypatch.setattr("yaongi.train.plan.memory.resident_bytes", lambda: parts.base)
     assert "try --micro-rows" in make_plan(config, tokenizer, ALONE).advice
     for policy in ("all", "mamba"):  # the second needs more room, and costs less time
         config = config_of(tokens, tmp_path / "run", "--micro-rows", "1", "--recompute", policy)
         low = make_plan(config, tokenizer, ALONE).memory.total / 0.93 + 1
-        monkeypatch.setattr("yaongi.train.plan._available", lambda _, low=low: low)
+        monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _, low=low: low)
         config = config_of(tokens, tmp_path / "run", "--micro-rows", "1")
         assert make_plan(config, tokenizer, ALONE).advice == f"try --micro-rows 1 --recompute {policy}"
-    monkeypatch.setattr("yaongi.train.plan._available", lambda _: 1000)
+    monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _: 1000)
     assert "does not fit: try more GPUs" in make_plan(config, tokenizer, ALONE).lines()
 
 

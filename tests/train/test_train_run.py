@@ -227,8 +227,8 @@ def test_an_operation_without_a_deterministic_form(
     ("more", "advice"),
     [
         (("--micro-rows", "8"), "try --micro-rows 4"),
-        (("--micro-rows", "1"), "try --recompute mamba\n"),
-        (("--micro-rows", "1", "--recompute", "mamba"), "try --recompute all\n"),
+        (("--micro-rows", "1"), "try --micro-rows 1 --recompute mamba\n"),
+        (("--micro-rows", "1", "--recompute", "mamba"), "try --micro-rows 1 --recompute all\n"),
         (("--micro-rows", "1", "--recompute", "all"), "try more GPUs (torchrun), shorter rows (--row-tokens) or a"),
     ],
 )
@@ -247,8 +247,8 @@ def test_out_of_gpu_memory(
             return moe_route(logits, *rest)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79")
 
-    monkeypatch.setattr("yaongi.model.moe.moe_route", refuse)
+    monkeypatch.setattr("yaongi.model.mixers.moe.moe_route", refuse)
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run", *more)])
     assert program.main() == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: out of GPU memory in an expert layer, which wanted 1.50 GiB: " + advice), error
+    assert error.startswith("error: out of GPU memory in an expert layer, which needed 1.50 GiB: " + advice), error

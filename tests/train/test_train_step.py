@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_run import losses, session_of
 
-from yaongi.train.guard import BadStepError
 from yaongi.train.session import Session
+from yaongi.train.step.guard import BadStepError
 
 EXACT = ("--dtype", "float64")
 

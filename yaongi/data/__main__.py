@@ -1,15 +1,14 @@
 """``python -m yaongi.data download|tokenizer|tokenize|inspect``: from sources to token shards, one stage each."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from yaongi.data.mix import DEFAULT_MIX, parse_mix
+from yaongi import cli
+from yaongi.data.mix import DEFAULT_MIX_TEXT, parse_mix
 
-_MIX = ",".join(f"{domain}={share:g}" for domain, share in DEFAULT_MIX.items())
 Sources = Annotated[
     tuple[str, ...],
     tyro.conf.arg(name="source", help="embedded, DOMAIN=PATH (ko, en, code, math), or a folder with train/ and val/."),
@@ -26,7 +25,7 @@ class Download:
     mirror: Path | None = None  # read MIRROR/owner/name/... instead of the hub
 
     def run(self) -> None:
-        from yaongi.data.download import Places, download
+        from yaongi.data.stages.download import Places, download
 
         download(self.out, self.tokens, Places.of(self.mirror), names=self.only)
 
@@ -38,11 +37,11 @@ class TrainTokenizer:
     source: Sources = ("embedded",)
     out: Path = Path("data/tokenizer")  # folder to write
     vocab_size: int = 32768  # pieces in all
-    mix: str = _MIX  # shares a domain, by bytes
+    mix: str = DEFAULT_MIX_TEXT  # shares a domain, by bytes
     megabytes: float = 60.0  # text to train on
 
     def run(self) -> None:
-        from yaongi.data.corpus import train_on_sources
+        from yaongi.data.stages.train_tokenizer import train_on_sources
 
         train_on_sources(self.source, self.out, self.vocab_size, parse_mix(self.mix), int(self.megabytes * 1e6))
 
@@ -61,7 +60,7 @@ class Tokenize:
     workers: int = 0  # processes; 0: one a core
 
     def run(self) -> None:
-        from yaongi.data.pipeline import Options, tokenize_sources
+        from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
         from yaongi.data.tokenizer import Tokenizer
 
         options = Options(self.held_out, self.near_duplicates, self.benchmark, self.shard_tokens)
@@ -76,7 +75,7 @@ class Inspect:
     samples: int = 1  # documents to show from each domain
 
     def run(self) -> None:
-        from yaongi.data.show import inspect_shards
+        from yaongi.data.stages.inspect_shards import inspect_shards
 
         inspect_shards(self.folder, self.samples)
 
@@ -88,14 +87,7 @@ def main() -> None:
         prog="python -m yaongi.data",
         description="From sources to token shards, one stage each.",
     )
-    try:
-        stage.run()
-    except (ValueError, TypeError, OSError, KeyError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+    cli.run(stage.run, interrupted="interrupted; run the same command to go on")
 
 
 if __name__ == "__main__":

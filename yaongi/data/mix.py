@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 DOMAINS = ("ko", "en", "code", "math")
 DEFAULT_MIX: Mapping[str, float] = {"ko": 40, "en": 20, "code": 25, "math": 15}
+DEFAULT_MIX_TEXT = ",".join(f"{domain}={share:g}" for domain, share in DEFAULT_MIX.items())
 _FINEST = 10_000
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yaongi.data.files import sha256_file, write_atomically
+from yaongi.files import sha256_file, write_atomically
 
 MANIFEST = "manifest.json"
 TOKEN_BYTES = "token_bytes.npy"

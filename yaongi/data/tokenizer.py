@@ -18,20 +18,22 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from yaongi.data.hf_tokenizer import write_hf_files
+from yaongi.data.pieces import CONTROL_PIECES, SPACE_MARK, USER_PIECES
 from yaongi.data.text import normalize
+from yaongi.files import write_atomically
 
-CONTROL_PIECES = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>")
 _CONTROL_OPTIONS: dict[str, Any] = {
     **{f"{name}_id": number for number, name in enumerate(("pad", "unk", "bos", "eos"))},
     **{f"{piece[2:5]}_piece": piece for piece in CONTROL_PIECES},
 }
-NEWLINE_RUNS = ("\n\n", "\n\n\n", "\n\n\n\n")
-CHAT_PIECES = ("<|im_start|>", "<|im_end|>", "<|step|>", "<|code|>")
-USER_PIECES = (*NEWLINE_RUNS, *CHAT_PIECES, *(f"<|reserved_{i}|>" for i in range(100)))
+
 MODEL_FILE = "tokenizer.model"
-SPACE_MARK = "\u2581"
+
 _MARK_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
+
 _MAX_SENTENCE_CHARACTERS = 1 << 20
+
 _TRAINER_THREADS = 16  # the model file records it, so it must not be the number of cores
 
 
@@ -71,12 +73,10 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.model``, ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``."""
-        from yaongi.data.files import write_atomically
-        from yaongi.data.tokenizer_hf import export
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        export(self, folder)
+        pieces = self.pieces()
+        write_hf_files(pieces, [piece for i, piece in enumerate(pieces) if self.is_byte(i)], folder)
         write_atomically(folder / MODEL_FILE, self.model)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:

@@ -1,13 +1,14 @@
 """The public ops of Open-Yaongi."""
 
-from yaongi.kernels.backend import check_values, info, use_backend
+from yaongi.kernels.backend import check_values, info, unavailable, use_backend
 from yaongi.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
-from yaongi.kernels.cross_entropy.op import cross_entropy
+from yaongi.kernels.cross_entropy.op import cross_entropy, cross_entropy_backward
 from yaongi.kernels.mamba_core.op import mamba_core
 from yaongi.kernels.mamba_scan.op import mamba_scan, mamba_step
 from yaongi.kernels.moe.op import moe, moe_route
 from yaongi.kernels.newton_schulz.op import newton_schulz, teon_update
-from yaongi.kernels.norm.op import gated_rms_norm, rms_norm
+from yaongi.kernels.newton_schulz.reference import teon_direction, teon_weight
+from yaongi.kernels.rms_norm.op import gated_rms_norm, rms_norm
 from yaongi.kernels.symmetric_product.op import symmetric_product
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "causal_conv1d_step",
     "check_values",
     "cross_entropy",
+    "cross_entropy_backward",
     "gated_rms_norm",
     "info",
     "mamba_core",
@@ -25,6 +27,9 @@ __all__ = [
     "newton_schulz",
     "rms_norm",
     "symmetric_product",
+    "teon_direction",
     "teon_update",
+    "teon_weight",
+    "unavailable",
     "use_backend",
 ]

@@ -1,20 +1,19 @@
 """The model: Mamba-2, experts, grouped-query attention and Engram."""
 
-from yaongi.model.compression import compression_map
 from yaongi.model.config import EngramConfig, ModelConfig, PrecisionConfig, load_preset
-from yaongi.model.count import Counts, count_parameters, flops_per_token
+from yaongi.model.count import ParameterCounts, flops_per_token
+from yaongi.model.engram.compression import compression_map
 from yaongi.model.losses import Losses
 from yaongi.model.model import Yaongi
 
 __all__ = [
-    "Counts",
     "EngramConfig",
     "Losses",
     "ModelConfig",
+    "ParameterCounts",
     "PrecisionConfig",
     "Yaongi",
     "compression_map",
-    "count_parameters",
     "flops_per_token",
     "load_preset",
 ]

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import tyro
 
-from yaongi.model.command import run_command
+from yaongi import cli
 from yaongi.model.config import load_preset
-from yaongi.model.count import count_parameters, flops_per_token
+from yaongi.model.count import flops_per_token
+from yaongi.model.model import Yaongi
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,17 @@ class Count:
     def run(self) -> None:
         config = load_preset(self.preset)
         config = config if self.engram else config.without_engram()
-        counts = count_parameters(config)
+        counts = Yaongi(config, device="meta").count_parameters()
         rows = [("total", counts.total), ("active", counts.active), ("Engram tables", counts.engram_tables)]
         for name, number in [*rows, *((f"  {part}", number) for part, number in counts.parts.items())]:
             print(f"{name:<22}{number:>16,}")
-        flops = flops_per_token(config, self.sequence_length)
+        flops = flops_per_token(config, counts.active, self.sequence_length)
         print(f"{f'FLOPs a token at {self.sequence_length}':<22}{flops / 1e9:>12,.2f} G")
 
 
 def main() -> None:
     """Parses the command line and runs the subcommand; a mistake is one line."""
-    run_command(tyro.extras.subcommand_cli_from_dict({"count": Count}, prog="python -m yaongi.model"))
+    cli.run(tyro.extras.subcommand_cli_from_dict({"count": Count}, prog="python -m yaongi.model").run)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""What a model is: `ModelConfig`, its validation, and the presets in `configs/*.toml`.
+"""What a model is: `ModelConfig`, its validation, and the presets.
 
 Letters of the documentation: d = hidden_size, V = vocab_size; H × P, G, N = heads × their width, groups and state of
 Mamba-2; E, K, F, S = experts, how many a token takes, their width and the shared expert's width.
 """
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from yaongi.model.fields import Checks, build, plain
+from yaongi.presets import read_preset
+from yaongi.settings import FieldChecks, from_table, to_table
 
 AttentionBackend = Literal["auto", "sdpa", "varlen", "flex", "flash"]
 Gate = Literal["paper", "demo"]
 RolePrecision = Literal["bf16", "fp8"]
 LAYER_LETTERS = "ME*"  # Mamba-2, experts, attention
-PRESETS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class EngramConfig:
     sparse_gradients: bool = True  # the table's gradient holds only the rows that were read
 
     def __post_init__(self) -> None:
-        check = Checks("engram")
+        check = FieldChecks("engram")
         check.types(self)
         check.positive(self, "heads", "head_dim", "rows", "kernel")
         check.require(self.layer >= 0, "layer", "0 or more", self.layer)
@@ -59,7 +58,7 @@ class PrecisionConfig:
     shared_experts: RolePrecision = "bf16"
 
     def __post_init__(self) -> None:
-        Checks("precision").types(self)
+        FieldChecks("precision").types(self)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class ModelConfig:
     precision: PrecisionConfig = PrecisionConfig()
 
     def __post_init__(self) -> None:
-        check = Checks("config")
+        check = FieldChecks("config")
         check.types(self)
         bad = next((letter for letter in self.pattern if letter not in LAYER_LETTERS), None)
         check.require(bad is None and bool(self.pattern), "pattern", "letters of M, E and *", repr(bad or self.pattern))
@@ -103,7 +102,7 @@ class ModelConfig:
         self._check_tokens(check)
         self._check_engram(check)
 
-    def _check_sizes(self, check: Checks) -> None:
+    def _check_sizes(self, check: FieldChecks) -> None:
         heads, groups = self.mamba_heads, self.mamba_groups
         check.require(heads % groups == 0, "mamba_groups", f"a divisor of mamba_heads = {heads}", groups)
         heads, kv_heads = self.attention_heads, self.attention_kv_heads
@@ -111,7 +110,7 @@ class ModelConfig:
         wanted = f"1 to experts = {self.experts}"
         check.require(self.experts_per_token <= self.experts, "experts_per_token", wanted, self.experts_per_token)
 
-    def _check_tokens(self, check: Checks) -> None:
+    def _check_tokens(self, check: FieldChecks) -> None:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             check.require(0 <= token < self.vocab_size, name, f"0 to {self.vocab_size - 1} (vocab_size - 1)", token)
@@ -119,7 +118,7 @@ class ModelConfig:
         fits = size is None or 1 <= size <= self.vocab_size
         check.require(fits, "compressed_vocab_size", f"1 to vocab_size = {self.vocab_size}", size)
 
-    def _check_engram(self, check: Checks) -> None:
+    def _check_engram(self, check: FieldChecks) -> None:
         layers = [engram.layer for engram in self.engram]
         in_pattern = all(layer < len(self.pattern) for layer in layers)
         wanted = f"ascending layers of 0 to {len(self.pattern) - 1}"
@@ -152,35 +151,25 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dict of numbers, strings, lists and dicts, that `from_dict` reads back; what is None is left out."""
         fields = dataclasses.asdict(self)
-        fields["engram"] = [plain(engram) for engram in fields["engram"]]
-        return plain(fields)
+        fields["engram"] = [to_table(engram) for engram in fields["engram"]]
+        return to_table(fields)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """The config of a dict such as a TOML `[model]` table. ValueError names an unknown or a missing key."""
         engram = fields.get("engram", ())
-        Checks("config").require(isinstance(engram, (list, tuple)), "engram", "a list of tables", repr(engram))
-        nested = {"engram": tuple(build(EngramConfig, table, "engram") for table in engram)}
+        FieldChecks("config").require(isinstance(engram, (list, tuple)), "engram", "a list of tables", repr(engram))
+        nested = {"engram": tuple(from_table(EngramConfig, table, "engram") for table in engram)}
         precision = fields.get("precision", {})
         if not isinstance(precision, PrecisionConfig):
-            precision = build(PrecisionConfig, precision, "precision")
-        return build(cls, dict(fields) | nested | {"precision": precision}, "config")
+            precision = from_table(PrecisionConfig, precision, "precision")
+        return from_table(cls, dict(fields) | nested | {"precision": precision}, "config")
 
 
 def load_preset(name: str | Path, **overrides: Any) -> ModelConfig:
-    """The `[model]` table of `configs/<name>.toml`, or of a TOML file given by its path, with fields replaced.
+    """The `[model]` table of a preset, or of a TOML file given by its path, with fields replaced.
 
     Raises:
         FileNotFoundError: there is no such preset or file; the message lists the presets. ValueError: a bad field.
     """
-    path = Path(name) if str(name).endswith(".toml") else PRESETS / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))) or f"none in {PRESETS.name}/"
-        raise FileNotFoundError(f"preset: wanted one of {known}, or the path of a .toml file, got {str(name)!r}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"preset: wanted TOML in {path.name}, got {error}") from error
-    if not isinstance(table.get("model"), dict):
-        raise ValueError(f"preset: wanted a [model] table in {path.name}, got {', '.join(table) or 'nothing'}")
-    return ModelConfig.from_dict(table["model"] | overrides)
+    return ModelConfig.from_dict(read_preset(name)["model"] | overrides)

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import nn
 
 from yaongi.model.config import ModelConfig
-from yaongi.model.model import Yaongi
 
 SCAN_CHUNK = 128  # Q of the scan's FLOPs
 PARTS = (  # the first whose mark is in a parameter's name
@@ -29,7 +28,7 @@ PARTS = (  # the first whose mark is in a parameter's name
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Numbers of parameters; buffers such as the correction bias are none."""
 
     total: int
@@ -37,10 +36,15 @@ class Counts:
     engram_tables: int
     parts: dict[str, int]  # adds up to the total
 
+    def without_engram(self) -> "ParameterCounts":
+        """Of the same model with its Engrams left out."""
+        parts = {part: number for part, number in self.parts.items() if not part.startswith("engram")}
+        left_out = self.parts.get("engram projections", 0)
+        return ParameterCounts(self.total - self.engram_tables - left_out, self.active - left_out, 0, parts)
 
-def count_parameters(config: ModelConfig) -> Counts:
-    """Counts the parameters of a model on the meta device: no memory, whatever its size."""
-    model = Yaongi(config, device=torch.device("meta"))
+
+def count_parameters(model: nn.Module, config: ModelConfig) -> ParameterCounts:
+    """Count the parameters of a model, which may lie on the meta device: no memory then, whatever its size."""
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = next(part for part, mark in PARTS if mark in name)
@@ -48,11 +52,11 @@ def count_parameters(config: ModelConfig) -> Counts:
     tables, experts = parts.get("engram tables", 0), parts.get("experts", 0)
     idle = experts // config.experts * (config.experts - config.experts_per_token)
     total = sum(parts.values())
-    return Counts(total, total - parts["embedding"] - tables - idle, tables, parts)
+    return ParameterCounts(total, total - parts["embedding"] - tables - idle, tables, parts)
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of training on one token, forward and backward:
+def flops_per_token(config: ModelConfig, active: int, sequence_length: int) -> float:
+    """Model FLOPs of training on one token, forward and backward, of a model with `active` parameters:
 
     6 · active + 3 · (Mamba-2 layers · scan + attention layers · attention), with
     scan = 2·(G·N·Q/2 + H·P·Q/2 + 2·H·P·N), Q = 128, and causal attention = 2·L·(query heads)·(head width).
@@ -61,4 +65,4 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     scan = 2 * (config.mamba_groups * state * SCAN_CHUNK / 2 + width * SCAN_CHUNK / 2 + 2 * width * state)
     attention = 2 * sequence_length * config.attention_heads * config.attention_head_dim
     layers = len(config.layers_of("M")) * scan + len(config.layers_of("*")) * attention
-    return 6 * count_parameters(config).active + 3 * layers
+    return 6 * active + 3 * layers

@@ -10,9 +10,9 @@ from typing import cast
 
 import torch
 
-from yaongi.model.attention import AttentionCache
-from yaongi.model.engram import EngramCache
-from yaongi.model.mamba2 import MambaCache
+from yaongi.model.engram.engram import EngramCache
+from yaongi.model.mixers.attention import AttentionCache
+from yaongi.model.mixers.mamba2 import MambaCache
 from yaongi.model.model import Layer, Yaongi, check_tokens
 
 Tensor = torch.Tensor
@@ -184,19 +184,19 @@ def _check_settings(
     top_k: int | None,
     top_p: float | None,
 ) -> None:
-    def require(condition: bool, wanted: str, got: object) -> None:
+    def require(condition: bool, rule: str, got: object) -> None:
         if not condition:
-            raise ValueError(f"generate: wanted {wanted}, got {got}")
+            raise ValueError(f"generate: {rule}, got {got}")
 
     limit, vocab_size = model.config.max_sequence_length, model.config.vocab_size
-    require(len(prompts) >= 1, "at least one prompt", "none")
-    require(all(len(prompt) >= 1 for prompt in prompts), "prompts of at least one token", "an empty one")
+    require(len(prompts) >= 1, "prompts must be at least one", "none")
+    require(all(len(prompt) >= 1 for prompt in prompts), "every prompt must be at least one token", "an empty one")
     bad = next((token for prompt in prompts for token in prompt if not 0 <= token < vocab_size), None)
-    require(bad is None, f"token ids from 0 to {vocab_size - 1}", bad)
-    require(max_new_tokens >= 1, "max_new_tokens of 1 or more", max_new_tokens)
+    require(bad is None, f"token ids must be 0 to {vocab_size - 1}", bad)
+    require(max_new_tokens >= 1, "max_new_tokens must be 1 or more", max_new_tokens)
     room, longest = limit - max_new_tokens, max(map(len, prompts))
-    wanted = f"prompts of at most {room} tokens ({limit} less the {max_new_tokens} to generate)"
-    require(longest <= room, wanted, longest)
-    require(temperature >= 0, "temperature of 0 or more", temperature)
-    require(top_k is None or top_k >= 1, "top_k of 1 or more", top_k)
-    require(top_p is None or 0 < top_p <= 1, "top_p above 0 and at most 1", top_p)
+    rule = f"prompts must be at most {room} tokens long ({limit} less the {max_new_tokens} to generate)"
+    require(longest <= room, rule, longest)
+    require(temperature >= 0, "temperature must be 0 or more", temperature)
+    require(top_k is None or top_k >= 1, "top_k must be 1 or more", top_k)
+    require(top_p is None or 0 < top_p <= 1, "top_p must be above 0 and at most 1", top_p)

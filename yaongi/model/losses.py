@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from yaongi.kernels import cross_entropy
-from yaongi.kernels.cross_entropy.op import cross_entropy_backward
-from yaongi.model.linear import add_product, gradient_to_add_to
+from yaongi.kernels import cross_entropy, cross_entropy_backward
+from yaongi.model.layers.accumulation import add_product, gradient_to_add_to
 
 Tensor = torch.Tensor
 NO_TARGET = -1

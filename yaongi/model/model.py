@@ -10,16 +10,20 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from yaongi.model.attention import Attention, AttentionPlan, plan_attention
 from yaongi.model.config import ModelConfig
-from yaongi.model.engram import Engram
-from yaongi.model.hashing import hash_plans, ngram_window
-from yaongi.model.init import initialize
-from yaongi.model.linear import Embedding, Linear
+from yaongi.model.count import ParameterCounts, count_parameters
+from yaongi.model.engram.engram import Engram
+from yaongi.model.engram.hashing import hash_plans, ngram_window
+from yaongi.model.hub import folder as hub
+from yaongi.model.hub.weights import read_shards
+from yaongi.model.initialize import initialize
+from yaongi.model.layers.linear import Embedding, Linear
+from yaongi.model.layers.norm import RMSNorm
 from yaongi.model.losses import NO_TARGET, Losses, head_cross_entropy, next_tokens
-from yaongi.model.mamba2 import Mamba2
-from yaongi.model.moe import MoE, Routing
-from yaongi.model.norm import RMSNorm
+from yaongi.model.mixers.attention import Attention
+from yaongi.model.mixers.attention_backends import AttentionPlan, plan_attention
+from yaongi.model.mixers.mamba2 import Mamba2
+from yaongi.model.mixers.moe import MoE, Routing
 
 Tensor = torch.Tensor
 Recompute = Literal["none", "all"] | Sequence[int]
@@ -235,17 +239,24 @@ class Yaongi(nn.Module):
             FileNotFoundError: a file is missing. ValueError: a config that is not of this model; a missing, extra or
                 misshapen tensor; a damaged file.
         """
-        from yaongi.model.hf import load_pretrained
-
-        return load_pretrained(Path(folder), dtype, device)
+        config, stored = hub.read_config(Path(folder))
+        model = cls(config, device="meta", dtype=dtype or stored).to_empty(device=device)
+        for module in model.modules():
+            if isinstance(module, Engram):
+                module.reset_constants()
+        with torch.no_grad():
+            read_shards(Path(folder), model.state_dict())
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model into a folder, in its own dtype: the `nemotron_h` layout of the hub when it has no Engram,
         and otherwise our own `yaongi`, which keeps everything and which transformers loads with trust_remote_code.
         """
-        from yaongi.model.hf import save_pretrained
+        hub.save(self, self.config, self.count_parameters(), Path(folder))
 
-        save_pretrained(self, Path(folder))
+    def count_parameters(self) -> ParameterCounts:
+        """Numbers of parameters, total, active and by part; on the meta device too."""
+        return count_parameters(self, self.config)
 
     @torch.no_grad()
     def update_router_bias(self, loads: Tensor, rate: float = 1e-3) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from yaongi.cli import one_line
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
-from yaongi.train.distributed import World, open_world, settle
-from yaongi.train.guard import BadStepError
-from yaongi.train.out_of_memory import explain
+from yaongi.train.distributed.world import World, open_world, settle
+from yaongi.train.plan.advice import explain_out_of_memory
 from yaongi.train.session import Session
 from yaongi.train.signals import StopRequest, resume_command
+from yaongi.train.step.guard import BadStepError
 
 
 def train(config: Config, world: World, arguments: Sequence[str]) -> int:
@@ -28,7 +29,9 @@ def train(config: Config, world: World, arguments: Sequence[str]) -> int:
     try:
         return _train(session, world, arguments)
     except torch.OutOfMemoryError as error:
-        raise MemoryError(explain(error, session.plan.micro_rows, config.run.recompute)) from error
+        raise MemoryError(
+            explain_out_of_memory(error, session.plan.share, session.plan.micro_rows, config.run.recompute)
+        ) from error
 
 
 def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
@@ -61,8 +64,7 @@ def main() -> int:
         settle(config.run.deterministic)
         return train(config, world, arguments)
     except (ValueError, TypeError, OSError, MemoryError, BadStepError) as error:
-        text = error.strerror if isinstance(error, OSError) and not error.filename else None
-        print("error:", *(text or str(error)).split(), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")

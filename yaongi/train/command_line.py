@@ -38,5 +38,5 @@ def parse(arguments: Sequence[str]) -> Config:
         collect,
         args=rest,
         prog="python -m yaongi.train",
-        description="Pretraining. --preset NAME (configs/NAME.toml) or --config FILE.toml gives the defaults below.",
+        description="Pretraining. --preset NAME (yaongi/presets) or --config FILE.toml gives the defaults below.",
     )

@@ -5,18 +5,18 @@ A preset is a TOML file with a ``[model]`` and a ``[train]`` table; every field 
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from yaongi.data.mix import DEFAULT_MIX
-from yaongi.model import ModelConfig, load_preset
+import torch
+
+from yaongi.data.mix import DEFAULT_MIX_TEXT
+from yaongi.model import ModelConfig
+from yaongi.presets import read_preset
+from yaongi.settings import FieldChecks, from_table
 from yaongi.train.recompute import recomputed_layers
 from yaongi.train.schedule import Kind
-
-_MIX = ",".join(f"{domain}={share:g}" for domain, share in DEFAULT_MIX.items())
-_CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Training:
     """Everything that decides the weights: a run resumes only with the same values."""
 
     seed: int = 0  # of the initial weights and the order of the data
-    mix: str = _MIX  # shares of the domains
+    mix: str = DEFAULT_MIX_TEXT  # shares of the domains
     tokens: float = 15e9  # to train on; the steps follow
     batch_tokens: int = 1 << 20  # a global batch: one optimizer step
     row_tokens: int = 4096  # a row, the sequence the model sees
@@ -65,8 +65,19 @@ class Training:
         """Optimizer steps that ``tokens`` fill, at least one."""
         return max(1, round(self.tokens / self.batch_tokens))
 
+    def weight_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the weights: as configured, or bfloat16 on a GPU and float32 on a CPU."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return getattr(torch, self.dtype)
+
+    def matrix_momentum_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the matrices' momentum: as configured, or that of the weights."""
+        return self.weight_dtype(device) if self.momentum_dtype == "auto" else getattr(torch, self.momentum_dtype)
+
     def __post_init__(self) -> None:
-        """ValueError for sizes that don't fit."""
+        """ValueError for values that don't fit."""
+        FieldChecks("config").types(self)
         if self.row_tokens < 2 or self.batch_tokens < self.row_tokens or self.batch_tokens % self.row_tokens:
             got = f"{self.batch_tokens}, {self.row_tokens}"
             raise ValueError(f"config: wanted batch_tokens as a multiple of row_tokens >= 2, got {got}")
@@ -109,6 +120,7 @@ class Running:
 
     def __post_init__(self) -> None:
         """ValueError for numbers out of range."""
+        FieldChecks("config").types(self)
         least = {"log_every": 1, "evaluate_every": 1, "evaluate_rows": 1, "keep_last": 1}
         for name in ("micro_rows", "stop_after", "sample_tokens", "checkpoint_every", "keep_every", "dollars_per_hour"):
             least[name] = 0
@@ -132,60 +144,27 @@ class Config:
 
 
 def load_config(name: str) -> Config:
-    """The preset ``configs/<name>.toml``, or the TOML file at the path ``name``.
+    """The preset `name`, or the TOML file at the path `name`.
 
     Raises:
         FileNotFoundError: there is no such preset or file.
         ValueError: it can't be read, or an unknown field or a wrong value stands in it.
     """
-    path = Path(name) if name.endswith(".toml") else _CONFIGS / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in _CONFIGS.glob("*.toml")))
-        raise FileNotFoundError(f"config: no {path}; presets: {known}")
-    try:
-        table = tomllib.loads(path.read_text()).get("train", {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not readable as TOML: {error}") from error
-    default_out = {"out": Path("runs") / path.stem}
+    tables, preset = read_preset(name), Path(name).name.removesuffix(".toml")
+    train = tables.get("train", {})
+    known = {field.name: kind for kind in (Training, Running) for field in dataclasses.fields(kind)}
+    unknown = next((key for key in train if key not in known), None)
+    if unknown is not None:
+        raise ValueError(f"config: keys of [train] in {preset} must be among {', '.join(known)}, got {unknown!r}")
+    parts = {kind: {key: train[key] for key in train if known[key] is kind} for kind in (Training, Running)}
     return Config(
-        preset=path.stem,
-        model=load_preset(name),
-        train=_table(Training, {k: v for k, v in table.items() if k not in _names(Running)}, path),
-        run=_table(Running, default_out | {k: v for k, v in table.items() if k in _names(Running)}, path),
+        preset,
+        ModelConfig.from_dict(tables["model"]),
+        from_table(Training, parts[Training], "config"),
+        from_table(Running, {"out": Path("runs") / preset} | parts[Running], "config"),
     )
 
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The whole of ``config`` as plain values that JSON can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What differs in ``model`` and ``train`` of two ``as_dict``s, a line each."""
-    lines = []
-    for part in ("model", "train"):
-        old, new = saved.get(part, {}), asked.get(part, {})
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                lines.append(f"{part}.{key}: the run has {old.get(key)}, got {new.get(key)}")
-    return lines
-
-
-def _names(kind: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(kind)}
-
-
-def _table(kind: type, values: dict[str, Any], path: Path) -> Any:
-    """``kind`` from a table of a TOML file; numbers may be written as whole numbers."""
-    types = {f.name: f.type for f in dataclasses.fields(kind)}
-    for key, value in values.items():
-        if key not in types:
-            raise ValueError(f"config: unknown field {key!r} in [train] of {path}")
-        default = getattr(kind, key, None)
-        if isinstance(default, bool) != isinstance(value, bool) or (
-            isinstance(default, (int, float)) != isinstance(value, (int, float)) and default is not None
-        ):
-            raise ValueError(f"config: wanted {key} in {path} like {default!r}, got {value!r}")
-    paths = {k: Path(v) for k, v in values.items() if types[k] in (Path, Path | None)}
-    floats = {k: float(v) for k, v in values.items() if types[k] is float}
-    return kind(**{**values, **paths, **floats})

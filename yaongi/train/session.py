@@ -10,22 +10,24 @@ from typing import Any
 import torch
 
 from yaongi.data.loader import Batch
-from yaongi.train.build import build_model, fit_vocabulary, momentum_dtype, open_data, weight_dtype
-from yaongi.train.checkpoint import Checkpoints, rng_state, set_rng_state
+from yaongi.train.build import build_model, fit_vocabulary, open_data
+from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
+from yaongi.train.checkpoint.model_folder import save_model
+from yaongi.train.checkpoint.resume import find_run
 from yaongi.train.config import Config, as_dict
-from yaongi.train.distributed import World, shard
-from yaongi.train.evaluate import Evaluator, samples
-from yaongi.train.export import save_model
-from yaongi.train.folder import Lock, check_writable, find_run, start_anew, write_config
-from yaongi.train.guard import Guard
-from yaongi.train.log import Display, Metrics
-from yaongi.train.meter import Meter
-from yaongi.train.names import CHECKPOINTS, METRICS, MODEL
-from yaongi.train.optim import RoleOptimizer
-from yaongi.train.plan import Plan, make_plan
+from yaongi.train.distributed.sharding import shard
+from yaongi.train.distributed.world import World
+from yaongi.train.evaluation import Evaluator, samples
+from yaongi.train.metrics.display import Display
+from yaongi.train.metrics.meter import Meter
+from yaongi.train.metrics.records import Metrics
+from yaongi.train.metrics.sinks import Sink, open_sinks
+from yaongi.train.optimizer.role_optimizer import RoleOptimizer
+from yaongi.train.plan.run_plan import Plan, make_plan
+from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_writable, start_anew, write_config
 from yaongi.train.schedule import Schedule
-from yaongi.train.sinks import Sink, open_sinks
-from yaongi.train.step import Stepper
+from yaongi.train.step.guard import Guard
+from yaongi.train.step.stepper import Stepper
 
 PATIENCE = 3.0  # seconds that a checkpoint may hold training up before that is said
 
@@ -79,10 +81,10 @@ class Session:
     def _build(self) -> None:
         config, world = self.config, self.world
         torch.manual_seed(config.train.seed)
-        dtype = weight_dtype(config.train, world.device)
+        dtype = config.train.weight_dtype(world.device)
         self.model = build_model(config, self.tokenizer, world.device, dtype=dtype)
         shard(self.model, self.model.backbone.layers, ("losses",), world)
-        self.optimizer = RoleOptimizer(self.model, config.train, momentum_dtype(config.train, world.device))
+        self.optimizer = RoleOptimizer(self.model, config.train, config.train.matrix_momentum_dtype(world.device))
         self.guard = Guard(config.train.bad_steps)
         token_bytes = torch.from_numpy(self.loader.shard_set.token_bytes())
         self.stepper = Stepper(
@@ -230,7 +232,7 @@ class Session:
         out = self.config.run.out
         save_model(self.model, self.tokenizer, out / MODEL, self.world)
         if self.world.leads:
-            from yaongi.train.report import write_report
+            from yaongi.train.report.page import write_report
 
             report = write_report(out, self.config.run.benchmarks)
             self.display.say(f"model: {out / MODEL}\nreport: {report}")

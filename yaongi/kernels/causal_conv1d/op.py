@@ -9,8 +9,8 @@ from yaongi.kernels.causal_conv1d.reference import (
     causal_conv1d_backward_reference,
     causal_conv1d_reference,
     causal_conv1d_step_reference,
-    wide_dtype,
 )
+from yaongi.kernels.common.dtypes import compute_dtype
 
 Tensor = torch.Tensor
 Activation = Literal["silu"] | None
@@ -40,7 +40,7 @@ def _backward_fake(
     initial_state: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = wide_dtype(x, weight)
+    wide = compute_dtype(x, weight)
     dweight = weight.new_empty(weight.shape, dtype=wide)
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape, dtype=wide)
     dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
@@ -101,7 +101,7 @@ _op = backend.define(
     "str? activation, bool return_final_state) -> (Tensor y, Tensor final_state)",
     reference=causal_conv1d_reference,
     fake=_fake,
-    triton="yaongi.kernels.causal_conv1d.triton_impl:causal_conv1d_triton",
+    triton="yaongi.kernels.causal_conv1d.conv_forward:causal_conv1d_triton",
     triton_refuses=_triton_refuses,
     value_check=_value_check,
 )
@@ -111,7 +111,7 @@ _backward_op = backend.define(
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     reference=causal_conv1d_backward_reference,
     fake=_backward_fake,
-    triton="yaongi.kernels.causal_conv1d.triton_impl:causal_conv1d_backward_triton",
+    triton="yaongi.kernels.causal_conv1d.conv_backward:causal_conv1d_backward_triton",
     triton_refuses=_backward_triton_refuses,
 )
 _step_op = backend.define(

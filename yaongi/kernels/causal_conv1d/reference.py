@@ -7,6 +7,8 @@ l reads the extended position l + k; the final state is the extended sequence's 
 import torch
 from torch.nn import functional as F
 
+from yaongi.kernels.common.dtypes import compute_dtype
+
 Tensor = torch.Tensor
 
 
@@ -20,7 +22,7 @@ def causal_conv1d_reference(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:  # (B, L, C), (B, C, W − 1) or empty
     """y = activation(bias + Σ_k weight_k · x_{l−W+1+k}) within documents, and the last W − 1 inputs."""
-    wide = wide_dtype(x, weight)
+    wide = compute_dtype(x, weight)
     extended = _extended(x, initial_state, weight.shape[1]).to(wide)
     masks = _masks(document_ids, weight.shape[1])
     pre = _pre_activation(extended, weight.to(wide), bias, masks)
@@ -42,7 +44,7 @@ def causal_conv1d_backward_reference(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # like x, weight, bias, initial_state; empty for what is None
     """The gradients; the value before the activation is computed again."""
-    wide, length, width = wide_dtype(x, weight), x.shape[1], weight.shape[1]
+    wide, length, width = compute_dtype(x, weight), x.shape[1], weight.shape[1]
     extended = _extended(x, initial_state, width).to(wide)
     masks = _masks(document_ids, width)
     dpre = dy.to(wide)
@@ -73,18 +75,13 @@ def causal_conv1d_step_reference(
     activation: str | None,
 ) -> Tensor:  # (B, C)
     """One output of the convolution; the state forgets its oldest input and takes x."""
-    wide = wide_dtype(x, weight)
+    wide = compute_dtype(x, weight)
     window = torch.cat([state, x.unsqueeze(-1)], dim=-1)  # (B, C, W)
     pre = (window.to(wide) * weight.to(wide)).sum(-1)
     if bias is not None:
         pre = pre + bias.to(wide)
     state.copy_(window[..., 1:])
     return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
-
-
-def wide_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What is computed in, and what the gradients of weight and bias come in."""
-    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 
 def _extended(x: Tensor, initial_state: Tensor | None, width: int) -> Tensor:

@@ -38,7 +38,7 @@ _op = backend.define(
     "cross_entropy(Tensor logits, Tensor targets) -> (Tensor losses, Tensor normalizers)",
     reference=cross_entropy_reference,
     fake=_fake,
-    triton="yaongi.kernels.cross_entropy.triton_impl:cross_entropy_triton",
+    triton="yaongi.kernels.cross_entropy.loss_kernels:cross_entropy_triton",
     value_check=_value_check,
 )
 cross_entropy_backward = backend.define(
@@ -46,7 +46,7 @@ cross_entropy_backward = backend.define(
     "-> Tensor",
     reference=cross_entropy_backward_reference,
     fake=_backward_fake,
-    triton="yaongi.kernels.cross_entropy.triton_impl:cross_entropy_backward_triton",
+    triton="yaongi.kernels.cross_entropy.loss_kernels:cross_entropy_backward_triton",
 )
 backend.define_autograd("cross_entropy", _backward, _setup_context)
 backend.define_no_autograd("cross_entropy_backward")

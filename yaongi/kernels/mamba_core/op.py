@@ -1,92 +1,18 @@
-"""`mamba_core`: registration, the composition of the references, and the public function."""
+"""`mamba_core`: registration and the public function."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from yaongi.kernels import backend, check
-from yaongi.kernels.causal_conv1d.reference import causal_conv1d_backward_reference, causal_conv1d_reference
-from yaongi.kernels.mamba_scan.reference import mamba_scan_backward_reference, mamba_scan_reference
-from yaongi.kernels.norm.reference import gated_rms_norm_backward_reference, gated_rms_norm_reference, wide_dtype
+from yaongi.kernels.common.dtypes import compute_dtype
+from yaongi.kernels.mamba_core.reference import mamba_core_backward_reference, mamba_core_reference
 
 Tensor = torch.Tensor
+
 WIDE = (torch.float32, torch.float64)
+
 NAMES = ("projected", "taps", "taps_bias", "A", "D", "dt_bias", "weight")
-
-
-def split_projected(projected: Tensor, A: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns of z, of x, b, c together, and of dt."""
-    heads, width = A.shape[0], weight.shape[0]
-    return projected.split([width, projected.shape[-1] - width - heads, heads], dim=-1)
-
-
-def split_convolved(xbc: Tensor, A: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, L, H, P), b and c (B, L, G, N)."""
-    heads, width = A.shape[0], weight.shape[0]
-    projection = (xbc.shape[-1] - width) // 2
-    x, b, c = xbc.split([width, projection, projection], dim=-1)
-    return x.unflatten(-1, (heads, -1)), b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))
-
-
-def composed(
-    conv: Callable[..., tuple[Tensor, Tensor]], scan: Callable[..., tuple[Tensor, Tensor]], norm: Callable[..., Tensor]
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The forward of the op from its parts: all of them references, or all of them launchers."""
-
-    def forward(
-        projected: Tensor,  # (B, L, 2·H·P + 2·G·N + H)
-        taps: Tensor,  # (H·P + 2·G·N, W)
-        taps_bias: Tensor,  # (H·P + 2·G·N)
-        A: Tensor,  # (H)
-        D: Tensor,  # (H)
-        dt_bias: Tensor,  # (H)
-        weight: Tensor,  # (H·P)
-        document_ids: Tensor | None,  # (B, L)
-        groups: int,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H·P); the convolution's output; (B, L, H·P), the scan's
-        """Convolution, scan, gated norm; the last two results are what backward wants."""
-        z, xbc, dt = split_projected(projected, A, weight)
-        xbc, _ = conv(xbc, taps, taps_bias, document_ids, None, "silu", False)
-        x, b, c = split_convolved(xbc, A, weight, groups)
-        scanned, _ = scan(x, dt, A, b, c, D, dt_bias, document_ids, None, False)
-        scanned = scanned.flatten(-2)
-        return norm(scanned, z, weight, eps, groups), xbc, scanned
-
-    return forward
-
-
-mamba_core_reference = composed(causal_conv1d_reference, mamba_scan_reference, gated_rms_norm_reference)
-
-
-def mamba_core_backward_reference(
-    dy: Tensor,  # (B, L, H·P)
-    xbc: Tensor,
-    scanned: Tensor,
-    projected: Tensor,
-    taps: Tensor,
-    taps_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    weight: Tensor,
-    document_ids: Tensor | None,
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of projected, taps, taps_bias, A, D, dt_bias and weight; of taps and weight not rounded."""
-    z, conv_in, dt = split_projected(projected, A, weight)
-    x, b, c = split_convolved(xbc, A, weight, groups)
-    dscanned, dz, dweight = gated_rms_norm_backward_reference(dy, scanned, z, weight, eps, groups)
-    dx, ddt, dA, db, dc, dD, ddt_bias, _ = mamba_scan_backward_reference(
-        dscanned.view(x.shape), None, x, dt, A, b, c, D, dt_bias, document_ids, None
-    )
-    dxbc = torch.cat([t.flatten(-2) for t in (dx, db, dc)], dim=-1)
-    dconv_in, dtaps, dtaps_bias, _ = causal_conv1d_backward_reference(
-        dxbc, None, conv_in, taps, taps_bias, document_ids, None, "silu"
-    )
-    return torch.cat([dz, dconv_in, ddt], dim=-1), dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
 
 
 def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +25,7 @@ def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_fake(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     projected, taps, taps_bias, A, D, dt_bias, weight = inputs[:7]
     dtaps, dtaps_bias, dweight = (
-        t.new_empty(t.shape, dtype=wide_dtype(projected, t)) for t in (taps, taps_bias, weight)
+        t.new_empty(t.shape, dtype=compute_dtype(projected, t)) for t in (taps, taps_bias, weight)
     )
     dprojected, dA, dD, ddt_bias = (t.new_empty(t.shape) for t in (projected, A, D, dt_bias))
     return dprojected, dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
@@ -141,23 +67,27 @@ _INPUTS = (
     "Tensor projected, Tensor taps, Tensor taps_bias, Tensor A, Tensor D, Tensor dt_bias, Tensor weight, "
     "Tensor? document_ids, int groups, float eps"
 )
+
 _op = backend.define(
     f"mamba_core({_INPUTS}) -> (Tensor y, Tensor xbc, Tensor scanned)",
     reference=mamba_core_reference,
     fake=_fake,
-    triton="yaongi.kernels.mamba_core.triton_impl:mamba_core_triton",
+    triton="yaongi.kernels.mamba_core.combined:mamba_core_triton",
     triton_refuses=_triton_refuses,
     value_check=_value_check,
 )
+
 _backward_op = backend.define(
     f"mamba_core_backward(Tensor dy, Tensor xbc, Tensor scanned, {_INPUTS}) -> (Tensor dprojected, Tensor dtaps, "
     "Tensor dtaps_bias, Tensor dA, Tensor dD, Tensor ddt_bias, Tensor dweight)",
     reference=mamba_core_backward_reference,
     fake=_backward_fake,
-    triton="yaongi.kernels.mamba_core.triton_impl:mamba_core_backward_triton",
+    triton="yaongi.kernels.mamba_core.combined:mamba_core_backward_triton",
     triton_refuses=_backward_triton_refuses,
 )
+
 backend.define_autograd("mamba_core", _backward, _setup_context)
+
 backend.define_no_autograd("mamba_core_backward")
 
 

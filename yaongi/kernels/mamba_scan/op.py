@@ -5,11 +5,11 @@ from typing import Literal, overload
 import torch
 
 from yaongi.kernels import backend, check
+from yaongi.kernels.common.dtypes import compute_dtype
 from yaongi.kernels.mamba_scan.reference import (
     mamba_scan_backward_reference,
     mamba_scan_reference,
     mamba_step_reference,
-    scan_dtype,
 )
 
 Tensor = torch.Tensor
@@ -30,7 +30,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     batch, _, heads, head_dim = x.shape
     shape = (batch, heads, head_dim, b.shape[3]) if return_final_state else (0,)
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=scan_dtype(x, dt, A, b, c, D, dt_bias, initial_state))
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=compute_dtype(x, dt, A, b, c, D, dt_bias, initial_state))
 
 
 def _backward_fake(
@@ -127,7 +127,7 @@ _op = backend.define(
     "Tensor? initial_state, bool return_final_state) -> (Tensor y, Tensor final_state)",
     reference=mamba_scan_reference,
     fake=_fake,
-    triton="yaongi.kernels.mamba_scan.triton_impl:mamba_scan_triton",
+    triton="yaongi.kernels.mamba_scan.scan_forward:mamba_scan_triton",
     triton_refuses=_triton_refuses,
     value_check=_value_check,
 )
@@ -137,7 +137,7 @@ _backward_op = backend.define(
     "Tensor db, Tensor dc, Tensor dD, Tensor ddt_bias, Tensor dinitial_state)",
     reference=mamba_scan_backward_reference,
     fake=_backward_fake,
-    triton="yaongi.kernels.mamba_scan.gradients.triton_impl:mamba_scan_backward_triton",
+    triton="yaongi.kernels.mamba_scan.scan_backward:mamba_scan_backward_triton",
     triton_refuses=_backward_triton_refuses,
 )
 _step_op = backend.define(
@@ -145,7 +145,7 @@ _step_op = backend.define(
     "-> Tensor",
     reference=mamba_step_reference,
     fake=_step_fake,
-    triton="yaongi.kernels.mamba_scan.step.triton_impl:mamba_step_triton",
+    triton="yaongi.kernels.mamba_scan.decode:mamba_step_triton",
     triton_refuses=_step_triton_refuses,
     value_check=_step_value_check,
 )

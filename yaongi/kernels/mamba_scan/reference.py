@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from yaongi.kernels.common.dtypes import compute_dtype
+
 Tensor = torch.Tensor
 CHUNK = 64  # the fastest on two CPU cores at L = 1024, H = 8, P = N = 64; any length gives the same result
 
@@ -64,7 +66,7 @@ def mamba_scan_reference(
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:  # (B, L, H, P), (B, H, P, N) or empty
     """y_t = h_t·c_t + D·x_t of h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, δ = softplus(dt + dt_bias)."""
-    wide = scan_dtype(x, dt, A, b, c, D, dt_bias, initial_state)
+    wide = compute_dtype(x, dt, A, b, c, D, dt_bias, initial_state)
     parts = _chunked(x, _step_sizes(dt, dt_bias, wide), A.to(wide), b, c, document_ids, chunk)
     entering, final = parts.entering_states(initial_state)
     mixing = parts.factor(parts.scores() * parts.within * parts.delta.movedim(2, -1).unsqueeze(-2))
@@ -91,7 +93,7 @@ def mamba_scan_backward_reference(
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, dt, A, b, c, D, dt_bias and initial_state, empty for what is None."""
-    wide = scan_dtype(x, dt, A, b, c, D, dt_bias, initial_state)
+    wide = compute_dtype(x, dt, A, b, c, D, dt_bias, initial_state)
     delta = _step_sizes(dt, dt_bias, wide)
     parts = _chunked(x, delta, A.to(wide), b, c, document_ids, chunk)
     dy = dy.to(wide)
@@ -127,7 +129,7 @@ def mamba_step_reference(
     dt_bias: Tensor | None,  # (H)
 ) -> Tensor:  # (B, H, P)
     """One step of the recurrence; the state is rounded after y has been read from it."""
-    wide = scan_dtype(state, x, dt, A, b, c, D, dt_bias)
+    wide = compute_dtype(state, x, dt, A, b, c, D, dt_bias)
     delta = _step_sizes(dt, dt_bias, wide)  # (B, H)
     heads = x.shape[1] // b.shape[1]
     b, c = (t.to(wide).repeat_interleave(heads, dim=1).unsqueeze(2) for t in (b, c))  # (B, H, 1, N)
@@ -138,12 +140,6 @@ def mamba_step_reference(
         y = y + D.to(wide).unsqueeze(-1) * x.to(wide)
     state.copy_(new)
     return _rounded(y, x)
-
-
-def scan_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the computation and of the carried state: float32, or float64 when an argument is."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
 
 
 def _step_sizes(dt: Tensor, dt_bias: Tensor | None, wide: torch.dtype) -> Tensor:

@@ -50,14 +50,14 @@ _route_op = backend.define(
     "moe_route(Tensor logits, Tensor bias, int top_k, float scale) -> (Tensor, Tensor, Tensor)",
     reference=moe_route_reference,
     fake=_route_fake,
-    triton="yaongi.kernels.moe.routing.triton_impl:moe_route_triton",
+    triton="yaongi.kernels.moe.routing:moe_route_triton",
     value_check=_route_value_check,
 )
 _route_backward_op = backend.define(
     "moe_route_backward(Tensor dweights, Tensor logits, Tensor expert_ids, float scale) -> Tensor",
     reference=moe_route_backward_reference,
     fake=_route_backward_fake,
-    triton="yaongi.kernels.moe.routing.triton_impl:moe_route_backward_triton",
+    triton="yaongi.kernels.moe.routing:moe_route_backward_triton",
 )
 backend.define_autograd("moe_route", _route_backward, _route_setup_context)
 backend.define_no_autograd("moe_route_backward")
@@ -126,7 +126,7 @@ _op = backend.define(
     "moe(Tensor x, Tensor w_up, Tensor w_down, Tensor expert_ids, Tensor expert_weights) -> (Tensor y, Tensor a)",
     reference=moe_reference,
     fake=_fake,
-    triton="yaongi.kernels.moe.triton_impl:moe_triton",
+    triton="yaongi.kernels.moe.experts_forward:moe_triton",
     triton_refuses=_triton_refuses,
     value_check=_value_check,
 )
@@ -135,7 +135,7 @@ _backward_op = backend.define(
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down, Tensor dexpert_weights)",
     reference=moe_backward_reference,
     fake=_backward_fake,
-    triton="yaongi.kernels.moe.gradients.triton_impl:moe_backward_triton",
+    triton="yaongi.kernels.moe.experts_backward:moe_backward_triton",
     triton_refuses=_backward_triton_refuses,
 )
 _accumulate_op = backend.define(
@@ -143,7 +143,7 @@ _accumulate_op = backend.define(
     " Tensor a, Tensor(a!) dw_up, Tensor(b!) dw_down) -> (Tensor dx, Tensor dexpert_weights)",
     reference=moe_backward_accumulate_reference,
     fake=_accumulate_fake,
-    triton="yaongi.kernels.moe.gradients.triton_impl:moe_backward_accumulate_triton",
+    triton="yaongi.kernels.moe.experts_backward:moe_backward_accumulate_triton",
     triton_refuses=_backward_triton_refuses,
 )
 backend.define_autograd("moe", _backward, _setup_context)

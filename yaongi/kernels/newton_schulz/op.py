@@ -9,8 +9,8 @@ from yaongi.kernels import backend, check
 from yaongi.kernels.newton_schulz.reference import newton_schulz_reference, teon_update_reference
 
 Tensor = torch.Tensor
-GPU = "yaongi.kernels.newton_schulz.triton_impl"
-TEON_ON_GPU = "yaongi.kernels.newton_schulz.teon.triton_impl"
+GPU = "yaongi.kernels.newton_schulz.passes"
+TEON_ON_GPU = "yaongi.kernels.newton_schulz.teon"
 Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each step: σ ← aσ + bσ³ + cσ⁵
 SAFETY = 1.05  # the steps expect σ ≤ 1 and see σ/SAFETY: rounding errors above 1 then stay in their domain
 POLAR_EXPRESS: Coefficients = tuple(

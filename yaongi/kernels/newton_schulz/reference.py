@@ -103,20 +103,26 @@ def teon_update_reference(
     weights = masters or params
     for first in range(0, len(params), stack):
         layers = range(first, first + stack)
-        directions = [_momentum_step(grads[i], momenta[i], momentum, nesterov) for i in layers]
+        directions = [teon_direction(grads[i], momenta[i], momentum, nesterov) for i in layers]
         joint = rounding(storage and DIRECTION)(torch.cat(directions, -1))
         stacked = newton_schulz_reference(joint, coefficients, "gram", storage)
         for i, o in zip(layers, stacked.split(n, -1), strict=True):
             weight = weights[i].to(torch.promote_types(weights[i].dtype, torch.float32))
-            weights[i].copy_((1 - lr * weight_decay) * weight - lr * math.sqrt(m / n) * o)
+            weights[i].copy_(teon_weight(weight, o, (m, n), lr, weight_decay))
             if masters:
                 params[i].copy_(weights[i])
 
 
-def _momentum_step(grad: Tensor, buffer: Tensor, momentum: float, nesterov: bool) -> Tensor:
-    """Updates one momentum M in place and returns the direction U: G + μM with Nesterov, else M."""
+def teon_direction(grad: Tensor, buffer: Tensor, momentum: float, nesterov: bool = True) -> Tensor:
+    """Move one momentum M ← μM + G in place, and return the direction U: G + μM with Nesterov, else M."""
     wide = torch.promote_types(torch.promote_types(grad.dtype, buffer.dtype), torch.float32)
     grad = grad.to(wide)
     accumulated = momentum * buffer.to(wide) + grad
     buffer.copy_(accumulated)
     return grad + momentum * accumulated if nesterov else accumulated
+
+
+def teon_weight(weight: Tensor, o: Tensor, shape: tuple[int, int], lr: float, weight_decay: float) -> Tensor:
+    """(1 − ηλ)·W − η·sqrt(m/n)·O of all rows of W or some; `shape` (m, n) is that of the whole matrix."""
+    m, n = shape
+    return (1 - lr * weight_decay) * weight - lr * math.sqrt(m / n) * o

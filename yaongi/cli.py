@@ -1,0 +1,24 @@
+"""How every command ends: what the user did wrong is one line on standard error, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+USER_ERRORS = (ValueError, TypeError, OSError, MemoryError, KeyError)
+
+
+def run(command: Callable[[], object], *, interrupted: str = "interrupted") -> None:
+    """Run a command; a mistake of the user's ends the program with `error: …` and status 1, Ctrl-C with status 130."""
+    try:
+        command()
+    except USER_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; the system's own words where it names no file."""
+    words = error.strerror if isinstance(error, OSError) and not error.filename else None
+    return " ".join((words or str(error)).split())

@@ -1,0 +1,1 @@
+"""Where documents come from: the embedded corpus, files, the hub."""

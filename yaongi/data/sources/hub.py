@@ -1,0 +1,170 @@
+"""The public data sets of the 15 B-token mix, and where their files are read from: the hub, or a mirror folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Protocol
+
+from yaongi.data.sources.readers import file_format
+
+BYTES_PER_TOKEN: Mapping[str, float] = {"ko": 4.8, "en": 4.1, "code": 3.3, "math": 3.4}  # to turn a budget into bytes
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the hub.
+
+    Attributes:
+        share: percent of the mix's tokens.
+        files: glob patterns of its files (``*`` crosses folders).
+        fields: where a row's text is; only these columns are read, so that drifting types elsewhere don't matter.
+        revision: branch, tag or commit; the first download resolves it to a commit, and goes on from that one.
+        fallback: name of another source in ``FALLBACKS``, taken when this one cannot be had.
+        blobs: rows hold no text but a ``blob_id``, whose content lies in Software Heritage's bucket.
+    """
+
+    domain: str
+    share: float
+    id: str
+    files: tuple[str, ...] = ("*",)
+    fields: tuple[str, ...] = ("text",)
+    revision: str = "main"
+    fallback: str | None = None
+    blobs: bool = False
+
+
+HUB_SOURCES: Mapping[str, HubSource] = {
+    "korean-synthetic": HubSource("ko", 20, "HAERAE-HUB/KOREAN-SyntheticText-1.5B"),
+    "cosmopedia-ko": HubSource("ko", 10, "KORMo-Team/Cosmopedia-ko-synth"),
+    "wikipedia-ko": HubSource("ko", 5, "lcw99/wikipedia-korean-20240501", fallback="wikimedia-ko"),
+    "fineweb2-ko": HubSource("ko", 5, "KORMo-Team/FineWeb2-ko-synth"),
+    "dolmino": HubSource("en", 10, "allenai/dolma3_dolmino_mix-10B-1025"),
+    "fineweb-edu": HubSource("en", 10, "HuggingFaceFW/fineweb-edu", ("sample/10BT/*",)),
+    "dolci-python": HubSource("code", 10, "allenai/Dolci-Think-SFT-Python", fields=("messages",)),
+    "stack-edu": HubSource(
+        "code",
+        15,
+        "HuggingFaceTB/stack-edu",
+        ("Python/*",),
+        ("blob_id", "src_encoding"),
+        fallback="python-edu",
+        blobs=True,
+    ),
+    "finemath": HubSource("math", 15, "HuggingFaceTB/finemath", ("finemath-4plus/*",)),
+}
+FALLBACKS: Mapping[str, HubSource] = {
+    "wikimedia-ko": HubSource("ko", 5, "wikimedia/wikipedia", ("20231101.ko/*",)),
+    "python-edu": HubSource("code", 15, "Avelina/python-edu-cleaned"),
+}
+
+
+class Repository(Protocol):
+    """One data set at one revision."""
+
+    revision: str
+    licence: str
+
+    def names(self) -> list[str]:
+        """All files in it."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, seekable; only what is read is transferred."""
+
+
+class HubRepository:
+    """A data set on the Hugging Face hub, at a commit."""
+
+    def __init__(self, source: HubSource, revision: str | None = None) -> None:
+        """Resolve ``revision`` (or the source's) to a commit. OSError or HfHubHTTPError when that fails."""
+        from huggingface_hub import HfApi, HfFileSystem
+
+        info = HfApi().dataset_info(source.id, revision=revision or source.revision)
+        self._id, self._fs = source.id, HfFileSystem()
+        self._names = [sibling.rfilename for sibling in info.siblings or []]
+        self.revision = info.sha or source.revision
+        licence = (info.card_data.to_dict() if info.card_data else {}).get("license")
+        self.licence = str(licence) if licence else "not stated"
+
+    def names(self) -> list[str]:
+        """All files in it."""
+        return self._names
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, read in ranges."""
+        return self._fs.open(f"datasets/{self._id}@{self.revision}/{name}", "rb")
+
+
+class MirrorRepository:
+    """The same files in a local folder, ``MIRROR/owner/name/…``."""
+
+    def __init__(self, mirror: Path, source: HubSource) -> None:
+        """FileNotFoundError if the mirror lacks the data set."""
+        self._folder = mirror / source.id
+        if not self._folder.is_dir():
+            raise FileNotFoundError(f"download: {source.id} is not in the mirror {mirror}")
+        self.revision, self.licence = "mirror", "as on its card"
+
+    def names(self) -> list[str]:
+        """All files in it."""
+        files = (path for path in self._folder.rglob("*") if path.is_file())
+        return [path.relative_to(self._folder).as_posix() for path in files]
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file."""
+        return (self._folder / name).open("rb")
+
+
+def data_names(source: HubSource, repository: Repository) -> list[str]:
+    """The files to read, in an order by the hash of their names, so that a budget doesn't take one folder only.
+
+    Raises:
+        ValueError: none matches.
+    """
+    found = [
+        name
+        for name in repository.names()
+        if file_format(name) in (".jsonl", ".parquet", ".json") and any(fnmatch(name, p) for p in source.files)
+    ]
+    if not found:
+        raise ValueError(f"download: {source.id} has no data files that match {' '.join(source.files)}")
+    return sorted(found, key=lambda name: sha256(name.encode()).digest())
+
+
+class BlobStore(Protocol):
+    """Contents by blob id."""
+
+    def get(self, blob_id: str) -> bytes | None:
+        """The gzip-compressed content, or None if it isn't there."""
+
+
+class SoftwareHeritage:
+    """The public bucket ``s3://softwareheritage/content``, over HTTPS."""
+
+    url = "https://softwareheritage.s3.amazonaws.com/content/"
+
+    def get(self, blob_id: str) -> bytes | None:
+        """The gzip-compressed content, or None if it isn't there. OSError if the bucket can't be reached."""
+        from urllib.error import HTTPError
+        from urllib.request import urlopen
+
+        try:
+            with urlopen(self.url + blob_id, timeout=30) as answer:
+                return answer.read()
+        except HTTPError as error:
+            if error.code in (403, 404):
+                return None
+            raise
+
+
+class MirrorBlobs:
+    """The same in a local folder, ``MIRROR/softwareheritage/content/BLOB_ID``."""
+
+    def __init__(self, mirror: Path) -> None:
+        self._folder = mirror / "softwareheritage" / "content"
+
+    def get(self, blob_id: str) -> bytes | None:
+        """The gzip-compressed content, or None if it isn't there."""
+        path = self._folder / blob_id
+        return path.read_bytes() if path.is_file() else None

@@ -1,0 +1,86 @@
+"""Sources as a user writes them, opened: `embedded`, `DOMAIN=PATH`, or a folder with `train/` and perhaps `val/`.
+
+* `embedded`: the corpus inside the package;
+* `DOMAIN=PATH`: a file or a folder of .txt, .jsonl (also .xz, .zst, .gz) or .parquet, for ko, en, code or math;
+* `PATH`: a folder that holds `train/` and perhaps `val/` with `ko.jsonl.xz` or `ko/…` in each, as
+  `python -m yaongi.data download` writes it.
+
+Where a domain has no `val` of its own, documents are held out of it by the hash of their text.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from yaongi.data.mix import DOMAINS
+from yaongi.data.sources.readers import data_files, file_format, read_documents
+from yaongi.data.sources.source import TRAIN, VAL, Source
+from yaongi.files import sha256_file
+
+
+def open_sources(specs: Sequence[str]) -> list[Source]:
+    """The sources that ``specs`` name, in order.
+
+    Raises:
+        FileNotFoundError: a path without readable files.
+        ValueError: an unknown domain, or no spec at all.
+    """
+    if not specs:
+        raise ValueError("data: wanted a --source: embedded, DOMAIN=PATH or a folder with train/")
+    found: list[Source] = []
+    for spec in specs:
+        domain, equals, path = spec.partition("=")
+        if spec == "embedded":
+            from yaongi.data.sources.embedded.corpus import embedded_sources
+
+            found += embedded_sources()
+        elif equals and domain in DOMAINS:
+            found.append(_files_source(domain, None, Path(path)))
+        elif Path(spec).is_dir() and (Path(spec) / TRAIN).is_dir():
+            found += _folder_sources(Path(spec))
+        elif Path(spec).exists():
+            raise ValueError(f"data: wanted DOMAIN=PATH ({', '.join(DOMAINS)}) or a folder with train/, got {spec}")
+        else:
+            raise FileNotFoundError(f"data: no such source: {spec}")
+    return found
+
+
+def _folder_sources(folder: Path) -> list[Source]:
+    """``train/DOMAIN…`` and ``val/DOMAIN…``; a subfolder of ``train/DOMAIN/`` is a source of its own."""
+    found = []
+    for domain in DOMAINS:
+        parts = {split: _domain_paths(folder / split, domain) for split in (TRAIN, VAL)}
+        for split, paths in parts.items():
+            whole = split if parts[VAL] else None
+            found += [_files_source(domain, whole, path) for path in paths]
+    if not found:
+        raise FileNotFoundError(f"data: wanted {', '.join(DOMAINS)} files or folders in {folder / TRAIN}, got none")
+    return found
+
+
+def _domain_paths(folder: Path, domain: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    files = [p for p in folder.iterdir() if p.is_file() and p.name.split(".")[0] == domain and file_format(p.name)]
+    inner = folder / domain
+    if inner.is_dir():
+        parts = sorted(p for p in inner.iterdir() if p.is_dir())
+        files += parts or [inner]
+    return sorted(files)
+
+
+def _files_source(domain: str, split: str | None, path: Path) -> Source:
+    files = data_files(path)
+    about = path / "source.json"
+    record = json.loads(about.read_text()) if about.is_file() else {}
+
+    def documents() -> Iterator[str]:
+        for file in files:
+            yield from read_documents(file)
+
+    def fingerprint() -> str:
+        return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+
+    name = record.get("id", path.name.split(".")[0])
+    return Source(domain, split, name, record.get("licence", "not stated"), documents, fingerprint)

@@ -1,0 +1,1 @@
+"""The stages of `python -m yaongi.data`, one file each."""

@@ -1,0 +1,264 @@
+"""Bring the hub's data sets to disk: resumable by (file, row), within a budget, counted, licences recorded.
+
+A source becomes a folder ``train/DOMAIN/NAME/`` of ``part-00000.jsonl.zst``, … and ``source.json``, which ``sources``
+reads as it stands. A part is written under a temporary name and renamed, then ``source.json`` takes note of it and of
+the next (file, row): an interruption costs the part under way, never a duplicate or a gap.
+"""
+
+import gzip
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from yaongi.data.sources.hub import (
+    BYTES_PER_TOKEN,
+    FALLBACKS,
+    HUB_SOURCES,
+    BlobStore,
+    HubRepository,
+    HubSource,
+    MirrorBlobs,
+    MirrorRepository,
+    Repository,
+    SoftwareHeritage,
+    data_names,
+)
+from yaongi.data.sources.readers import document, read_rows
+from yaongi.data.text import normalize
+from yaongi.files import write_atomically
+
+PART_BYTES = 64_000_000
+TRIES = 6
+_BLOBS_AT_ONCE = 64
+_FETCHERS = 32
+T = TypeVar("T")
+
+
+@dataclass
+class Progress:
+    """What is on disk of a source, and where to go on: the content of ``source.json``."""
+
+    id: str
+    revision: str
+    licence: str
+    file: int = 0
+    row: int = 0
+    parts: int = 0
+    documents: int = 0
+    bytes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    budget_bytes: int = 0
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are read from; tests and offline machines give a mirror."""
+
+    repository: Callable[[HubSource, str | None], Repository]
+    blobs: BlobStore
+    sleep: Callable[[float], None] = time.sleep
+    part_bytes: int = PART_BYTES
+
+    @classmethod
+    def of(cls, mirror: Path | None) -> "Places":
+        """The hub, or a local mirror of it."""
+        if mirror is None:
+            return cls(HubRepository, SoftwareHeritage())
+        return cls(lambda source, _: MirrorRepository(mirror, source), MirrorBlobs(mirror))
+
+
+def download(
+    out: Path, total_tokens: float, places: Places, *, names: tuple[str, ...] = (), say: Callable[[str], None] = print
+) -> dict[str, Progress]:
+    """Bring every source of ``HUB_SOURCES`` (or those in ``names``) up to its share of ``total_tokens``.
+
+    Raises:
+        ValueError: an unknown name, a source that gives no rows.
+        OSError: a source that cannot be reached after several tries, and has no fallback that can.
+    """
+    for name in names:
+        if name not in HUB_SOURCES:
+            raise ValueError(f"download: wanted sources among {', '.join(HUB_SOURCES)}, got {name!r}")
+    found = {}
+    for name in names or HUB_SOURCES:
+        source = HUB_SOURCES[name]
+        budget = int(total_tokens * source.share / 100 * BYTES_PER_TOKEN[source.domain])
+        progress = download_source(source, out / "train" / source.domain / name, budget, places, say)
+        say(f"{name}: {progress.documents:,} documents, {progress.bytes / 1e6:.1f} MB, licence: {progress.licence}")
+        found[name] = progress
+    return found
+
+
+def download_source(
+    source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None] = print
+) -> Progress:
+    """One source up to ``budget_bytes`` of UTF-8 text, or its end; its fallback if it cannot be had at all."""
+    try:
+        return _Download(source, folder, budget_bytes, places, say).run()
+    except _unavailable() as error:
+        if source.fallback is None or _kept(folder).get("documents"):
+            raise
+        say(f"{source.id}: {' '.join(str(error).split())}; taking {FALLBACKS[source.fallback].id} instead")
+    (folder / "source.json").unlink(missing_ok=True)
+    return _Download(FALLBACKS[source.fallback], folder, budget_bytes, places, say).run()
+
+
+class _Download:
+    """The work on one source."""
+
+    def __init__(
+        self, source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None]
+    ) -> None:
+        self.source, self.folder, self.places, self.say = source, folder, places, say
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = _kept(folder)
+        if kept and kept["id"] in {s.id for s in FALLBACKS.values()}:
+            self.source = next(s for s in FALLBACKS.values() if s.id == kept["id"])
+        self.repository = self._patiently(lambda: places.repository(self.source, kept.get("revision")))
+        fresh = Progress(self.source.id, self.repository.revision, self.repository.licence)
+        self.progress = Progress(**kept) if kept else fresh
+        self.progress.done = self.progress.done and self.progress.budget_bytes >= budget_bytes
+        self.progress.budget_bytes = max(budget_bytes, self.progress.budget_bytes)
+
+    def run(self) -> Progress:
+        """Write parts until the budget or the end; then say so in ``source.json``."""
+        progress = self.progress
+        texts = iter(()) if progress.done else self._texts()
+        while not progress.done:
+            progress = self._write_part(texts, progress)
+            if not progress.documents:
+                raise ValueError(f"download: {self.source.id} gave no rows with text (skipped: {progress.skipped})")
+            self._record(progress)
+            self.progress = progress
+        return progress
+
+    def _write_part(self, texts: Iterator[tuple[int, int, str]], start: Progress) -> Progress:
+        """Write one part, and return the progress that holds once it is recorded."""
+        import zstandard
+
+        path = self.folder / f"part-{start.parts:05d}.jsonl.zst"
+        temporary = path.with_name(path.name + ".tmp")
+        now = replace(start, skipped=dict(start.skipped), done=True)
+        with temporary.open("wb") as raw, zstandard.ZstdCompressor(3).stream_writer(raw) as file:
+            for file_number, row, text in texts:
+                now.file, now.row = file_number, row
+                kept = self._clean(text, now.skipped)
+                if kept is None:
+                    continue
+                file.write(json.dumps({"text": kept}, ensure_ascii=False).encode() + b"\n")
+                now.documents += 1
+                now.bytes += len(kept.encode())
+                if now.bytes >= now.budget_bytes or now.bytes - start.bytes >= self.places.part_bytes:
+                    now.done = now.bytes >= now.budget_bytes
+                    break
+        if now.documents > start.documents:
+            temporary.replace(path)
+            now.parts += 1
+        else:
+            temporary.unlink()
+        return now
+
+    def _clean(self, text: str, skipped: dict[str, int]) -> str | None:
+        try:
+            kept = normalize(text)
+        except ValueError:
+            skipped["lone surrogate"] = skipped.get("lone surrogate", 0) + 1
+            return None
+        if not kept.strip():
+            skipped["empty"] = skipped.get("empty", 0) + 1
+            return None
+        return kept
+
+    def _record(self, progress: Progress) -> None:
+        write_atomically(self.folder / "source.json", json.dumps(asdict(progress), indent=1).encode())
+
+    def _texts(self) -> Iterator[tuple[int, int, str]]:
+        """Texts from where the progress stands, each with the (file, row) that follows it."""
+        rows = self._rows()
+        if not self.source.blobs:
+            for file, row, record in rows:
+                yield file, row, document(record, self.source.fields, f"{self.source.id}, row {row - 1}")
+            return
+        missing = 0
+        with ThreadPoolExecutor(_FETCHERS) as pool:
+            while batch := list(islice(rows, _BLOBS_AT_ONCE)):
+                contents = pool.map(lambda item: self._patiently(lambda: self._blob(item[2])), batch)
+                for (file, row, _), text in zip(batch, contents, strict=True):
+                    missing = 0 if text else missing + 1
+                    if missing > 4 * _BLOBS_AT_ONCE:
+                        raise ValueError(f"download: {missing} contents of {self.source.id} in a row are not to be had")
+                    yield file, row, text
+
+    def _blob(self, record: dict[str, Any]) -> str:
+        """The content a row names, or nothing when it is missing or not in the encoding it claims."""
+        packed = self.places.blobs.get(record["blob_id"])
+        if packed is None:
+            return ""
+        try:
+            return gzip.decompress(packed).decode(record.get("src_encoding") or "utf-8")
+        except (UnicodeDecodeError, LookupError, EOFError, zlib.error, gzip.BadGzipFile):
+            return ""
+
+    def _rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Rows, each with the (file, row) that follows it; a broken connection goes on at the row it broke at."""
+        names = data_names(self.source, self.repository)
+        file, row, failures = self.progress.file, self.progress.row, 0
+        while file < len(names):
+            try:
+                with self.repository.open(names[file]) as stream:
+                    for record in read_rows(stream, names[file], self.source.fields, row):
+                        row, failures = row + 1, 0
+                        yield file, row, record
+                file, row = file + 1, 0
+            except _network_errors() as error:
+                failures += 1
+                self._wait(failures, error)
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        failures = 0
+        while True:
+            try:
+                return action()
+            except _network_errors() as error:
+                failures += 1
+                self._wait(failures, error)
+
+    def _wait(self, failures: int, error: Exception) -> None:
+        """Sleep before the next try, doubling; raise when there have been enough, or when trying is no use."""
+        if isinstance(error, _hopeless_errors()):
+            raise FileNotFoundError(f"download: {self.source.id} is not to be had: {error}") from error
+        if failures >= TRIES:
+            kind = type(error).__name__
+            raise ConnectionError(f"download: {self.source.id} not reached in {TRIES} tries: {kind} {error}") from error
+        seconds = min(60.0, 2.0**failures)
+        self.say(f"{self.source.id}: {type(error).__name__}, trying again in {seconds:.0f} s")
+        self.places.sleep(seconds)
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    path = folder / "source.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _unavailable() -> tuple[type[Exception], ...]:
+    return *_network_errors(), ValueError
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """``HTTPError`` is the base of all that the hub's HTTP client raises, whichever client its version uses."""
+    from huggingface_hub.errors import HTTPError
+
+    return OSError, HTTPError
+
+
+def _hopeless_errors() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    return FileNotFoundError, PermissionError, EntryNotFoundError, GatedRepoError, RepositoryNotFoundError

@@ -1,0 +1,258 @@
+"""Sources to token shards, on all cores: NFC, duplicates and benchmark texts out, ids on disk."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yaongi.data import dedup
+from yaongi.data.decontaminate import Benchmarks, benchmark_texts
+from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWriter, write_manifest
+from yaongi.data.sources.source import TRAIN, VAL, Source, is_held_out
+from yaongi.data.sources.specs import open_sources
+from yaongi.data.text import batches, normalize, word_hashes
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.files import sha256_file
+
+_BATCH_CHARACTERS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Options:
+    """What changes the result of ``tokenize_sources``."""
+
+    held_out: float = 0.005
+    near_duplicates: bool = True
+    benchmarks: tuple[str, ...] = ()
+    shard_tokens: int = 100_000_000
+
+
+@dataclass(frozen=True)
+class _Document:
+    """What a worker says of a document: everything but the decision, which needs all that came before."""
+
+    tokens: NDArray[np.int32]
+    text_bytes: int
+    digest: bytes
+    sketch: NDArray[Any] | None
+    held_out: bool
+    contaminated: bool
+
+
+class _Worker:
+    """Reads a document once and says all there is to say of it. One a process."""
+
+    def __init__(self, model: bytes, benchmarks: Benchmarks, options: Options) -> None:
+        self.tokenizer, self.benchmarks, self.options = Tokenizer(model), benchmarks, options
+
+    def __call__(self, texts: Sequence[str]) -> list[_Document]:
+        return [self._document(text) for text in map(normalize, texts) if text.strip()]
+
+    def _document(self, text: str) -> _Document:
+        near = self.options.near_duplicates
+        words = word_hashes(text) if near or self.benchmarks else np.empty(0, np.uint64)
+        return _Document(
+            tokens=np.array(self.tokenizer.encode(text, eos=True), np.int32),
+            text_bytes=len(text.encode()),
+            digest=dedup.digest(text),
+            sketch=dedup.signature(words) if near else None,
+            held_out=is_held_out(text, self.options.held_out),
+            contaminated=self.benchmarks.touches(words),
+        )
+
+
+def tokenize_sources(
+    specs: Sequence[str],
+    tokenizer: Tokenizer,
+    out: Path,
+    options: Options,
+    *,
+    workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write the token shards of ``specs`` (see ``sources``) into ``out``; nothing is done when they are there already.
+
+    Held-out documents are taken first, so that a training document that repeats one is dropped as a duplicate.
+
+    Args:
+        workers: processes; 0 means one for each core. The result does not depend on it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: a source without documents, unreadable content, a lone surrogate, a benchmark without items.
+        FileNotFoundError: a source or benchmark that is not there.
+    """
+    sources = open_sources(specs)
+    plan = _plan(sources, tokenizer, options)
+    if (done := _finished(out, plan)) is not None:
+        say(f"token shards in {out} are up to date")
+        return done
+    building = out.with_name(out.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    _build(sources, tokenizer, building, options, plan, workers or os.cpu_count() or 1, say)
+    _replace(out, building)
+    return ShardSet.open(out).manifest
+
+
+def _build(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    folder: Path,
+    options: Options,
+    plan: dict[str, Any],
+    workers: int,
+    say: Callable[[str], None],
+) -> None:
+    benchmarks = Benchmarks(benchmark_texts(options.benchmarks))
+    with _pool(_Worker(tokenizer.model, benchmarks, options), workers) as process:
+        splits, counts = _write_all(sources, process, folder, tokenizer.vocab_size, options, say)
+    tokenizer.save(folder / "tokenizer")
+    np.save(folder / TOKEN_BYTES, tokenizer.byte_lengths)
+    write_manifest(
+        folder,
+        splits,
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        token_bytes_sha256=sha256_file(folder / TOKEN_BYTES),
+        token_bytes_size=(folder / TOKEN_BYTES).stat().st_size,
+        benchmark_items=benchmarks.items,
+        counts=counts,
+        plan=plan,
+    )
+
+
+def _plan(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
+    """All that decides the content, so that a second run can tell that nothing has changed."""
+    inputs = [[s.domain, s.split, s.name, s.fingerprint()] for s in sources]
+    benchmarks = [sha256_file(Path(b)) if Path(b).is_file() else b for b in options.benchmarks]
+    plan = {"inputs": inputs, "tokenizer": tokenizer.hash, **asdict(options), "benchmarks": benchmarks}
+    return json.loads(json.dumps(plan))
+
+
+def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    if not (out / MANIFEST).is_file():
+        return None
+    try:
+        manifest = ShardSet.open(out).manifest
+    except (ValueError, FileNotFoundError):
+        return None  # damaged: made anew
+    return manifest if manifest.get("plan") == plan else None
+
+
+def _replace(out: Path, building: Path) -> None:
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    building.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_all(
+    sources: Sequence[Source],
+    process: Callable[[Iterator[list[str]]], Iterator[_Document]],
+    folder: Path,
+    vocab_size: int,
+    options: Options,
+    say: Callable[[str], None],
+) -> tuple[dict[str, dict[str, list[Shard]]], dict[str, dict[str, int]]]:
+    seen = dedup.Seen(near=options.near_duplicates)
+    splits: dict[str, dict[str, list[Shard]]] = {TRAIN: {}, VAL: {}}
+    counts: dict[str, dict[str, int]] = {}
+    for number, source in sorted(enumerate(sources), key=lambda pair: pair[1].split != VAL):
+        label = f"{source.domain}/{source.name}" + (f" ({source.split})" if source.split else "")
+        writers = {
+            split: ShardWriter(
+                folder,
+                f"{split}/{source.domain}-{number:02d}",
+                source.name,
+                source.licence,
+                options.shard_tokens,
+                vocab_size,
+            )
+            for split in (TRAIN, VAL)
+        }
+        try:
+            counts[label] = dict(_write_source(source, process, writers, seen))
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        for split, writer in writers.items():
+            writer.close()
+            if writer.shards:
+                splits[split].setdefault(source.domain, []).extend(writer.shards)
+        say(f"{label}: " + ", ".join(f"{count:,} {name}" for name, count in counts[label].items()))
+    return splits, counts
+
+
+def _write_source(
+    source: Source,
+    process: Callable[[Iterator[list[str]]], Iterator[_Document]],
+    writers: dict[str, ShardWriter],
+    seen: dedup.Seen,
+) -> Counter[str]:
+    counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", "exact", "near", "contaminated"), 0))
+    for document in process(batches(source.documents(), _BATCH_CHARACTERS)):
+        split = source.split or (VAL if document.held_out else TRAIN)
+        if split == TRAIN and document.contaminated:
+            counts["contaminated"] += 1
+            continue
+        kind = seen.kind(document.digest, document.sketch)
+        if kind:
+            counts[kind] += 1
+            continue
+        writers[split].add(document.tokens, document.text_bytes)
+        counts["documents"] += 1
+        counts["tokens"] += len(document.tokens)
+    if not counts["documents"]:
+        raise ValueError(f"data: source {source.name} of {source.domain} gave no documents ({dict(counts)})")
+    return counts
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(worker: _Worker) -> None:
+    global _worker
+    _worker = worker
+
+
+def _run_worker(texts: list[str]) -> list[_Document]:
+    if _worker is None:
+        raise RuntimeError("pipeline: worker process was not started")
+    return _worker(texts)
+
+
+@contextmanager
+def _pool(worker: _Worker, count: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[_Document]]]:
+    """A function from batches of texts to their documents, in order, computed on ``count`` processes."""
+    if count == 1:
+        yield lambda batches: chain.from_iterable(map(worker, batches))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _start_worker, (worker,)) as pool:
+
+        def ordered(batches: Iterator[list[str]]) -> Iterator[_Document]:
+            running: deque[Any] = deque()
+            for batch in batches:
+                running.append(pool.submit(_run_worker, batch))
+                if len(running) > 2 * count:
+                    yield from running.popleft().result()
+            while running:
+                yield from running.popleft().result()
+
+        yield ordered

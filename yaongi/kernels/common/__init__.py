@@ -1,0 +1,1 @@
+"""What several ops share: the compute dtype, TMA descriptors, sums in a fixed order."""

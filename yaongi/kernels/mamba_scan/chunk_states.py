@@ -1,0 +1,190 @@
+"""The states that enter each chunk of the Mamba-2 scan, carried along the sequence, forwards or backwards.
+
+states   walks along the sequence with the state in registers                               one launch
+chain    where few heads would leave the GPU idle: from totals of segments to their entries     two launches before
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.mamba_scan.decays import PLANES, Scan, exp2, load_into, load_out, load_through, row_descriptor
+from yaongi.kernels.mamba_scan.tiles import (
+    Config,
+    blocks_of,
+    by_head,
+    load_state,
+    load_tile,
+    state_descriptor,
+    store_state,
+)
+
+Tensor = torch.Tensor
+
+STATES = {2: Config(num_warps=4, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
+
+
+@triton.jit
+def _mamba_scan_states_kernel(
+    x_desc,  # x (B, H, L, P); in reverse dy
+    b_desc,  # b (B, G, L, N); in reverse c
+    steps_desc,  # (B·H·4, padded)
+    steps_ptr,
+    entry_desc,  # (S·B·H, P, N), fp32: the state with which each segment begins
+    states_desc,  # (B·H·chunks, N, P), the state at each chunk's entry; in reverse the gradient of that at its end
+    end_desc,  # (S·B·H, P, N), fp32: totals of the segments; else (B·H, P, N), the last state
+    H,
+    P,
+    padded,
+    heads_a_group,
+    chunks,
+    chunks_a_segment,
+    TOTALS: tl.constexpr,
+    HAS_ENTRY: tl.constexpr,
+    HAS_END: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """h ← t·h + Σ_j o_j·δ_j·x_j ⊗ b_j over the chunks; in reverse g ← t·g + Σ_i e_i·dy_i ⊗ c_i; transposed, (N, P)."""
+    blocks_p = tl.cdiv(P, BLOCK_P)
+    row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
+    batch, head, segment = row // H, row % H, tl.program_id(1)
+    if TOTALS and REVERSE:
+        segment += 1  # of the first segment in the walk's order a total is needed, of the last one none
+    segment_row = segment * (tl.num_programs(0) // blocks_p) + row
+    steps_ptr += row.to(tl.int64) * PLANES * padded
+    state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    if HAS_ENTRY:
+        state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
+    first = segment * chunks_a_segment
+    end = tl.minimum(first + chunks_a_segment, chunks)
+    for i in tl.range(first, end, disable_licm=True):
+        chunk = first + end - 1 - i if REVERSE else i
+        if not TOTALS:
+            tile = state.to(states_desc.dtype).reshape(1, BLOCK_N, BLOCK_P)
+            states_desc.store([row * chunks + chunk, 0, column], tile)
+        start = chunk * CHUNK
+        x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
+        b = load_tile(b_desc, batch, start, head // heads_a_group, 0, CHUNK, BLOCK_N)
+        if REVERSE:
+            weight = load_into(steps_desc, row, start, CHUNK)
+        else:
+            weight = load_out(steps_desc, row, start, CHUNK)
+        through = load_through(steps_ptr, start, CHUNK)
+        weighted = x.to(tl.float32) * weight[:, None]
+        rounded = weighted.to(x.dtype)
+        state = tl.dot(b.T, rounded, state * through, input_precision="ieee")
+        if x.dtype != tl.float32:  # what rounding left out is most of dA's error, and the bytes leave time for it
+            state = tl.dot(b.T, (weighted - rounded.to(tl.float32)).to(x.dtype), state, input_precision="ieee")
+    if TOTALS:
+        store_state(end_desc, segment_row, column, state, BLOCK_P, BLOCK_N)
+    elif HAS_END and segment == (0 if REVERSE else tl.num_programs(1) - 1):
+        store_state(end_desc, row, column, state, BLOCK_P, BLOCK_N)
+
+
+@triton.jit
+def _mamba_scan_chain_kernel(
+    totals_ptr,  # (S, B, H, P·N): each segment's own contribution; becomes the state with which it begins
+    first_ptr,  # (B, H, P·N)
+    steps_ptr,  # (B, H, 4, padded)
+    size,
+    padded,
+    chunks_a_segment,
+    segments,
+    HAS_FIRST: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    i, z = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_Z)
+    place = row.to(tl.int64) * size + i
+    state = tl.zeros((BLOCK,), tl.float32)
+    if HAS_FIRST:
+        state = tl.load(first_ptr + place, mask=i < size, other=0.0)
+    steps_ptr += row.to(tl.int64) * PLANES * padded
+    for k in range(segments):
+        segment = segments - 1 - k if REVERSE else k
+        start = segment * chunks_a_segment * CHUNK
+        ends = start + z * CHUNK + (CHUNK - 1)
+        inside = (z < chunks_a_segment) & (ends < padded)
+        through = exp2(tl.sum(tl.load(steps_ptr + ends, mask=inside, other=0.0)))
+        segment_ptr = totals_ptr + segment.to(tl.int64) * tl.num_programs(0) * size + place
+        total = tl.load(segment_ptr, mask=(i < size) & (k < segments - 1), other=0.0)
+        tl.store(segment_ptr, state, mask=i < size)
+        state = state * through + total
+
+
+def _walk(
+    scan: Scan, x: Tensor, b: Tensor, entry: Tensor | None, states: Tensor | None, end: Tensor | None, reverse: bool
+) -> None:
+    """Launches the states kernel: where `states` is None the totals of all segments but the walk's last."""
+    (B, _, H, P), (G, N) = x.shape, b.shape[2:]
+    block_p, block_n = blocks_of(x, N)
+    config = STATES[x.element_size()]
+    segments = scan.segments - (states is None)
+    _mamba_scan_states_kernel[(B * H * triton.cdiv(P, block_p), segments)](
+        by_head(x, scan.chunk, block_p),
+        by_head(b, scan.chunk, block_n),
+        row_descriptor(scan),
+        scan.steps,
+        state_descriptor(entry, block_p, block_n),
+        None if states is None else descriptor(states, block_n, block_p),
+        state_descriptor(end, block_p, block_n),
+        H,
+        P,
+        scan.padded,
+        H // G,
+        scan.chunks,
+        scan.chunks_a_segment,
+        TOTALS=states is None,
+        HAS_ENTRY=entry is not None,
+        HAS_END=end is not None,
+        REVERSE=reverse,
+        CHUNK=scan.chunk,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, reverse: bool = False) -> Tensor | None:
+    """The state with which each segment begins, (S, B, H, P, N); with one segment just the first of all."""
+    if scan.segments == 1:
+        return first
+    (B, _, H, P), N = x.shape, b.shape[3]
+    totals = torch.empty(scan.segments, B, H, P, N, dtype=torch.float32, device=x.device)
+    _walk(scan, x, b, None, None, totals, reverse)
+    _mamba_scan_chain_kernel[(B * H, triton.cdiv(P * N, 1024))](
+        totals,
+        first,
+        scan.steps,
+        P * N,
+        scan.padded,
+        scan.chunks_a_segment,
+        scan.segments,
+        HAS_FIRST=first is not None,
+        REVERSE=reverse,
+        CHUNK=scan.chunk,
+        BLOCK_Z=triton.next_power_of_2(scan.chunks_a_segment),
+        BLOCK=1024,
+    )
+    return totals
+
+
+def scan_states(
+    scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, end: Tensor | None, *, reverse: bool = False
+) -> Tensor:
+    """The state at each chunk's entry (B·H·chunks, N, P) in x's dtype; in reverse the gradient of that at its end.
+
+    In reverse x is dy, b is c and `first` the final state's gradient; `end` receives the last state of the walk.
+    """
+    B, _, H, P = x.shape
+    states = torch.empty(B * H * scan.chunks, b.shape[3], P, dtype=x.dtype, device=x.device)
+    _walk(scan, x, b, segment_entries(scan, x, b, first, reverse=reverse), states, end, reverse)
+    return states

@@ -1,0 +1,217 @@
+"""Step sizes and decays of the Mamba-2 scan: δ = softplus(dt + dt_bias), and the sum of δ·A since each chunk's entry.
+
+One launch for all that follows. Four numbers per token are kept: S, the sum of δ·A·log2(e) since the entry of its
+chunk; s, what rounding S to fp32 left out; s − log2(δ); and o·δ. Then E_ij·δ_j = 2^((S_i − S_j) + (s_i − (s_j −
+log2(δ_j)))) keeps small differences even after a decay of e^−100000, costs one exponential, and needs no product with
+δ. The first token of a document has the exponent ZERO_DECAY: every decay across it is then zero by itself, and no
+kernel but the first sees documents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.mamba_scan.tiles import blocks_of
+
+Tensor = torch.Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no inline assembly, no libdevice
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+NOTHING = tl.constexpr(-256.0)  # a step of this exponent leaves zero in fp32, as every stronger decay does
+
+PLANES = tl.constexpr(4)  # of the steps
+
+# By bytes of an operand's element: 64 rows are the tensor core's tile; fp32 goes without it, and takes few registers.
+CHUNK = {2: 64, 4: 16}
+
+SLOTS = 264  # walks that fill the 132 multiprocessors, two on each
+
+ENOUGH_BACKWARD = 128  # walks from which a backward pass does better with the sequence whole
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The step sizes of one call, and how its sequence is cut."""
+
+    steps: Tensor  # (B, H, 4, padded), fp32: S, its remainder s, s − log2(δ), o·δ
+    length: int
+    chunk: int
+    segments: int
+
+    @property
+    def padded(self) -> int:
+        """L rounded up to whole chunks; steps of size 0 fill the rest."""
+        return self.steps.shape[3]
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return self.padded // self.chunk
+
+    @property
+    def chunks_a_segment(self) -> int:
+        """The last segment may have fewer."""
+        return triton.cdiv(self.chunks, self.segments)
+
+
+@triton.jit
+def exp2(value):
+    """2^value by the one instruction, flushing denormals: `tl.exp2` spends three more on them."""
+    if INTERPRETED:
+        return tl.exp2(value)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def softplus(value):
+    """log(1 + e^value), exact to rounding where the result is tiny too."""
+    if INTERPRETED:
+        small = tl.exp(-tl.abs(value))
+        return tl.maximum(value, 0.0) + tl.where(small < 1e-4, small * (1 - small / 2), tl.log(1 + small))
+    return tl.maximum(value, 0.0) + libdevice.log1p(libdevice.exp(-tl.abs(value)))
+
+
+@triton.jit
+def load_delta(dt_ptr, bias_ptr, batch, token, head, inside, stride_b, stride_l, stride_h, HAS_BIAS: tl.constexpr):
+    """δ = softplus(dt + dt_bias) of tokens × heads, 0 beyond the sequence's end."""
+    place = dt_ptr + batch * stride_b + token.to(tl.int64) * stride_l + head * stride_h
+    raw = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + head, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, softplus(raw), 0.0)
+
+
+@triton.jit
+def load_row(desc, row, start, CHUNK: tl.constexpr):
+    """CHUNK tokens of a row of the steps, through the copy engine like the tiles, since many layouts want them."""
+    return desc.load([row, start]).reshape(CHUNK)
+
+
+@triton.jit
+def load_into(steps_desc, row, start, CHUNK: tl.constexpr):
+    """e, the decay from the chunk's entry to each token."""
+    return exp2(load_row(steps_desc, row * PLANES, start, CHUNK))
+
+
+@triton.jit
+def load_out(steps_desc, row, start, CHUNK: tl.constexpr):
+    """o·δ, the decay from each token to the chunk's end times its step size."""
+    return load_row(steps_desc, row * PLANES + 3, start, CHUNK)
+
+
+@triton.jit
+def load_through(steps_ptr, start, CHUNK: tl.constexpr):
+    """t, the decay from the chunk's entry to its end; `steps_ptr` is that of the head."""
+    return exp2(tl.load(steps_ptr + start + (CHUNK - 1)))
+
+
+@triton.jit
+def load_decays(steps_desc, row, start, CHUNK: tl.constexpr):
+    """E ∘ δ (CHUNK, CHUNK), from input j to output i, 0 where j is later: selected, since there it may be infinite."""
+    high = load_row(steps_desc, row * PLANES, start, CHUNK)
+    low = load_row(steps_desc, row * PLANES + 1, start, CHUNK)
+    low_and_step = load_row(steps_desc, row * PLANES + 2, start, CHUNK)
+    causal = tl.arange(0, CHUNK)[:, None] >= tl.arange(0, CHUNK)[None, :]
+    exponent = (high[:, None] - high[None, :]) + (low[:, None] - low_and_step[None, :])
+    return tl.where(causal, exp2(exponent), 0.0)
+
+
+@triton.jit
+def load_step(steps_desc, row, start, CHUNK: tl.constexpr):
+    """δ of a chunk's tokens."""
+    low = load_row(steps_desc, row * PLANES + 1, start, CHUNK)
+    return exp2(low - load_row(steps_desc, row * PLANES + 2, start, CHUNK))
+
+
+@triton.jit
+def _mamba_scan_steps_kernel(
+    dt_ptr,  # (B, L, H)
+    A_ptr,  # (H)
+    bias_ptr,  # (H)
+    document_ptr,  # (B, L)
+    steps_ptr,  # (B, H, 4, padded)
+    L,
+    H,
+    padded,
+    stride_b,
+    stride_l,
+    stride_h,
+    HAS_BIAS: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[:, None]
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    batch = tl.program_id(2).to(tl.int64)
+    inside = (row < L) & (head < H)
+    delta = load_delta(dt_ptr, bias_ptr, batch, row, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
+    A = tl.load(A_ptr + head, mask=head < H, other=0.0).to(tl.float64)
+    exponent = tl.maximum(delta.to(tl.float64) * (A * LOG2E), NOTHING)
+    if HAS_DOCUMENTS:
+        document_ptr += batch * L
+        document = tl.load(document_ptr + row, mask=row < L, other=0)
+        before = tl.load(document_ptr + row - 1, mask=(row > 0) & (row < L), other=0)
+        exponent = tl.where((document != before) & (row > 0), NOTHING, exponent)
+    total = tl.cumsum(exponent, 0)
+    high = total.to(tl.float32)
+    low = (total - high.to(tl.float64)).to(tl.float32)
+    whole = tl.sum(tl.where(row == tl.program_id(0) * CHUNK + CHUNK - 1, total, 0.0), 0)[None, :]
+    out = tl.exp2((whole - total).to(tl.float32)) * delta
+    place = steps_ptr + (batch * H + head) * PLANES * padded + row
+    tl.store(place, high, mask=head < H)
+    tl.store(place + padded, low, mask=head < H)
+    tl.store(place + 2 * padded, low - tl.log2(delta), mask=head < H)  # +inf where δ is 0
+    tl.store(place + 3 * padded, out, mask=head < H)
+
+
+def row_descriptor(scan: Scan) -> TensorDescriptor:
+    """Chunks of the rows of the steps."""
+    return descriptor(scan.steps.view(-1, scan.padded), scan.chunk)
+
+
+def scan_steps(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    document_ids: Tensor | None,
+    *,
+    backward: bool = False,
+) -> Scan:
+    """The step sizes of a call, cut into chunks and, where heads are few, segments."""
+    (B, L, H, P), chunk = x.shape, CHUNK[x.element_size()]
+    chunks = triton.cdiv(L, chunk)
+    steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)
+    block_h = min(4, triton.next_power_of_2(H))
+    _mamba_scan_steps_kernel[(chunks, triton.cdiv(H, block_h), B)](
+        dt,
+        A.contiguous(),
+        None if dt_bias is None else dt_bias.contiguous(),
+        None if document_ids is None else document_ids.contiguous(),
+        steps,
+        L,
+        H,
+        steps.shape[3],
+        *dt.stride(),
+        HAS_BIAS=dt_bias is not None,
+        HAS_DOCUMENTS=document_ids is not None,
+        CHUNK=chunk,
+        BLOCK_H=block_h,
+        num_warps=1,
+    )
+    walks = B * H * triton.cdiv(P, blocks_of(x, 1)[0])
+    segments = max(1, min(SLOTS // walks, chunks // 8))
+    if backward and walks >= ENOUGH_BACKWARD:
+        segments = 1
+    segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
+    return Scan(steps, L, chunk, segments)

@@ -1,0 +1,387 @@
+"""The Mamba-2 scan in Triton, backwards: the gradients by chunks from stored states.
+
+    states     the state h that enters each chunk, then backwards the gradient g' of the state that leaves it, rounded
+               to x's dtype                                                                     chunk_states.py
+    gradients  a program takes one chunk of one group and goes through the group's heads: db and dc are summed in its
+               registers, never written by head
+    steps'     the gradients of the exponents, summed along each chunk, become those of dt, A and dt_bias
+
+The heads come in slices, so that the states of all of them never exist at once. Names as in README.md: `scores`
+K = c·bᵀ, `into` e, `out` o·δ, `through` t, `decay` E∘δ. Every sum has one order: same bits always.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from yaongi.kernels.common.column_sums import column_sums
+from yaongi.kernels.common.descriptors import addressable, descriptor
+from yaongi.kernels.mamba_scan.chunk_states import scan_states
+from yaongi.kernels.mamba_scan.decays import (
+    CHUNK,
+    LOG2E,
+    PLANES,
+    Scan,
+    load_decays,
+    load_delta,
+    load_into,
+    load_out,
+    load_step,
+    load_through,
+    row_descriptor,
+    scan_steps,
+)
+from yaongi.kernels.mamba_scan.tiles import Config, blocks_of, by_head, load_tile, scaled, store_tile
+
+Tensor = torch.Tensor
+FORGOTTEN = tl.constexpr(-126.0)  # no gradient passes a step that leaves less than 2^−126: only rounding would
+
+# By bytes of an operand's element; those for 2 found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
+GRADIENTS = {2: Config(num_warps=8, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
+WIDE_GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: GRADIENTS[4]}  # N > 128: a third stage has no room
+STATES_BYTES = 600e6  # of the states and their gradients together that a backward pass keeps at a time
+
+
+@triton.jit
+def _add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def sum_rows(a, b, c, d):
+    """The sums of the rows of four tiles, at the cost of one exchange between warps."""
+    return tl.reduce((a, b, c, d), 1, _add_four)
+
+
+@triton.jit
+def _mamba_scan_gradients_kernel(
+    x_desc,  # (B, H, L, P)
+    dy_desc,  # (B, H, L, P)
+    b_desc,  # (B, G, L, N)
+    c_desc,  # (B, G, L, N)
+    states_desc,  # (B·H·chunks, N, P)
+    dstates_desc,  # (B·H·chunks, N, P)
+    steps_desc,  # (B·H·4, padded)
+    steps_ptr,
+    D_ptr,  # (H)
+    dx_desc,  # (B, H, L, P)
+    db_desc,  # (B, G, L, N)
+    dc_desc,  # (B, G, L, N)
+    sums_ptr,  # (B, H, BLOCKS_P, padded, 4): x·du·δ, da's terms from tokens on, before, dy·x
+    H,
+    N,
+    padded,
+    heads_a_group,
+    chunks,
+    HAS_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS_P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One chunk of one group, head after head; products of the diagonal apart, in fp32."""
+    chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = chunk * CHUNK
+    scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+    # One round, but a loop: a product that plainly feeds another has all warps along its rows, here each row twice.
+    for n in range(0, N, BLOCK_N):
+        c = load_tile(c_desc, batch, start, group, n, CHUNK, BLOCK_N)
+        b = load_tile(b_desc, batch, start, group, n, CHUNK, BLOCK_N)
+        scores = tl.dot(c, b.T, scores, input_precision="ieee")
+    b = load_tile(b_desc, batch, start, group, 0, CHUNK, BLOCK_N)
+    c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
+    diagonal = tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
+    own_score = tl.sum(tl.where(diagonal, scores, 0.0), 1)
+    scores = tl.where(diagonal, 0.0, scores)  # no decay's gradient comes from the diagonal, whose terms may be largest
+    db = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+    dc = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+    dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for k in tl.range(0, heads_a_group * BLOCKS_P, disable_licm=True):
+        head, column = group * heads_a_group + k // BLOCKS_P, (k % BLOCKS_P) * BLOCK_P
+        row = batch * H + head
+        h = states_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
+        g = dstates_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
+        dy = load_tile(dy_desc, batch, start, head, column, CHUNK, BLOCK_P)
+        x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
+        into, out = load_into(steps_desc, row, start, CHUNK), load_out(steps_desc, row, start, CHUNK)
+        through = load_through(steps_ptr + row.to(tl.int64) * PLANES * padded, start, CHUNK)
+        passing = through * tl.sum(h.to(tl.float32) * g.to(tl.float32))
+        products = tl.dot(dy, x.T, input_precision="ieee")
+        # Nothing needs these two sums before the next head: they are added while what follows is computed.
+        dc = tl.dot(scaled(dy, into), h.T, dc, input_precision="ieee")
+        db = tl.dot(scaled(x, out), g.T, db, input_precision="ieee")
+        decay = load_decays(steps_desc, row, start, CHUNK)
+        dscore = decay * products
+        dscores += dscore
+        within = scores * dscore
+        dexponent = tl.sum(within, 1) - tl.sum(within, 0)
+        dx = tl.dot((scores * decay).to(x.dtype).T, dy, input_precision="ieee")
+        y_entering = tl.dot(c, h, input_precision="ieee") * into[:, None]
+        dx_leaving = tl.dot(b, g, input_precision="ieee") * out[:, None]
+        x_wide, dy_wide = x.to(tl.float32), dy.to(tl.float32)
+        entering, leaving, direct, skip = sum_rows(
+            y_entering * dy_wide, x_wide * dx_leaving, x_wide * dx, x_wide * dy_wide
+        )
+        own_step = own_score * load_step(steps_desc, row, start, CHUNK)
+        dexponent += entering + tl.where(tl.arange(0, CHUNK) == CHUNK - 1, passing, 0.0)
+        direct += leaving + own_step * skip
+        D = tl.load(D_ptr + head).to(tl.float32) if HAS_D else 0.0
+        dx += dx_leaving + (own_step + D)[:, None] * dy_wide
+        store_tile(dx_desc, batch, start, head, column, dx, CHUNK, BLOCK_P)
+        sums = tl.join(tl.join(direct, leaving), tl.join(dexponent, skip)).reshape(CHUNK, 4)
+        sums_row = sums_ptr + ((row * BLOCKS_P + k % BLOCKS_P).to(tl.int64) * padded + start) * 4
+        tl.store(sums_row + tl.arange(0, CHUNK)[:, None] * 4 + tl.arange(0, 4)[None, :], sums)
+    narrow = dscores.to(b.dtype)
+    dc = tl.dot(narrow, b, dc, input_precision="ieee")
+    store_tile(dc_desc, batch, start, group, 0, dc, CHUNK, BLOCK_N)
+    db = tl.dot(narrow.T, c, db, input_precision="ieee")
+    store_tile(db_desc, batch, start, group, 0, db, CHUNK, BLOCK_N)
+
+
+@triton.jit
+def _mamba_scan_steps_backward_kernel(
+    sums_ptr,  # (B, H, BLOCKS_P, padded, 4)
+    dt_ptr,  # (B, L, H)
+    A_ptr,  # (H)
+    bias_ptr,  # (H)
+    ddt_ptr,  # (B, L, H)
+    partial_ptr,  # (3, B · chunks, H): of A, D and dt_bias
+    L,
+    H,
+    padded,
+    stride_b,
+    stride_l,
+    stride_h,
+    stride_gb,
+    stride_gl,
+    stride_gh,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCKS_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """da_k = Σ_{i ≥ k} (…) + Σ_{j < k} (…) along a chunk; dδ = A·da + x·du; d(dt) = dδ·(1 − e^−δ)."""
+    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[:, None]
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    batch = tl.program_id(2).to(tl.int64)
+    known = head < H
+    inside = known & (token < L)
+    direct = tl.zeros((CHUNK, BLOCK_H), tl.float32)
+    after, earlier, skip = direct, direct, direct
+    for k in tl.static_range(BLOCKS_P):
+        place = sums_ptr + (((batch * H + head) * BLOCKS_P + k) * padded + token) * 4
+        direct += tl.load(place, mask=known, other=0.0)
+        after += tl.load(place + 1, mask=known, other=0.0)
+        earlier += tl.load(place + 2, mask=known, other=0.0)
+        if HAS_D:
+            skip += tl.load(place + 3, mask=known, other=0.0)
+    delta = load_delta(dt_ptr, bias_ptr, batch, token, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
+    A = tl.load(A_ptr + head, mask=known, other=0.0)
+    dexponent = tl.cumsum(after, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier)
+    dexponent = tl.where(delta * A * LOG2E < FORGOTTEN, 0.0, dexponent)
+    # σ = 1 − e^−δ, the derivative of softplus, and σ/δ, never divided by a δ so small that it would be flushed to zero.
+    small = delta < 1e-3
+    sigmoid = tl.where(small, delta * (1.0 - delta / 2), 1.0 - tl.exp(-delta))
+    ratio = tl.where(small, 1.0 - delta / 2, sigmoid / tl.maximum(delta, 1e-3))
+    ddt = tl.where(inside, A * dexponent * sigmoid + direct * ratio, 0.0)
+    place = ddt_ptr + batch * stride_gb + token.to(tl.int64) * stride_gl + head * stride_gh
+    tl.store(place, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
+    place = partial_ptr + (batch * tl.num_programs(0) + tl.program_id(0)) * H + head
+    parts = tl.num_programs(2) * tl.num_programs(0) * H
+    tl.store(place, tl.sum(delta * dexponent, 0)[None, :], mask=known)
+    if HAS_D:
+        tl.store(place + parts, tl.sum(skip, 0)[None, :], mask=known)
+    if HAS_BIAS:
+        tl.store(place + 2 * parts, tl.sum(ddt, 0)[None, :], mask=known)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass fills, or the part of it that belongs to some heads."""
+
+    dx: Tensor  # (B, L, H, P)
+    ddt: Tensor  # (B, L, H)
+    db: Tensor  # (B, L, G, N)
+    dc: Tensor  # (B, L, G, N)
+
+
+def scan_gradients(
+    scan: Scan,
+    out: Gradients,
+    dy: Tensor,
+    x: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None,
+    states: Tensor,
+    dstates: Tensor,
+) -> Tensor:
+    """Fills dx, db and dc; returns the sums along P, N and the chunk that the step sizes' gradients are made from."""
+    (B, _, H, P), (G, N) = x.shape, b.shape[2:]
+    block_p, block_n = blocks_of(x, N)
+    blocks_p = triton.cdiv(P, block_p)
+    sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
+    config = (GRADIENTS if block_n <= 128 else WIDE_GRADIENTS)[x.element_size()]
+    _mamba_scan_gradients_kernel[(scan.chunks, G, B)](
+        *(by_head(t, scan.chunk, block_p) for t in (x, dy)),
+        *(by_head(t, scan.chunk, block_n) for t in (b, c)),
+        *(descriptor(t, block_n, block_p) for t in (states, dstates)),
+        row_descriptor(scan),
+        scan.steps,
+        None if D is None else D.contiguous(),
+        by_head(out.dx, scan.chunk, block_p),
+        *(by_head(t, scan.chunk, block_n) for t in (out.db, out.dc)),
+        sums,
+        H,
+        N,
+        scan.padded,
+        H // G,
+        scan.chunks,
+        HAS_D=D is not None,
+        CHUNK=scan.chunk,
+        BLOCKS_P=blocks_p,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sums
+
+
+def step_gradients(
+    scan: Scan, ddt: Tensor, sums: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, *, has_d: bool
+) -> Tensor:
+    """Fills ddt; returns the gradients of A, D and dt_bias, (3, H) in fp32."""
+    B, H, blocks_p = sums.shape[:3]
+    partial = torch.empty(3, B * scan.chunks, H, dtype=torch.float32, device=dt.device)
+    block_h = min(4, triton.next_power_of_2(H))
+    _mamba_scan_steps_backward_kernel[(scan.chunks, triton.cdiv(H, block_h), B)](
+        sums,
+        dt,
+        A.contiguous(),
+        None if dt_bias is None else dt_bias.contiguous(),
+        ddt,
+        partial,
+        scan.length,
+        H,
+        scan.padded,
+        *dt.stride(),
+        *ddt.stride(),
+        HAS_D=has_d,
+        HAS_BIAS=dt_bias is not None,
+        BLOCKS_P=blocks_p,
+        CHUNK=scan.chunk,
+        BLOCK_H=block_h,
+        num_warps=2,
+    )
+    return column_sums(partial)
+
+
+def _slice_gradients(
+    out: Gradients,
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    document_ids: Tensor | None,
+    first: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One slice of heads: fills its gradients; returns those of A, D and dt_bias (3, H), and of the initial state."""
+    dlast, first = (None if t is None else addressable(t.contiguous()) for t in (dlast, first))
+    dfirst = None if first is None else torch.empty_like(first)
+    scan = scan_steps(x, dt, A, dt_bias, document_ids, backward=True)
+    states = scan_states(scan, x, b, first, None)
+    dstates = scan_states(scan, dy, c, dlast, dfirst, reverse=True)
+    sums = scan_gradients(scan, out, dy, x, b, c, D, states, dstates)
+    return step_gradients(scan, out.ddt, sums, dt, A, dt_bias, has_d=D is not None), dfirst
+
+
+def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice, slice, int]]:
+    """The heads, the groups, and which part of a group's heads, of slices whose states stay within bounds.
+
+    A slice is some whole groups, or where that is still too much a part of one group's heads.
+    """
+    wanted, heads_a_group = states_bytes / STATES_BYTES, heads // groups
+    pieces = next((n for n in range(1, groups) if groups % n == 0 and n >= wanted), groups)
+    parts = next((n for n in range(1, heads_a_group) if heads_a_group % n == 0 and n * pieces >= wanted), heads_a_group)
+    parts = parts if pieces == groups else 1
+    slices = []
+    for i in range(pieces * parts):
+        width, first_group, part = heads // (pieces * parts), (i // parts) * (groups // pieces), i % parts
+        slices.append((slice(i * width, (i + 1) * width), slice(first_group, first_group + groups // pieces), part))
+    return slices
+
+
+def fill_gradients(
+    out: Gradients,
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    document_ids: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fills dx, ddt, db and dc, which the copy engine must reach; returns dA, dD, ddt_bias and dinitial_state."""
+    (B, L, H, P), (G, N) = x.shape, b.shape[2:]
+    dy, x, b, c = (addressable(t) for t in (dy, x, b, c))
+    slices = slices_of(2 * B * H * L * P * N * x.element_size() / CHUNK[x.element_size()], H, G)
+    parts = 1 + slices[-1][2]
+    db, dc = out.db[None], out.dc[None]
+    if parts > 1:  # of a group's sum; each is kept in fp32, and their sum is rounded
+        db, dc = (torch.empty(parts, *b.shape, dtype=torch.float32, device=b.device) for _ in range(2))
+    parameters, dfirsts = [], []
+    for heads, groups, part in slices:
+        of_slice = _slice_gradients(
+            Gradients(out.dx[:, :, heads], out.ddt[:, :, heads], db[part][:, :, groups], dc[part][:, :, groups]),
+            dy[:, :, heads],
+            None if dfinal_state is None else dfinal_state[:, heads],
+            x[:, :, heads],
+            dt[:, :, heads],
+            A[heads],
+            b[:, :, groups],
+            c[:, :, groups],
+            None if D is None else D[heads],
+            None if dt_bias is None else dt_bias[heads],
+            document_ids,
+            None if initial_state is None else initial_state[:, heads],
+        )
+        parameters.append(of_slice[0])
+        dfirsts.append(of_slice[1])
+    if parts > 1:
+        out.db.copy_(db.sum(0))
+        out.dc.copy_(dc.sum(0))
+    dA, dD, ddt_bias = parameters[0] if len(slices) == 1 else torch.cat(parameters, dim=1)
+    dD, ddt_bias = (x.new_empty(0) if t is None else d.to(t.dtype) for t, d in ((D, dD), (dt_bias, ddt_bias)))
+    return dA, dD, ddt_bias, x.new_empty(0) if initial_state is None else torch.cat(dfirsts, dim=1)
+
+
+def mamba_scan_backward_triton(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *rest: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `mamba_scan_backward_reference`; the states are computed again, slice by slice of the heads."""
+    if not x.numel():
+        inputs = (x, dt, A, b, c, *rest[:2], rest[3])
+        return tuple(x.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs)
+    out = Gradients(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, b, c)))
+    dA, dD, ddt_bias, dinitial_state = fill_gradients(out, dy, dfinal_state, x, dt, A, b, c, *rest)
+    return out.dx, out.ddt, dA, out.db, out.dc, dD, ddt_bias, dinitial_state

@@ -1,0 +1,149 @@
+"""The Mamba-2 scan in Triton, forwards: the output in one walk along the sequence.
+
+    steps      step sizes and decays, once for all that follows                                 decays.py
+    output     a program walks along one head's sequence: scores, decay, output, next state; no state leaves the chip
+
+Names as in README.md: `scores` K = c·bᵀ, `into` e, `through` t, `decay` E∘δ. Backwards: scan_backward.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from yaongi.kernels.common.descriptors import addressable
+from yaongi.kernels.mamba_scan.chunk_states import segment_entries
+from yaongi.kernels.mamba_scan.decays import (
+    PLANES,
+    load_decays,
+    load_into,
+    load_out,
+    load_through,
+    row_descriptor,
+    scan_steps,
+)
+from yaongi.kernels.mamba_scan.tiles import (
+    Config,
+    blocks_of,
+    by_head,
+    load_state,
+    load_tile,
+    scaled,
+    state_descriptor,
+    store_state,
+    store_tile,
+)
+
+Tensor = torch.Tensor
+
+# By bytes of an operand's element; those for 2 found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
+OUTPUT = {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
+
+
+@triton.jit
+def _mamba_scan_output_kernel(
+    x_desc,  # (B, H, L, P)
+    b_desc,  # (B, G, L, N)
+    c_desc,  # (B, G, L, N)
+    steps_desc,  # (B·H·4, padded)
+    steps_ptr,
+    D_ptr,  # (H)
+    entry_desc,  # (S·B·H, P, N), fp32
+    y_desc,  # (B, H, L, P)
+    final_desc,  # (B·H, P, N), fp32
+    L,
+    H,
+    P,
+    padded,
+    heads_a_group,
+    chunks_a_segment,
+    HAS_D: tl.constexpr,
+    HAS_ENTRY: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y = (K ∘ E ∘ δ)·x + e·(c·hᵀ) + D·x, then h ← t·h + Σ_j o_j·δ_j·x_j ⊗ b_j, chunk after chunk."""
+    blocks_p = tl.cdiv(P, BLOCK_P)
+    row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
+    batch, head, segment = row // H, row % H, tl.program_id(1)
+    group = head // heads_a_group
+    steps_ptr += row.to(tl.int64) * PLANES * padded
+    state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)  # transposed
+    if HAS_ENTRY:
+        segment_row = segment * (tl.num_programs(0) // blocks_p) + row
+        state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
+    if HAS_D:
+        D = tl.load(D_ptr + head).to(tl.float32)
+    first = segment * chunks_a_segment
+    end = tl.minimum(first + chunks_a_segment, tl.cdiv(L, CHUNK))
+    for chunk in tl.range(first, end, disable_licm=True):
+        start = chunk * CHUNK
+        x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
+        b = load_tile(b_desc, batch, start, group, 0, CHUNK, BLOCK_N)
+        c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
+        into = load_into(steps_desc, row, start, CHUNK)
+        y = tl.dot(c, state.to(x.dtype), input_precision="ieee") * into[:, None]
+        scores = tl.dot(c, b.T, input_precision="ieee")
+        mixing = scores * load_decays(steps_desc, row, start, CHUNK)
+        y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
+        if HAS_D:
+            y += D * x.to(tl.float32)
+        store_tile(y_desc, batch, start, head, column, y, CHUNK, BLOCK_P)
+        out = load_out(steps_desc, row, start, CHUNK)
+        through = load_through(steps_ptr, start, CHUNK)
+        state = tl.dot(b.T, scaled(x, out), state * through, input_precision="ieee")
+    if HAS_FINAL and segment == tl.num_programs(1) - 1:
+        store_state(final_desc, row, column, state, BLOCK_P, BLOCK_N)
+
+
+def mamba_scan_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    document_ids: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `mamba_scan_reference`; P and N are multiples of 8."""
+    (B, L, H, P), (G, N) = x.shape, b.shape[2:]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty((B, H, P, N) if return_final_state else 0, dtype=torch.float32, device=x.device)
+    if not x.numel():
+        return y, final
+    x, b, c = addressable(x), addressable(b), addressable(c)
+    scan = scan_steps(x, dt, A, dt_bias, document_ids)
+    first = None if initial_state is None else addressable(initial_state.contiguous())
+    entry = segment_entries(scan, x, b, first)
+    block_p, block_n = blocks_of(x, N)
+    config = OUTPUT[x.element_size()]
+    _mamba_scan_output_kernel[(B * H * triton.cdiv(P, block_p), scan.segments)](
+        by_head(x, scan.chunk, block_p),
+        by_head(b, scan.chunk, block_n),
+        by_head(c, scan.chunk, block_n),
+        row_descriptor(scan),
+        scan.steps,
+        None if D is None else D.contiguous(),
+        state_descriptor(entry, block_p, block_n),
+        by_head(y, scan.chunk, block_p),
+        state_descriptor(final if return_final_state else None, block_p, block_n),
+        L,
+        H,
+        P,
+        scan.padded,
+        H // G,
+        scan.chunks_a_segment,
+        HAS_D=D is not None,
+        HAS_ENTRY=entry is not None,
+        HAS_FINAL=return_final_state,
+        CHUNK=scan.chunk,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y, final

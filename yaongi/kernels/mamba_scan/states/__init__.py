@@ -1,1 +1,0 @@
-"""The states between the chunks of the Mamba-2 scan."""

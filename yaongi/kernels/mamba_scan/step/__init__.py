@@ -1,1 +1,0 @@
-"""The single step of Mamba-2's recurrence."""

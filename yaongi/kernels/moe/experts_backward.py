@@ -1,0 +1,274 @@
+"""The squared-ReLU experts in Triton, backwards: as experts_forward.py, over the same sorted rows.
+
+dh         gathers dy, writes dH and g·A, and dg in partial sums                           (T·K, D) → (T·K, F)
+dw         dW_up = Σ dH ⊗ x and dW_down = Σ dy ⊗ g·A over the rows of each expert          one launch each
+dx         rows of W_upᵀ·dH, then combine                                                  (T·K, F) → (T, D)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from yaongi.kernels.common.descriptors import addressable, matrix_descriptor
+from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch, dispatch, moe_combine
+from yaongi.kernels.moe.grouped_gemm import (
+    Config,
+    block_e,
+    blocks_of,
+    find_tile,
+    fitting,
+    gathered_times_expert,
+    moe_rows,
+)
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """The tile of a weight's gradient (of the side by row × the gathered side), its inner rows, and how it is run."""
+
+    block_r: int
+    block_g: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Found on an H100, T 32768, D 2048, E 64, K 6, F 256 to 1024, 2026-11-24 (docs/LAB.md).
+DH = Config(block_n=256, block_k=64, num_warps=8, num_stages=4)
+DW = WeightConfig(block_r=256, block_g=128, block_k=64, num_warps=8, num_stages=6)
+
+
+@triton.jit
+def _moe_dh_kernel(
+    dy_ptr,  # (T, D)
+    w_desc,  # (E·D, F)
+    a_desc,  # (T·K, F)
+    order_ptr,
+    token_ptr,
+    weight_ptr,  # (T·K), by pair
+    offset_ptr,
+    tile_end_ptr,
+    dh_ptr,  # (T·K, F)
+    ga_ptr,  # (T·K, F)
+    dg_ptr,  # (⌈F / BLOCK_N⌉, T·K), by row
+    D,
+    F,
+    E,
+    pairs,
+    stride_yt,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """dA′ = dy·W_down with dy gathered; then dg = ⟨dA′, A⟩, dH = 2·sqrt(A)·g·dA′, and g·A for the weight's gradient."""
+    columns = tl.cdiv(F, BLOCK_N)
+    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
+    if expert < E:
+        rows = start + tl.arange(0, BLOCK_M)
+        tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
+        dy_rows = dy_ptr + tokens.to(tl.int64)[:, None] * stride_yt
+        accumulator = gathered_times_expert(
+            dy_rows, w_desc, expert, column, D, F, TRANSPOSED=True, EVEN=EVEN_D,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+        pair = tl.load(order_ptr + rows, mask=rows < end, other=0)
+        g = tl.load(weight_ptr + pair)[:, None]
+        ga_ptr += start.to(tl.int64) * F
+        dh_ptr += start.to(tl.int64) * F
+        halves = tl.split(accumulator.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        dg = tl.zeros((BLOCK_M,), tl.float32)
+        for half in tl.static_range(2):  # by halves: all of A beside the accumulator would spill
+            n = column * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
+            mask = (rows < end)[:, None] & (n < F)[None, :]
+            act = a_desc.load([start, column * BLOCK_N + half * (BLOCK_N // 2)]).to(tl.float32)
+            dg += tl.sum(halves[half] * act, axis=1)
+            tl.store(ga_ptr + place, (g * act).to(ga_ptr.dtype.element_ty), mask=mask)
+            dh = 2.0 * tl.sqrt(act) * (g * halves[half])
+            tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        tl.store(dg_ptr + column.to(tl.int64) * pairs + rows, dg, mask=rows < end)
+
+
+@triton.jit
+def _moe_dg_kernel(dg_ptr, row_ptr, out_ptr, pairs, columns, BLOCK: tl.constexpr):
+    """dexpert_weights of each pair: the sum of its row's partial sums, in order."""
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_ptr + p, mask=p < pairs, other=-1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for column in range(columns):
+        total += tl.load(dg_ptr + column.to(tl.int64) * pairs + row, mask=row >= 0, other=0.0)
+    tl.store(out_ptr + p, total, mask=p < pairs)
+
+
+@triton.jit
+def _moe_dw_kernel(
+    row_desc,  # (T·K, R), by row
+    gather_ptr,  # (T, G), gathered by token
+    token_ptr,
+    offset_ptr,
+    out_ptr,  # (E, G, R), or (E, R, G)
+    sum_desc,  # the same in float32, to which is added; else None
+    R,
+    G,
+    stride_g,
+    GATHER_LEFT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    EVEN_G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[e] = Σ over the rows of e of gathered ⊗ row (or row ⊗ gathered); rows past the expert's end are masked.
+
+    To add, the tile leaves by the copy engine, which adds in L2: read into registers, the old one would not fit there.
+    """
+    tiles_r, tiles_g = tl.cdiv(R, BLOCK_R), tl.cdiv(G, BLOCK_G)
+    expert = tl.program_id(0) // (tiles_r * tiles_g)
+    tile = tl.program_id(0) % (tiles_r * tiles_g)
+    first_r = (tile % tiles_r) * BLOCK_R
+    g = (tile // tiles_r) * BLOCK_G + tl.arange(0, BLOCK_G)
+    k = tl.arange(0, BLOCK_K)
+    start, end = tl.load(offset_ptr + expert), tl.load(offset_ptr + expert + 1)
+    full = end - (end - start) % BLOCK_K
+    accumulator = tl.zeros((BLOCK_G, BLOCK_R) if GATHER_LEFT else (BLOCK_R, BLOCK_G), tl.float32)
+    for r in range(start, full, BLOCK_K):
+        place = gather_ptr + tl.load(token_ptr + r + k).to(tl.int64)[:, None] * stride_g + g[None, :]
+        gathered = tl.load(place) if EVEN_G else tl.load(place, mask=(g < G)[None, :], other=0.0)
+        rows = row_desc.load([r, first_r])
+        if GATHER_LEFT:
+            accumulator = tl.dot(gathered.T, rows, accumulator)
+        else:
+            accumulator = tl.dot(rows.T, gathered, accumulator)
+    if full < end:
+        inside = full + k < end
+        tokens = tl.load(token_ptr + full + k, mask=inside, other=0)
+        place = gather_ptr + tokens.to(tl.int64)[:, None] * stride_g + g[None, :]
+        gathered = tl.load(place, mask=inside[:, None] & (g < G)[None, :], other=0.0)
+        rows = tl.where(inside[:, None], row_desc.load([full, first_r]), 0.0)
+        if GATHER_LEFT:
+            accumulator = tl.dot(gathered.T, rows, accumulator)
+        else:
+            accumulator = tl.dot(rows.T, gathered, accumulator)
+    if ACCUMULATE:
+        if start < end:
+            first_g = (tile // tiles_r) * BLOCK_G
+            if GATHER_LEFT:
+                sum_desc.atomic_add([expert, first_g, first_r], accumulator.reshape(1, BLOCK_G, BLOCK_R))
+            else:
+                sum_desc.atomic_add([expert, first_r, first_g], accumulator.reshape(1, BLOCK_R, BLOCK_G))
+    else:
+        n = first_r + tl.arange(0, BLOCK_R)
+        place, mask = (g[:, None] * R + n[None, :], (g < G)[:, None] & (n < R)[None, :])
+        if not GATHER_LEFT:
+            place, mask = (n[:, None] * G + g[None, :], (n < R)[:, None] & (g < G)[None, :])
+        out_ptr += expert.to(tl.int64) * R * G
+        tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dH and g·A (T·K, F), and dexpert_weights by pair (T·K) fp32."""
+    (E, D, F), blocks, pairs = w_down.shape, blocks_of(DH, w_down.shape[2]), plan.order.numel()
+    columns = triton.cdiv(F, blocks["BLOCK_N"])
+    dh, ga = torch.empty_like(a), torch.empty_like(a)
+    partial, dweights = (torch.empty(n * pairs, dtype=torch.float32, device=a.device) for n in (columns, 1))
+    _moe_dh_kernel[(plan.tiles * columns,)](
+        dy,
+        matrix_descriptor(w_down, blocks["BLOCK_K"], blocks["BLOCK_N"]),
+        matrix_descriptor(a, BLOCK_M, blocks["BLOCK_N"] // 2),
+        plan.order,
+        plan.token,
+        weights,
+        plan.offset,
+        plan.tile_end,
+        dh,
+        ga,
+        partial,
+        D,
+        F,
+        E,
+        pairs,
+        dy.stride(0),
+        EVEN_D=D % blocks["BLOCK_K"] == 0,
+        BLOCK_E=block_e(E),
+        **blocks,
+    )
+    _moe_dg_kernel[(triton.cdiv(pairs, 1024),)](partial, plan.row, dweights, pairs, columns, BLOCK=1024)
+    return dh, ga, dweights
+
+
+def moe_dw(
+    rows: Tensor, gathered: Tensor, out: Tensor, plan: Dispatch, *, gather_left: bool, accumulate: bool = False
+) -> None:
+    """out = Σ, or out += Σ, over each expert's rows of gathered ⊗ row (E, G, R), or of row ⊗ gathered (E, R, G)."""
+    R, G = rows.shape[1], gathered.shape[1]
+    block_r, block_g = fitting(DW.block_r, R), fitting(DW.block_g, G)
+    box = [1, block_g, block_r] if gather_left else [1, block_r, block_g]
+    _moe_dw_kernel[(out.shape[0] * triton.cdiv(R, block_r) * triton.cdiv(G, block_g),)](
+        matrix_descriptor(rows, DW.block_k, block_r),
+        gathered,
+        plan.token,
+        plan.offset,
+        None if accumulate else out,
+        TensorDescriptor.from_tensor(out, box) if accumulate else None,
+        R,
+        G,
+        gathered.stride(0),
+        GATHER_LEFT=gather_left,
+        ACCUMULATE=accumulate,
+        EVEN_G=G % block_g == 0,
+        BLOCK_R=block_r,
+        BLOCK_G=block_g,
+        BLOCK_K=DW.block_k,
+        num_warps=DW.num_warps,
+        num_stages=DW.num_stages,
+    )
+
+
+def moe_backward_triton(
+    dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, *rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `moe_backward_reference`; the dispatch is computed again rather than saved."""
+    make = torch.empty if len(x) else torch.zeros  # without tokens no kernel writes them
+    dw_up, dw_down = (make(w.shape, dtype=w.dtype, device=w.device) for w in (w_up, w_down))
+    dx, dweights = _backward(dy, x, w_up, w_down, *rest, dw_up, dw_down, accumulate=False)
+    return dx, dw_up, dw_down, dweights
+
+
+def moe_backward_accumulate_triton(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """As `moe_backward_accumulate_reference`."""
+    return _backward(*arguments, accumulate=True)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    a: Tensor,
+    dw_up: Tensor,
+    dw_down: Tensor,
+    *,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fills, or adds to, the weights' gradients; returns dx and dexpert_weights."""
+    T, K = expert_ids.shape
+    if not T:
+        return x.new_empty(x.shape), expert_weights.new_empty(T, K)
+    plan = dispatch(expert_ids, w_up.shape[0])
+    x, dy = addressable(x), addressable(dy)
+    dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
+    moe_dw(dh, x, dw_up, plan, gather_left=False, accumulate=accumulate)
+    moe_dw(ga, dy, dw_down, plan, gather_left=True, accumulate=accumulate)
+    del ga  # the rows of dx are the peak of the step
+    dx = moe_combine(moe_rows(dh, w_up.contiguous(), plan, None), plan, T, K)
+    return dx, dweights.view(T, K)

@@ -1,0 +1,100 @@
+"""The squared-ReLU experts, forward: a chain of fused stages over rows sorted by expert, without host synchronisation.
+
+dispatch   counting sort of the routed pairs: rows by expert, and their inverse            3 launches
+up         gathers x in the load of its operand, writes A = relu(H)²                       (T·K, D) → (T·K, F)
+down       multiplies by the expert weight in the accumulator, writes rows                 (T·K, F) → (T·K, D)
+combine    y_t = Σ_k of the token's rows, in order                                         (T·K, D) → (T, D)
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from yaongi.kernels.common.descriptors import addressable, matrix_descriptor
+from yaongi.kernels.moe.dispatch import Dispatch, dispatch, moe_combine
+from yaongi.kernels.moe.grouped_gemm import (
+    Config,
+    block_e,
+    blocks_of,
+    find_tile,
+    gathered_times_expert,
+    moe_rows,
+)
+
+Tensor = torch.Tensor
+
+# Found on an H100, T 32768, D 2048, E 64, K 6, F 256 to 1024, 2026-11-24 (docs/LAB.md). A row tile is BLOCK_M × block_n
+UP = Config(block_n=256, block_k=64, num_warps=8, num_stages=4)
+
+
+@triton.jit
+def _moe_up_kernel(
+    x_ptr,  # (T, D)
+    w_desc,  # (E·F, D)
+    token_ptr,
+    offset_ptr,
+    tile_end_ptr,
+    a_ptr,  # (T·K, F)
+    D,
+    F,
+    E,
+    stride_xt,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A = relu(x·W_upᵀ)², rows of x gathered."""
+    columns = tl.cdiv(F, BLOCK_N)
+    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
+    if expert < E:
+        rows = start + tl.arange(0, BLOCK_M)
+        tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
+        x_rows = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt
+        accumulator = gathered_times_expert(
+            x_rows, w_desc, expert, column, D, F, TRANSPOSED=False, EVEN=EVEN_D,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+        hidden = tl.maximum(accumulator, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a bad weight must show in the loss
+        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
+        mask = (rows < end)[:, None] & (n < F)[None, :]
+        a_ptr += start.to(tl.int64) * F
+        tl.store(a_ptr + place, (hidden * hidden).to(a_ptr.dtype.element_ty), mask=mask)
+
+
+def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
+    """A (T·K, F) = relu(H)², rows sorted by expert."""
+    (E, F, D), blocks = w_up.shape, blocks_of(UP, w_up.shape[1])
+    a = torch.empty(plan.order.numel(), F, dtype=x.dtype, device=x.device)
+    _moe_up_kernel[(plan.tiles * triton.cdiv(F, blocks["BLOCK_N"]),)](
+        x,
+        matrix_descriptor(w_up, blocks["BLOCK_N"], blocks["BLOCK_K"]),
+        plan.token,
+        plan.offset,
+        plan.tile_end,
+        a,
+        D,
+        F,
+        E,
+        x.stride(0),
+        EVEN_D=D % blocks["BLOCK_K"] == 0,
+        BLOCK_E=block_e(E),
+        **blocks,
+    )
+    return a
+
+
+def moe_triton(
+    x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `moe_reference`, in float16 or bfloat16; D and F are multiples of 16."""
+    T, K = expert_ids.shape
+    if not T:
+        return x.new_empty(x.shape), x.new_empty(0, w_up.shape[1])
+    plan = dispatch(expert_ids, w_up.shape[0])
+    a = moe_up(addressable(x), w_up.contiguous(), plan)
+    parts = moe_rows(a, w_down.contiguous(), plan, expert_weights.contiguous())
+    return moe_combine(parts, plan, T, K), a

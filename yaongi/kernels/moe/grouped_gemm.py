@@ -1,0 +1,171 @@
+"""Products of rows sorted by expert with each expert's matrix, and what all stages of the experts share.
+
+A tile behind the last one leaves at once. What a tile reads behind its expert's end belongs to other rows, and is never
+stored. Operands in memory order come through TMA descriptors, gathered ones through pointers. All sums are fp32, in one
+order: same bits always.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from yaongi.kernels.common.descriptors import matrix_descriptor
+from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """Columns and inner elements of a tile, and how it is run."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+ROWS = {  # by the inner dimension: when it is short, two small tiles at a time hide each other's first and last steps
+    "short": Config(block_n=128, block_k=64, num_warps=4, num_stages=3),
+    "long": Config(block_n=256, block_k=64, num_warps=8, num_stages=3),
+}
+
+LONG = 1024
+
+
+@triton.jit
+def find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The expert of a row tile (E when there is none), its first row, and the expert's end."""
+    e = tl.arange(0, BLOCK_E)
+    ends = tl.load(tile_end_ptr + e, mask=e < E, other=2147483647)
+    expert = tl.sum((ends <= tile).to(tl.int32))
+    before = tl.max(tl.where(ends <= tile, ends, 0))
+    known = tl.minimum(expert, E - 1)
+    start = tl.load(offset_ptr + known) + (tile - before) * BLOCK_M
+    return expert, start, tl.load(offset_ptr + known + 1)
+
+
+@triton.jit
+def times_expert(
+    left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Adds left (BLOCK_M, BLOCK_K), the inner elements from k on, times a tile of columns of the expert's matrix.
+
+    The matrices are (E·width, inner), or with TRANSPOSED (E·inner, width).
+    """
+    if TRANSPOSED:
+        accumulator = tl.dot(left, w_desc.load([expert * inner + k, column * BLOCK_N]), accumulator)
+    else:
+        accumulator = tl.dot(left, w_desc.load([expert * width + column * BLOCK_N, k]).T, accumulator)
+    return accumulator
+
+
+@triton.jit
+def gathered_times_expert(
+    rows_ptr,  # (BLOCK_M, 1), where each gathered row starts
+    w_desc,
+    expert,
+    column,
+    inner,
+    width,
+    TRANSPOSED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gathered rows times a tile of columns of the expert's matrix, (BLOCK_M, BLOCK_N) fp32."""
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, inner, BLOCK_K):
+        i = k + tl.arange(0, BLOCK_K)[None, :]
+        left = tl.load(rows_ptr + i) if EVEN else tl.load(rows_ptr + i, mask=i < inner, other=0.0)
+        accumulator = times_expert(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
+    return accumulator
+
+
+@triton.jit
+def _moe_rows_kernel(
+    left_desc,  # (T·K, inner)
+    w_desc,  # (E·D, F) as it is, or (E·F, D) transposed
+    order_ptr,
+    weight_ptr,  # (T·K), by pair
+    offset_ptr,
+    tile_end_ptr,
+    out_ptr,  # (T·K, width)
+    inner,
+    width,
+    E,
+    TRANSPOSED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Rows times the expert's matrix: down (g·A·W_downᵀ) and, with the matrix transposed, dx (dH·W_up)."""
+    columns = tl.cdiv(width, BLOCK_N)
+    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
+    if expert < E:
+        rows = start + tl.arange(0, BLOCK_M)
+        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, inner, BLOCK_K):
+            left = left_desc.load([start, k])
+            accumulator = times_expert(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
+        if WEIGHTED:
+            pairs = tl.load(order_ptr + rows, mask=rows < end, other=0)
+            accumulator *= tl.load(weight_ptr + pairs)[:, None]
+        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        place = tl.arange(0, BLOCK_M)[:, None] * width + n[None, :]
+        mask = (rows < end)[:, None] & (n < width)[None, :]
+        out_ptr += start.to(tl.int64) * width
+        tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def fitting(block: int, width: int) -> int:
+    """A narrow matrix takes a narrower tile."""
+    return max(16, min(block, triton.next_power_of_2(width)))
+
+
+def blocks_of(config: Config, width: int) -> dict[str, int]:
+    """The constants of a launch."""
+    return {
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": fitting(config.block_n, width),
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def block_e(experts: int) -> int:
+    """Experts as the kernels are compiled for: few variants."""
+    return max(16, triton.next_power_of_2(experts))
+
+
+def moe_rows(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None) -> Tensor:
+    """Rows (T·K, inner) times each expert's matrix: w (E, width, inner), or with no weights (E, inner, width)."""
+    transposed = weights is None
+    E, inner, width = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
+    blocks = blocks_of(ROWS["long" if inner >= LONG else "short"], width)
+    out = torch.empty(left.shape[0], width, dtype=left.dtype, device=left.device)
+    box = (blocks["BLOCK_K"], blocks["BLOCK_N"]) if transposed else (blocks["BLOCK_N"], blocks["BLOCK_K"])
+    _moe_rows_kernel[(plan.tiles * triton.cdiv(width, blocks["BLOCK_N"]),)](
+        matrix_descriptor(left, BLOCK_M, blocks["BLOCK_K"]),
+        matrix_descriptor(w, *box),
+        plan.order,
+        weights,
+        plan.offset,
+        plan.tile_end,
+        out,
+        inner,
+        width,
+        E,
+        TRANSPOSED=transposed,
+        WEIGHTED=not transposed,
+        BLOCK_E=block_e(E),
+        **blocks,
+    )
+    return out

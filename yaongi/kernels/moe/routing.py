@@ -1,0 +1,127 @@
+"""Which experts a token takes, and with what weights: the router's op in both directions."""
+
+import torch
+import triton
+import triton.language as tl
+
+Tensor = torch.Tensor
+
+EPSILON = tl.constexpr(1e-20)  # keeps the weights finite when every chosen score is zero
+
+
+@triton.jit
+def _moe_route_kernel(
+    logits_ptr,  # (T, E)
+    bias_ptr,  # (E)
+    ids_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    load_ptr,  # (E), zeros in
+    T,
+    E,
+    scale,
+    stride_t,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """K times the largest score + bias, ties to the lowest index; weights from the scores alone."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    k_index = tl.arange(0, BLOCK_K)
+    known = (t < T)[:, None] & (e < E)[None, :]
+    scores = tl.sigmoid(tl.load(logits_ptr + t.to(tl.int64)[:, None] * stride_t + e[None, :], mask=known, other=0.0))
+    bias = tl.load(bias_ptr + e, mask=e < E, other=0.0)
+    ranked = tl.where((e < E)[None, :], scores + bias[None, :], float("-inf"))
+    ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    taken = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
+    for k in tl.static_range(K):
+        best = tl.argmax(ranked, axis=1, tie_break_left=True)
+        here = e[None, :] == best[:, None]
+        ids = tl.where(k_index[None, :] == k, best[:, None], ids)
+        chosen = tl.where(k_index[None, :] == k, tl.sum(tl.where(here, scores, 0.0), axis=1)[:, None], chosen)
+        taken += here.to(tl.int32)
+        ranked = tl.where(here, float("-inf"), ranked)
+    weights = scale * (chosen / (tl.sum(chosen, axis=1) + EPSILON)[:, None])
+    place = t.to(tl.int64)[:, None] * K + k_index[None, :]
+    stored = (t < T)[:, None] & (k_index < K)[None, :]
+    tl.store(ids_ptr + place, ids, mask=stored)
+    tl.store(weights_ptr + place, weights, mask=stored)
+    tl.atomic_add(load_ptr + e, tl.sum(tl.where((t < T)[:, None], taken, 0), axis=0), mask=e < E, sem="relaxed")
+
+
+@triton.jit
+def _moe_route_backward_kernel(
+    dweights_ptr,  # (T, K)
+    logits_ptr,  # (T, E)
+    ids_ptr,  # (T, K)
+    dlogits_ptr,  # (T, E)
+    T,
+    E,
+    scale,
+    stride_t,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dlogit = scale·p·(1 − σ)·(dg − Σ p·dg) at the chosen experts, zero elsewhere."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    k_index = tl.arange(0, BLOCK_K)
+    mask = (t < T)[:, None] & (k_index < K)[None, :]
+    place = t.to(tl.int64)[:, None] * K + k_index[None, :]
+    ids = tl.load(ids_ptr + place, mask=mask, other=0)
+    dweights = tl.load(dweights_ptr + place, mask=mask, other=0.0)
+    logits = tl.load(logits_ptr + t.to(tl.int64)[:, None] * stride_t + ids, mask=mask, other=0.0)
+    scores = tl.where(mask, tl.sigmoid(logits), 0.0)
+    share = scores / (tl.sum(scores, axis=1) + EPSILON)[:, None]
+    mean = tl.sum(share * dweights, axis=1)[:, None]
+    dchosen = scale * share * (dweights - mean) * tl.sigmoid(-logits)
+    dlogits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for k in tl.static_range(K):
+        this = k_index[None, :] == k
+        expert = tl.sum(tl.where(this, ids, 0), axis=1)[:, None]
+        dlogits = tl.where(e[None, :] == expert, tl.sum(tl.where(this, dchosen, 0.0), axis=1)[:, None], dlogits)
+    known = (t < T)[:, None] & (e < E)[None, :]
+    tl.store(dlogits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], dlogits, mask=known)
+
+
+def _route_blocks(experts: int, top_k: int) -> dict[str, int]:
+    return {
+        "K": top_k,
+        "BLOCK_T": 16,
+        "BLOCK_E": triton.next_power_of_2(experts),
+        "BLOCK_K": triton.next_power_of_2(top_k),
+        "num_warps": 4,
+    }
+
+
+def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `moe_route_reference`, in float32."""
+    T, E = logits.shape
+    ids = torch.empty(T, top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(T, top_k, dtype=torch.float32, device=logits.device)
+    load = torch.zeros(E, dtype=torch.int32, device=logits.device)
+    if T:
+        logits, blocks = _unit_stride(logits), _route_blocks(E, top_k)
+        grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
+        _moe_route_kernel[grid](logits, bias.contiguous(), ids, weights, load, T, E, scale, logits.stride(0), **blocks)
+    return ids, weights, load
+
+
+def moe_route_backward_triton(dweights: Tensor, logits: Tensor, expert_ids: Tensor, scale: float) -> Tensor:
+    """As `moe_route_backward_reference`, in float32."""
+    (T, E), top_k = logits.shape, expert_ids.shape[1]
+    dlogits = torch.empty(T, E, dtype=torch.float32, device=logits.device)
+    if T:
+        logits, blocks = _unit_stride(logits), _route_blocks(E, top_k)
+        grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
+        inputs = (dweights.contiguous(), logits, expert_ids.contiguous(), dlogits)
+        _moe_route_backward_kernel[grid](*inputs, T, E, scale, logits.stride(0), **blocks)
+    return dlogits
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()

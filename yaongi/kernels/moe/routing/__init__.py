@@ -1,1 +1,0 @@
-"""Routing and dispatch of the mixture of experts."""

@@ -1,0 +1,317 @@
+"""The Teon update on a GPU: a pass over gradients and momenta before the Newton-Schulz steps, and over weights after.
+
+Tensors that lie apart come as a table of their addresses. Of the matrices of a step, number b is the e-th of each of
+the K tensors of stack u, b = u·E + e; its K layers lie side by side in the direction U, (B, m, K·n).
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from yaongi.kernels import backend
+from yaongi.kernels.newton_schulz.iteration import Product, iterate, torch_product
+from yaongi.kernels.newton_schulz.passes import (
+    LAST_PRODUCT,
+    Wide,
+    load_result,
+    result_tile,
+    store_partial_norm,
+    tile_places,
+    tiling_of,
+)
+from yaongi.kernels.newton_schulz.reference import DIRECTION, triples
+
+Tensor = torch.Tensor
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _address(table_ptr, i, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The i-th pointer of a table."""
+    pointer = tl.load(table_ptr + i).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _teon_momentum_kernel(
+    grad_table,  # (K · U) addresses of (E, m, n)
+    momentum_table,
+    direction_ptr,  # (B, m, K · n)
+    partial_ptr,  # (B, K · tiles, 2)
+    first,  # number of this batch's first matrix
+    E,
+    m,
+    n,
+    momentum,
+    tiles,
+    GRAD: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile, layer = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    local, k = layer // K, layer % K
+    matrix = first + local
+    i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
+    row, column = tile_places(tile, n, ROWS, COLUMNS)
+    inside = (row < m) & (column < n)
+    place = row * n + column
+    grad_ptr = _address(grad_table, i, GRAD, ALIGNED) + e * m * n
+    momentum_ptr = _address(momentum_table, i, MOMENTUM, ALIGNED) + e * m * n
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    accumulated = momentum * tl.load(momentum_ptr + place, mask=inside, other=0.0).to(tl.float32) + grad
+    tl.store(momentum_ptr + place, accumulated.to(MOMENTUM), mask=inside)
+    if NESTEROV:
+        accumulated = grad + momentum * accumulated
+    direction = accumulated.to(direction_ptr.dtype.element_ty)
+    direction_ptr += local.to(tl.int64) * m * n * K + k * n
+    tl.store(direction_ptr + row * (n * K) + column, direction, mask=inside)
+    store_partial_norm(direction.to(tl.float32), partial_ptr + 2 * tl.program_id(0).to(tl.int64))
+
+
+@triton.jit
+def _update(
+    weight_table,
+    param_table,
+    matrix,
+    k,
+    row,
+    column,
+    E,
+    m,
+    n,
+    decay,
+    change,
+    WEIGHT: tl.constexpr,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """W ← decay·W − change on a tile of the k-th layer of a stack, and the parameter's cast."""
+    i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
+    inside, place = (row < m) & (column < n), row * n + column
+    weight_ptr = _address(weight_table, i, WEIGHT, ALIGNED) + e * m * n
+    weight = decay * tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32) - change
+    tl.store(weight_ptr + place, weight.to(WEIGHT), mask=inside)
+    if HAS_MASTERS:
+        param_ptr = _address(param_table, i, PARAM, ALIGNED) + e * m * n
+        tl.store(param_ptr + place, weight.to(PARAM), mask=inside)
+
+
+@triton.jit
+def _teon_weight_kernel(
+    wide_ptr,  # (B, rows, columns): the orthogonalised directions
+    weight_table,  # (K · U) addresses of (E, m, n): what takes the update
+    param_table,  # the same, of the casts
+    first,
+    E,
+    m,
+    n,
+    rows,
+    columns,
+    decay,  # 1 − η·λ
+    scale,  # η·sqrt(m/n)
+    tiles,
+    WEIGHT: tl.constexpr,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile, layer = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    local, k = layer // K, layer % K
+    row, column = tile_places(tile, n, ROWS, COLUMNS)
+    inside = (row < m) & (column < n)
+    wide_ptr += local.to(tl.int64) * rows * columns
+    change = scale * load_result(wide_ptr, row, k * n + column, inside, columns, TRANSPOSED)
+    _update(
+        weight_table, param_table, first + local, k, row, column, E, m, n, decay, change,
+        WEIGHT, PARAM, ALIGNED, HAS_MASTERS, K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _teon_last_product_kernel(
+    q_desc,
+    x_desc,
+    weight_table,  # (K · U) addresses of (E, m, n): what takes the update
+    param_table,  # the same, of the casts
+    first,
+    E,
+    m,
+    n,
+    inner,
+    decay,  # 1 − η·λ
+    scale,  # η·sqrt(m/n)
+    tiles,
+    WEIGHT: tl.constexpr,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """W ← decay·W − scale·Q·X, without Q·X ever being stored."""
+    tile, layer = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    local, k = layer // K, layer % K
+    across = tl.cdiv(n, COLUMNS)
+    first_row, first_column = tile // across * ROWS, k * n + tile % across * COLUMNS
+    result = result_tile(q_desc, x_desc, local, first_row, first_column, inner, TRANSPOSED, ROWS, COLUMNS, INNER)
+    row, column = tile_places(tile, n, ROWS, COLUMNS)
+    _update(
+        weight_table, param_table, first + local, k, row, column, E, m, n, decay, scale * result,
+        WEIGHT, PARAM, ALIGNED, HAS_MASTERS, K,
+    )  # fmt: skip
+
+
+class Addresses:
+    """Tables of the addresses of tensors, on the GPU.
+
+    Training meets the same tensors each step, and then pays nothing; a new table is copied from pinned memory, without
+    waiting, and belongs to the stream that copied it. In a graph that is being captured the copy is the graph's own and
+    happens at every replay: such a table is for that graph alone, and its source is kept for good.
+    """
+
+    KEPT = 256
+
+    def __init__(self) -> None:
+        self._known = functools.lru_cache(maxsize=self.KEPT)(self._copied)
+        self._captured: list[Tensor] = []
+
+    def __call__(self, tensors: list[Tensor]) -> Tensor:
+        """(len(tensors)) int64."""
+        device, pointers = tensors[0].device, tuple(t.data_ptr() for t in tensors)
+        if device.type != "cuda":
+            return self._known(pointers, device, 0)[0]
+        if torch.cuda.is_current_stream_capturing():
+            table, source = self._copied(pointers, device, 0)
+            self._captured.append(source)
+            return table
+        return self._known(pointers, device, torch.cuda.current_stream(device).cuda_stream)[0]
+
+    @staticmethod
+    def _copied(pointers: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+        """The table and its source in host memory."""
+        source = torch.tensor(pointers, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return source.to(device, non_blocking=True), source
+
+
+addresses = Addresses()
+
+
+class Apart:
+    """Tensors of one shape and dtype that lie apart, as a kernel takes them."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors  # which may be copies that nobody else holds
+        self.table = addresses(tensors)
+        self.type = TYPES[tensors[0].dtype]
+        self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+class Teon:
+    """One call of `teon_update`: its tensors, and the passes over a batch of their matrices."""
+
+    def __init__(
+        self, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], masters: list[Tensor], stack: int
+    ) -> None:
+        self.E, self.m, self.n = (1, *params[0].shape)[-3:]
+        self.stack = stack
+        self.layout = Wide(self.m, stack * self.n)
+        self.count = len(params) // stack * self.E  # matrices to orthogonalise
+        self._has_masters = bool(masters)
+        self._grads, self._momenta = Apart([g.contiguous() for g in grads]), Apart(momenta)
+        self._weights, self._params = Apart(masters or params), Apart(params)
+        self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # the copy engine's boxes start on 16 bytes
+
+    def directions(self, first: int, u: Tensor, momentum: float, nesterov: bool) -> Tensor:
+        """Moves the momenta of the matrices first … and writes U, (B, m, K·n); returns its partial norms."""
+        K, count = self.stack, u.shape[0]
+        tiling = tiling_of(self.m, self.n, across=False)
+        partial = torch.empty(count, K * tiling.count, 2, dtype=torch.float32, device=u.device)
+        _teon_momentum_kernel[(count * K * tiling.count,)](
+            self._grads.table, self._momenta.table, u, partial, first, self.E, self.m, self.n, momentum, tiling.count,
+            GRAD=self._grads.type, MOMENTUM=self._momenta.type, ALIGNED=self._grads.aligned and self._momenta.aligned,
+            NESTEROV=nesterov, K=K, ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
+        )  # fmt: skip
+        return partial
+
+    def apply(self, first: int, q: Tensor, x: Tensor, spare: Tensor, decay: float, scale: float) -> None:
+        """W ← decay·W − scale·Q·X for the matrices first …, and the parameters' casts."""
+        weights, params, layout = self._weights, self._params, self.layout
+        tables = weights.table, params.table
+        types = {
+            "WEIGHT": weights.type, "PARAM": params.type, "ALIGNED": weights.aligned and params.aligned,
+            "HAS_MASTERS": self._has_masters, "TRANSPOSED": layout.transposed, "K": self.stack,
+        }  # fmt: skip
+        if self._fused:
+            config = LAST_PRODUCT["weights"]
+            tiles = triton.cdiv(self.m, config.rows) * triton.cdiv(self.n, config.columns)
+            _teon_last_product_kernel[(x.shape[0] * self.stack * tiles,)](
+                *layout.factors(q, x, config), *tables, first, self.E, self.m, self.n, layout.rows, decay, scale, tiles,
+                **types, ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+            return
+        tiling = tiling_of(self.m, self.n, across=layout.transposed)
+        _teon_weight_kernel[(x.shape[0] * self.stack * tiling.count,)](
+            torch.bmm(q, x, out=spare), *tables, first, self.E, self.m, self.n, layout.rows, layout.columns,
+            decay, scale, tiling.count, **types,
+            ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
+        )  # fmt: skip
+
+
+def teon_update_triton(*args: Any) -> None:
+    """As `teon_update_reference` with float16 as its storage; products by torch."""
+    _teon_update(torch_product, *args)
+
+
+def teon_update_cuda(*args: Any) -> None:
+    """The same with symmetric products by the CUDA kernel."""
+    _teon_update(backend.cuda_launcher("symmetric_product"), *args)
+
+
+def _teon_update(
+    product: Product,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    masters: list[Tensor],
+    stack: int,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    coefficients: list[float],
+) -> None:
+    """The update with one way to take symmetric products, in batches that fit the workspace."""
+    if not params[0].numel():
+        return
+    step = Teon(params, grads, momenta, masters, stack)
+    m, n, layout, steps = step.m, step.n, step.layout, triples(coefficients)
+    batches = layout.batches(step.count)
+    memory = [layout.empty(batches[0].stop, params[0]) for _ in range(2)]
+    for batch in batches:
+        count = batch.stop - batch.start
+        wide, spare = (half[:count] for half in memory)
+        u = spare.view(-1)[: count * m * stack * n].view(DIRECTION).view(count, m, stack * n)
+        layout.normalise(u, step.directions(batch.start, u, momentum, nesterov), wide)
+        q, wide, spare = iterate(wide, spare, steps, "gram", product)
+        step.apply(batch.start, q, wide, spare, 1 - lr * weight_decay, lr * math.sqrt(m / n))
+    torch.autograd.graph.increment_version([*params, *momenta, *masters])

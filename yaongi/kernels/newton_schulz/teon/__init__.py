@@ -1,1 +1,0 @@
-"""The Teon update: momentum before the Newton-Schulz steps, weights after them."""

@@ -1,0 +1,248 @@
+"""The RMS norms in Triton: one kernel a direction, bound by bytes.
+
+A program takes a block of rows of one group of channels; `rms_norm` has one group. Forward reads each input once and
+writes each output once. Backward computes again what forward computed, and a program walks over many blocks with its
+part of the weight's gradient in registers; those parts are added in a fixed order: same bits always.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from yaongi.kernels.common.column_sums import column_sums
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """A block of rows × one group has ELEMENTS elements at least, a row at least; each warp has some of them."""
+
+    elements: int
+    elements_a_warp: int  # of a longer row WIDE: more would spill
+
+
+WIDE = 512
+FORWARD = Config(elements=2048, elements_a_warp=512)
+BACKWARD = Config(elements=2048, elements_a_warp=1024)
+# By bytes of an element: of 16 bits a program that walks backwards loads the next rows while it works on these.
+STAGES = {2: 2, 4: 1}
+PROGRAMS = 528  # that walk backwards, four on each of the 132 multiprocessors
+
+
+@triton.jit
+def _load(ptr, place, mask):
+    return tl.load(ptr + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,  # (T, D)
+    other_ptr,  # (T, D), the gate z or the residual
+    weight_ptr,  # (D)
+    y_ptr,  # (T, D), contiguous
+    sum_ptr,  # (T, D), contiguous
+    T,
+    D,
+    size,
+    eps,
+    stride_x,
+    stride_o,
+    GATED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = u·r·w of u = x, x + residual (stored too), or x·silu(z)."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    mask, channel = (row < T) & (i < size), tl.program_id(1) * size + i
+    u = _load(x_ptr, row * stride_x + channel, mask)
+    weight = _load(weight_ptr, channel, i < size)
+    if GATED:
+        z = _load(other_ptr, row * stride_o + channel, mask)
+        u *= z * tl.sigmoid(z)
+    if HAS_RESIDUAL:
+        total = (u + _load(other_ptr, row * stride_o + channel, mask)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * D + channel, total, mask=mask)
+        u = total.to(tl.float32)
+    inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(u * u, 1) / size + eps)
+    y = u * inverse_rms[:, None] * weight
+    tl.store(y_ptr + row * D + channel, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dy_ptr,  # (T, D)
+    extra_ptr,  # (T, D), the returned sum's gradient
+    u_ptr,  # (T, D), what was normalised; x where gated
+    z_ptr,  # (T, D)
+    weight_ptr,  # (D)
+    du_ptr,  # (T, D), contiguous; dx where gated
+    dz_ptr,  # (T, D)
+    partial_ptr,  # (programs, D), fp32: the weight's gradient
+    T,
+    D,
+    size,
+    eps,
+    stride_y,
+    stride_e,
+    stride_u,
+    stride_z,
+    stride_dz,
+    GATED: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """du = r·(g − n·mean(g·n)) of g = dy·w, n = u·r; through the gate dx = du·z·σ, dz = du·x·σ·(1 + z·(1 − σ))."""
+    i = tl.arange(0, BLOCK)[None, :]
+    channel = tl.program_id(1) * size + i
+    weight = _load(weight_ptr, channel, i < size)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        mask = (row < T) & (i < size)
+        u = _load(u_ptr, row * stride_u + channel, mask)
+        dy = _load(dy_ptr, row * stride_y + channel, mask)
+        x, swish, slope = u, u, u
+        if GATED:
+            z = _load(z_ptr, row * stride_z + channel, mask)
+            gate = tl.sigmoid(z)
+            swish, slope = z * gate, gate * (1.0 + z * (1.0 - gate))
+            u = x * swish
+        inverse_rms = (1.0 / tl.sqrt_rn(tl.sum(u * u, 1) / size + eps))[:, None]
+        normalised = u * inverse_rms
+        dweight += dy * normalised
+        dnormalised = dy * weight
+        mean = (tl.sum(dnormalised * normalised, 1) / size)[:, None]
+        du = inverse_rms * (dnormalised - normalised * mean)
+        if HAS_EXTRA:
+            du += _load(extra_ptr, row * stride_e + channel, mask)
+        if GATED:
+            dz = du * x * slope
+            tl.store(dz_ptr + row * stride_dz + channel, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            du *= swish
+        tl.store(du_ptr + row * D + channel, du.to(du_ptr.dtype.element_ty), mask=mask)
+    place = partial_ptr + tl.program_id(0).to(tl.int64) * D + channel
+    tl.store(place, tl.sum(dweight, 0)[None, :], mask=i < size)
+
+
+def _blocks(config: Config, size: int) -> dict[str, int]:
+    """The constants of a launch for groups of `size` channels."""
+    block = triton.next_power_of_2(size)
+    rows = max(1, config.elements // block)
+    a_warp = config.elements_a_warp if block <= config.elements else WIDE
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // a_warp))}
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(…, D) as (T, D), in place where the strides allow."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def _forward(
+    x: Tensor, other: Tensor | None, weight: Tensor, eps: float, groups: int, y: Tensor, total: Tensor | None
+) -> None:
+    """Fills y, and the sum with the residual where `total` is given; else `other` is the gate."""
+    if not x.numel():
+        return
+    rows, size = _rows(x), x.shape[-1] // groups
+    others = None if other is None else _rows(other)
+    blocks = _blocks(FORWARD, size)
+    _norm_kernel[(triton.cdiv(rows.shape[0], blocks["ROWS"]), groups)](
+        rows,
+        others,
+        weight.contiguous(),
+        y,
+        total,
+        rows.shape[0],
+        x.shape[-1],
+        size,
+        eps,
+        rows.stride(0),
+        0 if others is None else others.stride(0),
+        GATED=other is not None and total is None,
+        HAS_RESIDUAL=total is not None,
+        **blocks,
+    )
+
+
+def fill_gradients(
+    dy: Tensor,
+    extra: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    groups: int,
+    du: Tensor,
+    dz: Tensor | None,
+) -> Tensor:
+    """Fills du, contiguous, and through the gate z dz, a slice perhaps; returns the weight's gradient."""
+    width = u.shape[-1]
+    if not u.numel():
+        return torch.zeros(width, dtype=torch.float32, device=u.device)
+    dys, us, dus = _rows(dy), _rows(u), _rows(du)
+    extras, zs, dzs = (None if t is None else _rows(t) for t in (extra, z, dz))
+    size = width // groups
+    blocks = _blocks(BACKWARD, size)
+    programs = min(triton.cdiv(us.shape[0], blocks["ROWS"]), triton.cdiv(PROGRAMS, groups))
+    partial = torch.empty(programs, width, dtype=torch.float32, device=u.device)
+    _norm_backward_kernel[(programs, groups)](
+        dys,
+        extras,
+        us,
+        zs,
+        weight.contiguous(),
+        dus,
+        dzs,
+        partial,
+        us.shape[0],
+        width,
+        size,
+        eps,
+        dys.stride(0),
+        *(0 if t is None else t.stride(0) for t in (extras,)),
+        us.stride(0),
+        *(0 if t is None else t.stride(0) for t in (zs, dzs)),
+        GATED=z is not None,
+        HAS_EXTRA=extra is not None,
+        STAGES=STAGES[u.element_size()],
+        **blocks,
+    )
+    return column_sums(partial[None])[0]
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_reference`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    _forward(x, residual, weight, eps, 1, y, total)
+    return y, x.new_empty(0) if total is None else total
+
+
+def rms_norm_backward_triton(
+    dy: Tensor, dsum: Tensor | None, u: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_backward_reference`."""
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    return du, fill_gradients(dy, dsum, u, None, weight, eps, 1, du, None)
+
+
+def gated_rms_norm_triton(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """As `gated_rms_norm_reference`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _forward(x, z, weight, eps, groups, y, None)
+    return y
+
+
+def gated_rms_norm_backward_triton(
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gated_rms_norm_backward_reference`."""
+    dx, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, z))
+    return dx, dz, fill_gradients(dy, None, x, z, weight, eps, groups, dx, dz)

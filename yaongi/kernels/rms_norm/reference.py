@@ -1,0 +1,88 @@
+"""The RMS norms in plain torch: see README.md beside this file for the mathematics."""
+
+import torch
+from torch.nn import functional as F
+
+from yaongi.kernels.common.dtypes import compute_dtype
+
+Tensor = torch.Tensor
+
+
+def rms_norm_reference(
+    x: Tensor,  # (…, D)
+    weight: Tensor,  # (D)
+    residual: Tensor | None,  # (…, D)
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # (…, D), (…, D) or empty
+    """The normalised x + residual, and that sum when there is a residual."""
+    wide = compute_dtype(x, weight)
+    if residual is None:
+        return _rounded(_normalised(x.to(wide), eps) * weight.to(wide), x.dtype), x.new_empty(0)
+    wide = torch.promote_types(wide, residual.dtype)
+    total = _rounded(x.to(wide) + residual.to(wide), residual.dtype)
+    return _rounded(_normalised(total.to(wide), eps) * weight.to(wide), x.dtype), total
+
+
+def rms_norm_backward_reference(
+    dy: Tensor,  # (…, D)
+    dsum: Tensor | None,  # (…, D)
+    u: Tensor,  # (…, D), what was normalised: x or the sum
+    weight: Tensor,  # (D)
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # (…, D) like u, (D) float32 or float64
+    """The gradients of u, that of the returned sum included, and of the weight."""
+    wide = compute_dtype(u, weight)
+    du, dweight = _norm_gradients(dy.to(wide), u.to(wide), weight.to(wide), eps, groups=1)
+    if dsum is not None:
+        du = du + dsum.to(wide)
+    return _rounded(du, u.dtype), dweight
+
+
+def gated_rms_norm_reference(
+    x: Tensor,  # (…, D)
+    z: Tensor,  # (…, D)
+    weight: Tensor,  # (D)
+    eps: float,
+    groups: int,
+) -> Tensor:  # (…, D)
+    """x·silu(z), normalised over each group of channels."""
+    wide = compute_dtype(x, weight)
+    gated = x.to(wide) * F.silu(z.to(wide))
+    normalised = _normalised(gated.unflatten(-1, (groups, -1)), eps).flatten(-2)
+    return _rounded(normalised * weight.to(wide), x.dtype)
+
+
+def gated_rms_norm_backward_reference(
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:  # like x, like z, (D) float32 or float64
+    """The gradients of x, z and the weight."""
+    wide = compute_dtype(x, weight)
+    x, z = x.to(wide), z.to(wide)
+    sigmoid = torch.sigmoid(z)
+    du, dweight = _norm_gradients(dy.to(wide), x * z * sigmoid, weight.to(wide), eps, groups)
+    dx = du * z * sigmoid
+    dz = du * x * sigmoid * (1 + z * (1 - sigmoid))
+    return _rounded(dx, dy.dtype), _rounded(dz, dy.dtype), dweight
+
+
+def _rounded(result: Tensor, dtype: torch.dtype) -> Tensor:
+    return result.to(dtype).contiguous()
+
+
+def _normalised(u: Tensor, eps: float) -> Tensor:
+    return u * _inverse_rms(u, eps)
+
+
+def _inverse_rms(u: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
+
+
+def _norm_gradients(dy: Tensor, u: Tensor, weight: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+    """du (…, D) and dweight (D) of y = u·r·weight, r over each group."""
+    u = u.unflatten(-1, (groups, -1))  # (…, J, D / J)
+    inverse_rms = _inverse_rms(u, eps)
+    normalised = u * inverse_rms
+    dnormalised = (dy * weight).unflatten(-1, (groups, -1))
+    du = inverse_rms * (dnormalised - normalised * (dnormalised * normalised).mean(-1, keepdim=True))
+    dweight = (dy * normalised.flatten(-2)).reshape(-1, dy.shape[-1]).sum(0)
+    return du.flatten(-2), dweight

@@ -1,1 +1,0 @@
-"""Sums that several kernels end with."""

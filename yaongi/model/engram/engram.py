@@ -1,0 +1,139 @@
+"""Engram (arXiv 2601.07372): a gated look-up of hashed n-grams, added to the hidden state before a layer's mixer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from yaongi.kernels import causal_conv1d, causal_conv1d_step
+from yaongi.model.config import EngramConfig, ModelConfig
+from yaongi.model.engram.hashing import HashPlan, hash_rows
+from yaongi.model.layers.accumulation import AddingEmbedding, gradient_to_add_to
+from yaongi.model.layers.compiled import fused
+from yaongi.model.layers.linear import DepthwiseConv, Embedding, Linear
+from yaongi.model.layers.norm import RMSNorm
+
+Tensor = torch.Tensor
+SMALLEST = 1e-6  # keeps the gradient of the demo's square root finite
+
+
+@dataclass
+class EngramCache:
+    """The convolution's earlier inputs of one layer, (dilation, B, d, kernel − 1); filled by the prefill.
+
+    A step at position t uses and moves phase t % dilation, counted from the first step.
+    """
+
+    phases: list[Tensor]
+
+
+class Engram(nn.Module):
+    """h ← h + αv + SiLU(conv(RMSNorm(αv))), with k, v = W_K·e, W_V·e and α the gate of h and k."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engram: EngramConfig,
+        plan: HashPlan,
+        device: torch.device | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.norm_eps
+        self.plan, self.gate, self.sparse = plan, engram.gate, engram.sparse_gradients
+        self.dilation, self.taps = max(engram.orders), engram.kernel
+        self.table = Embedding(plan.rows, engram.head_dim, device, dtype)
+        self.key_proj = Linear(engram.width, width, device, dtype)
+        self.value_proj = Linear(engram.width, width, device, dtype)
+        self.hidden_norm = RMSNorm(width, eps, device, dtype)
+        self.key_norm = RMSNorm(width, eps, device, dtype)
+        self.value_norm = RMSNorm(width, eps, device, dtype)
+        self.conv = DepthwiseConv(width, engram.kernel, device, dtype, bias=False)
+        primes, starts = plan.constants(device)
+        self.register_buffer("primes", primes, persistent=False)
+        self.register_buffer("starts", starts, persistent=False)
+        self.primes: Tensor
+        self.starts: Tensor
+
+    def reset_constants(self) -> None:
+        """Computes the constants of the hash again, where `to_empty` has left them unset."""
+        primes, starts = self.plan.constants(self.primes.device)
+        self.primes.copy_(primes)
+        self.starts.copy_(starts)
+
+    def forward(
+        self, hidden: Tensor, window: Tensor, document_ids: Tensor | None, cache: EngramCache | None = None
+    ) -> Tensor:
+        """What to add to the hidden state.
+
+        Args:
+            hidden: (B, L, d). window: (B, n, L) int64, `ngram_window` of the compressed ids, n ≥ the longest order.
+            document_ids: (B, L) int32 or None. cache: filled with the convolution's last inputs.
+        """
+        value = self._gated_value(hidden, self.look_up(window))
+        normed = self.value_norm(value)
+        if cache is not None:
+            cache.phases = self._last_inputs(normed, document_ids)
+        return value + self._convolved(normed, document_ids)
+
+    def step(self, hidden: Tensor, window: Tensor, cache: EngramCache) -> Tensor:
+        """The next token: hidden (B, d), window (B, n, 1) to (B, d); the cache in place."""
+        value = self._gated_value(hidden, self.look_up(window)[:, 0])
+        state = cache.phases.pop(0)
+        cache.phases.append(state)
+        return value + causal_conv1d_step(self.value_norm(value), state, self.conv.taps)
+
+    def look_up(self, window: Tensor) -> Tensor:
+        """e (B, L, orders·heads·head_dim). The table may lie on another device, such as the host's memory."""
+        rows = hash_rows(window, self.plan, self.primes, self.starts)
+        table = self.table.weight
+        there = rows.to(table.device)
+        gradient = gradient_to_add_to(table)
+        if gradient is None:
+            found = F.embedding(there, table, sparse=self.sparse)
+        else:
+            if gradient.is_sparse:
+                table.grad = gradient = gradient.to_dense()
+            found = AddingEmbedding.apply(there, table, gradient)
+        return found.to(rows.device, non_blocking=True).flatten(-2)
+
+    def _gated_value(self, hidden: Tensor, found: Tensor) -> Tensor:
+        """αv, (…, d)."""
+        query, key = self.hidden_norm(hidden), self.key_norm(self.key_proj(found))
+        return fused(_gated, hidden.device.type)(query, key, self.value_proj(found), self.gate)
+
+    def _convolved(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
+        """SiLU of the dilated convolution: each of `dilation` interleaved phases of the sequence is a sequence."""
+        length = x.shape[1]
+        documents = None if document_ids is None else self._phases(document_ids.unsqueeze(-1)).squeeze(-1)
+        y = causal_conv1d(self._phases(x), self.conv.taps, document_ids=documents)
+        return y.unflatten(0, (-1, self.dilation)).transpose(1, 2).flatten(1, 2)[:, :length]
+
+    def _phases(self, x: Tensor) -> Tensor:
+        """(B, L, C) to (B·dilation, L / dilation rounded up, C): position t goes to phase t % dilation.
+
+        What fills the end repeats the last position: it comes after everything and is cut off again.
+        """
+        short = -x.shape[1] % self.dilation
+        if short:
+            x = torch.cat([x, x[:, -1:].expand(-1, short, -1)], dim=1)
+        return x.unflatten(1, (-1, self.dilation)).transpose(1, 2).flatten(0, 1).contiguous()
+
+    def _last_inputs(self, x: Tensor, document_ids: Tensor | None) -> list[Tensor]:
+        """The state of each phase after (B, L, d), in the order in which the next tokens need them."""
+        if document_ids is not None:
+            x = torch.where((document_ids == document_ids[:, -1:]).unsqueeze(-1), x, 0)
+        history = (self.taps - 1) * self.dilation
+        tail = F.pad(x, (0, 0, history, 0))[:, -history:] if history else x[:, :0]
+        steps = tail.unflatten(1, (self.taps - 1, self.dilation))  # (B, taps − 1, dilation, d), oldest first
+        return [steps[:, :, phase].mT.contiguous() for phase in range(self.dilation)]
+
+
+def _gated(query: Tensor, key: Tensor, value: Tensor, gate: str) -> Tensor:
+    """α·value of normalised query and key, all (…, d); α in float32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    score = (query.to(wide) * key.to(wide)).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
+    if gate == "demo":
+        score = score.sign() * score.abs().clamp(min=SMALLEST).sqrt()
+    return (score.sigmoid() * value.to(wide)).to(query.dtype)

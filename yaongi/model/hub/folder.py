@@ -1,0 +1,106 @@
+"""Model folders in and out: Hugging Face's `nemotron_h` layout, and our own `yaongi` where there is an Engram."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from yaongi.files import read_json, write_json
+from yaongi.model.config import ModelConfig
+from yaongi.model.count import ParameterCounts
+from yaongi.model.hub.card import model_card
+from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, hub_config, own_config
+from yaongi.model.hub.weights import SHARD_BYTES, staged, write_shards
+
+ENGRAM_TENSORS = (".engram.", "backbone.compression")  # what a name holds that nemotron_h has no place for
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
+    """The config of a model folder, and the dtype of its weights.
+
+    Raises:
+        FileNotFoundError: no config.json. ValueError: what it says is no part of this model.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"from_pretrained: wanted a folder with config.json, got {folder}")
+    fields = read_json(folder / "config.json")
+    name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"config.json: wanted a floating dtype, got {name!r}")
+    return config_from_json(fields), dtype
+
+
+def save(
+    model: nn.Module, config: ModelConfig, counts: ParameterCounts, folder: Path, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the whole model: as `nemotron_h` when it has no Engram, as `yaongi` otherwise."""
+    with staged(folder) as temporary:
+        if config.engram:
+            _write_yaongi(model, config, counts, temporary, shard_bytes)
+        else:
+            _write_nemotron_h(model, config, counts, temporary, shard_bytes, lost=None)
+
+
+def export_nemotron_h(
+    model: nn.Module,
+    config: ModelConfig,
+    counts: ParameterCounts,
+    folder: Path,
+    *,
+    drop_engram: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the model as `nemotron_h`, which transformers, vLLM and llama.cpp read.
+
+    Raises:
+        ValueError: the model has an Engram, which that layout can't hold, and `drop_engram` is not set.
+    """
+    lost = _lost(config, counts)
+    if lost and not drop_engram:
+        raise ValueError(
+            f"export: model must be without Engram for nemotron_h, got {lost}: --drop-engram leaves that out, "
+            "save_pretrained keeps everything"
+        )
+    with staged(folder) as temporary:
+        _write_nemotron_h(model, config, counts, temporary, shard_bytes, lost=lost)
+
+
+def _lost(config: ModelConfig, counts: ParameterCounts) -> str | None:
+    """What nemotron_h has no place for, or None."""
+    if not config.engram:
+        return None
+    layers = " and ".join(str(engram.layer) for engram in config.engram)
+    return f"the Engram of layer {layers} with {counts.total - counts.without_engram().total:,} parameters"
+
+
+def _write_nemotron_h(
+    model: nn.Module, config: ModelConfig, counts: ParameterCounts, folder: Path, shard_bytes: int, *, lost: str | None
+) -> None:
+    config, counts, dtype = config.without_engram(), counts.without_engram(), _dtype_name(model)
+    kept = {n: t for n, t in model.state_dict().items() if not any(mark in n for mark in ENGRAM_TENSORS)}
+    write_shards(kept, folder, shard_bytes)
+    write_json(folder / "config.json", hub_config(config, dtype))
+    _write_rest(config, folder, model_card(config, counts, dtype, hub=True, lost=lost))
+
+
+def _write_yaongi(
+    model: nn.Module, config: ModelConfig, counts: ParameterCounts, folder: Path, shard_bytes: int
+) -> None:
+    dtype = _dtype_name(model)
+    write_shards(model.state_dict(), folder, shard_bytes)
+    write_json(folder / "config.json", own_config(config, dtype))
+    shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), folder / f"{REMOTE_CODE}.py")
+    _write_rest(config, folder, model_card(config, counts, dtype, hub=False))
+
+
+def _write_rest(config: ModelConfig, folder: Path, card: str) -> None:
+    """The generation config and the model card."""
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", tokens)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(model.get_parameter("lm_head.weight").dtype).removeprefix("torch.")

@@ -1,0 +1,177 @@
+"""A model's tensors in safetensors files, under the hub's names: one tensor an expert, where the model has one for all.
+
+Reading checks every name and shape in the files' headers first, and then copies shard by shard.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from yaongi.files import read_json, write_json
+
+Tensor = torch.Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+
+SINGLE_FILE = "model.safetensors"
+
+SHARD_BYTES = 5_000_000_000
+
+WRITTEN = ("model*.safetensors", "modeling_yaongi.py")  # what one save writes and the next may not
+
+_EXPERT = re.compile(r"(.*\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
+
+_ALL_EXPERTS = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
+
+_ELSEWHERE = "mtp."  # a head for speculative decoding, which transformers leaves out as well
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stored tensor goes: a tensor of the model, or one expert of it."""
+
+    name: str
+    expert: int | None = None
+
+    @classmethod
+    def of(cls, stored: str) -> "Place":
+        """The place of a stored name; transformers' own prefix is taken too."""
+        if stored.startswith("model."):
+            stored = "backbone." + stored.removeprefix("model.")
+        found = _EXPERT.fullmatch(stored)
+        return cls(f"{found[1]}.{found[3]}", int(found[2])) if found else cls(stored)
+
+    def __str__(self) -> str:
+        return _expert_name(self.name, self.expert) if self.expert is not None else self.name
+
+
+def _expert_name(name: str, expert: int) -> str:
+    folder, _, leaf = name.rpartition(".")
+    return f"{folder}.{expert}.{leaf}.weight"
+
+
+def hub_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of a state dict, in order; experts as views."""
+    for name, tensor in state.items():
+        if _ALL_EXPERTS.fullmatch(name):
+            yield from ((_expert_name(name, expert), part) for expert, part in enumerate(tensor.unbind()))
+        else:
+            yield name, tensor
+
+
+def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `model-0000i-of-0000n.safetensors` of at most so many bytes (or one tensor), and the index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in hub_tensors(state):
+        if tensor.is_meta:
+            raise ValueError(f"save_pretrained: wanted {name} with values, got a tensor on the meta device")
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        save_file({n: t.cpu().contiguous() for n, t in shard.items()}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it private
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fills the targets, which may be on any device and of any floating dtype, from the folder's weights.
+
+    Raises:
+        FileNotFoundError: no weights. ValueError: a missing, extra or misshapen tensor, or a file that is damaged; no
+            target has been touched then, unless a file changes while it is read.
+    """
+    files = _weight_files(folder)
+    stored: dict[Place, Path] = {}
+    for file in files:
+        with _opened(file) as shard:
+            for name in shard.keys():  # noqa: SIM118 (it is no dict)
+                if not name.startswith(_ELSEWHERE):
+                    place = Place.of(name)
+                    _check_shape(place, tuple(shard.get_slice(name).get_shape()), targets, file)
+                    stored[place] = file
+    _check_complete(stored, targets, folder)
+    for file in files:
+        with _opened(file) as shard:
+            for name in shard.keys():  # noqa: SIM118
+                if not name.startswith(_ELSEWHERE):
+                    place = Place.of(name)
+                    target = targets[place.name]
+                    (target if place.expert is None else target[place.expert]).copy_(shard.get_tensor(name))
+
+
+def _check_shape(place: Place, shape: tuple[int, ...], targets: Mapping[str, Tensor], file: Path) -> None:
+    target = targets.get(place.name)
+    if target is None or (place.expert is not None and place.expert >= target.shape[0]):
+        raise ValueError(f"{file.name}: wanted no tensor but the model's, got the extra {place}")
+    wanted = tuple(target.shape if place.expert is None else target.shape[1:])
+    if shape != wanted:
+        raise ValueError(f"{file.name}: wanted {place} of shape {wanted}, got {shape}")
+
+
+def _check_complete(stored: Mapping[Place, Path], targets: Mapping[str, Tensor], folder: Path) -> None:
+    """Every target is stored, whole or by experts."""
+    for name, target in targets.items():
+        wanted = [Place(name)]
+        if Place(name) not in stored and _ALL_EXPERTS.fullmatch(name):
+            wanted = [Place(name, expert) for expert in range(target.shape[0])]
+        missing = next((place for place in wanted if place not in stored), None)
+        if missing:
+            raise ValueError(f"{folder.name}: wanted the tensor {missing}, got {len(stored)} tensors without it")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise FileNotFoundError(f"from_pretrained: wanted {INDEX_FILE} or {SINGLE_FILE} in {folder}, got neither")
+        return [folder / SINGLE_FILE]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index.name}: wanted a weight_map, got {weight_map!r}")
+    files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing:
+        raise FileNotFoundError(f"from_pretrained: wanted {missing.name}, which the index names, in {folder}, got none")
+    return files
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; its own errors become ValueError with the file's name."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise ValueError(f"{file.name}: wanted a whole safetensors file, got {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when the block ends well; else `folder` stays as it was.
+
+    Files of an earlier save that are not written again are removed then; others, as a tokenizer's, stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield Path(temporary)
+        files = sorted(Path(temporary).iterdir())
+        for file in files:
+            os.replace(file, folder / file.name)
+    written = {file.name for file in files}
+    for old in (path for pattern in WRITTEN for path in folder.glob(pattern) if path.name not in written):
+        old.unlink()

@@ -1,0 +1,76 @@
+"""Projections without bias, embeddings, and the depthwise convolution's weights."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from yaongi.model.config import RolePrecision
+from yaongi.model.layers.accumulation import AccumulatingLinear, ForkedLinear, gradient_to_add_to, linear_product
+
+Tensor = torch.Tensor
+
+
+class Linear(nn.Module):
+    """x · weightᵀ, weight (outputs, inputs).
+
+    `precision` is that of the product's operands: "bf16" takes them as they are. Raises ValueError for "fp8", which is
+    not available yet.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        device: torch.device | None,
+        dtype: torch.dtype,
+        precision: RolePrecision = "bf16",
+    ) -> None:
+        super().__init__()
+        if precision != "bf16":
+            raise ValueError(f"linear: wanted precision 'bf16' (fp8 is not available yet), got {precision!r}")
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """(…, inputs) to (…, outputs); from (T, inputs) also added to `into` (T, outputs), in place, rounded once."""
+        gradient = gradient_to_add_to(self.weight)
+        if gradient is None:
+            return linear_product(x, self.weight, into)
+        return AccumulatingLinear.apply(x, self.weight, gradient, into)
+
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, inputs) to (…, outputs), and x for another product or kernel that reads it.
+
+        Within `gradients_in_place` the two gradients of x are added in this product, not by a pass over both.
+        """
+        gradient = gradient_to_add_to(self.weight)
+        if gradient is None or not x.requires_grad:
+            return self(x), x
+        return ForkedLinear.apply(x, self.weight, gradient)
+
+
+class Embedding(nn.Module):
+    """Rows of a table, (rows, width)."""
+
+    def __init__(self, rows: int, width: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…) whole numbers to (…, width)."""
+        return F.embedding(ids, self.weight)
+
+
+class DepthwiseConv(nn.Module):
+    """The weights of a causal convolution over each channel: weight (channels, 1, taps), bias (channels) or None."""
+
+    def __init__(
+        self, channels: int, taps: int, device: torch.device | None, dtype: torch.dtype, *, bias: bool
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def taps(self) -> Tensor:
+        """The weight as the ops take it: (channels, taps)."""
+        return self.weight.squeeze(1)

@@ -1,0 +1,1 @@
+"""The three mixers of a layer: Mamba-2, experts, attention."""

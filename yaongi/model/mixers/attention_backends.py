@@ -1,0 +1,201 @@
+"""Attention masked to documents, on the fastest backend that is right.
+
+| backend | when `attention_backend` is "auto" |
+|---|---|
+| sdpa, causal | no documents: cuDNN first, then flash, then the plain ones |
+| flex | packed documents on a GPU in float16 or bfloat16, with gradients: deterministic, no synchronisation |
+| varlen | the same without gradients: `torch.nn.attention.varlen` |
+| sdpa, masked | packed documents elsewhere: a boolean mask (B, 1, L, L) |
+
+"flash" (the flash-attn package) is used when asked for by name.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from yaongi.model.config import AttentionBackend
+from yaongi.model.layers.compiled import fused
+
+Tensor = torch.Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+
+# On an H100 cuDNN is the fastest causal kernel, which torch does not prefer by itself.
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+# Tiles of flex_attention's backward pass: 1.31 ms for its own choice's 1.46 (2 × 4096, 32 and 8 heads of 64, H100).
+FLEX_OPTIONS = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")} | {
+    "bwd_num_warps": 4,
+    "bwd_num_stages": 3,
+}
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the attention layers of one forward pass see each other's tokens; made once for all of them."""
+
+    backend: Literal["sdpa", "varlen", "flex", "flash"]
+    mask: Any = None  # sdpa: (B, 1, L, L) bool or None for causal; flex: a BlockMask
+    starts: Tensor | None = None  # varlen, flash: (documents + 1) int32, where documents start in the B·L tokens
+    longest: int = 0  # varlen, flash: tokens of the largest document
+
+
+def plan_attention(
+    wanted: AttentionBackend,
+    shape: torch.Size,
+    document_ids: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> AttentionPlan:
+    """Chooses the backend for tokens of shape (B, L) and prepares what it needs.
+
+    For varlen and flash it synchronises with the GPU, twice a forward pass.
+
+    Raises:
+        ValueError: a backend asked for by name can't run on this device or dtype. ImportError: it is not installed.
+    """
+    fast = device.type == "cuda" and dtype in HALVES
+    if wanted == "auto":
+        wanted = "sdpa"
+        if document_ids is not None and fast:
+            wanted = "flex" if torch.is_grad_enabled() else "varlen" if has_varlen() else "sdpa"
+    if wanted in ("varlen", "flash"):
+        if not fast:
+            raise ValueError(
+                f"attention: wanted a GPU and float16 or bfloat16 for attention_backend={wanted!r}, got {device} and "
+                f"{str(dtype).removeprefix('torch.')}"
+            )
+        starts, longest = document_starts(shape, document_ids, device)
+        return AttentionPlan(wanted, starts=starts, longest=longest)
+    if wanted == "flex":
+        return AttentionPlan("flex", mask=_flex_mask(shape, document_ids, device))
+    return AttentionPlan("sdpa", mask=None if document_ids is None else document_mask(document_ids))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """q (B, L, heads, D), k and v (B, L, kv heads, D) to (B, L, heads, D)."""
+    if plan.backend in ("varlen", "flash"):
+        flat = [t.flatten(0, 1) for t in (q, k, v)]
+        function = _varlen() if plan.backend == "varlen" else _flash()
+        return function(*flat, plan.starts, plan.longest).view(q.shape)
+    if plan.backend == "flex":
+        return fused(_flex_attend, q.device.type)(q, k, v, plan.mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return scaled_attention(q, k, v, plan.mask).transpose(1, 2)
+
+
+def scaled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA over (B, heads, L, D), causal without a mask."""
+    if q.is_meta:
+        return _ShapesOfAttention.apply(q, k, v, mask)
+    order = sdpa_kernel(SDPA_ORDER, set_priority=True) if q.device.type == "cuda" else contextlib.nullcontext()
+    with order:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """(B, L) to (B, 1, L, L): which keys (last) a query may see, those before it in its document."""
+    return (document_ids[:, :, None] == document_ids[:, None, :]).tril().unsqueeze(1)
+
+
+def document_starts(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
+    """Where each document begins among the B·L tokens and where the last one ends, int32; and the largest length."""
+    batch, length = shape
+    if document_ids is None:
+        return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device), length
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=batch * length).int()
+    return starts, int(starts.diff().max())
+
+
+@functools.cache
+def has_varlen() -> bool:
+    """Whether this torch has `torch.nn.attention.varlen` (2.10 or newer)."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+@functools.cache
+def _varlen() -> Callable[..., Tensor]:
+    """torch's varlen attention, whose arguments for causal masks and grouped heads differ between versions."""
+    if not has_varlen():
+        raise ImportError(f"attention: wanted torch with nn.attention.varlen (2.10 or newer), got {torch.__version__}")
+    from torch.nn.attention.varlen import varlen_attn
+
+    run_varlen: Callable[..., Any] = varlen_attn
+    known = inspect.signature(run_varlen).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    grouped = "enable_gqa" in known
+
+    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1 and not grouped:
+            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+        extra = {"enable_gqa": True} if repeats > 1 and grouped else {}
+        return run_varlen(q, k, v, starts, starts, longest, longest, **options, **extra)
+
+    return run
+
+
+@functools.cache
+def _flash() -> Callable[..., Tensor]:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ImportError("attention: wanted the flash-attn package (pip install yaongi[peers]), got none")
+    from flash_attn import flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True, deterministic=same_bits)
+
+    return run
+
+
+def _flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """As `attend`. Compiled with the transposes: a later one costs a copy of the gradient."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    options: Any = FLEX_OPTIONS if q.device.type == "cuda" else None
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options).transpose(1, 2)
+
+
+def _flex_mask(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> BlockMask:
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        causal = query >= key
+        return causal if document_ids is None else causal & (document_ids[b, query] == document_ids[b, key])
+
+    batch, length = shape
+    rows = None if document_ids is None else batch
+    return fused(create_block_mask, device.type)(visible, rows, None, length, length, device=device)
+
+
+class _ShapesOfAttention(torch.autograd.Function):
+    """On the meta device: what the fused kernels keep, output and log-sum of each query, where torch's own formula
+    would keep every probability."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = torch.empty_like(q)
+        logsum = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        kept = () if mask is None else (torch.empty_like(mask, dtype=q.dtype),)
+        ctx.save_for_backward(q, k, v, out, logsum, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors[:3]
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

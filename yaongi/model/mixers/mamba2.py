@@ -1,0 +1,90 @@
+"""The Mamba-2 mixer: projection, causal convolution, scan, gated norm, projection."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from yaongi.kernels import causal_conv1d, causal_conv1d_step, mamba_core, mamba_scan, mamba_step
+from yaongi.model.config import ModelConfig
+from yaongi.model.layers.linear import DepthwiseConv, Linear
+from yaongi.model.layers.norm import GatedRMSNorm
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class MambaCache:
+    """What one layer remembers between steps; filled by the prefill."""
+
+    conv: Tensor | None = None  # (B, H·P + 2·G·N, taps − 1)
+    state: Tensor | None = None  # (B, H, P, N), float32
+
+
+class Mamba2(nn.Module):
+    """h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, y_t = h_t·c_t + D·x_t, δ = softplus(dt + dt_bias) without a clamp.
+
+    The rows of `in_proj` are z, x, B, C, dt. `A_log`, `D` and `dt_bias` are float32 in a model of any narrower dtype.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        wide = torch.promote_types(dtype, torch.float32)
+        heads, width, conv_width = config.mamba_heads, config.mamba_width, config.conv_width
+        precision = config.precision_of("mamba_projections", layer)
+        self.heads, self.groups, self.state = heads, config.mamba_groups, config.mamba_state
+        self.splits = [width, conv_width, heads]  # z, (x, B, C), dt
+        self.precision = config.precision_of("scan", layer)
+        self.in_proj = Linear(config.hidden_size, sum(self.splits), device, dtype, precision)
+        self.conv1d = DepthwiseConv(conv_width, config.mamba_conv, device, dtype, bias=True)
+        self.A_log = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
+        self.D = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
+        self.dt_bias = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
+        self.norm = GatedRMSNorm(width, config.mamba_groups, config.norm_eps, device, dtype)
+        self.out_proj = Linear(width, config.hidden_size, device, dtype, precision)
+
+    def forward(self, x: Tensor, document_ids: Tensor | None, cache: MambaCache | None = None) -> Tensor:
+        """(B, L, d) to (B, L, d); fills the cache with the state after the last token."""
+        projected, taps, bias = self.in_proj(x), self.conv1d.taps, self.conv1d.bias
+        if cache is None:
+            y = mamba_core(
+                projected,
+                taps,
+                bias,  # type: ignore[arg-type]  # this convolution has one
+                self._rates(),
+                self.D,
+                self.dt_bias,
+                self.norm.weight,
+                groups=self.groups,
+                eps=self.norm.eps,
+                document_ids=document_ids,
+                precision=self.precision,
+            )
+            return self.out_proj(y)
+        z, xbc, dt = projected.split(self.splits, dim=-1)
+        xbc, cache.conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
+        y, cache.state = mamba_scan(
+            *self._operands(xbc, dt), document_ids=document_ids, return_final_state=True, precision=self.precision
+        )
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def step(self, x: Tensor, cache: MambaCache) -> Tensor:
+        """The next token: (B, d) to (B, d); the cache in place."""
+        z, xbc, dt = self.in_proj(x).split(self.splits, dim=-1)
+        if cache.conv is None or cache.state is None:
+            raise ValueError("mamba2: wanted a cache that a prefill has filled, got an empty one")
+        xbc = causal_conv1d_step(xbc, cache.conv, self.conv1d.taps, self.conv1d.bias)
+        y = mamba_step(cache.state, *self._operands(xbc, dt))
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _operands(self, xbc: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        """x, dt, A, b, c, D, dt_bias as the scan takes them."""
+        group_width = self.groups * self.state
+        x, b, c = xbc.split([self.splits[0], group_width, group_width], dim=-1)
+        heads, groups = (self.heads, -1), (self.groups, -1)
+        x, rates = x.unflatten(-1, heads), self._rates()
+        return x, dt, rates, b.unflatten(-1, groups), c.unflatten(-1, groups), self.D, self.dt_bias
+
+    def _rates(self) -> Tensor:
+        """A (H), negative, float32 or wider."""
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()

@@ -1,0 +1,86 @@
+"""The expert mixer: routed squared-ReLU experts and one shared expert."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from yaongi.kernels import moe, moe_route
+from yaongi.model.config import ModelConfig, RolePrecision
+from yaongi.model.layers.accumulation import gradient_to_add_to
+from yaongi.model.layers.compiled import fused
+from yaongi.model.layers.linear import Linear
+from yaongi.model.mixers.router import Router, sequence_balance
+
+Tensor = torch.Tensor
+
+
+class Routing(NamedTuple):
+    """What the trainer learns about one layer's routing."""
+
+    load: Tensor  # (E) int32, tokens of each expert
+    balance: Tensor  # scalar, the sequence balance loss averaged over the rows, unweighted
+
+
+class Experts(nn.Module):
+    """The weights of all experts of a layer: up (E, F, d), down (E, d, F)."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        count, width, hidden = config.experts, config.hidden_size, config.expert_size
+        self.up_proj = nn.Parameter(torch.empty(count, hidden, width, device=device, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(count, width, hidden, device=device, dtype=dtype))
+
+
+class SharedExpert(nn.Module):
+    """down(relu(up(x))²) of every token, added to what the routed experts say."""
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype, precision: RolePrecision
+    ) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.shared_expert_size
+        self.up_proj = Linear(width, hidden, device, dtype, precision)
+        self.down_proj = Linear(hidden, width, device, dtype, precision)
+
+    def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """up(x) of (T, d), and x for the routed experts."""
+        return self.up_proj.branch(x)
+
+    def down(self, h: Tensor, into: Tensor) -> Tensor:
+        """down(relu(h)²), added to `into` (T, d)."""
+        return self.down_proj(fused(_squared_relu, h.device.type)(h), into)
+
+
+def _squared_relu(h: Tensor) -> Tensor:  # compiled it is the fastest of three ways (docs/LAB.md)
+    return h.relu().square()
+
+
+class MoE(nn.Module):
+    """Σ over a token's K experts of their weighted answers, plus the shared expert's."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.top_k, self.scale = config.experts_per_token, config.routed_scale
+        self.precision = config.precision_of("experts", layer)
+        self.gate = Router(config, device, dtype)
+        self.experts = Experts(config, device, dtype)
+        self.shared_experts = SharedExpert(config, device, dtype, config.precision_of("shared_experts", layer))
+
+    def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
+        """(B, L, d) to (B, L, d), and the routing's measures when they are wanted."""
+        rows = x.reshape(-1, x.shape[-1])
+        logits, rows = self.gate.branch(rows)
+        h, rows = self.shared_experts.up(rows)
+        bias = self.gate.e_score_correction_bias.to(logits.dtype)
+        ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
+        up, down = self.experts.up_proj, self.experts.down_proj
+        dw_up, dw_down = gradient_to_add_to(up), gradient_to_add_to(down)
+        sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
+        y = moe(rows, up, down, ids, weights, self.precision, sums)
+        y = self.shared_experts.down(h, y).view(x.shape)
+        if not with_routing:
+            return y, None
+        batch = x.shape[0]
+        balance = fused(sequence_balance, x.device.type)
+        return y, Routing(load, balance(logits.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1))))

@@ -1,0 +1,93 @@
+"""The router's logits in float32 on tensor cores, and the measure of balance."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from yaongi.model.config import ModelConfig
+from yaongi.model.layers.accumulation import gradient_to_add_to
+from yaongi.model.layers.compiled import fused
+
+Tensor = torch.Tensor
+
+
+class Router(nn.Module):
+    """Logits of the experts in float32, and the correction bias that steers the choice alone."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        wide = torch.promote_types(dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden_size, device=device, dtype=dtype))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, device=device, dtype=wide))
+        self.e_score_correction_bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d) to logits (T, E)."""
+        if self._on_tensor_cores(x):
+            return _WideProduct.apply(x, self.weight)[0]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.linear(x.to(wide), self.weight.to(wide))
+
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and x for the experts; see `Linear.branch`."""
+        if self._on_tensor_cores(x) and gradient_to_add_to(self.weight) is not None:
+            return _WideProduct.apply(x, self.weight)
+        return self(x), x
+
+    def _on_tensor_cores(self, x: Tensor) -> bool:
+        return x.is_cuda and x.dtype == torch.bfloat16 == self.weight.dtype
+
+
+class _WideProduct(torch.autograd.Function):
+    """x·Wᵀ of bfloat16 operands in float32, on tensor cores both ways: bf16 products are exact there, sums float32.
+
+    The gradient is float32. It goes through the same products as the sum of three bfloat16 parts, 24 bits in all, laid
+    side by side: one product over three times the experts. x is returned too: a gradient that comes back through it,
+    which must belong to nobody else, is added in the product, in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return torch.mm(x, weight.T, out_dtype=torch.float32), x
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if dlogits is None:
+            return dx, None
+        x, weight = ctx.saved_tensors
+        split = fused(three_parts, "cuda")(dlogits)
+        dweight = torch.mm(split.T, x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
+        thrice = weight.repeat(3, 1)
+        return split @ thrice if dx is None else dx.addmm_(split, thrice), dweight
+
+
+def three_parts(t: Tensor) -> Tensor:
+    """(T, E) float32 to (T, 3·E) bfloat16: three parts of eight bits each, which add up to it exactly.
+
+    Cut off by a mask, not rounded by a cast: torch.compile drops a cast to bfloat16 and back, and with it what is left.
+    """
+    rest, parts = t, []
+    for _ in range(3):
+        parts.append((rest.view(torch.int32) & -(1 << 16)).view(torch.float32))
+        rest = rest - parts[-1]
+    return torch.cat(parts, dim=1).bfloat16()
+
+
+def sequence_balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
+    """Σ_e f_e·P_e of each row, averaged over the rows: 1 when balanced. Its gradient flows through P.
+
+    Args:
+        logits: (B, L, E). expert_ids: (B, L, K) int32, the experts of each token.
+
+    f_e = E/(K·L) · the tokens of a row that chose e; P_e the mean over the row of the scores, normalised over E.
+    """
+    _, length, experts = logits.shape
+    top_k = expert_ids.shape[-1]
+    chosen = expert_ids.flatten(1).unsqueeze(-1) == torch.arange(experts, device=logits.device)
+    share = chosen.sum(1) * (experts / (top_k * length))
+    scores = logits.sigmoid()
+    probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return (share * probability).sum(-1).mean()

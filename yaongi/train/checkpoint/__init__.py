@@ -1,0 +1,1 @@
+"""Checkpoints, resuming from them, and the model at the end."""

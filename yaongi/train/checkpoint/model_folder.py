@@ -1,0 +1,50 @@
+"""The trained model in a folder that ``Yaongi.from_pretrained`` and ``python -m yaongi.generate`` read."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.model import Yaongi
+from yaongi.train.distributed.world import World
+
+
+def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) -> None:
+    """Write weights, configuration and tokenizer; the folder is whole or as it was before. All processes call it."""
+    whole = model if world.size == 1 else _gathered(model, world)
+    if whole is not None:
+        building = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(building, ignore_errors=True)
+        whole.save_pretrained(building)
+        tokenizer.save(building)
+        if folder.exists():
+            shutil.rmtree(folder)
+        building.rename(folder)
+    world.barrier()
+
+
+def _gathered(model: Yaongi, world: World) -> Yaongi | None:
+    """An unsharded copy on the first process's CPU; None on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if not world.leads:
+        return None
+    whole = Yaongi(model.config, device="meta")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"export: wanted a tensor for {name}, got {type(tensor).__name__}")
+        _put(whole, name, tensor)
+    return whole
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put ``tensor`` where the parameter or buffer ``name`` is."""
+    owner, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    if leaf in parent._parameters:
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(parent, leaf, tensor)

@@ -1,0 +1,36 @@
+"""Where a run goes on from, and whether it may."""
+
+from pathlib import Path
+from typing import Any
+
+from yaongi.train.checkpoint.checkpoints import Checkpoints, read_meta
+
+
+def find_run(folder: Path, checkpoints: Checkpoints, config: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of the run in ``folder`` and its ``meta``; None if there is none yet.
+
+    Raises:
+        ValueError: the run there has another configuration; the message shows what differs.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return None
+    meta = read_meta(latest)
+    differing = differences(meta["config"], config)
+    if differing:
+        raise ValueError(
+            f"train: {folder} holds a run of another configuration; --fresh starts anew, --out goes elsewhere: "
+            + "; ".join(differing)
+        )
+    return latest, meta
+
+
+def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """What differs in ``model`` and ``train`` of two ``as_dict``s, a line each."""
+    lines = []
+    for part in ("model", "train"):
+        old, new = saved.get(part, {}), asked.get(part, {})
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                lines.append(f"{part}.{key}: the run has {old.get(key)}, got {new.get(key)}")
+    return lines

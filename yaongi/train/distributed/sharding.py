@@ -1,0 +1,124 @@
+"""Parameters sharded over the processes by FSDP2, and what stays whole.
+
+Under `torchrun` each process holds a part of every parameter, sharded along its first dimension, and gradients come out
+averaged. What FSDP can't hold stays whole on every process: parameters of another dtype than the rest, and tables with
+sparse gradients. Their gradients are averaged here.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from yaongi.train.distributed.world import World
+
+TABLES = "engram.table.weight"  # how the names of Engram's tables end
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], methods: Iterable[str], world: World) -> None:
+    """Shard each of ``layers`` and then the rest of ``model`` over the processes; with one process, nothing.
+
+    Weights in bfloat16 become float32 where they are sharded, and bfloat16 again where they are gathered to compute
+    with: the shards are the master weights. Gradients are reduced and kept in float32.
+
+    Args:
+        methods: those of ``model`` that are called beside ``forward``.
+    """
+    if world.mesh is None:
+        return
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view"
+    )  # which nothing changes in place
+    usual, whole = _kept_whole(model)
+    wide = torch.promote_types(usual, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=usual, reduce_dtype=wide, cast_forward_inputs=False)
+    for parameter in model.parameters():
+        if parameter not in whole:
+            parameter.data = parameter.data.to(wide)
+    for module in (*layers, model):
+        fully_shard(module, mesh=world.mesh, ignored_params=whole, mp_policy=policy)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+
+
+def _kept_whole(model: nn.Module) -> tuple[torch.dtype, set[nn.Parameter]]:
+    """The dtype of most parameters; those of another, and tables with sparse gradients, which FSDP can't hold."""
+    sizes = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    usual = sizes.most_common(1)[0][0]
+    return usual, {p for name, p in model.named_parameters() if p.dtype != usual or name.endswith(TABLES)}
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether each process holds a part of it."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor; the tensor itself if it isn't sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Where a range of rows and the rows of this process meet."""
+
+    of_local: slice  # counted in this process's part
+    of_rows: slice  # counted in the range
+
+
+def own_rows(tensor: torch.Tensor, rows: slice | None) -> OwnRows:
+    """The part of ``rows`` (None: all) of a tensor sharded by rows that lies on this process; may be empty."""
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"distributed: wanted a DTensor, got {type(tensor).__name__}")
+    total, size = tensor.shape[0], tensor.device_mesh.size()
+    per_process = -(-total // size)
+    first = min(total, per_process * tensor.device_mesh.get_local_rank())
+    last = first + tensor.to_local().shape[0]
+    start, stop = (0, total) if rows is None else (rows.start, rows.stop)
+    low = min(max(first, start), stop)
+    high = max(low, min(last, stop))
+    return OwnRows(slice(max(0, low - first), max(0, high - first)), slice(low - start, high - start))
+
+
+@torch.no_grad()
+def average_whole_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Average the gradients of unsharded parameters over the processes, as FSDP does; of sparse ones, the rows."""
+    if world.size == 1:
+        return
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            raise RuntimeError(f"distributed: a parameter of shape {tuple(parameter.shape)} has no gradient")
+        whole = _gathered(gradient.coalesce(), world) if gradient.is_sparse else world.total(gradient)
+        parameter.grad = whole.div_(world.size)
+
+
+def _gathered(gradient: torch.Tensor, world: World) -> torch.Tensor:
+    """The sum over the processes of a coalesced sparse gradient."""
+    count = torch.tensor([gradient._nnz()], device=gradient.device)
+    counts = [torch.empty_like(count) for _ in range(world.size)]
+    dist.all_gather(counts, count)
+    most = max(int(c) for c in counts)
+    indices = gradient.indices().new_zeros(gradient.sparse_dim(), most)
+    values = gradient.values().new_zeros(most, *gradient.values().shape[1:])
+    indices[:, : gradient._nnz()], values[: gradient._nnz()] = gradient.indices(), gradient.values()
+    all_indices = [torch.empty_like(indices) for _ in range(world.size)]
+    all_values = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(all_indices, indices)
+    dist.all_gather(all_values, values)
+    kept = [int(c) for c in counts]
+    summed = torch.sparse_coo_tensor(
+        torch.cat([i[:, :n] for i, n in zip(all_indices, kept, strict=True)], 1),
+        torch.cat([v[:n] for v, n in zip(all_values, kept, strict=True)]),
+        gradient.shape,
+        check_invariants=False,
+    )
+    return summed.coalesce()

@@ -1,0 +1,98 @@
+"""What a run measures as it goes: bits per byte on fixed held-out rows of each domain, and three fixed samples."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from yaongi.data.loader import HeldOut, Loader
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.eval.bits_per_byte import bits_per_byte, nats
+from yaongi.model import Yaongi
+from yaongi.train.distributed.world import World
+
+PROMPTS = {
+    "Korean": "오늘은 아침부터 ",
+    "code": "def __init__(self, ",
+    "math": "문제: ",
+}
+
+
+class Evaluator:
+    """Holds the held-out rows, which are the same at every evaluation and for any number of processes."""
+
+    def __init__(self, loader: Loader, rows: int, world: World, warn: Callable[[str], None]) -> None:
+        """``rows``: of each domain. A domain whose held-out text doesn't fill one row is left out, with a warning."""
+        self._world = world
+        self._held_out: dict[str, HeldOut] = {}
+        for domain in loader.domains:
+            try:
+                self._held_out[domain] = loader.held_out(domain, rows)
+            except ValueError as error:
+                warn(f"no bits per byte of {domain}: {error}")
+
+    def bits_per_byte(self, model: Yaongi, rows_at_once: int) -> dict[str, float]:
+        """Of each domain."""
+        device = self._world.device
+        with evaluating(model):
+            sums = [
+                nats(model, self._share(rows), device=device, rows_at_once=rows_at_once)
+                for rows in self._held_out.values()
+            ]
+        totals = self._world.total(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
+        held_out = zip(self._held_out.items(), totals, strict=True)
+        return {domain: bits_per_byte(total, int(rows.text_bytes.sum())) for (domain, rows), total in held_out}
+
+    def _share(self, rows: HeldOut) -> HeldOut:
+        """This process's rows, as many as every other's: the last ones may be there to fill up and don't count."""
+        size, rank = self._world.size, self._world.rank
+        count = -(-len(rows.input_ids) // size)
+        wanted = torch.arange(count) * size + rank
+        real = wanted < len(rows.input_ids)
+        wanted[~real] = 0
+        parts = {name: getattr(rows, name)[wanted] for name in ("input_ids", "document_ids", "predicted", "text_bytes")}
+        parts["predicted"] = parts["predicted"] & real[:, None]
+        return replace(rows, **parts)
+
+
+@contextmanager
+def evaluating(model: Yaongi) -> Iterator[None]:
+    """The model in evaluation mode, without gradients."""
+    former = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(former)
+
+
+def samples(model: Yaongi, tokenizer: Tokenizer, tokens: int, device: torch.device) -> dict[str, str]:
+    """What the model makes of the three prompts: prompt and continuation, the same every time for the same weights."""
+    return {name: prompt + continuation(model, tokenizer, prompt, tokens, device) for name, prompt in PROMPTS.items()}
+
+
+def continuation(model: Yaongi, tokenizer: Tokenizer, prompt: str, tokens: int, device: torch.device) -> str:
+    """Up to ``tokens`` tokens after ``prompt``, until the document ends.
+
+    Tokens are drawn from the likeliest few with a generator of their own. Every token is a whole forward pass, which
+    needs nothing but ``model.forward`` and so works sharded too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = tokenizer.encode(prompt)
+    start = len(ids)
+    with evaluating(model):
+        for _ in range(tokens):
+            context = torch.tensor([ids[-model.config.max_sequence_length :]], device=device)
+            logits = model(context)[0, -1].float().cpu()
+            best, which = logits.topk(min(_LIKELIEST, len(logits)))
+            chosen = int(which[torch.multinomial((best / _TEMPERATURE).softmax(0), 1, generator=generator)])
+            if chosen == tokenizer.eos_id:
+                break
+            ids.append(chosen)
+    return tokenizer.decode(ids[start:])
+
+
+_LIKELIEST = 40
+_TEMPERATURE = 0.7

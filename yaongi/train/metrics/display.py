@@ -1,0 +1,76 @@
+"""A line or a progress bar for people."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from yaongi.train.formatting import duration, scientific, short, significant
+
+
+class Display:
+    """Lines on standard output; on a terminal also a progress bar below them."""
+
+    def __init__(self, steps: int, *, quiet: bool = False, console: Console | None = None) -> None:
+        """``quiet``: say nothing, as all processes but the first."""
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not quiet:
+            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("training", total=steps)
+
+    def start(self, step: int) -> None:
+        """Show the bar, ``step`` steps of it done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        """Print a step's line."""
+        self.say(console_line(record, steps))
+
+    def say(self, text: str) -> None:
+        """Print lines."""
+        if self._quiet:
+            return
+        if self._console.is_terminal:
+            self._console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a line on standard error."""
+        if not self._quiet:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def console_line(record: dict[str, Any], steps: int) -> str:
+    """A step's record in one line."""
+    done = record["step"]
+    parts = [
+        f"step {done}/{steps} ({100 * done / steps:.1f}%)",
+        f"loss {record['loss']:.3f}",
+        f"bpb {record['bpb']:.2f}",
+        f"lr {scientific(record['lr'])} {record['phase']}",
+        f"gnorm {record['gnorm']:.2f}",
+        f"{short(record['tokens_per_second'])} tok/s",
+        f"{significant(record['tflops'])} TFLOP/s",
+        f"mem {record['memory'] / 1e9:.1f}G",
+        f"data {100 * record['data_wait']:.1f}%",
+    ]
+    if "experts_cv" in record:
+        parts.append(f"experts cv {record['experts_cv']:.2f} dead {record['experts_dead']}")
+    return " | ".join([*parts, f"eta {duration(record['eta'])}"])

@@ -1,0 +1,106 @@
+"""Speed, memory and time of the steps, and the experts' load."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from yaongi.train.plan.memory import resident_bytes
+from yaongi.train.plan.run_plan import Plan
+from yaongi.train.step.stepper import StepResult
+
+_H100_FLOPS = 989e12  # dense bf16
+_HOPPER = (9, 0)
+
+
+class Meter:
+    """Times what lies between its calls; evaluations and saves, within ``paused``, don't count as training."""
+
+    def __init__(self, plan: Plan, device: torch.device, seconds: float) -> None:
+        """``seconds``: that the run took before it was resumed."""
+        self._plan, self._device = plan, device
+        self._before, self._began = seconds, time.perf_counter()
+        self._mark = self._began
+        self._waited = self._idle = 0.0
+        self._steps = self._seconds = self._data = 0.0  # since the last summary
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, all sessions together."""
+        return self._before + time.perf_counter() - self._began
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training."""
+        began = time.perf_counter()
+        yield
+        self._idle += time.perf_counter() - began
+
+    def measure(self, step: int, result: StepResult) -> dict[str, Any]:
+        """What a step's record holds; ends the step's time."""
+        elapsed = self._lap()
+        self._steps += 1
+        self._seconds += elapsed
+        tokens = self._plan.batch_rows * self._plan.row_tokens
+        speed = tokens / elapsed
+        values = {
+            "loss": result.loss,
+            "bpb": result.loss * result.targets / result.text_bytes / math.log(2),
+            "z": result.z,
+            "balance": result.balance,
+            "gnorm": result.gnorm,
+            "tokens": step * tokens,
+            "hours": self.seconds / 3600,
+            "step_seconds": elapsed,
+            "tokens_per_second": speed,
+            "tflops": speed * self._plan.flops_per_token / 1e12,
+            "memory": self._memory(),
+        }
+        if self._is_hopper():
+            values["mfu"] = values["tflops"] * 1e12 / _H100_FLOPS / self._plan.processes
+        return values
+
+    def summary(self, loads: torch.Tensor, left: int) -> dict[str, Any]:
+        """Means since the last summary, time to go for ``left`` steps, and the last step's load (layers, E)."""
+        per_step = self._seconds / self._steps
+        speed = self._plan.batch_rows * self._plan.row_tokens / per_step
+        values: dict[str, Any] = {
+            "tokens_per_second": speed,
+            "tflops": speed * self._plan.flops_per_token / 1e12,
+            "data_wait": self._data / self._seconds,
+            "eta": per_step * left,
+        }
+        if loads.numel():
+            counts = loads.double()
+            values["loads"] = loads.tolist()
+            values["experts_cv"] = float((counts.std(1, correction=0) / counts.mean(1)).mean())
+            values["experts_dead"] = int((loads == 0).sum())
+        self._steps = self._seconds = self._data = 0.0
+        return values
+
+    def skip(self) -> None:
+        """End the time of a step that was not applied."""
+        self._lap()
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        elapsed = now - self._mark - self._idle
+        self._data += self._waited
+        self._mark, self._waited, self._idle = now, 0.0, 0.0
+        return elapsed
+
+    def _memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else resident_bytes()
+
+    def _is_hopper(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) == _HOPPER

@@ -1,0 +1,1 @@
+"""Teon, Muon and AdamW by role."""

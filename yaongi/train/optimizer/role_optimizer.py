@@ -1,0 +1,241 @@
+"""Teon, Muon and AdamW by role, as one ``torch.optim.Optimizer``.
+
+Each parameter has a role (``roles.py``). Matrices take Teon (Q, K, V of consecutive attention layers jointly) or Muon,
+or for a baseline AdamW with a learning rate of their own; a projection that is several matrices in one takes Teon for
+each range of rows; vectors, embedding, head, router take AdamW; Engram's tables take Adam on rows that were
+read. Parameters narrower than float32 have a float32 master, which takes the update and whose cast they are. Under FSDP
+the state is sharded like the parameters. Frozen parameters, which require no gradient, are left out. A step doesn't
+wait for the GPU, but for the tables' rows.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+from yaongi.kernels import teon_update
+from yaongi.model import Yaongi
+from yaongi.train.config import Training
+from yaongi.train.distributed.sharding import is_sharded, local, own_rows
+from yaongi.train.optimizer.partition import MATRIX, TABLE, VECTOR, Unit, Vector, units_of
+from yaongi.train.optimizer.sharded import step_sharded
+from yaongi.train.optimizer.sparse_adam import adam_rows
+from yaongi.train.optimizer.state_dict import load_state
+
+EPS = 1e-8
+WIDE = (torch.float32, torch.float64)
+State = dict[str, torch.Tensor]
+
+
+class RoleOptimizer(torch.optim.Optimizer):
+    """The optimizer of a ``Yaongi`` model, sharded or not. Its groups have a ``kind``: matrix, vector or table."""
+
+    def __init__(self, model: Yaongi, train: Training, momentum_dtype: torch.dtype) -> None:
+        """``momentum_dtype``: of the matrices' momentum."""
+        self._train = train
+        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self._units, self._vectors, self._tables = units_of(model, train)
+        self._matrices = list(dict.fromkeys(p for unit in self._units for p in unit.parameters))
+        in_groups: dict[str, list[nn.Parameter]] = {
+            MATRIX: self._matrices + [v.parameter for v in self._vectors if v.kind == MATRIX],
+            VECTOR: [v.parameter for v in self._vectors if v.rows is None and v.kind == VECTOR],
+            TABLE: self._tables,
+        }
+        self.peak_lr: dict[str, float] = {
+            MATRIX: train.matrix_lr,
+            VECTOR: train.adam_lr,
+            TABLE: train.adam_lr * train.table_lr_scale,
+        }
+        groups = [{"params": p, "kind": kind, "lr": self.peak_lr[kind]} for kind, p in in_groups.items()]
+        super().__init__(groups, {"stack": train.stack, "stacked": train.stacked})
+        self._make_state(momentum_dtype)
+
+    def set_lr(self, lr: dict[str, float]) -> None:
+        """The learning rates of the next step by kind."""
+        for group in self.param_groups:
+            group["lr"] = lr[group["kind"]]
+
+    def _lr(self, kind: str) -> float:
+        """The learning rate of a kind, as it was set or as a scheduler left it in the groups."""
+        return next(g["lr"] for g in self.param_groups if g["kind"] == kind)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Apply the gradients.
+
+        Raises:
+            ValueError: a closure was given. RuntimeError: a parameter has no gradient; then nothing has changed.
+        """
+        if closure is not None:
+            raise ValueError("optimizer: wanted no closure, got one")
+        missing = [name for p, name in self._names.items() if p.grad is None]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise RuntimeError(f"optimizer: wanted a gradient of every parameter, got none of {missing[0]}{more}")
+        sharded: list[Unit] = []
+        whole: list[Unit] = []
+        for unit in self._units:
+            (sharded if is_sharded(unit.parameters[0]) else whole).append(unit)
+        self._step_whole(whole)
+        split_gradients = step_sharded(sharded, self.state, self._split_rows(), self._train, self._lr(MATRIX))
+        self._step_vectors(split_gradients)
+        for parameter in self._tables:
+            self._step_table(parameter)
+
+    def tensors(self) -> dict[str, State]:
+        """The state by parameter name: the very tensors that ``step`` changes."""
+        return {name: dict(self.state[p]) for p, name in self._names.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the values of a ``state_dict``, each in its own dtype and on its own device, and the learning rates.
+
+        Raises:
+            ValueError: it is the state of another model, or of other stacks; then nothing has changed.
+        """
+        load_state(self.param_groups, self.state, state_dict)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make every parameter with a master its master's cast; after the masters were loaded."""
+        self._cast((parameter, None) for parameter in self._names)
+
+    def _cast(self, parts: Iterable[tuple[nn.Parameter, slice | None]]) -> None:
+        """Bring the masters' values to the parameters that have one, or to some rows of them."""
+        casts, masters = [], []
+        for parameter, rows in parts:
+            if "master" in self.state[parameter]:
+                casts.append(rows_of(local(parameter.detach()), rows))
+                masters.append(rows_of(local(self.state[parameter]["master"]), rows))
+        if casts:
+            torch._foreach_copy_(casts, masters)
+
+    def _make_state(self, momentum_dtype: torch.dtype) -> None:
+        for parameter in self._names:
+            if parameter.dtype not in WIDE:
+                self.state[parameter]["master"] = parameter.detach().float()
+                parameter.grad_dtype = torch.float32  # what micro-batches add up in
+        for parameter in self._matrices:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=momentum_dtype)
+        for vector in self._vectors:
+            like = self._weight(vector.parameter)
+            if vector.rows is not None:  # a few rows of a sharded matrix: whole on every process
+                shape = vector.rows.stop - vector.rows.start, *like.shape[1:]
+                like = torch.empty(shape, dtype=like.dtype, device=like.device)
+            self._make_moments(vector.parameter, like, like.device)
+        for table in self._tables:
+            self._make_moments(table, self._weight(table), torch.device("cpu"))
+
+    def _make_moments(self, parameter: nn.Parameter, like: torch.Tensor, counter: torch.device) -> None:
+        """Adam's state; its counter of steps lies where it is read."""
+        self.state[parameter] |= {
+            "exp_avg": torch.zeros_like(like),
+            "exp_avg_sq": torch.zeros_like(like),
+            "step": torch.zeros((), dtype=torch.float32, device=counter),
+        }
+
+    def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What takes the update: the master, or the parameter itself."""
+        return self.state[parameter].get("master", parameter.detach())
+
+    def _split_rows(self) -> dict[nn.Parameter, slice]:
+        """The rows of matrices that take AdamW."""
+        return {v.parameter: v.rows for v in self._vectors if v.rows is not None}
+
+    def _step_whole(self, units: list[Unit]) -> None:
+        """Teon and Muon, matrices of one shape together."""
+        batches: dict[tuple[Any, ...], list[tuple[nn.Parameter, slice | None]]] = defaultdict(list)
+        for unit in units:
+            entries = [(p, unit.rows) for p in unit.parameters]
+            shape = rows_of(entries[0][0], unit.rows).shape
+            batches[(shape, entries[0][0].dtype, len(entries))] += entries
+        for (_, dtype, stack), entries in batches.items():
+            masters = None if dtype in WIDE else [rows_of(self.state[p]["master"], rows) for p, rows in entries]
+            teon_update(
+                [rows_of(p.detach(), rows) for p, rows in entries],
+                [rows_of(gradient_of(p), rows) for p, rows in entries],
+                [rows_of(self.state[p]["momentum"], rows) for p, rows in entries],
+                masters,
+                stack=stack,
+                lr=self._lr(MATRIX),
+                momentum=self._train.momentum,
+                weight_decay=self._train.weight_decay,
+            )
+
+    def _step_vectors(self, split_gradients: dict[nn.Parameter, torch.Tensor]) -> None:
+        """AdamW; ``split_gradients`` holds the whole gradients of rows of sharded matrices."""
+        for kind, decay in ((VECTOR, True), (VECTOR, False), (MATRIX, True)):
+            vectors = [v for v in self._vectors if (v.kind, v.decay) == (kind, decay)]
+            weights, gradients = [], []
+            for vector in vectors:
+                if vector.parameter in split_gradients:  # the rows' change comes first, the rows lie on some process
+                    gradients.append(split_gradients[vector.parameter])
+                    weights.append(torch.zeros_like(gradients[-1]))
+                else:
+                    gradients.append(rows_of(local(gradient_of(vector.parameter)), vector.rows))
+                    weights.append(rows_of(local(self._weight(vector.parameter)), vector.rows))
+            self._adamw(vectors, weights, gradients, self._lr(kind), self._train.weight_decay if decay else 0.0)
+            for vector, weight in zip(vectors, weights, strict=True):
+                if vector.parameter in split_gradients and vector.rows is not None:
+                    here = own_rows(vector.parameter, vector.rows)
+                    local(self._weight(vector.parameter))[here.of_local] += weight[here.of_rows]
+        self._cast((v.parameter, None if is_sharded(v.parameter) else v.rows) for v in self._vectors)
+
+    def _adamw(
+        self,
+        vectors: list[Vector],
+        weights: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        lr: float,
+        decay: float,
+    ) -> None:
+        """One launch for all of them on a GPU; none of it waits for the GPU, whose own counters it moves."""
+        states = [self.state[v.parameter] for v in vectors]
+        adamw(
+            weights,
+            gradients,
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=bool(weights) and weights[0].is_cuda,
+            amsgrad=False,
+            beta1=self._train.beta1,
+            beta2=self._train.beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=EPS,
+            maximize=False,
+        )
+
+    def _step_table(self, parameter: nn.Parameter) -> None:
+        """Adam on the rows of a table that have a gradient."""
+        state = self.state[parameter]
+        state["step"] += 1
+        adam_rows(
+            self._weight(parameter),
+            gradient_of(parameter),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=int(state["step"]),
+            lr=self._lr(TABLE),
+            betas=(self._train.beta1, self._train.beta2),
+            eps=EPS,
+            parameter=parameter.detach(),
+        )
+
+
+def rows_of(tensor: torch.Tensor, rows: slice | None) -> torch.Tensor:
+    """Some rows of a tensor, or all of it."""
+    return tensor if rows is None else tensor[rows]
+
+
+def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient. RuntimeError if there is none."""
+    if parameter.grad is None:
+        raise RuntimeError(f"optimizer: a parameter of shape {tuple(parameter.shape)} has no gradient")
+    return parameter.grad

@@ -1,0 +1,1 @@
+"""What a run will be, said before it starts."""

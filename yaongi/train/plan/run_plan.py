@@ -1,0 +1,142 @@
+"""What a run will be, said before it starts: size, steps, FLOPs, memory and whether it fits, time and cost."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.model import flops_per_token
+from yaongi.train.build import build_model
+from yaongi.train.config import Config
+from yaongi.train.distributed.world import World
+from yaongi.train.formatting import duration, gigabytes
+from yaongi.train.plan.advice import advise
+from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
+from yaongi.train.plan.speed import kernels_here, step_speed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of a run."""
+
+    preset: str
+    device: str
+    parameters: int
+    active: int
+    tokens: int
+    steps: int
+    batch_rows: int
+    micro_rows: int
+    row_tokens: int
+    processes: int
+    flops_per_token: float
+    memory: Memory
+    available: int  # bytes
+    seconds: float
+    dollars: float
+    advice: str  # empty if it fits
+    kernels: str  # what runs here, and where it isn't an H100, how slow that is
+
+    @property
+    def share(self) -> int:
+        """Rows of a step and process."""
+        return self.batch_rows // self.processes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory will do."""
+        return not self.advice
+
+    def record(self) -> dict[str, Any]:
+        """For ``metrics.jsonl``."""
+        names = (
+            "preset",
+            "device",
+            "parameters",
+            "active",
+            "tokens",
+            "steps",
+            "micro_rows",
+            "processes",
+            "flops_per_token",
+        )
+        return {name: getattr(self, name) for name in names} | {"predicted_memory": self.memory.total}
+
+    def lines(self) -> str:
+        """For people."""
+        accumulation = self.batch_rows // self.micro_rows // self.processes
+        parts = [(n, getattr(self.memory, n)) for n in self.memory.__dataclass_fields__]
+        by_part = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
+        flops = self.flops_per_token * self.tokens
+        verdict = "fits" if self.fits else f"does not fit: {self.advice}"
+        rows = [
+            ("model", f"{self.preset}, {self.parameters:,} parameters, {self.active:,} active"),
+            ("device", f"{self.device}, {self.processes} process{'es' if self.processes > 1 else ''}"),
+            ("tokens", f"{self.tokens:,} in {self.steps:,} steps of {self.batch_rows} x {self.row_tokens}"),
+            ("micro-batch", f"{self.micro_rows} x {self.row_tokens}, {accumulation} a step and process"),
+            ("kernels", self.kernels),
+            ("FLOPs", f"{flops:.2e}, {self.flops_per_token / 1e9:.3g} GFLOP a token"),
+            ("memory", f"{gigabytes(self.memory.total)} of {gigabytes(self.available)}: {verdict}"),
+            ("", by_part),
+            ("time", f"about {duration(self.seconds)}, guessed from the speed of a matrix product"),
+        ]
+        if self.dollars:
+            rows.append(("cost", f"about ${self.dollars:,.2f}"))
+        return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
+    """Work out the figures; takes a second or two.
+
+    Raises:
+        ValueError: the global batch can't be divided among processes and micro-batches.
+    """
+    train, device = config.train, world.device
+    dtype = train.weight_dtype(device)
+    model = build_model(config, tokenizer, "meta", dtype=dtype)
+    forecast = MemoryForecast(model, config, world)
+    rows = micro_rows(config, world, forecast.rows_that_fit())
+    memory, counts = forecast(rows), model.count_parameters()
+    flops = flops_per_token(config.model, counts.active, train.row_tokens)
+    speed = step_speed(device, dtype)
+    tokens = train.steps * train.batch_tokens
+    seconds = flops * tokens / (speed * world.size)
+    share = train.batch_rows // world.size
+    return Plan(
+        preset=config.preset,
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        parameters=counts.total,
+        active=counts.active,
+        tokens=tokens,
+        steps=train.steps,
+        batch_rows=train.batch_rows,
+        micro_rows=rows,
+        row_tokens=train.row_tokens,
+        processes=world.size,
+        flops_per_token=flops,
+        memory=memory,
+        available=memory_of(device),
+        seconds=seconds,
+        dollars=seconds / 3600 * config.run.dollars_per_hour,
+        advice="" if forecast.fits(rows) else advise(share, rows, config.run.recompute, forecast.fits),
+        kernels=kernels_here(device, speed),
+    )
+
+
+def micro_rows(config: Config, world: World, fits: int) -> int:
+    """Rows of a forward pass: as configured, or the most that divide a process's share and are at most `fits`.
+
+    Raises:
+        ValueError: the global batch can't be divided so.
+    """
+    rows, size = config.train.batch_rows, world.size
+    if rows % size:
+        raise ValueError(f"train: wanted a batch of a multiple of {size} processes' rows, got {rows} rows")
+    share = rows // size
+    wanted = config.run.micro_rows
+    if wanted and share % wanted:
+        raise ValueError(f"train: wanted micro_rows that divide the {share} rows of a process, got {wanted}")
+    return wanted or max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, fits))

@@ -1,0 +1,37 @@
+"""How fast this machine will train, guessed from the speed of a matrix product, and on which kernels."""
+
+import time
+
+import torch
+
+from yaongi.kernels import unavailable
+
+_SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # a training step's FLOP/s over those of a large matrix product
+_H100_SPEED = 0.5 * 7.3e14  # of a training step in bfloat16, FLOP/s, by the same measure
+
+
+def step_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a training step with weights of `dtype`; runs a large matrix product."""
+    size, repeats = (8192, 10) if device.type == "cuda" else (512, 10)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    a @ a
+    _synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    _synchronize(device)
+    return _SHARE_OF_PRODUCT[device.type] * repeats * 2 * size**3 / (time.perf_counter() - began)
+
+
+def kernels_here(device: torch.device, speed: float) -> str:
+    """What the ops run on; `speed` is that of a training step, FLOP/s."""
+    slower = f"about 1/{_H100_SPEED / speed:.0f} of an H100's speed"
+    if device.type == "cpu":
+        return f"plain torch, right and slow: {slower}; the fast ones want an NVIDIA GPU"
+    reason = unavailable("cuda")
+    return "CUDA and Triton" if reason is None else f"Triton and torch's products, {slower}: {reason}"
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,59 @@
+"""What lies in the folder of a run."""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from yaongi.files import write_atomically
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+REPORT_HTML, REPORT_PNG = "report.html", "report.png"
+TENSORBOARD = "tensorboard"
+WANDB, WANDB_ID = "wandb", "wandb_id.json"
+LOCK = ".lock"
+MADE_BY_A_RUN = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT_HTML, REPORT_PNG, TENSORBOARD, WANDB, WANDB_ID)
+
+
+class Lock:
+    """Held by the process that trains in a folder, and given back when it ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """ValueError if another process holds it."""
+        self._file: IO[str] = (folder / LOCK).open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ValueError(f"train: another process trains in {folder}") from error
+
+    def release(self) -> None:
+        """Give it back."""
+        self._file.close()
+
+
+def start_anew(folder: Path) -> None:
+    """Remove what a run has left in ``folder``, and nothing else."""
+    for name in MADE_BY_A_RUN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Record the resolved configuration."""
+    write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder``. OSError if it can't be made or written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"train: {folder} can't be written")

@@ -1,0 +1,189 @@
+"""One optimizer step: the global batch's gradient, exact whatever the micro-batches; then, if finite, the update."""
+
+import contextlib
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from yaongi.data.loader import Batch
+from yaongi.model import Yaongi
+from yaongi.model.layers.accumulation import gradients_in_place
+from yaongi.train.config import Training
+from yaongi.train.distributed.sharding import average_whole_gradients, is_sharded, local
+from yaongi.train.distributed.world import World
+from yaongi.train.optimizer.role_optimizer import RoleOptimizer
+from yaongi.train.step.cuda_graph import Replay
+from yaongi.train.step.guard import first_not_finite
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step was like, over the whole global batch."""
+
+    loss: float  # nats a predicted token, mean
+    z: float  # mean square of the log of the softmax's normaliser
+    balance: float  # the experts' sequence balance loss, mean over rows
+    gnorm: float  # of the gradient before clipping
+    targets: int  # predicted tokens
+    text_bytes: int  # UTF-8 bytes of the predicted tokens
+    loads: torch.Tensor  # (MoE layers, E) int64: tokens each expert got
+    bad: str | None  # the tensor nearest to the loss that isn't finite; then nothing was updated
+
+
+class Stepper:
+    """Takes micro-batches of a step and changes the model by them."""
+
+    def __init__(
+        self,
+        model: Yaongi,
+        optimizer: RoleOptimizer,
+        train: Training,
+        world: World,
+        token_bytes: torch.Tensor,
+        *,
+        cuda_graph: bool = True,
+    ) -> None:
+        """``token_bytes``: UTF-8 bytes of each id, (V,). ``cuda_graph``: replay micro-batches where a GPU allows it."""
+        self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
+        self._token_bytes = token_bytes.to(world.device)
+        self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
+        layers, experts = model.config.pattern.count("E"), model.config.experts
+        self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=world.device)
+        self._in_place = not any(is_sharded(p) for _, p in self._named)
+        self._vectors = [p for _, p in self._named if p.ndim == 1 and self._in_place]
+        recorded = cuda_graph and self._in_place and world.device.type == "cuda"
+        self._accumulate: Callable[..., None] = Replay(self._add_micro_batch) if recorded else self._add_micro_batch
+
+    def __call__(self, batches: Sequence[Batch], lr: dict[str, float]) -> StepResult:
+        """One step on this process's micro-batches of the global batch, with the learning rate of each kind."""
+        device = self._world.device
+        moved = [
+            (b.input_ids.to(device, non_blocking=True), b.document_ids.to(device, non_blocking=True)) for b in batches
+        ]
+        targets, text_bytes = self._count(moved)
+        self._backward(moved, targets)
+        loads = self._world.total(self._loads.clone())
+        average_whole_gradients((p for _, p in self._named if not is_sharded(p)), self._world)
+        gnorm = total_norm(self._gradients(), self._world)
+        sums = self._world.total(self._sums.clone())
+        loss, z, balance, norm, count, size = torch.stack(
+            [*sums.unbind(), gnorm, targets.double(), text_bytes.double()]
+        ).tolist()
+        bad = None
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            bad = self._name_bad(sums[0])
+        else:
+            self._update(loads, norm, lr)
+        return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad)
+
+    def _count(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted tokens of the global batch, and their UTF-8 bytes."""
+        counts = torch.zeros(2, dtype=torch.int64, device=self._world.device)
+        for ids, documents in moved:
+            predicted = documents[:, 1:] == documents[:, :-1]
+            counts[0] += predicted.sum()
+            counts[1] += (self._token_bytes[ids[:, 1:]] * predicted).sum()
+        targets, text_bytes = self._world.total(counts).unbind()
+        return targets, text_bytes
+
+    def _backward(self, moved: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor) -> None:
+        """The micro-batches' gradients in place of the last step's, and what they sum up."""
+        for sums in (self._sums, self._loads):
+            sums.zero_()
+        if self._in_place:
+            for _, parameter in self._named:
+                if parameter.grad is None:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    parameter.grad = torch.zeros_like(parameter, dtype=wide)
+            torch._foreach_zero_(self._gradients())
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+        for ids, documents in moved:
+            self._accumulate(ids, documents, targets)
+
+    def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add a micro-batch's gradients, cross entropy, z, balance and loads; ``targets`` of the global batch."""
+        train = self._train
+        with gradients_in_place(self._in_place):
+            losses = self._model.losses(ids, documents)
+            share = len(ids) / train.batch_rows
+            loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
+            if train.z_loss:
+                loss = loss + train.z_loss * losses.z_sum / targets
+            with self._vectors_together():
+                (loss * self._world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
+        parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
+        self._sums += torch.stack([part.detach().double() for part in parts])
+        self._loads += losses.loads
+
+    @contextlib.contextmanager
+    def _vectors_together(self) -> Iterator[None]:
+        """Backward within it: the vectors' gradients are added up in a few launches at its end, not each in its own."""
+        totals = [vector.grad for vector in self._vectors]
+        for vector in self._vectors:
+            vector.grad = None
+        yield
+        found = [(total, v.grad) for total, v in zip(totals, self._vectors, strict=True) if v.grad is not None]
+        if found:
+            torch._foreach_add_(*zip(*found, strict=True))
+        for vector, total in zip(self._vectors, totals, strict=True):
+            vector.grad = total
+
+    def _update(self, loads: torch.Tensor, norm: float, lr: dict[str, float]) -> None:
+        clip = self._train.clip
+        if clip and norm > clip:
+            _scale(self._gradients(), clip / norm)
+        self._optimizer.set_lr(lr)
+        self._optimizer.step()
+        self._model.update_router_bias(loads, rate=self._train.bias_rate)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for _, p in self._named if p.grad is not None]
+
+    def _name_bad(self, loss: torch.Tensor) -> str:
+        """A weight, from which all else follows, or the bad tensor nearest to the loss; on any process.
+
+        Backward carries a NaN to all that come before it, so the last gradient that has one is the nearest.
+        """
+        weights = ((f"the weight {name}", local(p)) for name, p in self._named)
+        gradients = ((f"the gradient of {n}", local(p.grad)) for n, p in reversed(self._named) if p.grad is not None)
+        here = first_not_finite(itertools.chain(weights, [("the loss", loss)], gradients))
+        names = [here]
+        if self._world.size > 1:
+            names = [None] * self._world.size
+            dist.all_gather_object(names, here)
+        return next((name for name in names if name is not None), "the gradient's norm")
+
+
+@torch.no_grad()
+def total_norm(gradients: Iterable[torch.Tensor], world: World) -> torch.Tensor:
+    """The 2-norm of all gradients together, in float64; sharded ones over all processes."""
+    alike: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)  # of which a launch takes many
+    for gradient in gradients:
+        values = gradient.coalesce().values() if gradient.is_sparse else local(gradient)
+        alike[is_sharded(gradient), values.dtype].append(values)
+    squares = {sharded: torch.zeros((), dtype=torch.float64, device=world.device) for sharded in (True, False)}
+    for (sharded, dtype), tensors in alike.items():
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.promote_types(dtype, torch.float32))
+        squares[sharded] += torch.stack(norms).double().square().sum()
+    return (world.total(squares[True]) + squares[False]).sqrt()
+
+
+@torch.no_grad()
+def _scale(gradients: Iterable[torch.Tensor], factor: float) -> None:
+    dense = []
+    for gradient in gradients:
+        if gradient.is_sparse:
+            gradient.mul_(factor)
+        else:
+            dense.append(local(gradient))
+    torch._foreach_mul_(dense, factor)
