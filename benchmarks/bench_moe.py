@@ -170,19 +170,19 @@ def test_stages(compare: Compare) -> None:
         x, w_up, w_down, dy = (t.detach() for t in (case.x, case.w_up, case.w_down, case.dy))
         plan = dispatch.dispatch(ids, case.E)
         a = experts_forward.moe_up(x, w_up, plan)
-        parts = grouped_gemm.moe_rows(a, w_down, plan, weights)
+        parts = grouped_gemm.moe_grouped_gemm(a, w_down, plan, weights)
         dh, ga, _ = gradients.moe_dh(dy, w_down, a, plan, weights)
         dw_up, dw_down, sums = torch.empty_like(w_up), torch.empty_like(w_down), torch.zeros_like(w_up.float())
         calls: dict[str, Callable[[], Any]] = {
             "route": lambda: moe_route(case.logits, case.bias, case.K, SCALE),
             "dispatch": lambda: dispatch.dispatch(ids, case.E),
             "up": lambda: experts_forward.moe_up(x, w_up, plan),
-            "down": lambda: grouped_gemm.moe_rows(a, w_down, plan, weights),
+            "down": lambda: grouped_gemm.moe_grouped_gemm(a, w_down, plan, weights),
             "combine": lambda: dispatch.moe_combine(parts, plan, case.T, case.K),
             "dh": lambda: gradients.moe_dh(dy, w_down, a, plan, weights),
             "dw_up": lambda: gradients.moe_dw(dh, x, dw_up, plan, gather_left=False),
             "dw_up, added in fp32": lambda: gradients.moe_dw(dh, x, sums, plan, gather_left=False, accumulate=True),
             "dw_down": lambda: gradients.moe_dw(ga, dy, dw_down, plan, gather_left=True),
-            "dx": lambda: grouped_gemm.moe_rows(dh, w_up, plan, None),
+            "dx": lambda: grouped_gemm.moe_grouped_gemm(dh, w_up, plan, None),
         }
         compare(calls.pop("up"), Work(case.flops / 2), calls)

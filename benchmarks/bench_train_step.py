@@ -23,7 +23,7 @@ from yaongi.data.loader import Batch
 from yaongi.model import Yaongi
 from yaongi.model.count import flops_per_token
 from yaongi.train.config import Training, load_config
-from yaongi.train.distributed.world import World, settle
+from yaongi.train.distributed.world import World, set_determinism
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.step.stepper import Stepper
@@ -102,7 +102,7 @@ def breakdown(step: Callable[[], Any]) -> dict[str, float]:
 @pytest.mark.parametrize("preset", MICRO_ROWS)
 def test_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """The trainer's step: the same bits every time, micro-batches replayed, both of which are its defaults."""
-    settle(True)
+    set_determinism(True)
     measure_ours(preset, benchmark, request)
 
 

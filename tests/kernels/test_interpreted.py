@@ -188,7 +188,7 @@ def test_mamba_scan(
     from yaongi.kernels.mamba_scan import decays, scan_forward
     from yaongi.kernels.mamba_scan import scan_backward as backwards
 
-    monkeypatch.setattr(decays, "SLOTS", slots)
+    monkeypatch.setattr(decays, "RESIDENT_PROGRAMS", slots)
     monkeypatch.setattr(backwards, "STATES_BYTES", states_bytes)
     inputs = mamba_inputs(*shape, documents, optional)
     outputs = scan_forward.mamba_scan_triton(*inputs, True)

@@ -298,7 +298,7 @@ def test_compile(compiler: str) -> None:
 @given(
     B=st.integers(0, 2),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    heads_a_group=st.integers(1, 3),
+    heads_per_group=st.integers(1, 3),
     P=st.integers(1, 4),
     G=st.integers(1, 3),
     N=st.integers(1, 4),
@@ -307,11 +307,11 @@ def test_compile(compiler: str) -> None:
     seed=st.integers(0, 2**16),
 )
 def test_any_shape_and_documents(
-    B: int, lengths: list[int], heads_a_group: int, P: int, G: int, N: int, absent: set[str], chunk: int, seed: int
+    B: int, lengths: list[int], heads_per_group: int, P: int, G: int, N: int, absent: set[str], chunk: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     documents = tuple(lengths) if B and len(lengths) > 1 else None
-    args = arguments((B, G * heads_a_group, P, G, N), sum(lengths), documents, tuple(absent))
+    args = arguments((B, G * heads_per_group, P, G, N), sum(lengths), documents, tuple(absent))
     names = differentiable(args)
     results, expected = (outputs_and_gradients(f, args, names) for f in (mamba_scan, mamba_scan_sequential))
     chunked = mamba_scan_reference(*positional(args), True, chunk)

@@ -62,7 +62,7 @@ def test_slices_and_segments_change_nothing(groups: int, monkeypatch: pytest.Mon
 
     args = arguments((2, 8, 16, groups, 16), 1000, (300, 700), dtype=torch.bfloat16, device="cuda")
     for slots in (1, 64):
-        monkeypatch.setattr(decays, "SLOTS", slots)
+        monkeypatch.setattr(decays, "RESIDENT_PROGRAMS", slots)
         for bound in (1e9, 1e5, 1.0):
             monkeypatch.setattr(gradients, "STATES_BYTES", bound)
             check_on_gpu(args, f"{slots} {bound}")
@@ -73,13 +73,13 @@ def test_fuzz_on_a_gpu() -> None:
     """200 random shapes and layouts of documents."""
     generator = random.Random(0)
     for case in range(200):
-        G, heads_a_group, B = generator.choice((1, 2, 3)), generator.choice((1, 2, 4)), generator.choice((1, 2, 5))
+        G, heads_per_group, B = generator.choice((1, 2, 3)), generator.choice((1, 2, 4)), generator.choice((1, 2, 5))
         L = generator.choice((1, 2, 31, 63, 64, 65, 127, 128, 129, 200, 511, 1000)) + generator.choice((0, 0, 7))
         cuts = sorted({0, L, *(generator.randrange(L) for _ in range(generator.choice((0, 1, 3, 20))))})
         lengths = tuple(b - a for a, b in itertools.pairwise(cuts))
         absent = OPTIONAL if case % 2 else ()
         torch.manual_seed(case)
-        args = arguments((B, G * heads_a_group, 16, G, 32), L, lengths, absent, dtype=torch.bfloat16, device="cuda")
+        args = arguments((B, G * heads_per_group, 16, G, 32), L, lengths, absent, dtype=torch.bfloat16, device="cuda")
         check_on_gpu(args, f"case {case}, {args['x'].shape}")
 
 

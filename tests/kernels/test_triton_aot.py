@@ -81,10 +81,15 @@ def test_moe(hidden: int) -> None:
     adding = compile_launcher(moe_gradients.moe_backward_accumulate_triton, *backward, *sums)
     assert ["UTMAREDG" in kernel.sass for kernel in adding if kernel.name == "_moe_dw_kernel"] == [True, True]
     kernels += adding
-    assert {k.name for k in kernels} >= {"_moe_up_kernel", "_moe_rows_kernel", "_moe_dh_kernel", "_moe_dw_kernel"}
+    assert {k.name for k in kernels} >= {
+        "_moe_up_kernel",
+        "_moe_grouped_gemm_kernel",
+        "_moe_dh_kernel",
+        "_moe_dw_kernel",
+    }
     for kernel in kernels:
         assert kernel.spilled_bytes == 0, kernel.name
-        if kernel.name in ("_moe_up_kernel", "_moe_rows_kernel", "_moe_dh_kernel"):
+        if kernel.name in ("_moe_up_kernel", "_moe_grouped_gemm_kernel", "_moe_dh_kernel"):
             assert "HGMMA" in kernel.sass
             assert "UTMALDG" in kernel.sass
         if kernel.name == "_moe_dw_kernel":

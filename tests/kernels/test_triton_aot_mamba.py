@@ -46,7 +46,7 @@ def test_mamba_scan(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythi
     kernels = compile_launcher(mamba_scan.mamba_scan_triton, *inputs, everything)
     kernels += compile_launcher(mamba_gradients.mamba_scan_backward_triton, inputs[0], inputs[-1], *inputs)
     names = {kernel.name for kernel in kernels}
-    assert names >= PRODUCTS | {"_mamba_scan_steps_kernel", "_mamba_scan_steps_backward_kernel"}
+    assert names >= PRODUCTS | {"_mamba_scan_decays_kernel", "_mamba_scan_decays_backward_kernel"}
     assert L < 32768 or "_mamba_scan_chain_kernel" in names
     for kernel in kernels:
         assert kernel.shared_bytes <= 227 * 1024

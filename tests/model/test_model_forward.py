@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from yaongi.model import Yaongi, load_preset
 from yaongi.model.initialize import initialize
-from yaongi.model.layers.accumulation import gradients_in_place
+from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.losses import NO_TARGET, head_cross_entropy, next_tokens
 from yaongi.train.optimizer.roles import parameter_roles
 
@@ -125,7 +125,7 @@ def test_gradients_in_place(recompute: str) -> None:
     batches = [token_ids(model, 2, 9) for _ in range(2)]
     model.loss(batches[0]).backward()
     held = {name: p.grad for name, p in model.named_parameters()}
-    with gradients_in_place():
+    with fused_accumulation():
         model.loss(batches[1]).backward()
     for batch in batches:
         other.loss(batch).backward()

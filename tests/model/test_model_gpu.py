@@ -10,11 +10,11 @@ from oracle import assert_close
 from yaongi.kernels import use_backend
 from yaongi.model import Yaongi
 from yaongi.model.generation import generate
-from yaongi.model.layers.accumulation import gradients_in_place
+from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.mixers import moe as moe_module
 from yaongi.model.mixers import router as router_module
 from yaongi.model.mixers.attention_backends import attend, plan_attention
-from yaongi.train.distributed.world import settle
+from yaongi.train.distributed.world import set_determinism
 
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
@@ -112,7 +112,7 @@ def test_the_same_bits_every_time(with_documents: bool) -> None:
     """As the trainer asks torch for them: rows long enough for several blocks of each kernel's sums."""
     model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
     ids, documents = token_ids(model, 2, 4096), packed((3000, 1, 1095), (4096,)) if with_documents else None
-    settle(deterministic=True)
+    set_determinism(deterministic=True)
     first = run(model, ids, documents)
     for _ in range(3):
         for name, result in run(model, ids, documents).items():
@@ -128,7 +128,7 @@ def test_gradients_in_place() -> None:
             parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         torch.manual_seed(1)
         for number in range(2):
-            with gradients_in_place(in_place and number > 0):
+            with fused_accumulation(in_place and number > 0):
                 model.loss(token_ids(model, 2, 512).to("cuda")).backward()
         found.append({n: p.grad.to_dense() for n, p in model.named_parameters() if p.grad is not None})
     for name, usual in found[0].items():

@@ -8,10 +8,10 @@ from model_support import assert_relative, packed, small_config, small_model, to
 from torch.nn import functional as F
 
 from yaongi.model.mixers.attention import Attention
-from yaongi.model.mixers.attention_backends import attend, document_starts, plan_attention
+from yaongi.model.mixers.attention_backends import attend, document_cu_seqlens, plan_attention
 from yaongi.model.mixers.mamba2 import Mamba2
 from yaongi.model.mixers.moe import MoE
-from yaongi.model.mixers.router import sequence_balance, three_parts
+from yaongi.model.mixers.router import sequence_balance, split_into_bf16
 
 Tensor = torch.Tensor
 
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 def test_three_parts_add_up_compiled_too() -> None:
     """To the bit; a compiler that drops a rounding in between would leave the second and third part zero."""
     t = torch.randn(64, 16)
-    for split in (three_parts, torch.compile(three_parts)):
+    for split in (split_into_bf16, torch.compile(split_into_bf16)):
         parts = split(t)
         assert parts.dtype == torch.bfloat16
         assert torch.equal(parts.float().unflatten(1, (3, -1)).sum(1), t)
@@ -117,9 +117,9 @@ def test_attention_backends_agree_with_a_loop(backend: str, with_documents: bool
 
 
 def test_document_starts_count_rows_too() -> None:
-    starts, longest = document_starts(torch.Size([2, 6]), packed((2, 4), (6,)), torch.device("cpu"))
+    starts, longest = document_cu_seqlens(torch.Size([2, 6]), packed((2, 4), (6,)), torch.device("cpu"))
     assert (starts.tolist(), starts.dtype, longest) == ([0, 2, 6, 12], torch.int32, 6)
-    starts, longest = document_starts(torch.Size([2, 6]), None, torch.device("cpu"))
+    starts, longest = document_cu_seqlens(torch.Size([2, 6]), None, torch.device("cpu"))
     assert (starts.tolist(), longest) == ([0, 6, 12], 6)
 
 

@@ -10,7 +10,7 @@ from small_run import session_of
 from yaongi.data.loader import HeldOut
 from yaongi.eval.bits_per_byte import bits_per_byte, nats
 from yaongi.train.distributed.world import World
-from yaongi.train.evaluation import Evaluator, samples
+from yaongi.train.evaluation import Evaluator, draw_samples
 
 
 def test_nats_of_a_known_model() -> None:
@@ -66,7 +66,7 @@ def test_samples_are_the_same_every_time(tokens: Path, tmp_path: Path) -> None:
     session = session_of(tokens, tmp_path / "run")
     with session:
         state = torch.get_rng_state()
-        drawn = [samples(session.model, session.tokenizer, 5, torch.device("cpu")) for _ in range(2)]
+        drawn = [draw_samples(session.model, session.tokenizer, 5, torch.device("cpu")) for _ in range(2)]
         assert torch.equal(torch.get_rng_state(), state)
     assert drawn[0] == drawn[1]
     assert list(drawn[0]) == ["Korean", "code", "math"]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from yaongi.train.step.guard import BadStepError, Guard, first_not_finite
+from yaongi.train.step.guard import BadStepError, Guard, first_nonfinite
 
 
 def test_the_first_bad_tensor_is_named() -> None:
@@ -13,10 +13,10 @@ def test_the_first_bad_tensor_is_named() -> None:
     good, bad = torch.ones(2, dtype=torch.bfloat16), torch.tensor([1.0, torch.nan])
     sparse = torch.sparse_coo_tensor([[3]], [[torch.inf, 1.0]], (5, 2), check_invariants=True)
     fine = [("a", good), ("b", torch.arange(3)), ("c", torch.empty(0)), ("d", torch.full((9,), 3e38))]
-    assert first_not_finite([*fine, ("e", sparse), ("f", bad)]) == "e"
-    assert first_not_finite([*fine, ("f", bad), ("e", sparse)]) == "f"
-    assert first_not_finite(fine) is None
-    assert first_not_finite([]) is None
+    assert first_nonfinite([*fine, ("e", sparse), ("f", bad)]) == "e"
+    assert first_nonfinite([*fine, ("f", bad), ("e", sparse)]) == "f"
+    assert first_nonfinite(fine) is None
+    assert first_nonfinite([]) is None
 
 
 def test_too_many_in_a_row() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Collection
 
 import torch
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HALVES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Arguments:
@@ -27,7 +27,7 @@ class Arguments:
         name: str,
         value: object,
         dims: tuple[str, ...],
-        dtypes: Collection[torch.dtype] = FLOATS,
+        dtypes: Collection[torch.dtype] = FLOAT_DTYPES,
         *,
         unit_stride: bool = False,
     ) -> None:
@@ -52,7 +52,7 @@ class Arguments:
             )
 
     def optional(
-        self, name: str, value: object, dims: tuple[str, ...], dtypes: Collection[torch.dtype] = FLOATS
+        self, name: str, value: object, dims: tuple[str, ...], dtypes: Collection[torch.dtype] = FLOAT_DTYPES
     ) -> None:
         """As `tensor`, for an argument that may be None."""
         if value is not None:

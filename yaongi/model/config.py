@@ -140,8 +140,8 @@ class ModelConfig:
 
     def precision_of(self, role: str, layer: int) -> RolePrecision:
         """The precision of a role of `PrecisionConfig` in one layer."""
-        at_an_end = layer in (0, len(self.pattern) - 1)
-        precision: RolePrecision = "bf16" if at_an_end else getattr(self.precision, role)
+        is_first_or_last = layer in (0, len(self.pattern) - 1)
+        precision: RolePrecision = "bf16" if is_first_or_last else getattr(self.precision, role)
         return precision
 
     def without_engram(self) -> "ModelConfig":

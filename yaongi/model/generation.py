@@ -68,7 +68,7 @@ def prefill(
     cache.position = length
     if context.window is not None:
         cache.tail = context.window[:, :-1, -1]
-    last = backbone.norm_f.add(hidden[:, -1], None if delta is None else delta[:, -1])[1]
+    last = backbone.norm_f.add_and_norm(hidden[:, -1], None if delta is None else delta[:, -1])[1]
     return model.lm_head(last), cache
 
 
@@ -87,7 +87,7 @@ def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
     for layer, layer_cache in zip(layers, cache.layers, strict=True):
         hidden, delta = layer.step(hidden, delta, window, layer_cache, cache.position, cache.visible)
     cache.position += 1
-    return model.lm_head(backbone.norm_f.add(hidden, delta)[1])
+    return model.lm_head(backbone.norm_f.add_and_norm(hidden, delta)[1])
 
 
 def generate(

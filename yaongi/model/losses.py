@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from yaongi.kernels import cross_entropy, cross_entropy_backward
-from yaongi.model.layers.accumulation import add_product, gradient_to_add_to
+from yaongi.model.layers.accumulation import accumulate_product, accumulation_target
 
 Tensor = torch.Tensor
 NO_TARGET = -1
@@ -43,7 +43,7 @@ def head_cross_entropy(
         Two scalars in float32 (float64 for float64). The backward pass computes the logits again.
     """
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
-    gradient = gradient_to_add_to(weight) if isinstance(weight, torch.nn.Parameter) else None
+    gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
     return _HeadCrossEntropy.apply(hidden, weight, targets, chunk, gradient)
 
 
@@ -78,5 +78,5 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 dlosses[part], dnormalizers[part], rows @ weight.T, targets[part], normalizers[part]
             )
             torch.mm(dlogits, weight, out=dhidden[part])
-            add_product(total, dlogits.T, rows)
+            accumulate_product(total, dlogits.T, rows)
         return dhidden, total.to(weight.dtype) if ctx.gradient is None else None, None, None, None

@@ -64,7 +64,7 @@ class Layer(nn.Module):
             hidden = hidden if delta is None else hidden + delta
             engram_cache = None if cache is None else cache.engram
             delta = self.engram(hidden, context.window, context.document_ids, engram_cache)
-        hidden, normed = self.norm.add(hidden, delta)
+        hidden, normed = self.norm.add_and_norm(hidden, delta)
         mixer_cache = None if cache is None else cache.mixer
         if self.kind == "M":
             return hidden, self.mixer(normed, context.document_ids, mixer_cache), None
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         if self.engram is not None and window is not None:
             hidden = hidden if delta is None else hidden + delta
             delta = self.engram.step(hidden, window, cache.engram)
-        hidden, normed = self.norm.add(hidden, delta)
+        hidden, normed = self.norm.add_and_norm(hidden, delta)
         if self.kind == "M":
             return hidden, self.mixer.step(normed, cache.mixer)
         if self.kind == "*":
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
                 hidden, delta, routing = layer(hidden, delta, context)
             if routing is not None:
                 routings.append(routing)
-        return self.norm_f.add(hidden, delta)[1], routings
+        return self.norm_f.add_and_norm(hidden, delta)[1], routings
 
 
 class Yaongi(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from yaongi.cli import one_line
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
-from yaongi.train.distributed.world import World, open_world, settle
+from yaongi.train.distributed.world import World, init_world, set_determinism
 from yaongi.train.plan.advice import explain_out_of_memory
 from yaongi.train.session import Session
 from yaongi.train.signals import StopRequest, resume_command
@@ -60,8 +60,8 @@ def main() -> int:
     world = None
     try:
         config = parse(arguments)
-        world = open_world(config.run.device)
-        settle(config.run.deterministic)
+        world = init_world(config.run.device)
+        set_determinism(config.run.deterministic)
         return train(config, world, arguments)
     except (ValueError, TypeError, OSError, MemoryError, BadStepError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -40,7 +40,7 @@ class Evaluator:
                 nats(model, self._share(rows), device=device, rows_at_once=rows_at_once)
                 for rows in self._held_out.values()
             ]
-        totals = self._world.total(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
+        totals = self._world.all_reduce(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
         held_out = zip(self._held_out.items(), totals, strict=True)
         return {domain: bits_per_byte(total, int(rows.text_bytes.sum())) for (domain, rows), total in held_out}
 
@@ -68,12 +68,12 @@ def evaluating(model: Yaongi) -> Iterator[None]:
         model.train(former)
 
 
-def samples(model: Yaongi, tokenizer: Tokenizer, tokens: int, device: torch.device) -> dict[str, str]:
+def draw_samples(model: Yaongi, tokenizer: Tokenizer, tokens: int, device: torch.device) -> dict[str, str]:
     """What the model makes of the three prompts: prompt and continuation, the same every time for the same weights."""
-    return {name: prompt + continuation(model, tokenizer, prompt, tokens, device) for name, prompt in PROMPTS.items()}
+    return {name: prompt + continue_text(model, tokenizer, prompt, tokens, device) for name, prompt in PROMPTS.items()}
 
 
-def continuation(model: Yaongi, tokenizer: Tokenizer, prompt: str, tokens: int, device: torch.device) -> str:
+def continue_text(model: Yaongi, tokenizer: Tokenizer, prompt: str, tokens: int, device: torch.device) -> str:
     """Up to ``tokens`` tokens after ``prompt``, until the document ends.
 
     Tokens are drawn from the likeliest few with a generator of their own. Every token is a whole forward pass, which

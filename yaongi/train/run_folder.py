@@ -17,7 +17,7 @@ REPORT_HTML, REPORT_PNG = "report.html", "report.png"
 TENSORBOARD = "tensorboard"
 WANDB, WANDB_ID = "wandb", "wandb_id.json"
 LOCK = ".lock"
-MADE_BY_A_RUN = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT_HTML, REPORT_PNG, TENSORBOARD, WANDB, WANDB_ID)
+RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT_HTML, REPORT_PNG, TENSORBOARD, WANDB, WANDB_ID)
 
 
 class Lock:
@@ -37,9 +37,9 @@ class Lock:
         self._file.close()
 
 
-def start_anew(folder: Path) -> None:
+def remove_run(folder: Path) -> None:
     """Remove what a run has left in ``folder``, and nothing else."""
-    for name in MADE_BY_A_RUN:
+    for name in RUN_ENTRIES:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

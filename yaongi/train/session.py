@@ -17,14 +17,14 @@ from yaongi.train.checkpoint.resume import find_run
 from yaongi.train.config import Config, as_dict
 from yaongi.train.distributed.sharding import shard
 from yaongi.train.distributed.world import World
-from yaongi.train.evaluation import Evaluator, samples
+from yaongi.train.evaluation import Evaluator, draw_samples
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.meter import Meter
 from yaongi.train.metrics.records import Metrics
 from yaongi.train.metrics.sinks import Sink, open_sinks
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
-from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_writable, start_anew, write_config
+from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_writable, remove_run, write_config
 from yaongi.train.schedule import Schedule
 from yaongi.train.step.guard import Guard
 from yaongi.train.step.stepper import Stepper
@@ -47,7 +47,7 @@ class Session:
         self.plan: Plan = make_plan(config, self.tokenizer, world)
         train = config.train
         self.schedule = Schedule(train.steps, train.schedule, train.warmup, train.decay, train.final_lr)
-        self.display = Display(train.steps, quiet=not world.leads)
+        self.display = Display(train.steps, quiet=not world.is_main)
         self.step = 0  # steps done
         self._record = as_dict(config)
         self._resources = contextlib.ExitStack()
@@ -62,10 +62,10 @@ class Session:
         """
         config, world, out = self.config, self.world, self.config.run.out
         check_writable(out)
-        if world.leads:
+        if world.is_main:
             self._resources.callback(Lock(out).release)
             if config.run.fresh:
-                start_anew(out)
+                remove_run(out)
         world.barrier()
         run = config.run
         self.checkpoints = Checkpoints(out / CHECKPOINTS, world, keep_last=run.keep_last, keep_every=run.keep_every)
@@ -104,11 +104,11 @@ class Session:
 
     def _open_logs(self, *, resumed: bool) -> None:
         config, out = self.config, self.config.run.out
-        self.metrics = Metrics(out / METRICS, enabled=self.world.leads)
+        self.metrics = Metrics(out / METRICS, enabled=self.world.is_main)
         self._resources.callback(self.metrics.close)
         self.metrics.cut(self.step if resumed else -1)
         self.meter = Meter(self.plan, self.world.device, self._seconds_before if resumed else 0.0)
-        if not self.world.leads:
+        if not self.world.is_main:
             return
         write_config(out, self._record)
         if not resumed:
@@ -193,7 +193,7 @@ class Session:
             self.display.say(f"step {self.step}: held-out bits per byte {text}")
             self._log({f"bpb/{domain}": value for domain, value in bits.items()})
             if self.config.run.sample_tokens:
-                drawn = samples(self.model, self.tokenizer, self.config.run.sample_tokens, self.world.device)
+                drawn = draw_samples(self.model, self.tokenizer, self.config.run.sample_tokens, self.world.device)
                 self.metrics.write("samples", self.step, texts=drawn)
                 for name, sample in drawn.items():
                     self.display.say(f"  {name}: {' '.join(sample.split())}")
@@ -231,7 +231,7 @@ class Session:
         self.checkpoints.wait()
         out = self.config.run.out
         save_model(self.model, self.tokenizer, out / MODEL, self.world)
-        if self.world.leads:
+        if self.world.is_main:
             from yaongi.train.report.page import write_report
 
             report = write_report(out, self.config.run.benchmarks)

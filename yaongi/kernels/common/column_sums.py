@@ -6,7 +6,7 @@ import triton.language as tl
 
 Tensor = torch.Tensor
 BLOCK_N, BLOCK_D = 128, 32
-ELEMENTS_A_WARP = 512
+ELEMENTS_PER_WARP = 512
 
 
 @triton.jit
@@ -33,6 +33,6 @@ def column_sums(partial: Tensor) -> Tensor:
     S, N, D = partial.shape
     sums = torch.empty(S, D, dtype=torch.float32, device=partial.device)
     block_n = min(BLOCK_N, triton.next_power_of_2(max(1, N)))
-    warps = max(1, block_n * BLOCK_D // ELEMENTS_A_WARP)
+    warps = max(1, block_n * BLOCK_D // ELEMENTS_PER_WARP)
     _column_sums_kernel[(triton.cdiv(D, BLOCK_D), S)](partial, sums, N, D, block_n, BLOCK_D, num_warps=warps)
     return sums

@@ -12,10 +12,10 @@ from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.mamba_scan.decays import PLANES, Scan, exp2, load_into, load_out, load_through, row_descriptor
 from yaongi.kernels.mamba_scan.tiles import (
     Config,
-    blocks_of,
     by_head,
     load_state,
     load_tile,
+    state_block,
     state_descriptor,
     store_state,
 )
@@ -37,9 +37,9 @@ def _mamba_scan_states_kernel(
     H,
     P,
     padded,
-    heads_a_group,
+    heads_per_group,
     chunks,
-    chunks_a_segment,
+    chunks_per_segment,
     TOTALS: tl.constexpr,
     HAS_ENTRY: tl.constexpr,
     HAS_END: tl.constexpr,
@@ -59,8 +59,8 @@ def _mamba_scan_states_kernel(
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     if HAS_ENTRY:
         state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
-    first = segment * chunks_a_segment
-    end = tl.minimum(first + chunks_a_segment, chunks)
+    first = segment * chunks_per_segment
+    end = tl.minimum(first + chunks_per_segment, chunks)
     for i in tl.range(first, end, disable_licm=True):
         chunk = first + end - 1 - i if REVERSE else i
         if not TOTALS:
@@ -68,7 +68,7 @@ def _mamba_scan_states_kernel(
             states_desc.store([row * chunks + chunk, 0, column], tile)
         start = chunk * CHUNK
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
-        b = load_tile(b_desc, batch, start, head // heads_a_group, 0, CHUNK, BLOCK_N)
+        b = load_tile(b_desc, batch, start, head // heads_per_group, 0, CHUNK, BLOCK_N)
         if REVERSE:
             weight = load_into(steps_desc, row, start, CHUNK)
         else:
@@ -92,7 +92,7 @@ def _mamba_scan_chain_kernel(
     steps_ptr,  # (B, H, 4, padded)
     size,
     padded,
-    chunks_a_segment,
+    chunks_per_segment,
     segments,
     HAS_FIRST: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -109,9 +109,9 @@ def _mamba_scan_chain_kernel(
     steps_ptr += row.to(tl.int64) * PLANES * padded
     for k in range(segments):
         segment = segments - 1 - k if REVERSE else k
-        start = segment * chunks_a_segment * CHUNK
+        start = segment * chunks_per_segment * CHUNK
         ends = start + z * CHUNK + (CHUNK - 1)
-        inside = (z < chunks_a_segment) & (ends < padded)
+        inside = (z < chunks_per_segment) & (ends < padded)
         through = exp2(tl.sum(tl.load(steps_ptr + ends, mask=inside, other=0.0)))
         segment_ptr = totals_ptr + segment.to(tl.int64) * tl.num_programs(0) * size + place
         total = tl.load(segment_ptr, mask=(i < size) & (k < segments - 1), other=0.0)
@@ -124,7 +124,7 @@ def _walk(
 ) -> None:
     """Launches the states kernel: where `states` is None the totals of all segments but the walk's last."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
-    block_p, block_n = blocks_of(x, N)
+    block_p, block_n = state_block(x, N)
     config = STATES[x.element_size()]
     segments = scan.segments - (states is None)
     _mamba_scan_states_kernel[(B * H * triton.cdiv(P, block_p), segments)](
@@ -140,7 +140,7 @@ def _walk(
         scan.padded,
         H // G,
         scan.chunks,
-        scan.chunks_a_segment,
+        scan.chunks_per_segment,
         TOTALS=states is None,
         HAS_ENTRY=entry is not None,
         HAS_END=end is not None,
@@ -166,12 +166,12 @@ def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, r
         scan.steps,
         P * N,
         scan.padded,
-        scan.chunks_a_segment,
+        scan.chunks_per_segment,
         scan.segments,
         HAS_FIRST=first is not None,
         REVERSE=reverse,
         CHUNK=scan.chunk,
-        BLOCK_Z=triton.next_power_of_2(scan.chunks_a_segment),
+        BLOCK_Z=triton.next_power_of_2(scan.chunks_per_segment),
         BLOCK=1024,
     )
     return totals

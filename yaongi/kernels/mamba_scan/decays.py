@@ -16,7 +16,7 @@ from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels.common.descriptors import descriptor
-from yaongi.kernels.mamba_scan.tiles import blocks_of
+from yaongi.kernels.mamba_scan.tiles import state_block
 
 Tensor = torch.Tensor
 
@@ -24,16 +24,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter ha
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-NOTHING = tl.constexpr(-256.0)  # a step of this exponent leaves zero in fp32, as every stronger decay does
+ZERO_DECAY = tl.constexpr(-256.0)  # a step of this exponent leaves zero in fp32, as every stronger decay does
 
 PLANES = tl.constexpr(4)  # of the steps
 
 # By bytes of an operand's element: 64 rows are the tensor core's tile; fp32 goes without it, and takes few registers.
 CHUNK = {2: 64, 4: 16}
 
-SLOTS = 264  # walks that fill the 132 multiprocessors, two on each
+RESIDENT_PROGRAMS = 264  # walks that fill the 132 multiprocessors, two on each
 
-ENOUGH_BACKWARD = 128  # walks from which a backward pass does better with the sequence whole
+UNSEGMENTED_FROM = 128  # walks from which a backward pass does better with the sequence whole
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Scan:
         return self.padded // self.chunk
 
     @property
-    def chunks_a_segment(self) -> int:
+    def chunks_per_segment(self) -> int:
         """The last segment may have fewer."""
         return triton.cdiv(self.chunks, self.segments)
 
@@ -133,7 +133,7 @@ def load_step(steps_desc, row, start, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _mamba_scan_steps_kernel(
+def _mamba_scan_decays_kernel(
     dt_ptr,  # (B, L, H)
     A_ptr,  # (H)
     bias_ptr,  # (H)
@@ -156,12 +156,12 @@ def _mamba_scan_steps_kernel(
     inside = (row < L) & (head < H)
     delta = load_delta(dt_ptr, bias_ptr, batch, row, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
     A = tl.load(A_ptr + head, mask=head < H, other=0.0).to(tl.float64)
-    exponent = tl.maximum(delta.to(tl.float64) * (A * LOG2E), NOTHING)
+    exponent = tl.maximum(delta.to(tl.float64) * (A * LOG2E), ZERO_DECAY)
     if HAS_DOCUMENTS:
         document_ptr += batch * L
         document = tl.load(document_ptr + row, mask=row < L, other=0)
         before = tl.load(document_ptr + row - 1, mask=(row > 0) & (row < L), other=0)
-        exponent = tl.where((document != before) & (row > 0), NOTHING, exponent)
+        exponent = tl.where((document != before) & (row > 0), ZERO_DECAY, exponent)
     total = tl.cumsum(exponent, 0)
     high = total.to(tl.float32)
     low = (total - high.to(tl.float64)).to(tl.float32)
@@ -179,7 +179,7 @@ def row_descriptor(scan: Scan) -> TensorDescriptor:
     return descriptor(scan.steps.view(-1, scan.padded), scan.chunk)
 
 
-def scan_steps(
+def scan_decays(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -193,7 +193,7 @@ def scan_steps(
     chunks = triton.cdiv(L, chunk)
     steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)
     block_h = min(4, triton.next_power_of_2(H))
-    _mamba_scan_steps_kernel[(chunks, triton.cdiv(H, block_h), B)](
+    _mamba_scan_decays_kernel[(chunks, triton.cdiv(H, block_h), B)](
         dt,
         A.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),
@@ -209,9 +209,9 @@ def scan_steps(
         BLOCK_H=block_h,
         num_warps=1,
     )
-    walks = B * H * triton.cdiv(P, blocks_of(x, 1)[0])
-    segments = max(1, min(SLOTS // walks, chunks // 8))
-    if backward and walks >= ENOUGH_BACKWARD:
+    walks = B * H * triton.cdiv(P, state_block(x, 1)[0])
+    segments = max(1, min(RESIDENT_PROGRAMS // walks, chunks // 8))
+    if backward and walks >= UNSEGMENTED_FROM:
         segments = 1
     segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
     return Scan(steps, L, chunk, segments)

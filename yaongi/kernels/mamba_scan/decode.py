@@ -36,7 +36,7 @@ def _mamba_step_kernel(
     H,
     P,
     N,
-    heads_a_group,
+    heads_per_group,
     stride_sb,
     stride_sh,
     stride_sp,
@@ -56,7 +56,7 @@ def _mamba_step_kernel(
 ):
     """h ← exp(δ·A)·h + δ·x ⊗ b, y = h·c + D·x."""
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    group = head // heads_a_group
+    group = head // heads_per_group
     p, n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     place = batch * stride_sb + head * stride_sh + p.to(tl.int64)[:, None] * stride_sp + n[None, :] * stride_sn
     mask = (p < P)[:, None] & (n < N)[None, :]

@@ -31,12 +31,12 @@ from yaongi.kernels.mamba_scan.decays import (
     load_step,
     load_through,
     row_descriptor,
-    scan_steps,
+    scan_decays,
 )
-from yaongi.kernels.mamba_scan.tiles import Config, blocks_of, by_head, load_tile, scaled, store_tile
+from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, state_block, store_tile
 
 Tensor = torch.Tensor
-FORGOTTEN = tl.constexpr(-126.0)  # no gradient passes a step that leaves less than 2^−126: only rounding would
+UNDERFLOW = tl.constexpr(-126.0)  # no gradient passes a step that leaves less than 2^−126: only rounding would
 
 # By bytes of an operand's element; those for 2 found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
 GRADIENTS = {2: Config(num_warps=8, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
@@ -73,7 +73,7 @@ def _mamba_scan_gradients_kernel(
     H,
     N,
     padded,
-    heads_a_group,
+    heads_per_group,
     chunks,
     HAS_D: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -98,8 +98,8 @@ def _mamba_scan_gradients_kernel(
     db = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dc = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for k in tl.range(0, heads_a_group * BLOCKS_P, disable_licm=True):
-        head, column = group * heads_a_group + k // BLOCKS_P, (k % BLOCKS_P) * BLOCK_P
+    for k in tl.range(0, heads_per_group * BLOCKS_P, disable_licm=True):
+        head, column = group * heads_per_group + k // BLOCKS_P, (k % BLOCKS_P) * BLOCK_P
         row = batch * H + head
         h = states_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
         g = dstates_desc.load([row * chunks + chunk, 0, column]).reshape(BLOCK_N, BLOCK_P)
@@ -141,7 +141,7 @@ def _mamba_scan_gradients_kernel(
 
 
 @triton.jit
-def _mamba_scan_steps_backward_kernel(
+def _mamba_scan_decays_backward_kernel(
     sums_ptr,  # (B, H, BLOCKS_P, padded, 4)
     dt_ptr,  # (B, L, H)
     A_ptr,  # (H)
@@ -181,7 +181,7 @@ def _mamba_scan_steps_backward_kernel(
     delta = load_delta(dt_ptr, bias_ptr, batch, token, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
     A = tl.load(A_ptr + head, mask=known, other=0.0)
     dexponent = tl.cumsum(after, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier)
-    dexponent = tl.where(delta * A * LOG2E < FORGOTTEN, 0.0, dexponent)
+    dexponent = tl.where(delta * A * LOG2E < UNDERFLOW, 0.0, dexponent)
     # σ = 1 − e^−δ, the derivative of softplus, and σ/δ, never divided by a δ so small that it would be flushed to zero.
     small = delta < 1e-3
     sigmoid = tl.where(small, delta * (1.0 - delta / 2), 1.0 - tl.exp(-delta))
@@ -221,7 +221,7 @@ def scan_gradients(
 ) -> Tensor:
     """Fills dx, db and dc; returns the sums along P, N and the chunk that the step sizes' gradients are made from."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
-    block_p, block_n = blocks_of(x, N)
+    block_p, block_n = state_block(x, N)
     blocks_p = triton.cdiv(P, block_p)
     sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
     config = (GRADIENTS if block_n <= 128 else WIDE_GRADIENTS)[x.element_size()]
@@ -251,14 +251,14 @@ def scan_gradients(
     return sums
 
 
-def step_gradients(
+def decay_gradients(
     scan: Scan, ddt: Tensor, sums: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, *, has_d: bool
 ) -> Tensor:
     """Fills ddt; returns the gradients of A, D and dt_bias, (3, H) in fp32."""
     B, H, blocks_p = sums.shape[:3]
     partial = torch.empty(3, B * scan.chunks, H, dtype=torch.float32, device=dt.device)
     block_h = min(4, triton.next_power_of_2(H))
-    _mamba_scan_steps_backward_kernel[(scan.chunks, triton.cdiv(H, block_h), B)](
+    _mamba_scan_decays_backward_kernel[(scan.chunks, triton.cdiv(H, block_h), B)](
         sums,
         dt,
         A.contiguous(),
@@ -297,11 +297,11 @@ def _slice_gradients(
     """One slice of heads: fills its gradients; returns those of A, D and dt_bias (3, H), and of the initial state."""
     dlast, first = (None if t is None else addressable(t.contiguous()) for t in (dlast, first))
     dfirst = None if first is None else torch.empty_like(first)
-    scan = scan_steps(x, dt, A, dt_bias, document_ids, backward=True)
+    scan = scan_decays(x, dt, A, dt_bias, document_ids, backward=True)
     states = scan_states(scan, x, b, first, None)
     dstates = scan_states(scan, dy, c, dlast, dfirst, reverse=True)
     sums = scan_gradients(scan, out, dy, x, b, c, D, states, dstates)
-    return step_gradients(scan, out.ddt, sums, dt, A, dt_bias, has_d=D is not None), dfirst
+    return decay_gradients(scan, out.ddt, sums, dt, A, dt_bias, has_d=D is not None), dfirst
 
 
 def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice, slice, int]]:
@@ -309,9 +309,11 @@ def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice,
 
     A slice is some whole groups, or where that is still too much a part of one group's heads.
     """
-    wanted, heads_a_group = states_bytes / STATES_BYTES, heads // groups
+    wanted, heads_per_group = states_bytes / STATES_BYTES, heads // groups
     pieces = next((n for n in range(1, groups) if groups % n == 0 and n >= wanted), groups)
-    parts = next((n for n in range(1, heads_a_group) if heads_a_group % n == 0 and n * pieces >= wanted), heads_a_group)
+    parts = next(
+        (n for n in range(1, heads_per_group) if heads_per_group % n == 0 and n * pieces >= wanted), heads_per_group
+    )
     parts = parts if pieces == groups else 1
     slices = []
     for i in range(pieces * parts):

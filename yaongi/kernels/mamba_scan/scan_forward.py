@@ -19,15 +19,15 @@ from yaongi.kernels.mamba_scan.decays import (
     load_out,
     load_through,
     row_descriptor,
-    scan_steps,
+    scan_decays,
 )
 from yaongi.kernels.mamba_scan.tiles import (
     Config,
-    blocks_of,
     by_head,
     load_state,
     load_tile,
     scaled,
+    state_block,
     state_descriptor,
     store_state,
     store_tile,
@@ -54,8 +54,8 @@ def _mamba_scan_output_kernel(
     H,
     P,
     padded,
-    heads_a_group,
-    chunks_a_segment,
+    heads_per_group,
+    chunks_per_segment,
     HAS_D: tl.constexpr,
     HAS_ENTRY: tl.constexpr,
     HAS_FINAL: tl.constexpr,
@@ -67,7 +67,7 @@ def _mamba_scan_output_kernel(
     blocks_p = tl.cdiv(P, BLOCK_P)
     row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
     batch, head, segment = row // H, row % H, tl.program_id(1)
-    group = head // heads_a_group
+    group = head // heads_per_group
     steps_ptr += row.to(tl.int64) * PLANES * padded
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)  # transposed
     if HAS_ENTRY:
@@ -75,8 +75,8 @@ def _mamba_scan_output_kernel(
         state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
     if HAS_D:
         D = tl.load(D_ptr + head).to(tl.float32)
-    first = segment * chunks_a_segment
-    end = tl.minimum(first + chunks_a_segment, tl.cdiv(L, CHUNK))
+    first = segment * chunks_per_segment
+    end = tl.minimum(first + chunks_per_segment, tl.cdiv(L, CHUNK))
     for chunk in tl.range(first, end, disable_licm=True):
         start = chunk * CHUNK
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
@@ -116,10 +116,10 @@ def mamba_scan_triton(
     if not x.numel():
         return y, final
     x, b, c = addressable(x), addressable(b), addressable(c)
-    scan = scan_steps(x, dt, A, dt_bias, document_ids)
+    scan = scan_decays(x, dt, A, dt_bias, document_ids)
     first = None if initial_state is None else addressable(initial_state.contiguous())
     entry = segment_entries(scan, x, b, first)
-    block_p, block_n = blocks_of(x, N)
+    block_p, block_n = state_block(x, N)
     config = OUTPUT[x.element_size()]
     _mamba_scan_output_kernel[(B * H * triton.cdiv(P, block_p), scan.segments)](
         by_head(x, scan.chunk, block_p),
@@ -136,7 +136,7 @@ def mamba_scan_triton(
         P,
         scan.padded,
         H // G,
-        scan.chunks_a_segment,
+        scan.chunks_per_segment,
         HAS_D=D is not None,
         HAS_ENTRY=entry is not None,
         HAS_FINAL=return_final_state,

@@ -63,7 +63,7 @@ def state_descriptor(t: Tensor | None, block_p: int, block_n: int) -> TensorDesc
     return None if t is None else descriptor(t.view(-1, *t.shape[-2:]), block_p, block_n)
 
 
-def blocks_of(x: Tensor, N: int) -> tuple[int, int]:
+def state_block(x: Tensor, N: int) -> tuple[int, int]:
     """The tile of a state: a block of P, all of N."""
     block_p = min(BLOCK_P[x.element_size()], triton.next_power_of_2(x.shape[3]))
     return max(16, block_p), max(16, triton.next_power_of_2(N))

@@ -16,7 +16,7 @@ BLOCK_M = 128  # rows of a tile of the experts' products: dispatch counts tiles 
 
 
 @triton.jit
-def _count_kernel(ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+def _moe_dispatch_count_kernel(ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     """How many of a block's pairs each expert has."""
     block = tl.program_id(0)
     p = block * BLOCK + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def _count_kernel(ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr, BLOCK_E: tl
 
 
 @triton.jit
-def _offset_kernel(
+def _moe_dispatch_offset_kernel(
     count_ptr,  # (blocks, E): counts in, then the first row of each block's pairs
     offset_ptr,  # (E + 1): the first row of each expert, then the end
     tile_end_ptr,  # (E): tiles of the experts up to and with this one
@@ -60,7 +60,7 @@ def _offset_kernel(
 
 
 @triton.jit
-def _place_kernel(
+def _moe_dispatch_place_kernel(
     ids_ptr, first_ptr, order_ptr, token_ptr, row_ptr, pairs, E, K, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     """Gives every pair its row: stable within a block by a running sum of the one-hot ids."""
@@ -100,11 +100,11 @@ def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
         torch.empty(n, dtype=torch.int32, device=device)
         for n in (blocks * experts, pairs, pairs, pairs, experts + 1, experts)
     )
-    _count_kernel[(blocks,)](ids, count, pairs, experts, BLOCK=block, BLOCK_E=block_e, num_warps=8)
-    _offset_kernel[(1,)](
+    _moe_dispatch_count_kernel[(blocks,)](ids, count, pairs, experts, BLOCK=block, BLOCK_E=block_e, num_warps=8)
+    _moe_dispatch_offset_kernel[(1,)](
         count, offset, tile_end, blocks, experts, BLOCK_M=BLOCK_M, BLOCK=8192 // block_e, BLOCK_E=block_e, num_warps=8
     )
-    _place_kernel[(blocks,)](
+    _moe_dispatch_place_kernel[(blocks,)](
         ids, count, order, token, row, pairs, experts, top_k, BLOCK=block, BLOCK_E=block_e, num_warps=8
     )
     return Dispatch(order, token, row, offset, tile_end, triton.cdiv(pairs, BLOCK_M) + experts)

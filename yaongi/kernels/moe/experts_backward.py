@@ -17,11 +17,11 @@ from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
     Config,
     block_e,
-    blocks_of,
     find_tile,
-    fitting,
-    gathered_times_expert,
-    moe_rows,
+    fit_block,
+    gathered_expert_dot,
+    launch_options,
+    moe_grouped_gemm,
 )
 
 Tensor = torch.Tensor
@@ -75,7 +75,7 @@ def _moe_dh_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
         dy_rows = dy_ptr + tokens.to(tl.int64)[:, None] * stride_yt
-        accumulator = gathered_times_expert(
+        accumulator = gathered_expert_dot(
             dy_rows, w_desc, expert, column, D, F, TRANSPOSED=True, EVEN=EVEN_D,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
@@ -175,7 +175,7 @@ def _moe_dw_kernel(
 
 def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dH and g·A (T·K, F), and dexpert_weights by pair (T·K) fp32."""
-    (E, D, F), blocks, pairs = w_down.shape, blocks_of(DH, w_down.shape[2]), plan.order.numel()
+    (E, D, F), blocks, pairs = w_down.shape, launch_options(DH, w_down.shape[2]), plan.order.numel()
     columns = triton.cdiv(F, blocks["BLOCK_N"])
     dh, ga = torch.empty_like(a), torch.empty_like(a)
     partial, dweights = (torch.empty(n * pairs, dtype=torch.float32, device=a.device) for n in (columns, 1))
@@ -209,7 +209,7 @@ def moe_dw(
 ) -> None:
     """out = Σ, or out += Σ, over each expert's rows of gathered ⊗ row (E, G, R), or of row ⊗ gathered (E, R, G)."""
     R, G = rows.shape[1], gathered.shape[1]
-    block_r, block_g = fitting(DW.block_r, R), fitting(DW.block_g, G)
+    block_r, block_g = fit_block(DW.block_r, R), fit_block(DW.block_g, G)
     box = [1, block_g, block_r] if gather_left else [1, block_r, block_g]
     _moe_dw_kernel[(out.shape[0] * triton.cdiv(R, block_r) * triton.cdiv(G, block_g),)](
         matrix_descriptor(rows, DW.block_k, block_r),
@@ -270,5 +270,5 @@ def _backward(
     moe_dw(dh, x, dw_up, plan, gather_left=False, accumulate=accumulate)
     moe_dw(ga, dy, dw_down, plan, gather_left=True, accumulate=accumulate)
     del ga  # the rows of dx are the peak of the step
-    dx = moe_combine(moe_rows(dh, w_up.contiguous(), plan, None), plan, T, K)
+    dx = moe_combine(moe_grouped_gemm(dh, w_up.contiguous(), plan, None), plan, T, K)
     return dx, dweights.view(T, K)

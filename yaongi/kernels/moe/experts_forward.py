@@ -15,10 +15,10 @@ from yaongi.kernels.moe.dispatch import Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
     Config,
     block_e,
-    blocks_of,
     find_tile,
-    gathered_times_expert,
-    moe_rows,
+    gathered_expert_dot,
+    launch_options,
+    moe_grouped_gemm,
 )
 
 Tensor = torch.Tensor
@@ -53,7 +53,7 @@ def _moe_up_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
         x_rows = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt
-        accumulator = gathered_times_expert(
+        accumulator = gathered_expert_dot(
             x_rows, w_desc, expert, column, D, F, TRANSPOSED=False, EVEN=EVEN_D,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
@@ -67,7 +67,7 @@ def _moe_up_kernel(
 
 def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
     """A (T·K, F) = relu(H)², rows sorted by expert."""
-    (E, F, D), blocks = w_up.shape, blocks_of(UP, w_up.shape[1])
+    (E, F, D), blocks = w_up.shape, launch_options(UP, w_up.shape[1])
     a = torch.empty(plan.order.numel(), F, dtype=x.dtype, device=x.device)
     _moe_up_kernel[(plan.tiles * triton.cdiv(F, blocks["BLOCK_N"]),)](
         x,
@@ -96,5 +96,5 @@ def moe_triton(
         return x.new_empty(x.shape), x.new_empty(0, w_up.shape[1])
     plan = dispatch(expert_ids, w_up.shape[0])
     a = moe_up(addressable(x), w_up.contiguous(), plan)
-    parts = moe_rows(a, w_down.contiguous(), plan, expert_weights.contiguous())
+    parts = moe_grouped_gemm(a, w_down.contiguous(), plan, expert_weights.contiguous())
     return moe_combine(parts, plan, T, K), a

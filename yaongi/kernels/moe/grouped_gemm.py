@@ -48,7 +48,7 @@ def find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E:
 
 
 @triton.jit
-def times_expert(
+def expert_dot(
     left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Adds left (BLOCK_M, BLOCK_K), the inner elements from k on, times a tile of columns of the expert's matrix.
@@ -63,7 +63,7 @@ def times_expert(
 
 
 @triton.jit
-def gathered_times_expert(
+def gathered_expert_dot(
     rows_ptr,  # (BLOCK_M, 1), where each gathered row starts
     w_desc,
     expert,
@@ -81,12 +81,12 @@ def gathered_times_expert(
     for k in range(0, inner, BLOCK_K):
         i = k + tl.arange(0, BLOCK_K)[None, :]
         left = tl.load(rows_ptr + i) if EVEN else tl.load(rows_ptr + i, mask=i < inner, other=0.0)
-        accumulator = times_expert(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
+        accumulator = expert_dot(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
     return accumulator
 
 
 @triton.jit
-def _moe_rows_kernel(
+def _moe_grouped_gemm_kernel(
     left_desc,  # (T·K, inner)
     w_desc,  # (E·D, F) as it is, or (E·F, D) transposed
     order_ptr,
@@ -113,7 +113,7 @@ def _moe_rows_kernel(
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, inner, BLOCK_K):
             left = left_desc.load([start, k])
-            accumulator = times_expert(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
+            accumulator = expert_dot(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
         if WEIGHTED:
             pairs = tl.load(order_ptr + rows, mask=rows < end, other=0)
             accumulator *= tl.load(weight_ptr + pairs)[:, None]
@@ -124,16 +124,16 @@ def _moe_rows_kernel(
         tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def fitting(block: int, width: int) -> int:
+def fit_block(block: int, width: int) -> int:
     """A narrow matrix takes a narrower tile."""
     return max(16, min(block, triton.next_power_of_2(width)))
 
 
-def blocks_of(config: Config, width: int) -> dict[str, int]:
+def launch_options(config: Config, width: int) -> dict[str, int]:
     """The constants of a launch."""
     return {
         "BLOCK_M": BLOCK_M,
-        "BLOCK_N": fitting(config.block_n, width),
+        "BLOCK_N": fit_block(config.block_n, width),
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -145,14 +145,14 @@ def block_e(experts: int) -> int:
     return max(16, triton.next_power_of_2(experts))
 
 
-def moe_rows(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None) -> Tensor:
+def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None) -> Tensor:
     """Rows (T·K, inner) times each expert's matrix: w (E, width, inner), or with no weights (E, inner, width)."""
     transposed = weights is None
     E, inner, width = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
-    blocks = blocks_of(ROWS["long" if inner >= LONG else "short"], width)
+    blocks = launch_options(ROWS["long" if inner >= LONG else "short"], width)
     out = torch.empty(left.shape[0], width, dtype=left.dtype, device=left.device)
     box = (blocks["BLOCK_K"], blocks["BLOCK_N"]) if transposed else (blocks["BLOCK_N"], blocks["BLOCK_K"])
-    _moe_rows_kernel[(plan.tiles * triton.cdiv(width, blocks["BLOCK_N"]),)](
+    _moe_grouped_gemm_kernel[(plan.tiles * triton.cdiv(width, blocks["BLOCK_N"]),)](
         matrix_descriptor(left, BLOCK_M, blocks["BLOCK_K"]),
         matrix_descriptor(w, *box),
         plan.order,

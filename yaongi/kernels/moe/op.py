@@ -111,7 +111,7 @@ def _value_check(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, ex
 
 def _triton_refuses(x: Tensor, w_up: Tensor, *rest: Tensor) -> str | None:
     _, F, D = w_up.shape
-    if x.dtype not in check.HALVES:
+    if x.dtype not in check.HALF_DTYPES:
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
     if D % 16 or F % 16:
         return f"it takes D and F that are multiples of 16, got D = {D}, F = {F}"

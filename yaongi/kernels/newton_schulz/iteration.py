@@ -32,10 +32,10 @@ def bytes_per_matrix(m: int, n: int) -> int:
     return STORAGE.itemsize * (2 * m * n + SQUARES * m * m)
 
 
-def iterate(x: Tensor, spare: Tensor, steps: Steps, form: str, product: Product) -> tuple[Tensor, Tensor, Tensor]:
-    """All steps on X, (B, m, n), but for the last product: Q, X and spare memory like X; Q·X is the result.
+def iterate(x: Tensor, scratch: Tensor, steps: Steps, form: str, product: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """All steps on X, (B, m, n), but for the last product: Q, X and scratch memory like X; Q·X is the result.
 
-    X's memory is used up, and that of `spare`, a matrix like it.
+    X's memory is used up, and that of `scratch`, a matrix like it.
     """
     square = (x.shape[0], x.shape[1], x.shape[1])
     squares = [x.new_empty(square) for _ in range(SQUARES if form == "gram" else 2)]
@@ -43,10 +43,10 @@ def iterate(x: Tensor, spare: Tensor, steps: Steps, form: str, product: Product)
     first, *rest = (part for part in parts if part)
     q = _factor(x, first, squares, product)
     for part in rest:
-        torch.bmm(q, x, out=spare)
-        x, spare = spare, x
+        torch.bmm(q, x, out=scratch)
+        x, scratch = scratch, x
         q = _factor(x, part, squares, product)
-    return q, x, spare
+    return q, x, scratch
 
 
 def _factor(x: Tensor, steps: Steps, squares: list[Tensor], product: Product) -> Tensor:

@@ -161,7 +161,7 @@ def _check_tensors(
     values: object,
     count: int,
     dims: tuple[str, ...],
-    dtypes: tuple[torch.dtype, ...] = check.FLOATS,
+    dtypes: tuple[torch.dtype, ...] = check.FLOAT_DTYPES,
     *,
     written: bool = True,
 ) -> list[Tensor]:

@@ -250,7 +250,7 @@ def _newton_schulz_last_product_kernel(
 
 
 @dataclass(frozen=True)
-class Wide:
+class WideLayout:
     """The stored form of matrices m × n: of the transposed one if m > n, and padded."""
 
     m: int
@@ -350,18 +350,18 @@ def _newton_schulz(product: Product, x: Tensor, coefficients: list[float], form:
         return x.new_empty(x.shape)
     m, n = x.shape[-2:]
     out = x.new_empty(x.shape)
-    flat, results, layout = x.contiguous().view(-1, m, n), out.view(-1, m, n), Wide(m, n)
+    flat, results, layout = x.contiguous().view(-1, m, n), out.view(-1, m, n), WideLayout(m, n)
     batches = layout.batches(flat.shape[0])
     memory = [layout.empty(batches[0].stop, x) for _ in range(2)]
     for batch in batches:
         source, result = flat[batch], results[batch]
-        wide, spare = (half[: len(source)] for half in memory)
+        wide, scratch = (half[: len(source)] for half in memory)
         layout.normalise(source, _partial_norms(source), wide)
-        q, wide, spare = iterate(wide, spare, triples(coefficients), form, product)
+        q, wide, scratch = iterate(wide, scratch, triples(coefficients), form, product)
         if layout.fused:
             layout.last_product(q, wide, result)
         elif result.dtype == STORAGE and result.shape == wide.shape:
             torch.bmm(q, wide, out=result)
         else:
-            layout.result(torch.bmm(q, wide, out=spare), result)
+            layout.result(torch.bmm(q, wide, out=scratch), result)
     return out

@@ -16,7 +16,7 @@ from yaongi.kernels import backend
 from yaongi.kernels.newton_schulz.iteration import Product, iterate, torch_product
 from yaongi.kernels.newton_schulz.passes import (
     LAST_PRODUCT,
-    Wide,
+    WideLayout,
     load_result,
     result_tile,
     store_partial_norm,
@@ -180,7 +180,7 @@ def _teon_last_product_kernel(
     )  # fmt: skip
 
 
-class Addresses:
+class PointerTables:
     """Tables of the addresses of tensors, on the GPU.
 
     Training meets the same tensors each step, and then pays nothing; a new table is copied from pinned memory, without
@@ -212,20 +212,20 @@ class Addresses:
         return source.to(device, non_blocking=True), source
 
 
-addresses = Addresses()
+pointer_tables = PointerTables()
 
 
-class Apart:
+class ScatteredTensors:
     """Tensors of one shape and dtype that lie apart, as a kernel takes them."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors  # which may be copies that nobody else holds
-        self.table = addresses(tensors)
+        self.table = pointer_tables(tensors)
         self.type = TYPES[tensors[0].dtype]
         self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
-class Teon:
+class TeonCall:
     """One call of `teon_update`: its tensors, and the passes over a batch of their matrices."""
 
     def __init__(
@@ -233,11 +233,11 @@ class Teon:
     ) -> None:
         self.E, self.m, self.n = (1, *params[0].shape)[-3:]
         self.stack = stack
-        self.layout = Wide(self.m, stack * self.n)
+        self.layout = WideLayout(self.m, stack * self.n)
         self.count = len(params) // stack * self.E  # matrices to orthogonalise
         self._has_masters = bool(masters)
-        self._grads, self._momenta = Apart([g.contiguous() for g in grads]), Apart(momenta)
-        self._weights, self._params = Apart(masters or params), Apart(params)
+        self._grads, self._momenta = ScatteredTensors([g.contiguous() for g in grads]), ScatteredTensors(momenta)
+        self._weights, self._params = ScatteredTensors(masters or params), ScatteredTensors(params)
         self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # the copy engine's boxes start on 16 bytes
 
     def directions(self, first: int, u: Tensor, momentum: float, nesterov: bool) -> Tensor:
@@ -252,7 +252,7 @@ class Teon:
         )  # fmt: skip
         return partial
 
-    def apply(self, first: int, q: Tensor, x: Tensor, spare: Tensor, decay: float, scale: float) -> None:
+    def apply(self, first: int, q: Tensor, x: Tensor, scratch: Tensor, decay: float, scale: float) -> None:
         """W ← decay·W − scale·Q·X for the matrices first …, and the parameters' casts."""
         weights, params, layout = self._weights, self._params, self.layout
         tables = weights.table, params.table
@@ -271,7 +271,7 @@ class Teon:
             return
         tiling = tiling_of(self.m, self.n, across=layout.transposed)
         _teon_weight_kernel[(x.shape[0] * self.stack * tiling.count,)](
-            torch.bmm(q, x, out=spare), *tables, first, self.E, self.m, self.n, layout.rows, layout.columns,
+            torch.bmm(q, x, out=scratch), *tables, first, self.E, self.m, self.n, layout.rows, layout.columns,
             decay, scale, tiling.count, **types,
             ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
@@ -303,15 +303,15 @@ def _teon_update(
     """The update with one way to take symmetric products, in batches that fit the workspace."""
     if not params[0].numel():
         return
-    step = Teon(params, grads, momenta, masters, stack)
+    step = TeonCall(params, grads, momenta, masters, stack)
     m, n, layout, steps = step.m, step.n, step.layout, triples(coefficients)
     batches = layout.batches(step.count)
     memory = [layout.empty(batches[0].stop, params[0]) for _ in range(2)]
     for batch in batches:
         count = batch.stop - batch.start
-        wide, spare = (half[:count] for half in memory)
-        u = spare.view(-1)[: count * m * stack * n].view(DIRECTION).view(count, m, stack * n)
+        wide, scratch = (half[:count] for half in memory)
+        u = scratch.view(-1)[: count * m * stack * n].view(DIRECTION).view(count, m, stack * n)
         layout.normalise(u, step.directions(batch.start, u, momentum, nesterov), wide)
-        q, wide, spare = iterate(wide, spare, steps, "gram", product)
-        step.apply(batch.start, q, wide, spare, 1 - lr * weight_decay, lr * math.sqrt(m / n))
+        q, wide, scratch = iterate(wide, scratch, steps, "gram", product)
+        step.apply(batch.start, q, wide, scratch, 1 - lr * weight_decay, lr * math.sqrt(m / n))
     torch.autograd.graph.increment_version([*params, *momenta, *masters])

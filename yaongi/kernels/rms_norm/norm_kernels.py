@@ -21,12 +21,12 @@ class Config:
     """A block of rows × one group has ELEMENTS elements at least, a row at least; each warp has some of them."""
 
     elements: int
-    elements_a_warp: int  # of a longer row WIDE: more would spill
+    elements_per_warp: int  # of a longer row LONG_ROW: more would spill
 
 
-WIDE = 512
-FORWARD = Config(elements=2048, elements_a_warp=512)
-BACKWARD = Config(elements=2048, elements_a_warp=1024)
+LONG_ROW = 512
+FORWARD = Config(elements=2048, elements_per_warp=512)
+BACKWARD = Config(elements=2048, elements_per_warp=1024)
 # By bytes of an element: of 16 bits a program that walks backwards loads the next rows while it works on these.
 STAGES = {2: 2, 4: 1}
 PROGRAMS = 528  # that walk backwards, four on each of the 132 multiprocessors
@@ -135,8 +135,8 @@ def _blocks(config: Config, size: int) -> dict[str, int]:
     """The constants of a launch for groups of `size` channels."""
     block = triton.next_power_of_2(size)
     rows = max(1, config.elements // block)
-    a_warp = config.elements_a_warp if block <= config.elements else WIDE
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // a_warp))}
+    per_warp = config.elements_per_warp if block <= config.elements else LONG_ROW
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // per_warp))}
 
 
 def _rows(t: Tensor) -> Tensor:

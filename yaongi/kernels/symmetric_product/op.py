@@ -21,7 +21,7 @@ def _symmetric_product_cuda(x: Tensor, y: Tensor | None, c: Tensor | None, alpha
 
 def _cuda_refuses(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> str | None:
     m, n = x.shape[-2:]
-    if x.dtype not in check.HALVES:
+    if x.dtype not in check.HALF_DTYPES:
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
     if m % 8 or n % 8:
         return f"it takes m and n that are multiples of 8, got m = {m}, n = {n}"

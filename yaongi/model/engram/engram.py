@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from yaongi.kernels import causal_conv1d, causal_conv1d_step
 from yaongi.model.config import EngramConfig, ModelConfig
 from yaongi.model.engram.hashing import HashPlan, hash_rows
-from yaongi.model.layers.accumulation import AddingEmbedding, gradient_to_add_to
-from yaongi.model.layers.compiled import fused
+from yaongi.model.layers.accumulation import AccumulatingEmbedding, accumulation_target
+from yaongi.model.layers.compiled import compiled
 from yaongi.model.layers.linear import DepthwiseConv, Embedding, Linear
 from yaongi.model.layers.norm import RMSNorm
 
@@ -89,19 +89,19 @@ class Engram(nn.Module):
         rows = hash_rows(window, self.plan, self.primes, self.starts)
         table = self.table.weight
         there = rows.to(table.device)
-        gradient = gradient_to_add_to(table)
+        gradient = accumulation_target(table)
         if gradient is None:
             found = F.embedding(there, table, sparse=self.sparse)
         else:
             if gradient.is_sparse:
                 table.grad = gradient = gradient.to_dense()
-            found = AddingEmbedding.apply(there, table, gradient)
+            found = AccumulatingEmbedding.apply(there, table, gradient)
         return found.to(rows.device, non_blocking=True).flatten(-2)
 
     def _gated_value(self, hidden: Tensor, found: Tensor) -> Tensor:
         """αv, (…, d)."""
         query, key = self.hidden_norm(hidden), self.key_norm(self.key_proj(found))
-        return fused(_gated, hidden.device.type)(query, key, self.value_proj(found), self.gate)
+        return compiled(_gated, hidden.device.type)(query, key, self.value_proj(found), self.gate)
 
     def _convolved(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
         """SiLU of the dilated convolution: each of `dilation` interleaved phases of the sequence is a sequence."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from yaongi.model.config import ModelConfig
 
-HUB_TYPE = "nemotron_h"
-OWN_TYPE = "yaongi"
+NEMOTRON_H = "nemotron_h"
+YAONGI = "yaongi"
 REMOTE_CODE = "modeling_yaongi"  # the module that a folder of our own type carries for transformers
 SIZES = {  # our field: the hub's
     "hidden_size": "hidden_size",
@@ -53,11 +53,11 @@ LETTERS = {"mamba": "M", "linear_attention": "M", "moe": "E", "attention": "*", 
 TIME_STEP_MIN = 1e-30  # transformers clamps dt there in prefill; the model doesn't, and 0 is refused by its constructor
 
 
-def hub_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `nemotron_h` config of a model, without what that can't hold: Engram, backends and precision."""
     return {
         "architectures": ["NemotronHForCausalLM"],
-        "model_type": HUB_TYPE,
+        "model_type": NEMOTRON_H,
         "dtype": dtype,
         "hybrid_override_pattern": config.pattern,
         "num_hidden_layers": len(config.pattern),
@@ -80,7 +80,7 @@ def hub_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def own_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def yaongi_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `yaongi` config of a model: everything, under the key `model`."""
     tokens = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return {
@@ -89,7 +89,7 @@ def own_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "AutoConfig": f"{REMOTE_CODE}.YaongiConfig",
             "AutoModelForCausalLM": f"{REMOTE_CODE}.YaongiForCausalLM",
         },
-        "model_type": OWN_TYPE,
+        "model_type": YAONGI,
         "dtype": dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -102,12 +102,12 @@ def own_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
     """The config of either kind of folder. ValueError names what is missing or is no part of this model."""
     kind = fields.get("model_type")
-    if kind == OWN_TYPE:
+    if kind == YAONGI:
         if not isinstance(fields.get("model"), Mapping):
-            raise ValueError(f"config.json: wanted the table 'model' of model_type {OWN_TYPE!r}, got none")
+            raise ValueError(f"config.json: wanted the table 'model' of model_type {YAONGI!r}, got none")
         return ModelConfig.from_dict(fields["model"])
-    if kind != HUB_TYPE:
-        raise ValueError(f"config.json: wanted model_type {HUB_TYPE!r} or {OWN_TYPE!r}, got {kind!r}")
+    if kind != NEMOTRON_H:
+        raise ValueError(f"config.json: wanted model_type {NEMOTRON_H!r} or {YAONGI!r}, got {kind!r}")
     for key, value in (FIXED | UNSUPPORTED).items():
         if fields.get(key, value) != value:
             raise ValueError(f"config.json: wanted {key} = {value!r}, got {fields[key]!r}")

@@ -10,7 +10,7 @@ from yaongi.files import read_json, write_json
 from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts
 from yaongi.model.hub.card import model_card
-from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, hub_config, own_config
+from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, nemotron_h_config, yaongi_config
 from yaongi.model.hub.weights import SHARD_BYTES, staged, write_shards
 
 ENGRAM_TENSORS = (".engram.", "backbone.compression")  # what a name holds that nemotron_h has no place for
@@ -81,7 +81,7 @@ def _write_nemotron_h(
     config, counts, dtype = config.without_engram(), counts.without_engram(), _dtype_name(model)
     kept = {n: t for n, t in model.state_dict().items() if not any(mark in n for mark in ENGRAM_TENSORS)}
     write_shards(kept, folder, shard_bytes)
-    write_json(folder / "config.json", hub_config(config, dtype))
+    write_json(folder / "config.json", nemotron_h_config(config, dtype))
     _write_rest(config, folder, model_card(config, counts, dtype, hub=True, lost=lost))
 
 
@@ -90,7 +90,7 @@ def _write_yaongi(
 ) -> None:
     dtype = _dtype_name(model)
     write_shards(model.state_dict(), folder, shard_bytes)
-    write_json(folder / "config.json", own_config(config, dtype))
+    write_json(folder / "config.json", yaongi_config(config, dtype))
     shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), folder / f"{REMOTE_CODE}.py")
     _write_rest(config, folder, model_card(config, counts, dtype, hub=False))
 

@@ -21,7 +21,7 @@ _in_place = False
 
 
 @contextlib.contextmanager
-def gradients_in_place(enabled: bool = True) -> Iterator[None]:
+def fused_accumulation(enabled: bool = True) -> Iterator[None]:
     """Within the block, forward and backward pass, weights that have a gradient add to it themselves.
 
     For training loops alone: `torch.autograd.grad` finds no gradient of these weights there, and hooks on them are not
@@ -35,14 +35,14 @@ def gradients_in_place(enabled: bool = True) -> Iterator[None]:
         _in_place = before
 
 
-def gradient_to_add_to(weight: nn.Parameter) -> Tensor | None:
-    """The weight's gradient, at least float32, within `gradients_in_place`; None outside, or where it has none yet."""
+def accumulation_target(weight: nn.Parameter) -> Tensor | None:
+    """The weight's gradient, at least float32, within `fused_accumulation`; None outside, or where it has none yet."""
     if not _in_place or not torch.is_grad_enabled() or not weight.requires_grad:
         return None
     return weight.grad
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a·b; a total wider than a and b takes the sum before it is rounded, where torch has such a product."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
@@ -67,7 +67,7 @@ class AccumulatingLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
         x, weight = ctx.saved_tensors
         (dy,) = grads
-        add_product(ctx.gradient, dy.flatten(0, -2).T, x.flatten(0, -2))
+        accumulate_product(ctx.gradient, dy.flatten(0, -2).T, x.flatten(0, -2))
         return dy @ weight if ctx.needs_input_grad[0] else None, None, None, dy if ctx.needs_input_grad[3] else None
 
 
@@ -91,11 +91,11 @@ class ForkedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         dy, dx = (grad.flatten(0, -2) for grad in grads)
-        add_product(ctx.gradient, dy.T, x.flatten(0, -2))
+        accumulate_product(ctx.gradient, dy.T, x.flatten(0, -2))
         return dx.addmm_(dy, weight).view(x.shape), None, None
 
 
-class AddingEmbedding(torch.autograd.Function):
+class AccumulatingEmbedding(torch.autograd.Function):
     """Rows of a table, (…) to (…, width), whose backward pass adds to these rows of `gradient`, which is dense."""
 
     @staticmethod

@@ -8,6 +8,6 @@ import torch
 
 
 @cache
-def fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     """The function; on a GPU compiled into a few passes."""
     return torch.compile(function) if device_type == "cuda" else function

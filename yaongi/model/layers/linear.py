@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from yaongi.model.config import RolePrecision
-from yaongi.model.layers.accumulation import AccumulatingLinear, ForkedLinear, gradient_to_add_to, linear_product
+from yaongi.model.layers.accumulation import AccumulatingLinear, ForkedLinear, accumulation_target, linear_product
 
 Tensor = torch.Tensor
 
@@ -32,17 +32,17 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """(…, inputs) to (…, outputs); from (T, inputs) also added to `into` (T, outputs), in place, rounded once."""
-        gradient = gradient_to_add_to(self.weight)
+        gradient = accumulation_target(self.weight)
         if gradient is None:
             return linear_product(x, self.weight, into)
         return AccumulatingLinear.apply(x, self.weight, gradient, into)
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(…, inputs) to (…, outputs), and x for another product or kernel that reads it.
 
-        Within `gradients_in_place` the two gradients of x are added in this product, not by a pass over both.
+        Within `fused_accumulation` the two gradients of x are added in this product, not by a pass over both.
         """
-        gradient = gradient_to_add_to(self.weight)
+        gradient = accumulation_target(self.weight)
         if gradient is None or not x.requires_grad:
             return self(x), x
         return ForkedLinear.apply(x, self.weight, gradient)

@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
         """(…, width) to the same shape."""
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_and_norm(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden + delta, and its norm, in one pass; hidden itself when there is nothing to add."""
         if delta is None:
             return hidden, self(hidden)

@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, d) to q (B, L, heads, D), k and v (B, L, kv heads, D)."""
-        q, x = self.q_proj.branch(x)
-        k, x = self.k_proj.branch(x)
+        q, x = self.q_proj.fork(x)
+        k, x = self.k_proj.fork(x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, self.v_proj(x)))
         return q, k, v

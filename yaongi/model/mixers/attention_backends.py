@@ -24,11 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from yaongi.model.config import AttentionBackend
-from yaongi.model.layers.compiled import fused
+from yaongi.model.layers.compiled import compiled
 
 Tensor = torch.Tensor
 
-HALVES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 # On an H100 cuDNN is the fastest causal kernel, which torch does not prefer by itself.
 SDPA_ORDER = [
@@ -51,8 +51,8 @@ class AttentionPlan:
 
     backend: Literal["sdpa", "varlen", "flex", "flash"]
     mask: Any = None  # sdpa: (B, 1, L, L) bool or None for causal; flex: a BlockMask
-    starts: Tensor | None = None  # varlen, flash: (documents + 1) int32, where documents start in the B·L tokens
-    longest: int = 0  # varlen, flash: tokens of the largest document
+    cu_seqlens: Tensor | None = None  # varlen, flash: (documents + 1) int32, where documents start in the B·L tokens
+    max_seqlen: int = 0  # varlen, flash: tokens of the largest document
 
 
 def plan_attention(
@@ -69,7 +69,7 @@ def plan_attention(
     Raises:
         ValueError: a backend asked for by name can't run on this device or dtype. ImportError: it is not installed.
     """
-    fast = device.type == "cuda" and dtype in HALVES
+    fast = device.type == "cuda" and dtype in HALF_DTYPES
     if wanted == "auto":
         wanted = "sdpa"
         if document_ids is not None and fast:
@@ -80,8 +80,8 @@ def plan_attention(
                 f"attention: wanted a GPU and float16 or bfloat16 for attention_backend={wanted!r}, got {device} and "
                 f"{str(dtype).removeprefix('torch.')}"
             )
-        starts, longest = document_starts(shape, document_ids, device)
-        return AttentionPlan(wanted, starts=starts, longest=longest)
+        cu_seqlens, max_seqlen = document_cu_seqlens(shape, document_ids, device)
+        return AttentionPlan(wanted, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     if wanted == "flex":
         return AttentionPlan("flex", mask=_flex_mask(shape, document_ids, device))
     return AttentionPlan("sdpa", mask=None if document_ids is None else document_mask(document_ids))
@@ -92,9 +92,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     if plan.backend in ("varlen", "flash"):
         flat = [t.flatten(0, 1) for t in (q, k, v)]
         function = _varlen() if plan.backend == "varlen" else _flash()
-        return function(*flat, plan.starts, plan.longest).view(q.shape)
+        return function(*flat, plan.cu_seqlens, plan.max_seqlen).view(q.shape)
     if plan.backend == "flex":
-        return fused(_flex_attend, q.device.type)(q, k, v, plan.mask)
+        return compiled(_flex_attend, q.device.type)(q, k, v, plan.mask)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return scaled_attention(q, k, v, plan.mask).transpose(1, 2)
 
@@ -114,15 +114,15 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :, None] == document_ids[:, None, :]).tril().unsqueeze(1)
 
 
-def document_starts(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
+def document_cu_seqlens(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
     """Where each document begins among the B·L tokens and where the last one ends, int32; and the largest length."""
     batch, length = shape
     if document_ids is None:
         return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device), length
     first = torch.ones_like(document_ids, dtype=torch.bool)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    starts = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=batch * length).int()
-    return starts, int(starts.diff().max())
+    cu_seqlens = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=batch * length).int()
+    return cu_seqlens, int(cu_seqlens.diff().max())
 
 
 @functools.cache
@@ -143,12 +143,12 @@ def _varlen() -> Callable[..., Tensor]:
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     grouped = "enable_gqa" in known
 
-    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         repeats = q.shape[1] // k.shape[1]
         if repeats > 1 and not grouped:
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
         extra = {"enable_gqa": True} if repeats > 1 and grouped else {}
-        return run_varlen(q, k, v, starts, starts, longest, longest, **options, **extra)
+        return run_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options, **extra)
 
     return run
 
@@ -159,9 +159,11 @@ def _flash() -> Callable[..., Tensor]:
         raise ImportError("attention: wanted the flash-attn package (pip install yaongi[peers]), got none")
     from flash_attn import flash_attn_varlen_func
 
-    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         same_bits = torch.are_deterministic_algorithms_enabled()
-        return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True, deterministic=same_bits)
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, deterministic=same_bits
+        )
 
     return run
 
@@ -180,7 +182,7 @@ def _flex_mask(shape: torch.Size, document_ids: Tensor | None, device: torch.dev
 
     batch, length = shape
     rows = None if document_ids is None else batch
-    return fused(create_block_mask, device.type)(visible, rows, None, length, length, device=device)
+    return compiled(create_block_mask, device.type)(visible, rows, None, length, length, device=device)
 
 
 class _ShapesOfAttention(torch.autograd.Function):

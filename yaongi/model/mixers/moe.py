@@ -7,8 +7,8 @@ from torch import nn
 
 from yaongi.kernels import moe, moe_route
 from yaongi.model.config import ModelConfig, RolePrecision
-from yaongi.model.layers.accumulation import gradient_to_add_to
-from yaongi.model.layers.compiled import fused
+from yaongi.model.layers.accumulation import accumulation_target
+from yaongi.model.layers.compiled import compiled
 from yaongi.model.layers.linear import Linear
 from yaongi.model.mixers.router import Router, sequence_balance
 
@@ -45,11 +45,11 @@ class SharedExpert(nn.Module):
 
     def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """up(x) of (T, d), and x for the routed experts."""
-        return self.up_proj.branch(x)
+        return self.up_proj.fork(x)
 
     def down(self, h: Tensor, into: Tensor) -> Tensor:
         """down(relu(h)²), added to `into` (T, d)."""
-        return self.down_proj(fused(_squared_relu, h.device.type)(h), into)
+        return self.down_proj(compiled(_squared_relu, h.device.type)(h), into)
 
 
 def _squared_relu(h: Tensor) -> Tensor:  # compiled it is the fastest of three ways (docs/LAB.md)
@@ -70,17 +70,17 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
         """(B, L, d) to (B, L, d), and the routing's measures when they are wanted."""
         rows = x.reshape(-1, x.shape[-1])
-        logits, rows = self.gate.branch(rows)
+        logits, rows = self.gate.fork(rows)
         h, rows = self.shared_experts.up(rows)
         bias = self.gate.e_score_correction_bias.to(logits.dtype)
         ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
         up, down = self.experts.up_proj, self.experts.down_proj
-        dw_up, dw_down = gradient_to_add_to(up), gradient_to_add_to(down)
+        dw_up, dw_down = accumulation_target(up), accumulation_target(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
         y = moe(rows, up, down, ids, weights, self.precision, sums)
         y = self.shared_experts.down(h, y).view(x.shape)
         if not with_routing:
             return y, None
         batch = x.shape[0]
-        balance = fused(sequence_balance, x.device.type)
+        balance = compiled(sequence_balance, x.device.type)
         return y, Routing(load, balance(logits.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1))))

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from yaongi.model.config import ModelConfig
-from yaongi.model.layers.accumulation import gradient_to_add_to
-from yaongi.model.layers.compiled import fused
+from yaongi.model.layers.accumulation import accumulation_target
+from yaongi.model.layers.compiled import compiled
 
 Tensor = torch.Tensor
 
@@ -25,21 +25,21 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, d) to logits (T, E)."""
         if self._on_tensor_cores(x):
-            return _WideProduct.apply(x, self.weight)[0]
+            return RouterProduct.apply(x, self.weight)[0]
         wide = torch.promote_types(x.dtype, torch.float32)
         return nn.functional.linear(x.to(wide), self.weight.to(wide))
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and x for the experts; see `Linear.branch`."""
-        if self._on_tensor_cores(x) and gradient_to_add_to(self.weight) is not None:
-            return _WideProduct.apply(x, self.weight)
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and x for the experts; see `Linear.fork`."""
+        if self._on_tensor_cores(x) and accumulation_target(self.weight) is not None:
+            return RouterProduct.apply(x, self.weight)
         return self(x), x
 
     def _on_tensor_cores(self, x: Tensor) -> bool:
         return x.is_cuda and x.dtype == torch.bfloat16 == self.weight.dtype
 
 
-class _WideProduct(torch.autograd.Function):
+class RouterProduct(torch.autograd.Function):
     """x·Wᵀ of bfloat16 operands in float32, on tensor cores both ways: bf16 products are exact there, sums float32.
 
     The gradient is float32. It goes through the same products as the sum of three bfloat16 parts, 24 bits in all, laid
@@ -58,13 +58,13 @@ class _WideProduct(torch.autograd.Function):
         if dlogits is None:
             return dx, None
         x, weight = ctx.saved_tensors
-        split = fused(three_parts, "cuda")(dlogits)
+        split = compiled(split_into_bf16, "cuda")(dlogits)
         dweight = torch.mm(split.T, x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
         thrice = weight.repeat(3, 1)
         return split @ thrice if dx is None else dx.addmm_(split, thrice), dweight
 
 
-def three_parts(t: Tensor) -> Tensor:
+def split_into_bf16(t: Tensor) -> Tensor:
     """(T, E) float32 to (T, 3·E) bfloat16: three parts of eight bits each, which add up to it exactly.
 
     Cut off by a mask, not rounded by a cast: torch.compile drops a cast to bfloat16 and back, and with it what is left.

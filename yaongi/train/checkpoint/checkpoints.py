@@ -23,10 +23,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from yaongi.files import write_atomically
-from yaongi.train.checkpoint.staging import Staging
-from yaongi.train.distributed.sharding import local
+from yaongi.train.checkpoint.staging import PinnedStaging
+from yaongi.train.distributed.sharding import local_part
 from yaongi.train.distributed.world import World
-from yaongi.train.step.guard import first_not_finite
+from yaongi.train.step.guard import first_nonfinite
 
 LATEST = "latest"
 META = "run.json"
@@ -43,11 +43,11 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[int, Future[Any], dict[str, Any]] | None = None
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._stager = Staging(world.device)
+        self._stager = PinnedStaging(world.device)
 
     def prepare(self) -> None:
         """Make the folder, and remove what an interrupted save has left in it."""
-        if self._world.leads:
+        if self._world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in self.folder.glob("*.tmp"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
@@ -113,7 +113,7 @@ class Checkpoints:
             raise self._failure(step, _cause(error)) from error
         except (OSError, RuntimeError) as error:
             raise self._failure(step, error) from error
-        return self._finish(step, meta) if self._world.leads else self._path(step)
+        return self._finish(step, meta) if self._world.is_main else self._path(step)
 
     def wait(self) -> Path | None:
         """As ``poll``, after waiting for the save under way. Every process returns once the folder is in place."""
@@ -137,7 +137,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint: {path} is damaged or of another model: {_line(cause)}") from error
 
     def _check_finite(self, step: int, tensors: dict[str, Any]) -> None:
-        bad = first_not_finite((name, local(tensor)) for name, tensor in _flat(tensors))
+        bad = first_nonfinite((name, local_part(tensor)) for name, tensor in _flat(tensors))
         if self._world.any(bad is not None):
             what = bad or "a tensor of another process"
             raise ValueError(f"checkpoint: {what} is not finite; step {step} is not saved, {self._intact()}")
@@ -164,7 +164,7 @@ class Checkpoints:
         return path
 
     def _failure(self, step: int, cause: BaseException) -> OSError:
-        if self._world.leads:
+        if self._world.is_main:
             shutil.rmtree(
                 self._temporary(step), ignore_errors=True
             )  # the disk may be the trouble; prepare() cleans too

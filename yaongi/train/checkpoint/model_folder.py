@@ -30,7 +30,7 @@ def _gathered(model: Yaongi, world: World) -> Yaongi | None:
     """An unsharded copy on the first process's CPU; None on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    if not world.leads:
+    if not world.is_main:
         return None
     whole = Yaongi(model.config, device="meta")
     for name, tensor in state.items():

@@ -9,7 +9,7 @@ from torch.distributed._state_dict_utils import _create_cpu_state_dict
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 
-class Staging(BlockingAsyncStager):
+class PinnedStaging(BlockingAsyncStager):
     """torch's stager that keeps its memory, which it makes at the first save: 17 to 28 s for 27 GB, and training waits.
 
     `reserve` makes it ahead, in a thread. Not torch's default stager, which can't be used twice on torch 2.11.

@@ -61,20 +61,20 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor; the tensor itself if it isn't sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
-class OwnRows:
+class LocalRows:
     """Where a range of rows and the rows of this process meet."""
 
     of_local: slice  # counted in this process's part
     of_rows: slice  # counted in the range
 
 
-def own_rows(tensor: torch.Tensor, rows: slice | None) -> OwnRows:
+def local_rows(tensor: torch.Tensor, rows: slice | None) -> LocalRows:
     """The part of ``rows`` (None: all) of a tensor sharded by rows that lies on this process; may be empty."""
     if not isinstance(tensor, DTensor):
         raise TypeError(f"distributed: wanted a DTensor, got {type(tensor).__name__}")
@@ -85,11 +85,11 @@ def own_rows(tensor: torch.Tensor, rows: slice | None) -> OwnRows:
     start, stop = (0, total) if rows is None else (rows.start, rows.stop)
     low = min(max(first, start), stop)
     high = max(low, min(last, stop))
-    return OwnRows(slice(max(0, low - first), max(0, high - first)), slice(low - start, high - start))
+    return LocalRows(slice(max(0, low - first), max(0, high - first)), slice(low - start, high - start))
 
 
 @torch.no_grad()
-def average_whole_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+def average_unsharded_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Average the gradients of unsharded parameters over the processes, as FSDP does; of sparse ones, the rows."""
     if world.size == 1:
         return
@@ -97,7 +97,7 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter], world: World) ->
         gradient = parameter.grad
         if gradient is None:
             raise RuntimeError(f"distributed: a parameter of shape {tuple(parameter.shape)} has no gradient")
-        whole = _gathered(gradient.coalesce(), world) if gradient.is_sparse else world.total(gradient)
+        whole = _gathered(gradient.coalesce(), world) if gradient.is_sparse else world.all_reduce(gradient)
         parameter.grad = whole.div_(world.size)
 
 

@@ -18,11 +18,11 @@ class World:
     mesh: DeviceMesh | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
 
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` summed over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
@@ -32,7 +32,7 @@ class World:
         """Whether ``flag`` is set on any process."""
         if self.size == 1:
             return flag
-        return bool(self.total(torch.tensor(int(flag), device=self.device)).item())
+        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)).item())
 
     def barrier(self) -> None:
         """Wait for the others."""
@@ -45,7 +45,7 @@ class World:
             dist.destroy_process_group()
 
 
-def open_world(device: str) -> World:
+def init_world(device: str) -> World:
     """Join the processes that ``torchrun`` started, if it did, and choose the device.
 
     Raises:
@@ -64,7 +64,7 @@ def open_world(device: str) -> World:
     return World(dist.get_rank(), size, here, init_device_mesh(kind, (size,)))
 
 
-def settle(deterministic: bool) -> None:
+def set_determinism(deterministic: bool) -> None:
     """Ask torch for the same bits every time; what can't give them on this device raises RuntimeError when it runs.
 
     With a warning instead, flash attention's backward pass takes its other form, silently but for one line.

@@ -22,7 +22,7 @@ STACKS = {  # the stacks of the config by the matrices' part
 
 
 @dataclass(frozen=True)
-class Unit:
+class TeonStack:
     """Matrices that are orthogonalised jointly; more than one is Teon, one is Muon."""
 
     parameters: tuple[nn.Parameter, ...]  # (m, n), or (E, m, n) with every one of the E on its own
@@ -30,7 +30,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Vector:
+class AdamwPart:
     """A parameter, or a range of a matrix's rows, that takes AdamW."""
 
     parameter: nn.Parameter
@@ -39,14 +39,14 @@ class Vector:
     kind: str = VECTOR  # whose learning rate: that of the vectors, or for a whole matrix that of the matrices
 
 
-def units_of(model: Yaongi, train: Training) -> tuple[list[Unit], list[Vector], list[nn.Parameter]]:
+def partition_parameters(model: Yaongi, train: Training) -> tuple[list[TeonStack], list[AdamwPart], list[nn.Parameter]]:
     """The matrices in units of up to ``train.stack`` consecutive layers, what takes AdamW, and Engram's tables.
 
     Of a pair of which one is frozen the other is a unit of its own.
     """
     joint: dict[tuple[str, int, int], list[nn.Parameter]] = defaultdict(list)
     rows_of: dict[tuple[str, int, int], slice | None] = {}
-    vectors: list[Vector] = []
+    vectors: list[AdamwPart] = []
     tables: list[nn.Parameter] = []
     parameters, layers = dict(model.named_parameters()), Counter[str]()
     for name, role in parameter_roles(model).items():
@@ -57,19 +57,19 @@ def units_of(model: Yaongi, train: Training) -> tuple[list[Unit], list[Vector], 
         if role.kind == "table":
             tables.append(parameter)
         elif role.kind == "adamw":
-            vectors.append(Vector(parameter, None, role.decay))
+            vectors.append(AdamwPart(parameter, None, role.decay))
         elif train.matrix_optimizer == "adamw":
-            vectors.append(Vector(parameter, None, role.decay, MATRIX))
+            vectors.append(AdamwPart(parameter, None, role.decay, MATRIX))
         else:
             stack = train.stack if STACKS.get(role.part) in train.stacked_kinds else 1
             for number, (rows, decay, by_adamw) in enumerate(_parts(role)):
                 if by_adamw:
-                    vectors.append(Vector(parameter, rows, decay))
+                    vectors.append(AdamwPart(parameter, rows, decay))
                     continue
                 key = role.part, number, layer // stack
                 joint[key].append(parameter)
                 rows_of[key] = rows
-    return [Unit(tuple(members), rows_of[key]) for key, members in joint.items()], vectors, tables
+    return [TeonStack(tuple(members), rows_of[key]) for key, members in joint.items()], vectors, tables
 
 
 def _parts(role: Role) -> list[tuple[slice | None, bool, bool]]:

@@ -19,8 +19,8 @@ from torch.optim.adamw import adamw
 from yaongi.kernels import teon_update
 from yaongi.model import Yaongi
 from yaongi.train.config import Training
-from yaongi.train.distributed.sharding import is_sharded, local, own_rows
-from yaongi.train.optimizer.partition import MATRIX, TABLE, VECTOR, Unit, Vector, units_of
+from yaongi.train.distributed.sharding import is_sharded, local_part, local_rows
+from yaongi.train.optimizer.partition import MATRIX, TABLE, VECTOR, AdamwPart, TeonStack, partition_parameters
 from yaongi.train.optimizer.sharded import step_sharded
 from yaongi.train.optimizer.sparse_adam import adam_rows
 from yaongi.train.optimizer.state_dict import load_state
@@ -37,7 +37,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         """``momentum_dtype``: of the matrices' momentum."""
         self._train = train
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self._units, self._vectors, self._tables = units_of(model, train)
+        self._units, self._vectors, self._tables = partition_parameters(model, train)
         self._matrices = list(dict.fromkeys(p for unit in self._units for p in unit.parameters))
         in_groups: dict[str, list[nn.Parameter]] = {
             MATRIX: self._matrices + [v.parameter for v in self._vectors if v.kind == MATRIX],
@@ -75,8 +75,8 @@ class RoleOptimizer(torch.optim.Optimizer):
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise RuntimeError(f"optimizer: wanted a gradient of every parameter, got none of {missing[0]}{more}")
-        sharded: list[Unit] = []
-        whole: list[Unit] = []
+        sharded: list[TeonStack] = []
+        whole: list[TeonStack] = []
         for unit in self._units:
             (sharded if is_sharded(unit.parameters[0]) else whole).append(unit)
         self._step_whole(whole)
@@ -109,8 +109,8 @@ class RoleOptimizer(torch.optim.Optimizer):
         casts, masters = [], []
         for parameter, rows in parts:
             if "master" in self.state[parameter]:
-                casts.append(rows_of(local(parameter.detach()), rows))
-                masters.append(rows_of(local(self.state[parameter]["master"]), rows))
+                casts.append(rows_of(local_part(parameter.detach()), rows))
+                masters.append(rows_of(local_part(self.state[parameter]["master"]), rows))
         if casts:
             torch._foreach_copy_(casts, masters)
 
@@ -146,7 +146,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         """The rows of matrices that take AdamW."""
         return {v.parameter: v.rows for v in self._vectors if v.rows is not None}
 
-    def _step_whole(self, units: list[Unit]) -> None:
+    def _step_whole(self, units: list[TeonStack]) -> None:
         """Teon and Muon, matrices of one shape together."""
         batches: dict[tuple[Any, ...], list[tuple[nn.Parameter, slice | None]]] = defaultdict(list)
         for unit in units:
@@ -176,18 +176,18 @@ class RoleOptimizer(torch.optim.Optimizer):
                     gradients.append(split_gradients[vector.parameter])
                     weights.append(torch.zeros_like(gradients[-1]))
                 else:
-                    gradients.append(rows_of(local(gradient_of(vector.parameter)), vector.rows))
-                    weights.append(rows_of(local(self._weight(vector.parameter)), vector.rows))
+                    gradients.append(rows_of(local_part(gradient_of(vector.parameter)), vector.rows))
+                    weights.append(rows_of(local_part(self._weight(vector.parameter)), vector.rows))
             self._adamw(vectors, weights, gradients, self._lr(kind), self._train.weight_decay if decay else 0.0)
             for vector, weight in zip(vectors, weights, strict=True):
                 if vector.parameter in split_gradients and vector.rows is not None:
-                    here = own_rows(vector.parameter, vector.rows)
-                    local(self._weight(vector.parameter))[here.of_local] += weight[here.of_rows]
+                    here = local_rows(vector.parameter, vector.rows)
+                    local_part(self._weight(vector.parameter))[here.of_local] += weight[here.of_rows]
         self._cast((v.parameter, None if is_sharded(v.parameter) else v.rows) for v in self._vectors)
 
     def _adamw(
         self,
-        vectors: list[Vector],
+        vectors: list[AdamwPart],
         weights: list[torch.Tensor],
         gradients: list[torch.Tensor],
         lr: float,
@@ -198,8 +198,8 @@ class RoleOptimizer(torch.optim.Optimizer):
         adamw(
             weights,
             gradients,
-            [local(s["exp_avg"]) for s in states],
-            [local(s["exp_avg_sq"]) for s in states],
+            [local_part(s["exp_avg"]) for s in states],
+            [local_part(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=bool(weights) and weights[0].is_cuda,

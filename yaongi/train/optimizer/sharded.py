@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from yaongi.kernels import newton_schulz, teon_direction, teon_weight
 from yaongi.train.config import Training
-from yaongi.train.distributed.sharding import local, own_rows
-from yaongi.train.optimizer.partition import Unit
+from yaongi.train.distributed.sharding import local_part, local_rows
+from yaongi.train.optimizer.partition import TeonStack
 
 States = Mapping[Any, dict[str, Any]]  # by parameter
 
 
 def step_sharded(
-    units: Sequence[Unit], states: States, split_rows: Mapping[nn.Parameter, slice], train: Training, lr: float
+    units: Sequence[TeonStack], states: States, split_rows: Mapping[nn.Parameter, slice], train: Training, lr: float
 ) -> dict[nn.Parameter, torch.Tensor]:
     """One step of all ``units``.
 
@@ -54,7 +54,7 @@ def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu
     g = gradient.to_local().to(torch.promote_types(gradient.dtype, torch.float32))
     direction = teon_direction(g, momentum.to_local(), mu)
     if raw is not None:
-        here = own_rows(parameter, raw).of_local
+        here = local_rows(parameter, raw).of_local
         momentum.to_local()[here], direction[here] = 0, g[here]
     if parameter.dim() == 3:
         return direction
@@ -64,7 +64,7 @@ def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu
     ).full_tensor()
 
 
-def _apply(unit: Unit, directions: Sequence[torch.Tensor], states: States, train: Training, lr: float) -> None:
+def _apply(unit: TeonStack, directions: Sequence[torch.Tensor], states: States, train: Training, lr: float) -> None:
     """Orthogonalise the unit's matrices jointly and move this process's rows of them."""
     experts = unit.parameters[0].dim() == 3
     chosen = [d if unit.rows is None else d[unit.rows] for d in directions]
@@ -72,10 +72,10 @@ def _apply(unit: Unit, directions: Sequence[torch.Tensor], states: States, train
         return  # fewer experts than processes
     m, n = chosen[0].shape[-2:]
     for parameter, o in zip(unit.parameters, newton_schulz(torch.cat(chosen, -1)).split(n, -1), strict=True):
-        weight = local(states[parameter].get("master", parameter.detach()))
+        weight = local_part(states[parameter].get("master", parameter.detach()))
         if not experts:
-            here = own_rows(parameter, unit.rows)
+            here = local_rows(parameter, unit.rows)
             weight, o = weight[here.of_local], o[here.of_rows]
         weight.copy_(teon_weight(weight, o, (m, n), lr, train.weight_decay))
         if "master" in states[parameter]:
-            local(parameter.detach()).copy_(local(states[parameter]["master"]))
+            local_part(parameter.detach()).copy_(local_part(states[parameter]["master"]))

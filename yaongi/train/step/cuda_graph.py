@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 
-class Replay:
+class GraphedFunction:
     """Calls a function of tensors that returns nothing; from the second call on as one launch.
 
     Whatever the function reads beside its arguments, and all that it changes, must stay where it is in memory, and

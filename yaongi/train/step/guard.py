@@ -71,7 +71,7 @@ class Guard:
 
 
 @torch.no_grad()
-def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+def first_nonfinite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """Name of the first tensor with a NaN or an infinity; waits for the device once."""
     names: list[str] = []
     largest: list[torch.Tensor] = []

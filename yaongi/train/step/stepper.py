@@ -13,13 +13,13 @@ from torch import nn
 
 from yaongi.data.loader import Batch
 from yaongi.model import Yaongi
-from yaongi.model.layers.accumulation import gradients_in_place
+from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.train.config import Training
-from yaongi.train.distributed.sharding import average_whole_gradients, is_sharded, local
+from yaongi.train.distributed.sharding import average_unsharded_gradients, is_sharded, local_part
 from yaongi.train.distributed.world import World
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
-from yaongi.train.step.cuda_graph import Replay
-from yaongi.train.step.guard import first_not_finite
+from yaongi.train.step.cuda_graph import GraphedFunction
+from yaongi.train.step.guard import first_nonfinite
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -61,7 +61,9 @@ class Stepper:
         self._in_place = not any(is_sharded(p) for _, p in self._named)
         self._vectors = [p for _, p in self._named if p.ndim == 1 and self._in_place]
         recorded = cuda_graph and self._in_place and world.device.type == "cuda"
-        self._accumulate: Callable[..., None] = Replay(self._add_micro_batch) if recorded else self._add_micro_batch
+        self._accumulate: Callable[..., None] = (
+            GraphedFunction(self._add_micro_batch) if recorded else self._add_micro_batch
+        )
 
     def __call__(self, batches: Sequence[Batch], lr: dict[str, float]) -> StepResult:
         """One step on this process's micro-batches of the global batch, with the learning rate of each kind."""
@@ -71,16 +73,16 @@ class Stepper:
         ]
         targets, text_bytes = self._count(moved)
         self._backward(moved, targets)
-        loads = self._world.total(self._loads.clone())
-        average_whole_gradients((p for _, p in self._named if not is_sharded(p)), self._world)
+        loads = self._world.all_reduce(self._loads.clone())
+        average_unsharded_gradients((p for _, p in self._named if not is_sharded(p)), self._world)
         gnorm = total_norm(self._gradients(), self._world)
-        sums = self._world.total(self._sums.clone())
+        sums = self._world.all_reduce(self._sums.clone())
         loss, z, balance, norm, count, size = torch.stack(
             [*sums.unbind(), gnorm, targets.double(), text_bytes.double()]
         ).tolist()
         bad = None
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad = self._name_bad(sums[0])
+            bad = self._name_nonfinite(sums[0])
         else:
             self._update(loads, norm, lr)
         return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad)
@@ -92,7 +94,7 @@ class Stepper:
             predicted = documents[:, 1:] == documents[:, :-1]
             counts[0] += predicted.sum()
             counts[1] += (self._token_bytes[ids[:, 1:]] * predicted).sum()
-        targets, text_bytes = self._world.total(counts).unbind()
+        targets, text_bytes = self._world.all_reduce(counts).unbind()
         return targets, text_bytes
 
     def _backward(self, moved: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor) -> None:
@@ -113,20 +115,20 @@ class Stepper:
     def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
         """Add a micro-batch's gradients, cross entropy, z, balance and loads; ``targets`` of the global batch."""
         train = self._train
-        with gradients_in_place(self._in_place):
+        with fused_accumulation(self._in_place):
             losses = self._model.losses(ids, documents)
             share = len(ids) / train.batch_rows
             loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
             if train.z_loss:
                 loss = loss + train.z_loss * losses.z_sum / targets
-            with self._vectors_together():
+            with self._foreach_vector_gradients():
                 (loss * self._world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
         parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
         self._sums += torch.stack([part.detach().double() for part in parts])
         self._loads += losses.loads
 
     @contextlib.contextmanager
-    def _vectors_together(self) -> Iterator[None]:
+    def _foreach_vector_gradients(self) -> Iterator[None]:
         """Backward within it: the vectors' gradients are added up in a few launches at its end, not each in its own."""
         totals = [vector.grad for vector in self._vectors]
         for vector in self._vectors:
@@ -149,14 +151,16 @@ class Stepper:
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for _, p in self._named if p.grad is not None]
 
-    def _name_bad(self, loss: torch.Tensor) -> str:
+    def _name_nonfinite(self, loss: torch.Tensor) -> str:
         """A weight, from which all else follows, or the bad tensor nearest to the loss; on any process.
 
         Backward carries a NaN to all that come before it, so the last gradient that has one is the nearest.
         """
-        weights = ((f"the weight {name}", local(p)) for name, p in self._named)
-        gradients = ((f"the gradient of {n}", local(p.grad)) for n, p in reversed(self._named) if p.grad is not None)
-        here = first_not_finite(itertools.chain(weights, [("the loss", loss)], gradients))
+        weights = ((f"the weight {name}", local_part(p)) for name, p in self._named)
+        gradients = (
+            (f"the gradient of {n}", local_part(p.grad)) for n, p in reversed(self._named) if p.grad is not None
+        )
+        here = first_nonfinite(itertools.chain(weights, [("the loss", loss)], gradients))
         names = [here]
         if self._world.size > 1:
             names = [None] * self._world.size
@@ -169,13 +173,13 @@ def total_norm(gradients: Iterable[torch.Tensor], world: World) -> torch.Tensor:
     """The 2-norm of all gradients together, in float64; sharded ones over all processes."""
     alike: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)  # of which a launch takes many
     for gradient in gradients:
-        values = gradient.coalesce().values() if gradient.is_sparse else local(gradient)
+        values = gradient.coalesce().values() if gradient.is_sparse else local_part(gradient)
         alike[is_sharded(gradient), values.dtype].append(values)
     squares = {sharded: torch.zeros((), dtype=torch.float64, device=world.device) for sharded in (True, False)}
     for (sharded, dtype), tensors in alike.items():
         norms = torch._foreach_norm(tensors, 2, dtype=torch.promote_types(dtype, torch.float32))
         squares[sharded] += torch.stack(norms).double().square().sum()
-    return (world.total(squares[True]) + squares[False]).sqrt()
+    return (world.all_reduce(squares[True]) + squares[False]).sqrt()
 
 
 @torch.no_grad()
@@ -185,5 +189,5 @@ def _scale(gradients: Iterable[torch.Tensor], factor: float) -> None:
         if gradient.is_sparse:
             gradient.mul_(factor)
         else:
-            dense.append(local(gradient))
+            dense.append(local_part(gradient))
     torch._foreach_mul_(dense, factor)
