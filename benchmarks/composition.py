@@ -36,7 +36,7 @@ class Composition:
 
     def __init__(self, model: Yaongi, scan: Scan, *, compiled: bool = True) -> None:
         if model.config.engram:
-            raise ValueError("composition: wanted a model without Engram, which no library has")
+            raise ValueError("composition: model must be without Engram, which no library has, got one with it")
         self._model, self._scan = model, scan
         parts = (mamba_before, mamba_after, experts, attention, chunk_loss)
         compile_ = torch.compile if compiled else lambda function: function

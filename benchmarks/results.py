@@ -62,10 +62,10 @@ def rows_of(paths: list[Path]) -> list[Row]:
                 row = Row(file, found["name"].removeprefix("test_"), info, content["datetime"][:10], versions)
                 rows[file, row.name] = row
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"results: wanted JSON of pytest-benchmark in {path}, got {error!r}") from error
+            raise ValueError(f"results: {path} must be JSON of pytest-benchmark, got {error!r}") from error
     gpus = sorted({str(row.info.get("gpu")) for row in rows.values()})
     if len(gpus) != 1:
-        raise ValueError(f"results: wanted cases of one GPU, got {', '.join(gpus) or 'no case'}")
+        raise ValueError(f"results: cases must be of one GPU, got {', '.join(gpus) or 'no case'}")
     for row in rows.values():
         _compare_speeds(row, rows)
     return list(rows.values())

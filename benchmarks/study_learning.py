@@ -120,7 +120,7 @@ class Study:
         text = shlex.join(["python", *command[1:]])
         if self.evaluations(run):
             if kept.is_file() and kept.read_text() != text:
-                raise ValueError(f"study: wanted another --out, got {self.out} with a run of `{kept.read_text()}`")
+                raise ValueError(f"study: --out must be another, got {self.out} with a run of `{kept.read_text()}`")
             return
         print(text, flush=True)
         subprocess.run(command, check=True)

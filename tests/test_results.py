@@ -47,8 +47,8 @@ def test_files_that_make_no_page(tmp_path: Path) -> None:
     bad.write_text("[]")
     other = written(tmp_path / "other.json", benchmark("moe", "a", gpu="NVIDIA H200"), benchmark("moe", "b", gpu=GPU))
     for path, wanted in (
-        (bad, f"results: wanted JSON of pytest-benchmark in {bad}, got "),
-        (other, f"results: wanted cases of one GPU, got {GPU}, NVIDIA H200\n"),
+        (bad, f"results: {bad} must be JSON of pytest-benchmark, got "),
+        (other, f"results: cases must be of one GPU, got {GPU}, NVIDIA H200\n"),
         (tmp_path / "none.json", "[Errno 2] No such file"),
     ):
         done = run(path, "--out", tmp_path)

@@ -69,5 +69,5 @@ def test_another_study_in_the_folder(study: Study, tmp_path: Path) -> None:
     """Runs by another command aren't taken for this study's."""
     run = Run("Muon", MUON_LR[1])
     (tmp_path / run.name / "command.txt").write_text("python -m yaongi.train --warmup 0.02")
-    with pytest.raises(ValueError, match=r"^study: wanted another --out, got .* with a run of `python -m yaongi"):
+    with pytest.raises(ValueError, match=r"^study: --out must be another, got .* with a run of `python -m yaongi"):
         study.train(run)

@@ -31,7 +31,7 @@ class Export:
         from yaongi.model.hub.folder import export_nemotron_h
 
         if self.out.resolve() == self.folder.resolve():
-            raise ValueError(f"export: wanted another folder than the model's for --out, got {self.out}")
+            raise ValueError(f"export: --out must be another folder than the model's, got {self.out}")
         model = Yaongi.from_pretrained(self.folder, dtype=None)
         export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
         for name in TOKENIZER_FILES:

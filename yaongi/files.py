@@ -29,9 +29,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: wanted JSON, got {error}") from error
+        raise ValueError(f"{path.name}: must be JSON, got {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name}: wanted a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{path.name}: must be a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -35,7 +35,7 @@ class Generate:
         model = Yaongi.from_pretrained(self.folder, dtype=dtype, device=device)
         if tokenizer.vocab_size != model.config.vocab_size:
             wanted = model.config.vocab_size
-            raise ValueError(f"generate: wanted a tokenizer of {wanted} pieces, got {tokenizer.vocab_size}")
+            raise ValueError(f"generate: tokenizer must have {wanted} pieces, got {tokenizer.vocab_size}")
         answers = generate(
             model,
             [tokenizer.encode(prompt) for prompt in self.prompt],

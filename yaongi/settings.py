@@ -18,14 +18,14 @@ def from_table(kind: Any, fields: Any, what: str) -> Any:
     if isinstance(fields, kind):
         return fields
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{what}: wanted a table, got {fields!r}")
+        raise ValueError(f"{what}: must be a table, got {fields!r}")
     known = {field.name: field for field in dataclasses.fields(kind)}
     for key in fields:
         if key not in known:
-            raise ValueError(f"{what}: wanted keys of {', '.join(known)}, got {key!r}")
+            raise ValueError(f"{what}: keys must be among {', '.join(known)}, got {key!r}")
     required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if required:
-        raise ValueError(f"{what}: wanted the key {required[0]!r}, got {', '.join(fields) or 'none'}")
+        raise ValueError(f"{what}: {required[0]!r} must be given, got {', '.join(fields) or 'none'}")
     return kind(**{key: _fitted(value, known[key].type) for key, value in fields.items()})
 
 
@@ -45,9 +45,9 @@ class FieldChecks:
         self.what = what
 
     def require(self, condition: bool, name: str, wanted: str, got: object) -> None:
-        """Raises ValueError `what: wanted name …, got …` when the condition doesn't hold."""
+        """Raises ValueError `what: name must be …, got …` when the condition doesn't hold."""
         if not condition:
-            raise ValueError(f"{self.what}: wanted {name} {wanted}, got {got}")
+            raise ValueError(f"{self.what}: {name} must be {wanted}, got {got}")
 
     def positive(self, value: Any, *names: str) -> None:
         """These fields are 1 or more."""
@@ -76,5 +76,5 @@ def _is_instance(value: object, kind: Any) -> bool:
 
 def _name_of(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
-        return "of " + ", ".join(map(str, typing.get_args(kind)))
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
     return f"of type {kind.__name__}" if isinstance(kind, type) else f"of type {kind}"

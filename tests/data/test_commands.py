@@ -42,7 +42,7 @@ def test_from_text_to_shards(
         (("tokenize", "--tokenizer", "none"), "no tokenizer.model at none"),
         (("tokenizer", "--source", "ko=none"), "got none"),
         (("tokenizer", "--source", "none"), "no such source: none"),
-        (("tokenizer", "--mix", "ko"), "wanted DOMAIN=SHARE"),
+        (("tokenizer", "--mix", "ko"), "must be DOMAIN=SHARE"),
         (("inspect", "--folder", "none"), "no manifest.json in none"),
         (("download", "--mirror", "none", "--only", "finemath"), "not in the mirror none"),
     ],

@@ -112,7 +112,7 @@ def test_stream_equals_batches_and_resumes(shards: Path) -> None:
 def test_a_state_of_other_data_is_refused(shards: Path) -> None:
     state = make(shards).state_dict()
     for options, word in (
-        ({"seed": 4}, "seed: wanted 4, got 3"),
+        ({"seed": 4}, "seed must be 4, got 3"),
         ({"row_tokens": 32}, "row_tokens"),
         ({"mix": {"ko": 1}}, "mix"),
     ):
@@ -133,7 +133,7 @@ def test_closing_the_stream_ends_its_thread(shards: Path) -> None:
 def test_an_error_while_reading_ahead_reaches_the_consumer(shards: Path) -> None:
     loader = make(shards)
     loader.vocab_size = 100
-    with pytest.raises(ValueError, match="token ids below 100"):
+    with pytest.raises(ValueError, match="token ids must be below 100"):
         next(loader.stream())
 
 
@@ -151,7 +151,7 @@ def test_held_out_rows_count_their_bytes(shards: Path, tokenizer: Tokenizer) -> 
             len(tokenizer.decode([int(ids[t])]).encode()) for t in targets if not is_byte(tokenizer, ids[t])
         ) + sum(is_byte(tokenizer, ids[t]) for t in targets) == int(text_bytes)
     assert len(loader.held_out("ko", 10**6).input_ids) > 5
-    with pytest.raises(ValueError, match="row of 1000000 tokens of ko"):
+    with pytest.raises(ValueError, match="ko must fill a row of 1000000 tokens"):
         make(shards, row_tokens=10**6)
 
 
@@ -160,7 +160,7 @@ def is_byte(tokenizer: Tokenizer, token: torch.Tensor) -> bool:
 
 
 def test_bad_sizes(shards: Path) -> None:
-    with pytest.raises(ValueError, match="rows of 2 tokens"):
+    with pytest.raises(ValueError, match="rows must be of 2 tokens"):
         make(shards, row_tokens=1)
     with pytest.raises(ValueError, match="multiple of 7 processes"):
         make(shards).batch(0, world_size=7)
@@ -178,7 +178,7 @@ def test_a_missing_domain(damaged: Path) -> None:
     manifest = json.loads((damaged / "manifest.json").read_text())
     del manifest["splits"]["train"]["code"]
     (damaged / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"tokens of code .* got 0"):
+    with pytest.raises(ValueError, match=r"code must fill a row .* got 0"):
         make(damaged)
 
 

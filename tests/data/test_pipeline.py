@@ -98,7 +98,7 @@ def test_benchmark_texts_are_dropped(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert manifest["counts"]["ko/ko"]["contaminated"] == 2
     assert manifest["counts"]["ko/ko"]["documents"] == 21
     assert manifest["benchmark_items"] == 2, "an item of two words tells nothing"
-    with pytest.raises(ValueError, match="wanted a path or one of kmmlu"):
+    with pytest.raises(ValueError, match="name must be a path or one of kmmlu"):
         build([f"ko={source}"], tokenizer, tmp_path / "u", benchmarks=("nothing",))
 
 
@@ -123,7 +123,7 @@ def test_a_source_without_documents_is_an_error(tokenizer: Tokenizer, tmp_path: 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_lone_surrogate_is_an_error(tokenizer: Tokenizer, tmp_path: Path, workers: int) -> None:
     source = write_jsonl(tmp_path / "en.jsonl", ["fine", "broken \ud800"])
-    with pytest.raises(ValueError, match="en/en: text: wanted no lone surrogates, got U\\+D800"):
+    with pytest.raises(ValueError, match="en/en: text: must hold no lone surrogates, got U\\+D800"):
         build([f"en={source}"], tokenizer, tmp_path / "tokens", workers=workers)
 
 

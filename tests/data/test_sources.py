@@ -47,7 +47,7 @@ def test_messages_are_rendered(tmp_path: Path) -> None:
     (text,) = read_documents(tmp_path / "a.jsonl")
     assert text == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"content": "x"}]}))
-    with pytest.raises(ValueError, match="messages with a role"):
+    with pytest.raises(ValueError, match="every message must have a role"):
         list(read_documents(tmp_path / "a.jsonl"))
 
 
@@ -71,8 +71,8 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', "row 1: not JSON"),
-        ("a.jsonl", b"[1]\n", "wanted a JSON object, got list"),
-        ("a.jsonl", b'{"body": "x"}\n', r"row 0: wanted text in one of .* got fields \['body'\]"),
+        ("a.jsonl", b"[1]\n", "must be a JSON object, got list"),
+        ("a.jsonl", b'{"body": "x"}\n', r"row 0: one of .* must hold text, got fields \['body'\]"),
         ("a.jsonl", b'{"text": "\xff"}\n', "cannot be read"),
         ("a.jsonl.xz", lzma.compress(LINES)[:60], "cannot be read"),
         ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:40], "cannot be read"),
@@ -91,7 +91,7 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, m
 
 def test_a_parquet_file_without_the_field(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"wanted one of .* got fields \['body'\]"):
+    with pytest.raises(ValueError, match=r"one of .* must be there, got fields \['body'\]"):
         list(read_documents(tmp_path / "a.parquet"))
 
 

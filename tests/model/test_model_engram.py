@@ -137,9 +137,9 @@ def test_the_korean_variant_keeps_blanks_and_other_marks() -> None:
     pieces = ["▁the", "the", "The", "é", "e", "क", "कि", "क्", "▁한", "한"]
     assert compression_map(pieces, "korean").tolist() == [0, 1, 1, 2, 2, 3, 4, 5, 6, 7]
     assert len(set(compression_map(["क", "क्"]).tolist())) == 1  # the paper's variant strips the virama
-    with pytest.raises(ValueError, match="compression_map: wanted variant 'paper' or 'korean', got 'latin'"):
+    with pytest.raises(ValueError, match="compression_map: variant must be 'paper' or 'korean', got 'latin'"):
         compression_map(pieces, "latin")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="compression_map: wanted at least one piece, got none"):
+    with pytest.raises(ValueError, match="compression_map: pieces must be at least one, got none"):
         compression_map([])
 
 
@@ -155,12 +155,12 @@ def test_a_compressed_model_hashes_compressed_ids() -> None:
     assert torch.equal(context.window[:, 1, 1:], ids[:, :-1] // 2)
     assert int(context.window[0, 2, 1]) == 31
     for compression, message in (
-        ([0, 1], r"Yaongi: wanted compression \(61,\) whole numbers from 0, got \(2,\)"),
+        ([0, 1], r"Yaongi: compression must be \(61,\) whole numbers from 0, got \(2,\)"),
         ([-1] * 61, "whole numbers from 0, got"),
     ):
         with pytest.raises(ValueError, match=message):
             Yaongi(config, compression=compression)
-    with pytest.raises(ValueError, match="Yaongi: wanted a compression map for compressed_vocab_size = 31, got none"):
+    with pytest.raises(ValueError, match="Yaongi: compression must be given for compressed_vocab_size = 31, got none"):
         Yaongi(model.config)
-    with pytest.raises(ValueError, match="Yaongi: wanted compression to 31 ids, got 61"):
+    with pytest.raises(ValueError, match="Yaongi: compression must have 31 ids, got 61"):
         Yaongi(model.config, compression=range(61))

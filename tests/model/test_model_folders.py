@@ -98,7 +98,7 @@ def test_saving_over_a_larger_model_leaves_no_old_weights(tmp_path: Path) -> Non
 
 
 def test_a_model_without_values_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"save_pretrained: wanted backbone.* with values, got a tensor on the meta"):
+    with pytest.raises(ValueError, match=r"save_pretrained: backbone.* must have values, got a tensor on the meta"):
         Yaongi(small_config(), device="meta").save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -150,7 +150,7 @@ def test_the_export_command(tmp_path: Path) -> None:
     assert refused.stderr.startswith("error: export: model must be without Engram")
     assert refused.stderr.count("\n") == 1
     same = run(str(tmp_path / "model"), "--drop-engram")
-    assert same.stderr.startswith("error: export: wanted another folder than the model's for --out")
+    assert same.stderr.startswith("error: export: --out must be another folder than the model's")
     done = run(str(tmp_path / "out"), "--drop-engram")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
@@ -172,93 +172,93 @@ def cut(folder: Path, size: int) -> None:
 
 HEAD, UP = "lm_head.weight", "backbone.layers.1.mixer.experts.3.up_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "wanted a folder with config.json, got"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: wanted JSON, got"),
+    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "folder must hold config.json, got"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json: must be JSON, got"),
     "other type": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="llama")),
         ValueError,
-        "config.json: wanted model_type 'nemotron_h' or 'yaongi', got 'llama'",
+        "config.json: model_type must be 'nemotron_h' or 'yaongi', got 'llama'",
     ),
     "other activation": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(mlp_hidden_act="silu")),
         ValueError,
-        "config.json: wanted mlp_hidden_act = 'relu2', got 'silu'",
+        "config.json: mlp_hidden_act must be 'relu2', got 'silu'",
     ),
     "latent experts": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(moe_latent_size=8)),
         ValueError,
-        "config.json: wanted moe_latent_size = None, got 8",
+        "config.json: moe_latent_size must be None, got 8",
     ),
     "two shared experts": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(n_shared_experts=2)),
         ValueError,
-        "config.json: wanted n_shared_experts = 1, got 2",
+        "config.json: n_shared_experts must be 1, got 2",
     ),
     "dense layers": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(hybrid_override_pattern="ME-*ME")),
         ValueError,
-        "config: wanted pattern letters of M, E and *, got '-'",
+        "config: pattern must be letters of M, E and *, got '-'",
     ),
     "no size": (
         lambda f: edit_json(f / "config.json", lambda c: c.pop("ssm_state_size")),
         ValueError,
-        "config.json: wanted the key 'ssm_state_size', got",
+        "config.json: 'ssm_state_size' must be given, got",
     ),
     "no layers": (
         lambda f: edit_json(f / "config.json", lambda c: c.pop("hybrid_override_pattern")),
         ValueError,
-        "config.json: wanted hybrid_override_pattern or layers_block_type, got neither",
+        "config.json: hybrid_override_pattern or layers_block_type must be given, got neither",
     ),
     "odd dtype": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(dtype="int4")),
         ValueError,
-        "config.json: wanted a floating dtype, got 'int4'",
+        "config.json: dtype must be a floating one, got 'int4'",
     ),
     "other vocabulary": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(vocab_size=64)),
         ValueError,
-        "wanted backbone.embeddings.weight of shape (64, 24), got (61, 24)",
+        "backbone.embeddings.weight must be of shape (64, 24), got (61, 24)",
     ),
     "missing tensor": (
         lambda f: rewrite(f, lambda t: t.pop(HEAD)),
         ValueError,
-        f"wanted the tensor {HEAD}, got",
+        f"the tensor {HEAD} must be there, got",
     ),
-    "missing expert": (lambda f: rewrite(f, lambda t: t.pop(UP)), ValueError, f"wanted the tensor {UP}, got"),
+    "missing expert": (lambda f: rewrite(f, lambda t: t.pop(UP)), ValueError, f"the tensor {UP} must be there, got"),
     "extra tensor": (
         lambda f: rewrite(f, lambda t: t.update(more=torch.ones(2))),
         ValueError,
-        "wanted no tensor but the model's, got the extra more",
+        "every tensor must be the model's, got the extra more",
     ),
     "extra expert": (
         lambda f: rewrite(f, lambda t: t.update({UP.replace(".3.", ".6."): t[UP].clone()})),
         ValueError,
-        f"wanted no tensor but the model's, got the extra {UP.replace('.3.', '.6.')}",
+        f"every tensor must be the model's, got the extra {UP.replace('.3.', '.6.')}",
     ),
     "misshapen tensor": (
         lambda f: rewrite(f, lambda t: t.update({HEAD: t[HEAD][:, 1:].contiguous()})),
         ValueError,
-        f"{SHARD}: wanted {HEAD} of shape (61, 24), got (61, 23)",
+        f"{SHARD}: {HEAD} must be of shape (61, 24), got (61, 23)",
     ),
     "misshapen expert": (
         lambda f: rewrite(f, lambda t: t.update({UP: t[UP][1:].contiguous()})),
         ValueError,
-        f"{SHARD}: wanted {UP} of shape (10, 24), got (9, 24)",
+        f"{SHARD}: {UP} must be of shape (10, 24), got (9, 24)",
     ),
     "no weights": (
         lambda f: [file.unlink() for file in f.glob("model*")],
         FileNotFoundError,
-        "from_pretrained: wanted model.safetensors.index.json or model.safetensors in",
+        "from_pretrained: model.safetensors.index.json or model.safetensors must be in",
     ),
-    "no shard": (lambda f: (f / SHARD).unlink(), FileNotFoundError, f"from_pretrained: wanted {SHARD}, which the"),
-    "no index": (lambda f: (f / INDEX).write_text("{}"), ValueError, f"{INDEX}: wanted a weight_map, got None"),
-    "cut at the end": (lambda f: cut(f, -7), ValueError, f"{SHARD}: wanted a whole safetensors file, got"),
-    "cut in the header": (lambda f: cut(f, 100), ValueError, f"{SHARD}: wanted a whole safetensors file, got"),
-    "empty": (lambda f: (f / SHARD).write_bytes(b""), ValueError, f"{SHARD}: wanted a whole safetensors file, got"),
+    "no shard": (lambda f: (f / SHARD).unlink(), FileNotFoundError, f"from_pretrained: {SHARD}, which the"),
+    "no index": (lambda f: (f / INDEX).write_text("{}"), ValueError, f"{INDEX}: weight_map must be a table, got None"),
+    "cut at the end": (lambda f: cut(f, -7), ValueError, f"{SHARD}: must be a whole safetensors file, got"),
+    "cut in the header": (lambda f: cut(f, 100), ValueError, f"{SHARD}: must be a whole safetensors file, got"),
+    "empty": (lambda f: (f / SHARD).write_bytes(b""), ValueError, f"{SHARD}: must be a whole safetensors file, got"),
     "no safetensors": (
         lambda f: (f / SHARD).write_bytes(b"PK" * 500),
         ValueError,
-        f"{SHARD}: wanted a whole safetensors file, got",
+        f"{SHARD}: must be a whole safetensors file, got",
     ),
 }
 

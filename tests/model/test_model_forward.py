@@ -229,13 +229,13 @@ def test_bad_tokens_are_one_line() -> None:
     model = small_model()
     good = token_ids(model, 2, 6)
     for ids, documents, error, message in (
-        (good.float(), None, TypeError, "model: wanted input_ids int64 or int32, got float32"),
-        (good[0], None, ValueError, r"model: wanted input_ids \(B, L\) with B, L >= 1, got \(6,\)"),
-        (good[:, :0], None, ValueError, r"model: wanted input_ids \(B, L\) with B, L >= 1, got \(2, 0\)"),
-        (good + 61, None, ValueError, "model: wanted token ids from 0 to 60, got"),
-        (good - 61, None, ValueError, "model: wanted token ids from 0 to 60, got -"),
-        (good, good, TypeError, "model: wanted document_ids int32, got int64"),
-        (good, good[:, 1:].int(), ValueError, r"model: wanted document_ids \(2, 6\) like input_ids, got \(2, 5\)"),
+        (good.float(), None, TypeError, "model: input_ids must be int64 or int32, got float32"),
+        (good[0], None, ValueError, r"model: input_ids must be \(B, L\) with B, L >= 1, got \(6,\)"),
+        (good[:, :0], None, ValueError, r"model: input_ids must be \(B, L\) with B, L >= 1, got \(2, 0\)"),
+        (good + 61, None, ValueError, "model: token ids must be 0 to 60, got"),
+        (good - 61, None, ValueError, "model: token ids must be 0 to 60, got -"),
+        (good, good, TypeError, "model: document_ids must be int32, got int64"),
+        (good, good[:, 1:].int(), ValueError, r"model: document_ids must be \(2, 6\) like input_ids, got \(2, 5\)"),
     ):
         with pytest.raises(error, match=message):
             model(ids, documents)

@@ -144,10 +144,10 @@ def test_bad_settings(changes: dict[str, Any], message: str) -> None:
 
 def test_beyond_the_capacity() -> None:
     model = small_model("M*")
-    with pytest.raises(ValueError, match=r"^prefill: wanted a prompt of at most 3 tokens \(capacity\), got 4$"):
+    with pytest.raises(ValueError, match=r"^prefill: input_ids must be at most 3 tokens long \(capacity\), got 4$"):
         prefill(model, token_ids(model, 1, 4), capacity=3)
     _, cache = prefill(model, token_ids(model, 1, 4), capacity=4)
-    with pytest.raises(ValueError, match=r"^step: wanted at most 4 tokens \(capacity\), got one more$"):
+    with pytest.raises(ValueError, match=r"^step: position must be below 4 \(capacity\), got 4$"):
         step(model, torch.tensor([1]), cache)
 
 
@@ -182,7 +182,7 @@ def test_the_command_with_another_tokenizer(tokenizer: Tokenizer, tmp_path: Path
     small_model().save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     done = run(str(tmp_path), "--prompt", "aq")
-    assert done.stderr == "error: generate: wanted a tokenizer of 61 pieces, got 512\n"
+    assert done.stderr == "error: generate: tokenizer must have 61 pieces, got 512\n"
     done = run(str(tmp_path / "none"), "--prompt", "aq")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -86,7 +86,7 @@ def test_the_bias_update_is_its_formula() -> None:
     signs = [[-1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, -1]]
     for old, sign, mixer in zip(before, signs, (model.backbone.layers[0].mixer, _last(model)), strict=True):
         torch.testing.assert_close(mixer.gate.e_score_correction_bias, old + 0.5 * torch.tensor(sign))
-    with pytest.raises(ValueError, match=r"update_router_bias: wanted loads \(2, 6\), got \(1, 6\)"):
+    with pytest.raises(ValueError, match=r"update_router_bias: loads must be \(2, 6\), got \(1, 6\)"):
         model.update_router_bias(torch.zeros(1, 6))
 
 
@@ -127,7 +127,7 @@ def test_document_starts_count_rows_too() -> None:
 def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
     model = small_model("*", attention_backend=backend)
     with pytest.raises(
-        ValueError, match=f"attention: wanted a GPU.*attention_backend='{backend}', got cpu and float32"
+        ValueError, match=f"attention: attention_backend='{backend}' must have a GPU.*, got cpu and float32"
     ):
         model(token_ids(model, 1, 4))
 

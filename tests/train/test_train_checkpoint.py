@@ -104,7 +104,7 @@ def test_a_host_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ah
     full = Checkpoints(tmp_path, World(0, 1, torch.device("cuda")))
     if ahead:
         full.reserve(tensors(2))
-    with pytest.raises(OSError, match=r"page-locked memory of the host for a copy, got CUDA error: out of memory$"):
+    with pytest.raises(OSError, match=r"page-locked memory of the host, got CUDA error: out of memory$"):
         full.save(2, tensors(2), {})
     assert full.latest() == tmp_path / "step-00000001"
 
@@ -128,7 +128,7 @@ def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     saved.wait()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 100))
-    with pytest.raises(OSError, match=r"wanted 0.000 GB free in .*the last checkpoint is .*step-00000001") as caught:
+    with pytest.raises(OSError, match=r"must have 0.000 GB free, .*the last checkpoint is .*step-00000001") as caught:
         saved.save(2, tensors(2), {})
     assert caught.value.errno == 28
     assert saved.latest() == tmp_path / "step-00000001"

@@ -36,8 +36,8 @@ def test_every_field_can_be_overridden(tmp_path: Path) -> None:
     [
         ("[model\n", "TOML"),
         (TOML + "speed = 3\n", "keys of .* must be among .*, got 'speed'"),
-        (TOML.replace("tokens = 6144", 'tokens = "many"'), "wanted tokens"),
-        (TOML.replace("log_every = 4", "log_every = 0"), "wanted log_every of 1 or more, got 0"),
+        (TOML.replace("tokens = 6144", 'tokens = "many"'), "tokens must be of type float"),
+        (TOML.replace("log_every = 4", "log_every = 0"), "log_every must be 1 or more, got 0"),
         (TOML.replace("batch_tokens = 512", "batch_tokens = 500"), "multiple of row_tokens"),
         (TOML.replace("experts = 4", "experts = 1"), "experts_per_token"),
     ],
@@ -82,5 +82,5 @@ def test_layers_to_recompute(policy: str, layers: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("policy", ["moe", "5", "3-9", "4-2", "1-", "-1", ""])
 def test_no_such_layers_to_recompute(policy: str) -> None:
-    with pytest.raises(ValueError, match=r"^config: wanted (recompute as none|layers from 0 to 4)"):
+    with pytest.raises(ValueError, match=r"^config: recompute must (be none|name layers 0 to 4)"):
         recomputed_layers(policy, "ME*ME")

@@ -27,7 +27,7 @@ def test_nats_of_a_known_model() -> None:
         total = nats(lambda ids, _: torch.zeros(*ids.shape, 7), rows, device=torch.device("cpu"), rows_at_once=at_once)
         assert total == pytest.approx(counted * math.log(7), rel=1e-6)
     assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="wanted 1 byte of text or more, got 0"):
+    with pytest.raises(ValueError, match="text_bytes must be 1 or more, got 0"):
         bits_per_byte(1.0, 0)
 
 

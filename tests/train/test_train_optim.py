@@ -207,9 +207,9 @@ def test_rows_that_were_not_read_stay(build: Callable[[torch.dtype], Yaongi]) ->
 def test_messages(build: Callable[[torch.dtype], Yaongi]) -> None:
     """A closure, and a parameter that has no gradient."""
     optimizer = RoleOptimizer(build(torch.float32), TRAIN, torch.float32)
-    with pytest.raises(ValueError, match="wanted no closure"):
+    with pytest.raises(ValueError, match="closure must be None"):
         optimizer.step(lambda: 1.0)
-    missing = r"wanted a gradient of every parameter, got none of backbone.embeddings.weight and \d+ more"
+    missing = r"every parameter must have a gradient, got none of backbone.embeddings.weight and \d+ more"
     with pytest.raises(RuntimeError, match=missing):
         optimizer.step()
 
@@ -250,7 +250,7 @@ def test_state_of_other_stacks_is_refused(build: Callable[[torch.dtype], Yaongi]
     saved = RoleOptimizer(build(torch.float32), Training(batch_tokens=4096, row_tokens=64, stack=1), torch.float32)
     models = [build(torch.float32) for _ in range(2)]
     optimizer, untouched = (RoleOptimizer(model, TRAIN, torch.float32) for model in models)
-    with pytest.raises(ValueError, match="optimizer: wanted stack of kind matrix 2, got 1"):
+    with pytest.raises(ValueError, match="optimizer: stack of kind matrix must be 2, got 1"):
         optimizer.load_state_dict(saved.state_dict())
     assert same_bits(optimizer, untouched)
 

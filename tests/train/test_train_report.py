@@ -27,7 +27,7 @@ def test_messages(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no benchmark file"):
         kernel_panels(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('{"benchmarks": [{"name": "a"}]}')
-    with pytest.raises(ValueError, match="wanted JSON of pytest-benchmark"):
+    with pytest.raises(ValueError, match="must be JSON of pytest-benchmark"):
         kernel_panels(tmp_path / "bad.json")
 
 

@@ -179,8 +179,8 @@ def drop_domain(folder: Path) -> None:
         (spoil_shard, "has changed since it was made"),
         (cut_shard, "is truncated or changed"),
         (change_tokenizer, "was made with tokenizer"),
-        (put_an_id_out_of_range, "wanted token ids below 600, got 65279"),
-        (drop_domain, "of math in"),
+        (put_an_id_out_of_range, "token ids must be below 600, got 65279"),
+        (drop_domain, "math must fill a row"),
         (shutil.rmtree, "tokenizer"),
     ],
 )

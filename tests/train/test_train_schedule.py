@@ -44,9 +44,9 @@ def test_a_final_rate_above_the_peak_is_no_rise() -> None:
 
 def test_messages() -> None:
     """Shares that don't fit, a wrong kind, no steps."""
-    with pytest.raises(ValueError, match=r"warmup \+ decay within 0 to 1, got 0.5 \+ 0.6"):
+    with pytest.raises(ValueError, match=r"warmup \+ decay must be 0 to 1, got 0.5 \+ 0.6"):
         Schedule(10, warmup=0.5, decay=0.6)
-    with pytest.raises(ValueError, match="wanted wsd or cosine, got 'linear'"):
+    with pytest.raises(ValueError, match="kind must be wsd or cosine, got 'linear'"):
         Schedule(10, "linear")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="wanted 1 step or more, got 0"):
+    with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
         Schedule(0)

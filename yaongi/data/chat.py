@@ -18,7 +18,7 @@ def render_chat(messages: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for message in messages:
         if not message.get("role"):
-            raise ValueError(f"chat: wanted messages with a role, got keys {sorted(message)}")
+            raise ValueError(f"chat: every message must have a role, got keys {sorted(message)}")
         if message.get("content"):
             parts.append(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n")
     return "".join(parts)

@@ -78,7 +78,7 @@ def benchmark_texts(names: Sequence[str]) -> Iterator[str]:
         elif name in HUB_BENCHMARKS:
             items = _hub_items(HUB_BENCHMARKS[name])
         else:
-            raise ValueError(f"benchmark: wanted a path or one of {', '.join(HUB_BENCHMARKS)}, got {name!r}")
+            raise ValueError(f"benchmark: name must be a path or one of {', '.join(HUB_BENCHMARKS)}, got {name!r}")
         count = 0
         for item in items:
             count += 1

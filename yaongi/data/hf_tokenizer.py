@@ -41,7 +41,7 @@ def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str]) -> str:
     pieces = [piece.replace(SPACE_MARK, " ") for piece in pieces]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
-        raise ValueError(f"tokenizer: wanted {len(pieces)} different pieces, got {len(vocab)}")
+        raise ValueError(f"tokenizer: pieces must be {len(pieces)} different ones, got {len(vocab)}")
     model = models.BPE(vocab, _merges(vocab, byte_pieces), unk_token=CONTROL_PIECES[1], byte_fallback=True)
     result = HfTokenizer(model)
     result.normalizer = normalizers.NFC()  # changes nothing on text that Python has normalised

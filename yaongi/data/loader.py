@@ -103,7 +103,7 @@ class Loader:
         """
         if row_tokens < 2 or batch_rows < 1:
             raise ValueError(
-                f"loader: wanted rows of 2 tokens or more in batches of 1 or more, got {row_tokens}, {batch_rows}"
+                f"loader: rows must be of 2 tokens or more, in batches of 1 or more, got {row_tokens}, {batch_rows}"
             )
         self.shard_set = ShardSet.open(folder, tokenizer_hash=tokenizer_hash)
         self.row_tokens, self.batch_rows, self.seed = row_tokens, batch_rows, seed
@@ -201,7 +201,7 @@ class Loader:
         identity = self._identity()
         differing = [key for key in identity if state.get(key) != identity[key]]
         if differing:
-            details = "; ".join(f"{key}: wanted {identity[key]}, got {state.get(key)}" for key in differing)
+            details = "; ".join(f"{key} must be {identity[key]}, got {state.get(key)}" for key in differing)
             raise ValueError(f"loader: the saved position is of other data ({details})")
         self.samples = int(state["samples"])
 
@@ -219,7 +219,7 @@ class Loader:
         if stream.tokens < self.row_tokens:
             where = f"{self.shard_set.folder}, {split}"
             raise ValueError(
-                f"loader: wanted a row of {self.row_tokens} tokens of {domain} in {where}, got {stream.tokens}"
+                f"loader: {domain} must fill a row of {self.row_tokens} tokens in {where}, got {stream.tokens}"
             )
         return stream
 
@@ -228,7 +228,7 @@ class Loader:
         micro = self.batch_rows // world_size if micro_batch is None else micro_batch
         if micro < 1 or self.batch_rows % (world_size * micro):
             wanted = f"a multiple of {world_size} processes x {micro} rows"
-            raise ValueError(f"loader: wanted a batch of {wanted}, got {self.batch_rows} rows")
+            raise ValueError(f"loader: batch_rows must be {wanted}, got {self.batch_rows} rows")
         return self.batch_rows // world_size, micro
 
     def _rows_at(self, domains: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -244,7 +244,7 @@ class Loader:
     def _pack(self, rows: NDArray[np.uint16]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, L) int64 and document ids (B, L) int32 of rows of tokens (B, L)."""
         if int(rows.max()) >= self.vocab_size:
-            raise ValueError(f"loader: wanted token ids below {self.vocab_size}, got {int(rows.max())}")
+            raise ValueError(f"loader: token ids must be below {self.vocab_size}, got {int(rows.max())}")
         ends = np.zeros(rows.shape, np.int32)
         ends[:, 1:] = rows[:, :-1] == self.eos_id
         return torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(ends.cumsum(1, dtype=np.int32))

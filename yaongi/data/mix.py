@@ -28,12 +28,12 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
     """
     for domain, share in mix.items():
         if domain not in DOMAINS:
-            raise ValueError(f"mix: wanted domains among {list(DOMAINS)}, got {domain!r}")
+            raise ValueError(f"mix: domains must be among {list(DOMAINS)}, got {domain!r}")
         if not 0 <= share < float("inf"):
-            raise ValueError(f"mix: wanted a share of 0 or more for {domain}, got {share}")
+            raise ValueError(f"mix: the share of {domain} must be 0 or more, got {share}")
     kept = {domain: float(mix[domain]) for domain in DOMAINS if mix.get(domain, 0) > 0}
     if not kept:
-        raise ValueError(f"mix: wanted a share above 0, got {dict(mix)}")
+        raise ValueError(f"mix: a share must be above 0, got {dict(mix)}")
     return kept
 
 
@@ -45,7 +45,7 @@ def parse_mix(text: str) -> dict[str, float]:
         try:
             shares[domain] = float(share)
         except ValueError as error:
-            raise ValueError(f"mix: wanted DOMAIN=SHARE,…, got {text!r}") from error
+            raise ValueError(f"mix: must be DOMAIN=SHARE,…, got {text!r}") from error
     return check_mix(shares)
 
 
@@ -121,7 +121,7 @@ def mixed_documents(
     shares = check_mix(mix)
     missing = [domain for domain in shares if domain not in sources]
     if missing:
-        raise ValueError(f"mix: wanted text for {', '.join(shares)}, got none for {', '.join(missing)}")
+        raise ValueError(f"mix: {', '.join(shares)} must have text, got none for {', '.join(missing)}")
     scale = sum(shares.values())
     streams = {domain: sources[domain]() for domain in shares}
     given = dict.fromkeys(shares, 0)

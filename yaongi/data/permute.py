@@ -20,7 +20,7 @@ def permute(places: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]
         ValueError: a place outside ``range(size)``.
     """
     if places.size and not 0 <= int(places.min()) <= int(places.max()) < size:
-        raise ValueError(f"permute: wanted places from 0 to {size - 1}, got {int(places.min())} to {int(places.max())}")
+        raise ValueError(f"permute: places must be 0 to {size - 1}, got {int(places.min())} to {int(places.max())}")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     digest = hashlib.sha256(key.encode()).digest() + hashlib.sha256(key.encode() + b"+").digest()
     keys = np.frombuffer(digest, np.uint64)[:_ROUNDS]

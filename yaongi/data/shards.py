@@ -63,7 +63,7 @@ class ShardWriter:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= min(self._vocab_size, 1 << 16):
             got = low if low < 0 else high
-            raise ValueError(f"shards: wanted ids from 0 to {min(self._vocab_size, 1 << 16) - 1}, got {got}")
+            raise ValueError(f"shards: ids must be 0 to {min(self._vocab_size, 1 << 16) - 1}, got {got}")
         if self._file is None:
             self._open()
         data = tokens.astype(TOKEN).tobytes()
@@ -145,7 +145,7 @@ class ShardSet:
                 f"shards: {path} is damaged ({error}); run python -m yaongi.data tokenize again"
             ) from error
         if version != VERSION:
-            raise ValueError(f"shards: wanted version {VERSION} in {path}, got {version}")
+            raise ValueError(f"shards: {path} must be of version {VERSION}, got {version}")
         if tokenizer_hash is not None and tokenizer_hash != built_for:
             raise ValueError(f"shards: {folder} was made with tokenizer {built_for[:12]}, got {tokenizer_hash[:12]}")
         _verify(folder, manifest)
@@ -188,7 +188,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
             raise FileNotFoundError(f"shards: {path} is missing; run python -m yaongi.data tokenize again")
         status = path.stat()
         if status.st_size != size:
-            raise ValueError(f"shards: {path} is truncated or changed: wanted {size} bytes, got {status.st_size}")
+            raise ValueError(f"shards: {path} is truncated or changed: must be {size} bytes, got {status.st_size}")
         fresh[name] = [sha256, status.st_size, status.st_mtime_ns]
         if known.get(name) != fresh[name] and sha256_file(path) != sha256:
             raise ValueError(f"shards: {path} has changed since it was made (SHA-256 differs from {MANIFEST})")

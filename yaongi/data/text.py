@@ -24,7 +24,7 @@ def normalize(text: str) -> str:
     """
     found = _SURROGATE.search(text)
     if found:
-        raise ValueError(f"text: wanted no lone surrogates, got U+{ord(found[0]):04X} at character {found.start()}")
+        raise ValueError(f"text: must hold no lone surrogates, got U+{ord(found[0]):04X} at character {found.start()}")
     return unicodedata.normalize("NFC", text)
 
 

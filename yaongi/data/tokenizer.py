@@ -47,7 +47,7 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces = tuple(self._processor.id_to_piece(i) for i in range(4))
         if pieces != CONTROL_PIECES:
-            raise ValueError(f"tokenizer: wanted {CONTROL_PIECES} as pieces 0 to 3, got {pieces}")
+            raise ValueError(f"tokenizer: pieces 0 to 3 must be {CONTROL_PIECES}, got {pieces}")
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = range(4)
         self.vocab_size: int = self._processor.vocab_size()
         self._mark_ids = [self.piece_to_id(piece) for piece in _MARK_BYTES]
@@ -98,7 +98,7 @@ class Tokenizer:
         plain = [int(i) for i in ids]
         if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
             wrong = next(i for i in plain if not 0 <= i < self.vocab_size)
-            raise ValueError(f"tokenizer: wanted ids from 0 to {self.vocab_size - 1}, got {wrong}")
+            raise ValueError(f"tokenizer: ids must be 0 to {self.vocab_size - 1}, got {wrong}")
         return self._processor.decode([i for i in plain if i > self.eos_id])
 
     def piece_to_id(self, piece: str) -> int:
@@ -145,7 +145,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
         ValueError: more pieces asked for than the text supports, more than 65,536, or no text.
     """
     if not 512 <= vocab_size <= 65536:
-        raise ValueError(f"tokenizer: wanted a vocabulary of 512 to 65536 pieces, got {vocab_size}")
+        raise ValueError(f"tokenizer: vocab_size must be 512 to 65536, got {vocab_size}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

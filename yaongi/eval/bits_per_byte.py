@@ -37,5 +37,5 @@ def nats(model: Logits, rows: HeldOut, *, device: torch.device, rows_at_once: in
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """``nats`` over ln 2 over bytes. ValueError if there is no text."""
     if text_bytes < 1:
-        raise ValueError(f"bits_per_byte: wanted 1 byte of text or more, got {text_bytes}")
+        raise ValueError(f"bits_per_byte: text_bytes must be 1 or more, got {text_bytes}")
     return nats / math.log(2) / text_bytes

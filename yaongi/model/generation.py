@@ -56,7 +56,7 @@ def prefill(
     check_tokens(input_ids, document_ids, model.config.vocab_size)
     length = input_ids.shape[1]
     if length > capacity:
-        raise ValueError(f"prefill: wanted a prompt of at most {capacity} tokens (capacity), got {length}")
+        raise ValueError(f"prefill: input_ids must be at most {capacity} tokens long (capacity), got {length}")
     backbone = model.backbone
     cache = _empty_cache(model, input_ids.shape[0], capacity, input_ids.device)
     context = backbone.context(input_ids, document_ids)
@@ -76,7 +76,7 @@ def prefill(
 def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
     """Reads one more token of each row, (B,) whole numbers; logits of the one after it, (B, V)."""
     if cache.position >= cache.capacity:
-        raise ValueError(f"step: wanted at most {cache.capacity} tokens (capacity), got one more")
+        raise ValueError(f"step: position must be below {cache.capacity} (capacity), got {cache.position}")
     check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)
     backbone, window = model.backbone, None
     if cache.tail is not None:

@@ -185,7 +185,7 @@ class Yaongi(nn.Module):
         if buffer is not None and not buffer.is_meta:
             if table is None:
                 size = config.compressed_vocab_size
-                raise ValueError(f"Yaongi: wanted a compression map for compressed_vocab_size = {size}, got none")
+                raise ValueError(f"Yaongi: compression must be given for compressed_vocab_size = {size}, got none")
             buffer.copy_(table)
         initialize(self, config, seed)
 
@@ -268,7 +268,7 @@ class Yaongi(nn.Module):
         layers = [layer.mixer for layer in self.backbone.layers if isinstance(layer.mixer, MoE)]
         if tuple(loads.shape) != (len(layers), self.config.experts):
             wanted = (len(layers), self.config.experts)
-            raise ValueError(f"update_router_bias: wanted loads {wanted}, got {tuple(loads.shape)}")
+            raise ValueError(f"update_router_bias: loads must be {wanted}, got {tuple(loads.shape)}")
         loads = loads.double()
         for mixer, missing in zip(layers, loads.mean(1, keepdim=True) - loads, strict=True):
             bias = mixer.gate.e_score_correction_bias
@@ -285,21 +285,21 @@ class Yaongi(nn.Module):
 def check_tokens(input_ids: Tensor, document_ids: Tensor | None, vocab_size: int) -> None:
     """Refuses ids of another shape or dtype, and on the CPU those outside the vocabulary."""
     if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"model: wanted input_ids int64 or int32, got {str(input_ids.dtype).removeprefix('torch.')}")
+        raise TypeError(f"model: input_ids must be int64 or int32, got {str(input_ids.dtype).removeprefix('torch.')}")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"model: wanted input_ids (B, L) with B, L >= 1, got {tuple(input_ids.shape)}")
+        raise ValueError(f"model: input_ids must be (B, L) with B, L >= 1, got {tuple(input_ids.shape)}")
     if document_ids is not None:
         if document_ids.dtype != torch.int32:
             got = str(document_ids.dtype).removeprefix("torch.")
-            raise TypeError(f"model: wanted document_ids int32, got {got}")
+            raise TypeError(f"model: document_ids must be int32, got {got}")
         if document_ids.shape != input_ids.shape:
             wanted = tuple(input_ids.shape)
-            raise ValueError(f"model: wanted document_ids {wanted} like input_ids, got {tuple(document_ids.shape)}")
+            raise ValueError(f"model: document_ids must be {wanted} like input_ids, got {tuple(document_ids.shape)}")
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"model: wanted token ids from 0 to {vocab_size - 1}, got {bad}")
+            raise ValueError(f"model: token ids must be 0 to {vocab_size - 1}, got {bad}")
 
 
 def _compression_table(compression: ArrayLike, config: ModelConfig) -> Tensor:
@@ -307,8 +307,8 @@ def _compression_table(compression: ArrayLike, config: ModelConfig) -> Tensor:
     table = torch.as_tensor(compression, dtype=torch.int64, device="cpu")
     if table.shape != (config.vocab_size,) or int(table.min()) < 0:
         wanted = f"({config.vocab_size},) whole numbers from 0"
-        raise ValueError(f"Yaongi: wanted compression {wanted}, got {tuple(table.shape)} from {int(table.min())}")
+        raise ValueError(f"Yaongi: compression must be {wanted}, got {tuple(table.shape)} from {int(table.min())}")
     size = int(table.max()) + 1
     if config.compressed_vocab_size not in (None, size):
-        raise ValueError(f"Yaongi: wanted compression to {config.compressed_vocab_size} ids, got {size}")
+        raise ValueError(f"Yaongi: compression must have {config.compressed_vocab_size} ids, got {size}")
     return table

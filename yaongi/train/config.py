@@ -80,15 +80,15 @@ class Training:
         FieldChecks("config").types(self)
         if self.row_tokens < 2 or self.batch_tokens < self.row_tokens or self.batch_tokens % self.row_tokens:
             got = f"{self.batch_tokens}, {self.row_tokens}"
-            raise ValueError(f"config: wanted batch_tokens as a multiple of row_tokens >= 2, got {got}")
+            raise ValueError(f"config: batch_tokens must be a multiple of row_tokens >= 2, got {got}")
         for name in ("tokens", "matrix_lr", "adam_lr", "table_lr_scale", "stack"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"config: wanted {name} above 0, got {getattr(self, name)}")
+                raise ValueError(f"config: {name} must be above 0, got {getattr(self, name)}")
         if unknown := sorted(self.stacked_kinds - {"qkv", "mamba", "shared"}):
-            raise ValueError(f"config: wanted stacked from qkv, mamba and shared, by commas, got {unknown[0]!r}")
+            raise ValueError(f"config: stacked must be of qkv, mamba and shared, by commas, got {unknown[0]!r}")
         for name in ("weight_decay", "clip", "z_loss", "balance_loss", "bias_rate", "bad_steps"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"config: wanted {name} of 0 or more, got {getattr(self, name)}")
+                raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Running:
             least[name] = 0
         for name, low in least.items():
             if getattr(self, name) < low:
-                raise ValueError(f"config: wanted {name} of {low} or more, got {getattr(self, name)}")
+                raise ValueError(f"config: {name} must be {low} or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

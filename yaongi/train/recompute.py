@@ -25,11 +25,11 @@ def recomputed_layers(policy: str, pattern: str) -> tuple[int, ...]:
         elif first.isdecimal() and (last.isdecimal() or last == "" == word[len(first) :]):
             named = range(int(first), int(last or first) + 1)
             if not named or named[-1] not in layers:
-                raise ValueError(f"config: wanted layers from 0 to {layers[-1]} in recompute, got {word!r}")
+                raise ValueError(f"config: recompute must name layers 0 to {layers[-1]}, got {word!r}")
             chosen |= set(named)
         elif word != "none":
             raise ValueError(
-                f"config: wanted recompute as none, all, {', '.join(KINDS)}, layers (7) or ranges (0-25), by commas, "
+                f"config: recompute must be none, all, {', '.join(KINDS)}, layers (7) or ranges (0-25), by commas, "
                 f"got {word!r}"
             )
     return tuple(sorted(chosen))

@@ -20,13 +20,13 @@ class Schedule:
     def __post_init__(self) -> None:
         """ValueError for shares that don't fit into one another or into 0 to 1."""
         if self.steps < 1:
-            raise ValueError(f"schedule: wanted 1 step or more, got {self.steps}")
+            raise ValueError(f"schedule: steps must be 1 or more, got {self.steps}")
         if self.kind not in ("wsd", "cosine"):
-            raise ValueError(f"schedule: wanted wsd or cosine, got {self.kind!r}")
+            raise ValueError(f"schedule: kind must be wsd or cosine, got {self.kind!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
-            raise ValueError(f"schedule: wanted warmup + decay within 0 to 1, got {self.warmup} + {self.decay}")
+            raise ValueError(f"schedule: warmup + decay must be 0 to 1, got {self.warmup} + {self.decay}")
         if not self.final >= 0:
-            raise ValueError(f"schedule: wanted final_lr of 0 or more, got {self.final}")
+            raise ValueError(f"schedule: final_lr must be 0 or more, got {self.final}")
 
     @property
     def warmup_steps(self) -> int:

@@ -41,7 +41,7 @@ def data_files(path: Path) -> list[Path]:
         found = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p.name) and p.name != "source.json")
     if not found:
         kinds = " ".join(FORMATS)
-        raise FileNotFoundError(f"data: wanted {kinds} files (or {' '.join(COMPRESSIONS)} of them) at {path}, got none")
+        raise FileNotFoundError(f"data: {path} must hold {kinds} files (or {' '.join(COMPRESSIONS)} of them), got none")
     return found
 
 
@@ -68,7 +68,7 @@ def document(record: Mapping[str, Any], fields: Sequence[str], where: str) -> st
             return value
         if isinstance(value, list):
             return render_chat(value)
-    raise ValueError(f"data: {where}: wanted text in one of {list(fields)}, got fields {sorted(record)}")
+    raise ValueError(f"data: {where}: one of {list(fields)} must hold text, got fields {sorted(record)}")
 
 
 def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
@@ -124,7 +124,7 @@ def _json_rows(lines: io.TextIOWrapper, name: str, start: int) -> Iterator[dict[
         except json.JSONDecodeError as error:
             raise ValueError(f"data: {name}, row {number}: not JSON ({error})") from error
         if not isinstance(record, dict):
-            raise ValueError(f"data: {name}, row {number}: wanted a JSON object, got {type(record).__name__}")
+            raise ValueError(f"data: {name}, row {number}: must be a JSON object, got {type(record).__name__}")
         yield record
 
 
@@ -136,7 +136,9 @@ def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int)
         table = parquet.ParquetFile(file)
         columns = [field for field in fields if field in table.schema_arrow.names]
         if not columns:
-            raise ValueError(f"data: {name}: wanted one of {list(fields)}, got fields {table.schema_arrow.names}")
+            raise ValueError(
+                f"data: {name}: one of {list(fields)} must be there, got fields {table.schema_arrow.names}"
+            )
         first = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows

@@ -27,7 +27,7 @@ def open_sources(specs: Sequence[str]) -> list[Source]:
         ValueError: an unknown domain, or no spec at all.
     """
     if not specs:
-        raise ValueError("data: wanted a --source: embedded, DOMAIN=PATH or a folder with train/")
+        raise ValueError("data: --source must be given: embedded, DOMAIN=PATH or a folder with train/")
     found: list[Source] = []
     for spec in specs:
         domain, equals, path = spec.partition("=")
@@ -40,7 +40,9 @@ def open_sources(specs: Sequence[str]) -> list[Source]:
         elif Path(spec).is_dir() and (Path(spec) / TRAIN).is_dir():
             found += _folder_sources(Path(spec))
         elif Path(spec).exists():
-            raise ValueError(f"data: wanted DOMAIN=PATH ({', '.join(DOMAINS)}) or a folder with train/, got {spec}")
+            raise ValueError(
+                f"data: --source must be DOMAIN=PATH ({', '.join(DOMAINS)}) or a folder with train/, got {spec}"
+            )
         else:
             raise FileNotFoundError(f"data: no such source: {spec}")
     return found
@@ -55,7 +57,7 @@ def _folder_sources(folder: Path) -> list[Source]:
             whole = split if parts[VAL] else None
             found += [_files_source(domain, whole, path) for path in paths]
     if not found:
-        raise FileNotFoundError(f"data: wanted {', '.join(DOMAINS)} files or folders in {folder / TRAIN}, got none")
+        raise FileNotFoundError(f"data: {folder / TRAIN} must hold {', '.join(DOMAINS)} files or folders, got none")
     return found
 
 

@@ -85,7 +85,7 @@ def download(
     """
     for name in names:
         if name not in HUB_SOURCES:
-            raise ValueError(f"download: wanted sources among {', '.join(HUB_SOURCES)}, got {name!r}")
+            raise ValueError(f"download: sources must be among {', '.join(HUB_SOURCES)}, got {name!r}")
     found = {}
     for name in names or HUB_SOURCES:
         source = HUB_SOURCES[name]

@@ -32,9 +32,9 @@ def compression_map(pieces: Sequence[str | bytes], variant: Variant = "paper") -
         ValueError: an unknown variant, or no pieces.
     """
     if variant not in ("paper", "korean"):
-        raise ValueError(f"compression_map: wanted variant 'paper' or 'korean', got {variant!r}")
+        raise ValueError(f"compression_map: variant must be 'paper' or 'korean', got {variant!r}")
     if not len(pieces):
-        raise ValueError("compression_map: wanted at least one piece, got none")
+        raise ValueError("compression_map: pieces must be at least one, got none")
     ids: dict[str | bytes, int] = {}
     return np.array([ids.setdefault(_key(piece, variant), len(ids)) for piece in pieces], np.int64)
 

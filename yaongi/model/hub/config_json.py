@@ -104,16 +104,16 @@ def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
     kind = fields.get("model_type")
     if kind == YAONGI:
         if not isinstance(fields.get("model"), Mapping):
-            raise ValueError(f"config.json: wanted the table 'model' of model_type {YAONGI!r}, got none")
+            raise ValueError(f"config.json: 'model' must be a table for model_type {YAONGI!r}, got none")
         return ModelConfig.from_dict(fields["model"])
     if kind != NEMOTRON_H:
-        raise ValueError(f"config.json: wanted model_type {NEMOTRON_H!r} or {YAONGI!r}, got {kind!r}")
+        raise ValueError(f"config.json: model_type must be {NEMOTRON_H!r} or {YAONGI!r}, got {kind!r}")
     for key, value in (FIXED | UNSUPPORTED).items():
         if fields.get(key, value) != value:
-            raise ValueError(f"config.json: wanted {key} = {value!r}, got {fields[key]!r}")
+            raise ValueError(f"config.json: {key} must be {value!r}, got {fields[key]!r}")
     missing = next((hub for hub in SIZES.values() if hub not in fields), None)
     if missing:
-        raise ValueError(f"config.json: wanted the key {missing!r}, got {', '.join(fields)}")
+        raise ValueError(f"config.json: {missing!r} must be given, got {', '.join(fields)}")
     sizes = {ours: fields[hub] for ours, hub in SIZES.items()}
     settings = {ours: _first(fields.get(hub), default) for ours, (hub, default) in SETTINGS.items()}
     return ModelConfig.from_dict({"pattern": _pattern(fields), **sizes, **settings})
@@ -131,9 +131,9 @@ def _pattern(fields: Mapping[str, Any]) -> str:
     kinds = fields.get("layers_block_type")
     if kinds is None:
         if not isinstance(fields.get("hybrid_override_pattern"), str):
-            raise ValueError("config.json: wanted hybrid_override_pattern or layers_block_type, got neither")
+            raise ValueError("config.json: hybrid_override_pattern or layers_block_type must be given, got neither")
         return str(fields["hybrid_override_pattern"])
     unknown = next((kind for kind in kinds if kind not in LETTERS), None)
     if unknown is not None:
-        raise ValueError(f"config.json: wanted layers_block_type of {', '.join(LETTERS)}, got {unknown!r}")
+        raise ValueError(f"config.json: layers_block_type must be of {', '.join(LETTERS)}, got {unknown!r}")
     return "".join(LETTERS[kind] for kind in kinds)

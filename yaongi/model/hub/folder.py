@@ -23,12 +23,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
         FileNotFoundError: no config.json. ValueError: what it says is no part of this model.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"from_pretrained: wanted a folder with config.json, got {folder}")
+        raise FileNotFoundError(f"from_pretrained: folder must hold config.json, got {folder}")
     fields = read_json(folder / "config.json")
     name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     dtype = getattr(torch, name, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"config.json: wanted a floating dtype, got {name!r}")
+        raise ValueError(f"config.json: dtype must be a floating one, got {name!r}")
     return config_from_json(fields), dtype
 
 

@@ -74,7 +74,7 @@ def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = S
     size = total = 0
     for name, tensor in hub_tensors(state):
         if tensor.is_meta:
-            raise ValueError(f"save_pretrained: wanted {name} with values, got a tensor on the meta device")
+            raise ValueError(f"save_pretrained: {name} must have values, got a tensor on the meta device")
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
@@ -117,10 +117,10 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
 def _check_shape(place: Place, shape: tuple[int, ...], targets: Mapping[str, Tensor], file: Path) -> None:
     target = targets.get(place.name)
     if target is None or (place.expert is not None and place.expert >= target.shape[0]):
-        raise ValueError(f"{file.name}: wanted no tensor but the model's, got the extra {place}")
+        raise ValueError(f"{file.name}: every tensor must be the model's, got the extra {place}")
     wanted = tuple(target.shape if place.expert is None else target.shape[1:])
     if shape != wanted:
-        raise ValueError(f"{file.name}: wanted {place} of shape {wanted}, got {shape}")
+        raise ValueError(f"{file.name}: {place} must be of shape {wanted}, got {shape}")
 
 
 def _check_complete(stored: Mapping[Place, Path], targets: Mapping[str, Tensor], folder: Path) -> None:
@@ -131,22 +131,24 @@ def _check_complete(stored: Mapping[Place, Path], targets: Mapping[str, Tensor],
             wanted = [Place(name, expert) for expert in range(target.shape[0])]
         missing = next((place for place in wanted if place not in stored), None)
         if missing:
-            raise ValueError(f"{folder.name}: wanted the tensor {missing}, got {len(stored)} tensors without it")
+            raise ValueError(f"{folder.name}: the tensor {missing} must be there, got {len(stored)} tensors without it")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if not index.is_file():
         if not (folder / SINGLE_FILE).is_file():
-            raise FileNotFoundError(f"from_pretrained: wanted {INDEX_FILE} or {SINGLE_FILE} in {folder}, got neither")
+            raise FileNotFoundError(f"from_pretrained: {INDEX_FILE} or {SINGLE_FILE} must be in {folder}, got neither")
         return [folder / SINGLE_FILE]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index.name}: wanted a weight_map, got {weight_map!r}")
+        raise ValueError(f"{index.name}: weight_map must be a table, got {weight_map!r}")
     files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     missing = next((file for file in files if not file.is_file()), None)
     if missing:
-        raise FileNotFoundError(f"from_pretrained: wanted {missing.name}, which the index names, in {folder}, got none")
+        raise FileNotFoundError(
+            f"from_pretrained: {missing.name}, which the index names, must be in {folder}, got none"
+        )
     return files
 
 
@@ -157,7 +159,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as shard:
             yield shard
     except SafetensorError as error:
-        raise ValueError(f"{file.name}: wanted a whole safetensors file, got {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{file.name}: must be a whole safetensors file, got {' '.join(str(error).split())}"
+        ) from error
 
 
 @contextmanager

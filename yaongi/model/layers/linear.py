@@ -27,7 +27,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         if precision != "bf16":
-            raise ValueError(f"linear: wanted precision 'bf16' (fp8 is not available yet), got {precision!r}")
+            raise ValueError(f"linear: precision must be 'bf16' (fp8 is not available yet), got {precision!r}")
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:

@@ -77,7 +77,7 @@ def plan_attention(
     if wanted in ("varlen", "flash"):
         if not fast:
             raise ValueError(
-                f"attention: wanted a GPU and float16 or bfloat16 for attention_backend={wanted!r}, got {device} and "
+                f"attention: attention_backend={wanted!r} must have a GPU and float16 or bfloat16, got {device} and "
                 f"{str(dtype).removeprefix('torch.')}"
             )
         cu_seqlens, max_seqlen = document_cu_seqlens(shape, document_ids, device)
@@ -135,7 +135,7 @@ def has_varlen() -> bool:
 def _varlen() -> Callable[..., Tensor]:
     """torch's varlen attention, whose arguments for causal masks and grouped heads differ between versions."""
     if not has_varlen():
-        raise ImportError(f"attention: wanted torch with nn.attention.varlen (2.10 or newer), got {torch.__version__}")
+        raise ImportError(f"attention: torch must have nn.attention.varlen (2.10 or newer), got {torch.__version__}")
     from torch.nn.attention.varlen import varlen_attn
 
     run_varlen: Callable[..., Any] = varlen_attn
@@ -156,7 +156,7 @@ def _varlen() -> Callable[..., Tensor]:
 @functools.cache
 def _flash() -> Callable[..., Tensor]:
     if importlib.util.find_spec("flash_attn") is None:
-        raise ImportError("attention: wanted the flash-attn package (pip install yaongi[peers]), got none")
+        raise ImportError("attention: flash-attn must be installed (pip install yaongi[peers]), got none")
     from flash_attn import flash_attn_varlen_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

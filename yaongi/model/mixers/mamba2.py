@@ -72,7 +72,7 @@ class Mamba2(nn.Module):
         """The next token: (B, d) to (B, d); the cache in place."""
         z, xbc, dt = self.in_proj(x).split(self.splits, dim=-1)
         if cache.conv is None or cache.state is None:
-            raise ValueError("mamba2: wanted a cache that a prefill has filled, got an empty one")
+            raise ValueError("mamba2: cache must be one that a prefill has filled, got an empty one")
         xbc = causal_conv1d_step(xbc, cache.conv, self.conv1d.taps, self.conv1d.bias)
         y = mamba_step(cache.state, *self._operands(xbc, dt))
         return self.out_proj(self.norm(y.flatten(-2), z))

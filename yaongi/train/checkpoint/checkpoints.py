@@ -90,7 +90,7 @@ class Checkpoints:
             tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager, no_dist=single
         )
         if not isinstance(future, Future):
-            raise RuntimeError(f"checkpoint: wanted a future of the upload, got {type(future).__name__}")
+            raise RuntimeError(f"checkpoint: the upload must be a future, got {type(future).__name__}")
         self._writing = (step, future, meta)
         return waited
 
@@ -146,7 +146,7 @@ class Checkpoints:
         wanted = _MARGIN * state_bytes(tensors)
         free = shutil.disk_usage(self.folder).free
         if free < wanted:
-            text = f"wanted {wanted / 1e9:.3f} GB free in {self.folder}, got {free / 1e9:.3f} GB; {self._intact()}"
+            text = f"{self.folder} must have {wanted / 1e9:.3f} GB free, got {free / 1e9:.3f} GB; {self._intact()}"
             raise OSError(errno.ENOSPC, f"checkpoint: {text}")
 
     def _finish(self, step: int, meta: dict[str, Any]) -> Path:

@@ -35,7 +35,7 @@ def _gathered(model: Yaongi, world: World) -> Yaongi | None:
     whole = Yaongi(model.config, device="meta")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"export: wanted a tensor for {name}, got {type(tensor).__name__}")
+            raise TypeError(f"model_folder: {name} must be a tensor, got {type(tensor).__name__}")
         _put(whole, name, tensor)
     return whole
 

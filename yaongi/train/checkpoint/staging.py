@@ -37,7 +37,7 @@ class PinnedStaging(BlockingAsyncStager):
             if self._reserved is not None:
                 self._reserved.result()
         except RuntimeError as error:
-            text = f"checkpoint: wanted page-locked memory of the host for a copy, got {str(error).splitlines()[0]}"
+            text = f"checkpoint: a copy must fit into page-locked memory of the host, got {str(error).splitlines()[0]}"
             raise OSError(errno.ENOMEM, text) from error
         return super().stage(state_dict)
 

@@ -77,7 +77,7 @@ class LocalRows:
 def local_rows(tensor: torch.Tensor, rows: slice | None) -> LocalRows:
     """The part of ``rows`` (None: all) of a tensor sharded by rows that lies on this process; may be empty."""
     if not isinstance(tensor, DTensor):
-        raise TypeError(f"distributed: wanted a DTensor, got {type(tensor).__name__}")
+        raise TypeError(f"distributed: tensor must be a DTensor, got {type(tensor).__name__}")
     total, size = tensor.shape[0], tensor.device_mesh.size()
     per_process = -(-total // size)
     first = min(total, per_process * tensor.device_mesh.get_local_rank())

@@ -52,7 +52,7 @@ def init_world(device: str) -> World:
         ValueError: ``cuda`` was asked for and there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train: wanted a CUDA GPU (--device cuda), got a machine where torch sees none")
+        raise ValueError("train: --device cuda must have a GPU, got a machine where torch sees none")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

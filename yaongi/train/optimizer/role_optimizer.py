@@ -70,11 +70,11 @@ class RoleOptimizer(torch.optim.Optimizer):
             ValueError: a closure was given. RuntimeError: a parameter has no gradient; then nothing has changed.
         """
         if closure is not None:
-            raise ValueError("optimizer: wanted no closure, got one")
+            raise ValueError("optimizer: closure must be None, got one")
         missing = [name for p, name in self._names.items() if p.grad is None]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise RuntimeError(f"optimizer: wanted a gradient of every parameter, got none of {missing[0]}{more}")
+            raise RuntimeError(f"optimizer: every parameter must have a gradient, got none of {missing[0]}{more}")
         sharded: list[TeonStack] = []
         whole: list[TeonStack] = []
         for unit in self._units:

@@ -50,7 +50,7 @@ def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu
     """Moves the momentum; the Nesterov direction, whole, but for experts the local part. ``raw`` rows: the gradient."""
     gradient = parameter.grad
     if not isinstance(gradient, DTensor):
-        raise RuntimeError("optimizer: wanted a sharded gradient of a sharded parameter")
+        raise RuntimeError("optimizer: a sharded parameter must have a sharded gradient, got another")
     g = gradient.to_local().to(torch.promote_types(gradient.dtype, torch.float32))
     direction = teon_direction(g, momentum.to_local(), mu)
     if raw is not None:

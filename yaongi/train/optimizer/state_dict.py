@@ -42,4 +42,4 @@ def _shapes(state: State) -> dict[str, tuple[int, ...]]:
 
 def _require(what: str, wanted: object, got: object) -> None:
     if wanted != got:
-        raise ValueError(f"optimizer: wanted {what} {wanted}, got {got}")
+        raise ValueError(f"optimizer: {what} must be {wanted}, got {got}")

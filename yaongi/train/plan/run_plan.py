@@ -134,9 +134,9 @@ def micro_rows(config: Config, world: World, fits: int) -> int:
     """
     rows, size = config.train.batch_rows, world.size
     if rows % size:
-        raise ValueError(f"train: wanted a batch of a multiple of {size} processes' rows, got {rows} rows")
+        raise ValueError(f"train: the rows of a batch must be a multiple of {size} processes, got {rows}")
     share = rows // size
     wanted = config.run.micro_rows
     if wanted and share % wanted:
-        raise ValueError(f"train: wanted micro_rows that divide the {share} rows of a process, got {wanted}")
+        raise ValueError(f"train: micro_rows must divide the {share} rows of a process, got {wanted}")
     return wanted or max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, fits))

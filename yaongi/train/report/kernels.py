@@ -23,7 +23,7 @@ def kernel_panels(path: Path) -> list[Callable[[Axes], None]]:
         infos = {b["name"].removeprefix("test_"): b["extra_info"] for b in found}
         floors = {name: float(info["of_floor"]) for name, info in infos.items() if "of_floor" in info}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"report: wanted JSON of pytest-benchmark in {path}, got {error!r}") from error
+        raise ValueError(f"report: {path} must be JSON of pytest-benchmark, got {error!r}") from error
     fastest = {name: min(ratios) for name, info in infos.items() if (ratios := _speedups(info))}
     return [
         lambda ax: _bars(ax, floors, "kernels: share of the roofline"),

@@ -33,7 +33,9 @@ class GraphedFunction:
             return
         for own, given in zip(self._inputs, inputs, strict=True):
             if own.shape != given.shape:
-                raise ValueError(f"replay: wanted {tuple(own.shape)}, as recorded, got {tuple(given.shape)}")
+                raise ValueError(
+                    f"cuda_graph: inputs must be {tuple(own.shape)}, as recorded, got {tuple(given.shape)}"
+                )
             own.copy_(given)
         if self._graph is None:
             self._graph = self._record()
@@ -56,7 +58,7 @@ class GraphedFunction:
             raise
         except RuntimeError as error:
             raise ValueError(
-                "replay: wanted a micro-batch that never waits for the GPU, to record it as a CUDA graph, got "
+                "cuda_graph: the micro-batch must never wait for the GPU, to be recorded as a CUDA graph, got "
                 f"{str(error).splitlines()[0]!r}: add --no-cuda-graph"
             ) from error
         return graph

@@ -46,7 +46,7 @@ def final_of(word: str) -> str:
     if last in _DIGIT_FINALS:
         return _DIGIT_FINALS[last]
     if not last or not _FIRST <= ord(last) <= _LAST:
-        raise ValueError(f"hangul: wanted a word that ends in a Hangul syllable or a digit, got {word!r}")
+        raise ValueError(f"hangul: word must end in a Hangul syllable or a digit, got {word!r}")
     return _FINALS[(ord(last) - _FIRST) % 28]
 
 
@@ -62,7 +62,7 @@ def attach(word: str, particle: str) -> str:
     if particle == "으로":
         return word + ("로" if final in " ㄹ" else "으로")
     if particle not in _PARTICLES:
-        raise ValueError(f"hangul: wanted a particle among 으로 {' '.join(_PARTICLES)}, got {particle!r}")
+        raise ValueError(f"hangul: particle must be among 으로 {' '.join(_PARTICLES)}, got {particle!r}")
     return word + _PARTICLES[particle][final == " "]
 
 
@@ -113,7 +113,7 @@ class Predicate:
         if name == "현재":
             return self._present(short, level)
         if name not in forms:
-            raise ValueError(f"hangul: wanted a form among 현재 {' '.join(forms)}, got {name!r}")
+            raise ValueError(f"hangul: form must be among 현재 {' '.join(forms)}, got {name!r}")
         return forms[name]
 
     def _present(self, short: str, level: str) -> str:
@@ -134,7 +134,7 @@ def sino(number: int) -> str:
         ValueError: out of range.
     """
     if not 0 <= number < 10**8:
-        raise ValueError(f"hangul: wanted a number from 0 to 99999999, got {number}")
+        raise ValueError(f"hangul: number must be 0 to 99999999, got {number}")
     if number == 0:
         return "영"
     high, low = divmod(number, 10_000)
@@ -162,7 +162,7 @@ def native(number: int) -> str:
         ValueError: out of range.
     """
     if not 1 <= number <= 99:
-        raise ValueError(f"hangul: wanted a number from 1 to 99, got {number}")
+        raise ValueError(f"hangul: number must be 1 to 99, got {number}")
     if number == 20:
         return "스무"
     return _NATIVE_TENS[number // 10] + _NATIVE_ONES[number % 10]

@@ -50,7 +50,7 @@ def templates() -> dict[str, dict[str, tuple[str, ...]]]:
     for name, text in _texts("templates"):
         sections = _sections(text)
         if tuple(sections)[-3:] != SECTIONS:
-            raise ValueError(f"korean: wanted sections {SECTIONS} in {name}, got {tuple(sections)}")
+            raise ValueError(f"korean: {name} must have the sections {SECTIONS}, got {tuple(sections)}")
         found[name.removesuffix(".txt")] = sections
     return found
 
