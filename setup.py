@@ -79,7 +79,7 @@ class CMakeBuild(build_ext):
 
 
 def run_logged(command: list[str]) -> None:
-    """Runs a command, appends its output to build/build.log, and ends with its last lines when it fails."""
+    """Run a command, append its output to build/build.log, and end with its last lines when it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with LOG.open("a") as log:
         log.write(f"$ {' '.join(command)}\n{done.stdout}")

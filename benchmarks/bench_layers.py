@@ -20,7 +20,7 @@ CHUNK = 128  # of the scan's FLOPs
 
 
 def flops(layer: Layer) -> float:
-    """Six a token and active parameter, and three times the scan: the share of the model's formula."""
+    """Six per token and active parameter, and three times the scan: the share of the model's formula."""
     mixer, active = layer.mixer, sum(p.numel() for p in layer.parameters())
     if layer.kind == "E":
         routed = sum(p.numel() for p in mixer.experts.parameters())
@@ -57,7 +57,7 @@ def test_layer(kind: str, compare: Compare) -> None:
 def test_recompute(kind: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """The forward pass of one layer, 2 × 4096 tokens, replayed, over the bytes that it keeps for the backward pass.
 
-    Which kinds `--recompute` should name first: those of the fewest milliseconds a GB.
+    Which kinds `--recompute` should name first: those of the fewest milliseconds per GB.
     """
     config = load_config("yaongi-4b").model
     layer = Layer(config, config.pattern.index(KINDS[kind]), None, torch.device("cuda"), torch.bfloat16)

@@ -35,7 +35,7 @@ Tensor = torch.Tensor
 
 @pytest.fixture(autouse=True)
 def emptied() -> Iterator[None]:
-    """Gives what a case held back to the GPU."""
+    """Give what a case held back to the GPU."""
     yield
     gc.collect()
     torch.cuda.empty_cache()

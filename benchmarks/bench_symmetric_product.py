@@ -62,7 +62,7 @@ def check_against_float64(x: torch.Tensor, c: torch.Tensor | None) -> None:
 
 
 def host_us(call: Callable[[], Any]) -> float:
-    """Host microseconds a call, best of ten runs without waiting for the GPU in between."""
+    """Host microseconds per call, best of ten runs without waiting for the GPU in between."""
     best = float("inf")
     for _ in range(10):
         torch.cuda.synchronize()

@@ -45,7 +45,7 @@ PARTS = {  # of a step, by what a kernel's name holds; the first that fits
 
 @pytest.fixture(autouse=True)
 def emptied() -> Iterator[None]:
-    """Gives what a case held back to the GPU, and leaves the next one torch's usual choice of kernels."""
+    """Give what a case held back to the GPU, and leave the next one torch's usual choice of kernels."""
     yield
     torch.use_deterministic_algorithms(False)
     gc.collect()

@@ -20,7 +20,7 @@ _ROWS: pytest.StashKey[list[tuple[str, dict[str, Any]]]] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts the session's table."""
+    """Start the session's table."""
     config.stash[_ROWS] = []
 
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Prints the table."""
+    """Print the table."""
     if config.stash[_ROWS]:
         terminalreporter.section(f"yaongi on {torch.cuda.get_device_name()}, torch {torch.__version__}")
         for name, info in config.stash[_ROWS]:
@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session")
 def l2_flush() -> Callable[[], Any]:
-    """Overwrites more than the L2 cache holds, which also gives the host time to enqueue what is measured."""
+    """Overwrite more than the L2 cache holds, which also gives the host time to enqueue what is measured."""
     buffer = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
 
     def flush() -> None:  # pytest-benchmark takes what a setup returns for arguments
@@ -59,7 +59,7 @@ def compiled_anew() -> None:
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    """Refuses to measure fallbacks: the CUDA library must be there."""
+    """Refuse to measure fallbacks: the CUDA library must be there."""
     reason = backend.unavailable("cuda")
     if reason:
         pytest.fail(f"the CUDA kernels can't run: {reason}")

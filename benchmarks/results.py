@@ -3,7 +3,7 @@
     python -m benchmarks.results out.json [more.json …]      writes docs/results.md and docs/results.png
 
 Of a benchmark that stands in several files the last one counts; all of one page come from one kind of GPU. The picture
-has a bar a case, the fastest peer's time over ours, and a roofline: each case by FLOPs a byte, under the ceilings.
+has a bar a case, the fastest peer's time over ours, and a roofline: each case by FLOPs per byte, under the ceilings.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def picture(rows: list[Row], path: Path) -> None:
         x = [1e3 * info["tflops"] / info["gb_per_s"] for info in infos]
         roof.plot(x, [info["tflops"] for info in infos], "o", markersize=4, label=file)
     roof.set(
-        xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s", title="under the ceilings of the chip"
+        xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", title="under the ceilings of the chip"
     )
     roof.grid(alpha=0.3, which="both")
     if measured:

@@ -251,7 +251,7 @@ def picture(study: Study, path: Path) -> None:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Prints the tables and draws the picture, as far as runs are there."""
+    """Print the tables and draw the picture, as far as runs are there."""
     print(table(study))
     muon = study.groups().get("Muon", [None])[0]
     if muon is not None and (study.out / muon.name / "checkpoints" / "latest").is_file():

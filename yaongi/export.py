@@ -26,7 +26,7 @@ class Export:
     drop_engram: bool = False  # leave the Engrams out, which the layout can't hold
 
     def run(self) -> None:
-        """Writes config, weights, generation config, model card and tokenizer; raises ValueError or OSError."""
+        """Write config, weights, generation config, model card and tokenizer; raises ValueError or OSError."""
         from yaongi.model import Yaongi
         from yaongi.model.hub.folder import export_nemotron_h
 
@@ -41,7 +41,7 @@ class Export:
 
 
 def main() -> None:
-    """Parses the command line; a mistake is one line."""
+    """Parse the command line; a mistake is one line."""
     cli.run(tyro.cli(Export, prog="python -m yaongi.export").run)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to a temporary file beside ``path``, to disk, then rename it."""
+    """Write `content` to a temporary file beside `path`, to disk, then rename it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same
     with temporary.open("wb") as file:
         file.write(content)
@@ -36,5 +36,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file."""
+    """Write a JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ class Generate:
     device: str = "auto"  # cuda where there is one, or cpu
 
     def run(self) -> None:
-        """Loads model and tokenizer, and prints; raises ValueError or OSError with one line."""
+        """Load model and tokenizer, and print; raises ValueError or OSError with one line."""
         import torch
 
         from yaongi.data.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Generate:
 
 
 def main() -> None:
-    """Parses the command line; a mistake is one line."""
+    """Parse the command line; a mistake is one line."""
     cli.run(tyro.cli(Generate, prog="python -m yaongi.generate").run)
 
 

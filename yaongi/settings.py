@@ -45,7 +45,7 @@ class FieldChecks:
         self.what = what
 
     def require(self, condition: bool, name: str, wanted: str, got: object) -> None:
-        """Raises ValueError `what: name must be …, got …` when the condition doesn't hold."""
+        """Raise ValueError `what: name must be …, got …` when the condition doesn't hold."""
         if not condition:
             raise ValueError(f"{self.what}: {name} must be {wanted}, got {got}")
 

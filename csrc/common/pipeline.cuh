@@ -1,4 +1,4 @@
-// A ring of shared-memory stages between a producer (the copy engine) and consumers (the tensor cores).
+// A ring of shared-memory stages between a producer (TMA) and consumers (the tensor cores).
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Host side of the tensor copy engine: makes tensor maps, without linking to the driver.
+// Host side of TMA: makes tensor maps, without linking to the driver.
 #pragma once
 
 #include <cuda.h>

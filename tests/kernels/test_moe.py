@@ -274,7 +274,7 @@ def test_any_shape_and_routing(T: int, D: int, F: int, E: int, K: int, seed: int
         (
             {"expert_ids": torch.tensor([[0, 1], [2, 2]]).int()},
             ValueError,
-            "expert_ids must name an expert once a token, got 2 twice in token 1",
+            "expert_ids must name an expert once per token, got 2 twice in token 1",
         ),
         ({"x": torch.full((2, 8), torch.nan)}, ValueError, "x must be finite, got 16 non-finite values"),
         ({"w_up": torch.full((3, 6, 8), torch.inf)}, ValueError, "w_up must be finite, got 144 non-finite values"),

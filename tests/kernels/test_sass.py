@@ -63,7 +63,7 @@ def test_registers_and_stack(usage: dict[str, dict[str, int]]) -> None:
 
 
 def test_instructions(code: dict[str, str]) -> None:
-    """Tensor cores and copy engine are used; no loads or stores of spilled registers."""
+    """Tensor cores and TMA are used; no loads or stores of spilled registers."""
     assert code
     for name, sass in code.items():
         for instruction in budget_of(name).instructions:

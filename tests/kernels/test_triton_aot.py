@@ -70,7 +70,7 @@ def test_causal_conv1d(launch: Launch) -> None:
 
 @pytest.mark.parametrize("hidden", [256, 512, 1024, 1856])
 def test_moe(hidden: int) -> None:
-    """Every stage of the flagship's layer and its kin: tensor cores and copy engine where they belong, no spills."""
+    """Every stage of the flagship's layer and its kin: tensor cores and TMA where they belong, no spills."""
     T, D, E, K = 32768, 2048, 64, 6
     x, w_up, w_down, a = meta(T, D), meta(E, hidden, D), meta(E, D, hidden), meta(T * K, hidden)
     ids, weights = meta(T, K, dtype=torch.int32), meta(T, K, dtype=torch.float32)

@@ -41,7 +41,7 @@ def scan_arguments(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythin
     ],
 )
 def test_mamba_scan(L: int, P: int, G: int, N: int, dtype: torch.dtype, everything: bool) -> None:
-    """All kernels of both directions: tensor cores and copy engine, and no spill at the flagship's sizes."""
+    """All kernels of both directions: tensor cores and TMA, and no spill at the flagship's sizes."""
     inputs = scan_arguments(L, P, G, N, dtype, everything)
     kernels = compile_launcher(mamba_scan.mamba_scan_triton, *inputs, everything)
     kernels += compile_launcher(mamba_gradients.mamba_scan_backward_triton, inputs[0], inputs[-1], *inputs)

@@ -75,7 +75,7 @@ def test_count_command_needs_no_memory() -> None:
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "31,577,937,344" in done.stdout
-    assert "FLOPs a token" in done.stdout
+    assert "FLOPs per token" in done.stdout
     assert time.perf_counter() - start < 5
     assert int(done.stdout.split()[-2]) < 1_000_000  # kB, of the process itself
 

@@ -1,4 +1,4 @@
-"""``python -m yaongi.data download|tokenizer|tokenize|inspect``: from sources to token shards, one stage each."""
+"""`python -m yaongi.data download|tokenizer|tokenize|inspect`: from sources to token shards, one stage each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class TrainTokenizer:
     source: Sources = ("embedded",)
     out: Path = Path("data/tokenizer")  # folder to write
     vocab_size: int = 32768  # pieces in all
-    mix: str = DEFAULT_MIX_TEXT  # shares a domain, by bytes
+    mix: str = DEFAULT_MIX_TEXT  # shares per domain, by bytes
     megabytes: float = 60.0  # text to train on
 
     def run(self) -> None:
@@ -56,8 +56,8 @@ class Tokenize:
     held_out: float = 0.005  # share of documents to hold out where a domain has no val/
     near_duplicates: bool = True  # drop near duplicates too (MinHash), not only exact ones
     benchmark: tuple[str, ...] = ()  # kmmlu, haerae, logickor, gsm8k (hub), or files: drop documents that quote them
-    shard_tokens: int = 100_000_000  # tokens a shard
-    workers: int = 0  # processes; 0: one a core
+    shard_tokens: int = 100_000_000  # tokens per shard
+    workers: int = 0  # processes; 0: one per core
 
     def run(self) -> None:
         from yaongi.data.stages.tokenize_sources import Options, tokenize_sources

@@ -10,7 +10,7 @@ CHAT_TEMPLATE = (
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]]) -> str:
-    """``<|im_start|>role⏎content<|im_end|>⏎`` for each message that has content.
+    """`<|im_start|>role⏎content<|im_end|>⏎` for each message that has content.
 
     Raises:
         ValueError: a message without a role.

@@ -40,7 +40,7 @@ class Benchmarks:
     """The word runs of the benchmarks, as sorted 64-bit hashes by length."""
 
     def __init__(self, items: Iterable[str]) -> None:
-        """``items``: the texts of the benchmarks, a question with its choices each."""
+        """`items`: the texts of the benchmarks, a question with its choices each."""
         by_length: dict[int, list[NDArray[np.uint64]]] = {}
         self.items = 0
         for item in items:
@@ -65,7 +65,7 @@ class Benchmarks:
 
 
 def benchmark_texts(names: Sequence[str]) -> Iterator[str]:
-    """The items of local files or folders, or of ``kmmlu``, ``haerae``, ``logickor``, ``gsm8k`` from the hub.
+    """The items of local files or folders, or of `kmmlu`, `haerae`, `logickor`, `gsm8k` from the hub.
 
     A row's strings are joined, lists too; a .txt gives an item a line.
 

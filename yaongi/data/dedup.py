@@ -52,12 +52,12 @@ class Seen:
     """What came before. Documents must be offered in a fixed order for the choice to be the same again."""
 
     def __init__(self, *, near: bool = True) -> None:
-        """``near``: look for near duplicates too; that costs about 2 kB of memory a document."""
+        """`near`: look for near duplicates too; that costs about 2 kB of memory per document."""
         self._digests: set[bytes] = set()
         self._index = _new_index() if near else None
 
     def kind(self, key: bytes, sketch: NDArray[Any] | None) -> str | None:
-        """``"exact"`` or ``"near"`` for a document seen before; None for a new one, which is then remembered."""
+        """`"exact"` or `"near"` for a document seen before; None for a new one, which is then remembered."""
         if key in self._digests:
             return "exact"
         self._digests.add(key)

@@ -1,9 +1,9 @@
-"""``tokenizer.json`` and ``tokenizer_config.json`` for Hugging Face, with the ids of the SentencePiece model.
+"""`tokenizer.json` and `tokenizer_config.json` for Hugging Face, with the ids of the SentencePiece model.
 
 SentencePiece's blank mark never enters these files: pieces are stored with real blanks, so that a typed U+2581 is an
-unknown character and falls back to its three bytes, as in ``Tokenizer``. User-defined pieces are matched in the text
+unknown character and falls back to its three bytes, as in `Tokenizer`. User-defined pieces are matched in the text
 by both. Control pieces are *special* tokens here, as every Hugging Face tool expects: their names inside a text are
-matched, unless it is called with ``split_special_tokens=True``; ``Tokenizer`` always reads them as plain text.
+matched, unless it is called with `split_special_tokens=True`; `Tokenizer` always reads them as plain text.
 """
 
 import json
@@ -34,7 +34,7 @@ def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: 
 
 
 def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str]) -> str:
-    """The text of ``tokenizer.json``."""
+    """The text of `tokenizer.json`."""
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as HfTokenizer
 

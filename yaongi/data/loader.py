@@ -1,12 +1,12 @@
 """Batches of packed rows, as a pure function of (seed, sample number). Needs numpy and torch only.
 
-A row is ``row_tokens`` consecutive ids of the token stream of one domain; rows don't overlap, and the few tokens after
-the last whole row are not used. Sample ``n`` gets its domain from the mixture (``mix.Mixture``), and is the ``k``-th of
-that domain: epoch ``k // rows``, and within the epoch the row that a seeded permutation (``permute``) puts at
-``k % rows``. So what step 1200 trains on does not depend on how many processes, workers or micro-batches there are, nor
+A row is `row_tokens` consecutive ids of the token stream of one domain; rows don't overlap, and the few tokens after
+the last whole row are not used. Sample `n` gets its domain from the mixture (`mix.Mixture`), and is the `k`-th of
+that domain: epoch `k // rows`, and within the epoch the row that a seeded permutation (`permute`) puts at
+`k % rows`. So what step 1200 trains on does not depend on how many processes, workers or micro-batches there are, nor
 on what was read before; the position of a run is one number.
 
-Documents are cut at EOS, which belongs to the document it ends. ``document_ids`` count from 0 in each row; the model
+Documents are cut at EOS, which belongs to the document it ends. `document_ids` count from 0 in each row; the model
 predicts a token from the one before it in the same document.
 """
 
@@ -62,7 +62,7 @@ class TokenStream:
         self.tokens = int(self._starts[-1])
 
     def read(self, start: int, count: int) -> NDArray[np.uint16]:
-        """Ids ``start`` to ``start + count``: (count,)."""
+        """Ids `start` to `start + count`: (count,)."""
         out = np.empty(count, TOKEN)
         filled = 0
         part = int(np.searchsorted(self._starts, start, "right")) - 1
@@ -88,12 +88,12 @@ class Loader:
         mix: Mapping[str, float] | None = None,
         tokenizer_hash: str | None = None,
     ) -> None:
-        """Open and check the shards (see ``ShardSet.open``).
+        """Open and check the shards (see `ShardSet.open`).
 
         Args:
             row_tokens: L, the length of a row.
             batch_rows: rows of a global batch: of one optimizer step, all processes and micro-batches together.
-            mix: shares a domain; ``mix.DEFAULT_MIX`` if None.
+            mix: shares per domain; `mix.DEFAULT_MIX` if None.
             tokenizer_hash: what the shards must have been made with; not compared if None.
 
         Raises:
@@ -113,7 +113,7 @@ class Loader:
         self.eos_id = int(self.shard_set.manifest["eos_id"])
         self._streams = [self._stream("train", domain) for domain in self.domains]
         self.rows = {d: s.tokens // row_tokens for d, s in zip(self.domains, self._streams, strict=True)}
-        self.samples = 0  # consumed so far by ``stream``
+        self.samples = 0  # consumed so far by `stream`
 
     def read(self, samples: Iterable[int]) -> Batch:
         """The rows of the given sample numbers (B,), whatever was read before."""
@@ -128,10 +128,10 @@ class Loader:
     def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro: int = 0, micro_batch: int | None = None
     ) -> Batch:
-        """Micro-batch ``micro`` of process ``rank`` in optimizer step ``step``, if every step has ``batch_rows``.
+        """Micro-batch `micro` of process `rank` in optimizer step `step`, if every step has `batch_rows`.
 
         Raises:
-            ValueError: ``batch_rows`` is not a multiple of ``world_size * micro_batch``, or a number out of its range.
+            ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`, or a number out of its range.
         """
         per_rank, micro_batch = self._shares(world_size, micro_batch)
         if not (0 <= rank < world_size and 0 <= micro < per_rank // micro_batch and step >= 0):
@@ -149,7 +149,7 @@ class Loader:
     ) -> Iterator[Batch]:
         """Micro-batches from the consumed position on, without end, by a thread that reads a whole step's ahead.
 
-        ``state_dict`` counts a step once its last micro-batch has been handed out. Closing the generator ends the
+        `state_dict` counts a step once its last micro-batch has been handed out. Closing the generator ends the
         thread.
         """
         per_rank, micro_batch = self._shares(world_size, micro_batch)
@@ -169,7 +169,7 @@ class Loader:
             yield batch
 
     def held_out(self, domain: str, rows: int) -> HeldOut:
-        """``rows`` rows spread evenly over the domain's held-out split, or all it has; always the same ones.
+        """`rows` rows spread evenly over the domain's held-out split, or all it has; always the same ones.
 
         Raises:
             ValueError: the split is missing or does not fill one row.
@@ -193,7 +193,7 @@ class Loader:
         return {"samples": self.samples, "consumed": self.consumed(), **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``. It may come from another number of processes, micro-batch or batch size.
+        """Go on from `state`. It may come from another number of processes, micro-batch or batch size.
 
         Raises:
             ValueError: the state is of other data, another order or mixture; says what differs.
@@ -232,7 +232,7 @@ class Loader:
         return self.batch_rows // world_size, micro
 
     def _rows_at(self, domains: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row numbers at ``places`` (B,) of the orders of ``domains`` (B,): (B,)."""
+        """The row numbers at `places` (B,) of the orders of `domains` (B,): (B,)."""
         rows = np.empty_like(places)
         for domain, name in enumerate(self.domains):
             epochs, within = np.divmod(places, self.rows[name])
@@ -251,7 +251,7 @@ class Loader:
 
 
 def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """The same items, made by a thread that runs ``depth`` ahead; its exceptions are raised here."""
+    """The same items, made by a thread that runs `depth` ahead; its exceptions are raised here."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, depth))
     stop = threading.Event()
 

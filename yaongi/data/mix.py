@@ -21,7 +21,7 @@ _FINEST = 10_000
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
-    """The positive shares of ``mix`` in the order of ``DOMAINS``.
+    """The positive shares of `mix` in the order of `DOMAINS`.
 
     Raises:
         ValueError: an unknown domain, a negative or non-finite share, or nothing above zero.
@@ -38,7 +38,7 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """``"ko=40,en=20"`` as shares. ValueError as in ``check_mix``."""
+    """`"ko=40,en=20"` as shares. ValueError as in `check_mix`."""
     shares: dict[str, float] = {}
     for part in text.split(","):
         domain, _, share = part.strip().partition("=")
@@ -68,7 +68,7 @@ class Mixture:
     """The domain of every sample, and its place among the samples of that domain."""
 
     def __init__(self, mix: Mapping[str, float]) -> None:
-        """``mix``: shares a domain, on any scale. ValueError as in ``check_mix``."""
+        """`mix`: shares per domain, on any scale. ValueError as in `check_mix`."""
         self.shares = integer_shares(mix)
         self.domains = tuple(self.shares)
         self._size = np.array(list(self.shares.values()), np.int64)  # (domains,)
@@ -78,20 +78,20 @@ class Mixture:
         self._before = before  # (W + 1, domains): samples of each domain before a place in the period
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For sample numbers (n,): index into ``domains`` (n,), and how many of that domain came before (n,)."""
+        """For sample numbers (n,): index into `domains` (n,), and how many of that domain came before (n,)."""
         period, place = np.divmod(samples, len(self._pattern))
         domain = self._pattern[place]
         return domain, period * self._size[domain] + self._before[place, domain]
 
     def counts(self, samples: int) -> dict[str, int]:
-        """How many of the first ``samples`` samples each domain gives."""
+        """How many of the first `samples` samples each domain gives."""
         period, place = divmod(samples, len(self._pattern))
         total = period * self._size + self._before[place]
         return dict(zip(self.domains, total.tolist(), strict=True))
 
 
 def _tijdeman(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One period of the domain pattern for whole-number shares ``sizes`` (domains,)."""
+    """One period of the domain pattern for whole-number shares `sizes` (domains,)."""
     shares = sizes.tolist()
     total, domains = sum(shares), len(shares)
     if domains == 1:
@@ -110,7 +110,7 @@ def _tijdeman(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 def mixed_documents(
     sources: Mapping[str, Callable[[], Iterator[str]]], mix: Mapping[str, float], total_bytes: int
 ) -> Iterator[str]:
-    """About ``total_bytes`` of documents, the domains at their ratios by bytes; a domain that runs out starts again.
+    """About `total_bytes` of documents, the domains at their ratios by bytes; a domain that runs out starts again.
 
     Args:
         sources: for each domain, a function that gives its documents from the start.

@@ -1,4 +1,4 @@
-"""A shuffle without state: place ``i`` of an epoch to row number, computed for any ``i`` on its own.
+"""A shuffle without state: place `i` of an epoch to row number, computed for any `i` on its own.
 
 A balanced Feistel network permutes the numbers below the next power of four; numbers that fall outside the wanted range
 are sent through again until they fall inside (cycle walking; J. Black and P. Rogaway, "Ciphers with arbitrary finite
@@ -14,10 +14,10 @@ _ROUNDS = 6
 
 
 def permute(places: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]:
-    """The rows at ``places`` (n,) in the permutation of ``range(size)`` that ``key`` names: (n,).
+    """The rows at `places` (n,) in the permutation of `range(size)` that `key` names: (n,).
 
     Raises:
-        ValueError: a place outside ``range(size)``.
+        ValueError: a place outside `range(size)`.
     """
     if places.size and not 0 <= int(places.min()) <= int(places.max()) < size:
         raise ValueError(f"permute: places must be 0 to {size - 1}, got {int(places.min())} to {int(places.max())}")
@@ -31,7 +31,7 @@ def permute(places: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]
 
 
 def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One pass over numbers of ``2 * half`` bits."""
+    """One pass over numbers of `2 * half` bits."""
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask
     for key in keys:

@@ -1,6 +1,6 @@
 """Token shards on disk.
 
-A folder of shards holds ``manifest.json``, ``tokenizer/``, ``token_bytes.npy`` (UTF-8 bytes of each id) and, for each
+A folder of shards holds `manifest.json`, `tokenizer/`, `token_bytes.npy` (UTF-8 bytes of each id) and, for each
 split and domain, pairs of files::
 
     train/ko-00000.bin   the ids of its documents one after another, each ending in EOS: uint16, little-endian
@@ -46,7 +46,7 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes the documents of one source into shards of about ``shard_tokens`` tokens."""
+    """Writes the documents of one source into shards of about `shard_tokens` tokens."""
 
     def __init__(self, folder: Path, stem: str, source: str, licence: str, shard_tokens: int, vocab_size: int) -> None:
         self._folder, self._stem, self._source, self._licence = folder, stem, source, licence
@@ -104,7 +104,7 @@ def totals(shards: Sequence[Shard]) -> dict[str, int]:
 
 
 def write_manifest(folder: Path, splits: dict[str, dict[str, list[Shard]]], **fields: Any) -> None:
-    """Write ``manifest.json``; ``fields`` are added to it as they are."""
+    """Write `manifest.json`; `fields` are added to it as they are."""
     described = {
         split: {domain: {**totals(shards), "shards": [asdict(s) for s in shards]} for domain, shards in domains.items()}
         for split, domains in splits.items()
@@ -126,7 +126,7 @@ class ShardSet:
         """Read the manifest, and check every file against it.
 
         SHA-256 is computed for files whose size and modification time are not those of the last check, so the first
-        start reads everything once (``tokenize`` leaves the record of that, too) and later starts are instant.
+        start reads everything once (`tokenize` leaves the record of that, too) and later starts are instant.
 
         Raises:
             FileNotFoundError: no manifest or no shard.

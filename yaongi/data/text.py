@@ -17,7 +17,7 @@ _kept_powers: dict[int, NDArray[np.uint64]] = {}
 
 
 def normalize(text: str) -> str:
-    """``text`` in NFC (never NFKC: x² stays x²).
+    """`text` in NFC (never NFKC: x² stays x²).
 
     Raises:
         ValueError: a lone surrogate stands in it; such text has no UTF-8 form.
@@ -29,7 +29,7 @@ def normalize(text: str) -> str:
 
 
 def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Texts in lists that end with the text that reaches ``characters``; the last may be shorter."""
+    """Texts in lists that end with the text that reaches `characters`; the last may be shorter."""
     held: list[str] = []
     size = 0
     for text in texts:
@@ -43,7 +43,7 @@ def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def pieces(lines: Iterable[str], characters: int) -> Iterator[str]:
-    """Lines joined into pieces that end with the line that reaches ``characters``; the last may be shorter."""
+    """Lines joined into pieces that end with the line that reaches `characters`; the last may be shorter."""
     return map("".join, batches(lines, characters))
 
 
@@ -69,7 +69,7 @@ def _word_table() -> NDArray[np.bool_]:
 
 
 def _powers(base: int, count: int) -> NDArray[np.uint64]:
-    """``base ** i`` modulo 2^64 for i below ``count``: (count,). The longest so far is kept."""
+    """`base ** i` modulo 2^64 for i below `count`: (count,). The longest so far is kept."""
     known = _kept_powers.get(base)
     if known is None or len(known) < count:
         known = np.full(max(count, 1 << 16), base, np.uint64)
@@ -79,7 +79,7 @@ def _powers(base: int, count: int) -> NDArray[np.uint64]:
 
 
 def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each run of ``n`` words, from the hashes of the words: (words - n + 1,) or empty."""
+    """A 64-bit hash of each run of `n` words, from the hashes of the words: (words - n + 1,) or empty."""
     count = len(words) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)

@@ -4,8 +4,8 @@ Two things are added to SentencePiece itself.
 
 * Text is brought to NFC by Python first, so that a syllable costs the same whichever way it was typed.
 * SentencePiece writes a blank as U+2581 ("▁") and could not tell a typed U+2581 from a blank. A typed one is therefore
-  spelt by its three UTF-8 bytes, the pieces ``<0xE2> <0x96> <0x81>``, and nothing merges across it. Decoding needs no
-  special case, and ``tokenizer.json`` (see ``tokenizer_hf``) gives the same ids.
+  spelt by its three UTF-8 bytes, the pieces `<0xE2> <0x96> <0x81>`, and nothing merges across it. Decoding needs no
+  special case, and `tokenizer.json` (see `tokenizer_hf`) gives the same ids.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Tokenizer:
     """Text to ids and back. Ids 0 to 3 are pad, unk, bos and eos; control names inside a text stay plain text."""
 
     def __init__(self, model: bytes) -> None:
-        """``model``: the bytes of a SentencePiece model trained by ``train_tokenizer``."""
+        """`model`: the bytes of a SentencePiece model trained by `train_tokenizer`."""
         self.model = model
         self.hash = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -54,7 +54,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read ``tokenizer.model``, or the folder that holds it.
+        """Read `tokenizer.model`, or the folder that holds it.
 
         Raises:
             FileNotFoundError: there is none.
@@ -72,7 +72,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer: {file} is not a SentencePiece model ({error})") from error
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.model``, ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``."""
+        """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pieces = self.pieces()
@@ -80,17 +80,17 @@ class Tokenizer:
         write_atomically(folder / MODEL_FILE, self.model)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of ``text`` in NFC. ValueError on lone surrogates."""
+        """Ids of `text` in NFC. ValueError on lone surrogates."""
         text = normalize(text)
         ids = self._encode_marks(text) if SPACE_MARK in text else self._processor.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Iterable[str], *, bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """``encode`` of each text, on this thread; use processes to go faster, as ``tokenize`` does."""
+        """`encode` of each text, on this thread; use processes to go faster, as `tokenize` does."""
         return [self.encode(text, bos=bos, eos=eos) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``. Control pieces have none; bytes that are no UTF-8 become U+FFFD.
+        """The text of `ids`. Control pieces have none; bytes that are no UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -102,7 +102,7 @@ class Tokenizer:
         return self._processor.decode([i for i in plain if i > self.eos_id])
 
     def piece_to_id(self, piece: str) -> int:
-        """The id of a piece as SentencePiece writes it: ``<|im_start|>``, ``▁the``. KeyError if there is none."""
+        """The id of a piece as SentencePiece writes it: `<|im_start|>`, `▁the`. KeyError if there is none."""
         found = self._processor.piece_to_id(piece)
         if self._processor.id_to_piece(found) != piece:
             raise KeyError(f"tokenizer: no piece {piece!r}")
@@ -113,7 +113,7 @@ class Tokenizer:
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
     def is_byte(self, token: int) -> bool:
-        """Whether ``token`` is one of the 256 byte pieces."""
+        """Whether `token` is one of the 256 byte pieces."""
         return self._processor.is_byte(token)
 
     @property
@@ -136,7 +136,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
-    """Train on ``texts``, each a document; the caller mixes the domains (``mix.mixed_documents``).
+    """Train on `texts`, each a document; the caller mixes the domains (`mix.mixed_documents`).
 
     Args:
         vocab_size: pieces in all, of which 367 are fixed (control, user-defined and byte pieces).

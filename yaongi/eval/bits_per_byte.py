@@ -18,7 +18,7 @@ _POSITIONS_AT_ONCE = 1 << 14  # whose logits are brought to float32 together
 
 @torch.no_grad()
 def nats(model: Logits, rows: HeldOut, *, device: torch.device, rows_at_once: int = 1) -> float:
-    """The nats of all predicted tokens of ``rows``, summed in float64."""
+    """The nats of all predicted tokens of `rows`, summed in float64."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(rows.input_ids), rows_at_once):
         part = slice(start, start + rows_at_once)
@@ -35,7 +35,7 @@ def nats(model: Logits, rows: HeldOut, *, device: torch.device, rows_at_once: in
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """``nats`` over ln 2 over bytes. ValueError if there is no text."""
+    """`nats` over ln 2 over bytes. ValueError if there is no text."""
     if text_bytes < 1:
         raise ValueError(f"bits_per_byte: text_bytes must be 1 or more, got {text_bytes}")
     return nats / math.log(2) / text_bytes

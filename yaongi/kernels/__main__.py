@@ -7,7 +7,7 @@ from yaongi.kernels.backend import BACKENDS, OPS, info, unavailable
 
 
 def main() -> None:
-    """Prints the machine, a table of ops × backends, and the reason for each backend that can't run."""
+    """Print the machine, a table of ops × backends, and the reason for each backend that can't run."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"yaongi {yaongi.__version__}, torch {torch.__version__}, {gpu}\n")
     width = max(map(len, OPS)) + 2

@@ -21,7 +21,9 @@ Backend = Literal["cuda", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference on a GPU
 LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_C.so"
 _library = torch.library.Library("yaongi", "DEF")
-_forced: dict[str | None, Backend] = {}  # op, or None for every op; not a context variable: backward has its own thread
+# By op, None for every op; a plain dict, since the backward pass runs in another thread and would not see a context
+# variable.
+_forced: dict[str | None, Backend] = {}
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 PLAIN_ARGUMENTS = PLAIN_TENSORS | {type(None), float, int, bool, str}
 _value_checks = False
@@ -42,7 +44,7 @@ class Op:
     direct: dict[tuple[object, ...] | None, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the op: through torch's dispatcher, or past it when nothing there would look at the call.
+        """Call the op: through torch's dispatcher, or past it when nothing there would look at the call.
 
         The dispatcher and its Python autograd layer cost as much host time as all the rest of a call (docs/LAB.md), so
         a call on plain tensors that asks for no gradient, under no transform or mode, goes straight to a backend.
@@ -68,14 +70,14 @@ class Op:
         return unavailable(backend)
 
     def run_on_cpu(self, *args: Any) -> Any:
-        """Runs the reference, the only implementation for CPU tensors."""
+        """Run the reference, the only implementation for CPU tensors."""
         forced = _forced.get(self.name) or _forced.get(None)
         if forced not in (None, "reference"):
             raise RuntimeError(f'{self.name}: use_backend("{forced}") needs tensors on a GPU, got tensors on the CPU')
         return self._run("reference", args)
 
     def run_on_gpu(self, *args: Any) -> Any:
-        """Runs the forced implementation, or else the first that takes these arguments."""
+        """Run the forced implementation, or else the first that takes these arguments."""
         forced = _forced.get(self.name) or _forced.get(None)
         if forced is not None:
             reason = self.unavailable(forced) or self._refusal(forced, args)
@@ -151,7 +153,7 @@ def define(
     cuda_refuses: Callable[..., str | None] | None = None,
     value_check: Callable[..., None] | None = None,
 ) -> Op:
-    """Defines `torch.ops.yaongi.<name>` from a torch.library schema; call the result to call the op.
+    """Define `torch.ops.yaongi.<name>` from a torch.library schema; call the result to call the op.
 
     All implementations take the schema's arguments by position. `triton`, and `cuda` where it needs Triton too, is
     `package.module:function`, imported when first picked. A `refuses` function gets the same arguments and returns why
@@ -178,12 +180,12 @@ def define(
 
 
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Registers the autograd formula of an op, as `torch.library.register_autograd`."""
+    """Register the autograd formula of an op, as `torch.library.register_autograd`."""
     torch.library.register_autograd(f"yaongi::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def define_no_autograd(name: str) -> None:
-    """Registers that an op has no derivative: differentiating through it is an error, where torch only warns."""
+    """Register that an op has no derivative: differentiating through it is an error, where torch only warns."""
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{name}: there is no derivative of this op")
@@ -265,7 +267,7 @@ def _force(op: str | None, backend: Backend | None) -> None:
 
 
 def check_values(enabled: bool) -> None:
-    """Turns checked mode on or off: ops then also refuse bad values, at the cost of a synchronisation a call."""
+    """Turn checked mode on or off: ops then also refuse bad values, at the cost of a synchronisation per call."""
     global _value_checks
     _value_checks = enabled
 

@@ -31,7 +31,7 @@ class Arguments:
         *,
         unit_stride: bool = False,
     ) -> None:
-        """Checks a tensor's rank, sizes, dtype and device, and binds its letters to sizes.
+        """Check a tensor's rank, sizes, dtype and device, and bind its letters to sizes.
 
         `dims` names its dimensions; a leading `"..."` stands for any number of them. With `unit_stride` the last
         dimension must be contiguous. Raises TypeError for the kind, dtype and device, ValueError for shape and stride.
@@ -75,12 +75,12 @@ class Arguments:
         return ValueError(f"{self.op}: {name} must be ({', '.join(dims)}){bound}, got {tuple(shape)}")
 
     def require(self, condition: bool, name: str, wanted: str, got: object) -> None:
-        """Raises ValueError `op: name must be wanted, got …` when the condition doesn't hold."""
+        """Raise ValueError `op: name must be wanted, got …` when the condition doesn't hold."""
         if not condition:
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {got}")
 
     def integer(self, name: str, value: object, low: int, high: int | None = None, meaning: str = "") -> None:
-        """Checks a whole number in low..high; `meaning` explains the upper bound, as in `64 (E)`."""
+        """Check a whole number in low..high; `meaning` explains the upper bound, as in `64 (E)`."""
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
         if value < low or (high is not None and value > high):
@@ -88,19 +88,19 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} must be {low} {upper}, got {value}")
 
     def number(self, name: str, value: object) -> None:
-        """Checks a finite int or float."""
+        """Check a finite int or float."""
         if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{self.op}: {name} must be a number, got {type(value).__name__}")
         if not -math.inf < value < math.inf:
             raise ValueError(f"{self.op}: {name} must be finite, got {value}")
 
     def boolean(self, name: str, value: object) -> None:
-        """Checks that a value is True or False."""
+        """Check that a value is True or False."""
         if not isinstance(value, bool):
             raise TypeError(f"{self.op}: {name} must be a bool, got {type(value).__name__}")
 
     def choice(self, name: str, value: object, choices: tuple[object, ...]) -> None:
-        """Checks that a value is one of a few."""
+        """Check that a value is one of a few."""
         if value not in choices:
             wanted = " or ".join(repr(c) for c in choices)
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {value!r}")

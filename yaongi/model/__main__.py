@@ -1,4 +1,4 @@
-"""`python -m yaongi.model count PRESET`: parameters and FLOPs a token, computed from shapes in a second."""
+"""`python -m yaongi.model count PRESET`: parameters and FLOPs per token, computed from shapes in a second."""
 
 from dataclasses import dataclass
 
@@ -26,11 +26,11 @@ class Count:
         for name, number in [*rows, *((f"  {part}", number) for part, number in counts.parts.items())]:
             print(f"{name:<22}{number:>16,}")
         flops = flops_per_token(config, counts.active, self.sequence_length)
-        print(f"{f'FLOPs a token at {self.sequence_length}':<22}{flops / 1e9:>12,.2f} G")
+        print(f"{f'FLOPs per token at {self.sequence_length}':<22}{flops / 1e9:>12,.2f} G")
 
 
 def main() -> None:
-    """Parses the command line and runs the subcommand; a mistake is one line."""
+    """Parse the command line and run the subcommand; a mistake is one line."""
     cli.run(tyro.extras.subcommand_cli_from_dict({"count": Count}, prog="python -m yaongi.model").run)
 
 

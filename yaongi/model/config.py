@@ -65,7 +65,7 @@ class PrecisionConfig:
 class ModelConfig:
     """A model to the parameter. `from_dict` and the constructor refuse what doesn't fit, in one line (ValueError)."""
 
-    pattern: str  # a letter a layer: M Mamba-2, E experts, * attention
+    pattern: str  # a letter per layer: M Mamba-2, E experts, * attention
     hidden_size: int
     vocab_size: int
     mamba_heads: int

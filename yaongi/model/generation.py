@@ -45,7 +45,7 @@ class Cache:
 def prefill(
     model: Yaongi, input_ids: Tensor, document_ids: Tensor | None = None, *, capacity: int
 ) -> tuple[Tensor, Cache]:
-    """Reads the prompts. The steps go on with the last document of each row.
+    """Read the prompts. The steps go on with the last document of each row.
 
     Args:
         input_ids: (B, L). document_ids: (B, L) int32, as of the model's forward. capacity: tokens to make room for.
@@ -74,7 +74,7 @@ def prefill(
 
 @torch.no_grad()
 def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
-    """Reads one more token of each row, (B,) whole numbers; logits of the one after it, (B, V)."""
+    """Read one more token of each row, (B,) whole numbers; logits of the one after it, (B, V)."""
     if cache.position >= cache.capacity:
         raise ValueError(f"step: position must be below {cache.capacity} (capacity), got {cache.position}")
     check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)

@@ -24,7 +24,7 @@ DT_FLOOR = 1e-4
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draws every parameter that is not on the meta device, by its role:
+    """Draw every parameter that is not on the meta device, by its role:
 
     normal with std sqrt(0.8/d), what a layer adds to the residual divided by sqrt(layers); norms and D one;
     A ~ U(1, 16); dt log-uniform in 1e-3..0.1 (at least 1e-4) through the inverse softplus; the Mamba convolution
@@ -49,7 +49,7 @@ def _key(seed: int, name: str) -> int:
 
 
 def _draw(name: str, numbers: Tensor, generator: torch.Generator, config: ModelConfig) -> Tensor:
-    """Fills the numbers with what the parameter of this name starts from."""
+    """Fill the numbers with what the parameter of this name starts from."""
     if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
         return numbers.fill_(1)
     if name.endswith("engram.conv.weight"):

@@ -249,7 +249,7 @@ class Yaongi(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model into a folder, in its own dtype: the `nemotron_h` layout of the hub when it has no Engram,
+        """Write the model into a folder, in its own dtype: the `nemotron_h` layout of the hub when it has no Engram,
         and otherwise our own `yaongi`, which keeps everything and which transformers loads with trust_remote_code.
         """
         hub.save(self, self.config, self.count_parameters(), Path(folder))
@@ -283,7 +283,7 @@ class Yaongi(nn.Module):
 
 
 def check_tokens(input_ids: Tensor, document_ids: Tensor | None, vocab_size: int) -> None:
-    """Refuses ids of another shape or dtype, and on the CPU those outside the vocabulary."""
+    """Refuse ids of another shape or dtype, and on the CPU those outside the vocabulary."""
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"model: input_ids must be int64 or int32, got {str(input_ids.dtype).removeprefix('torch.')}")
     if input_ids.dim() != 2 or 0 in input_ids.shape:

@@ -1,8 +1,8 @@
-"""The trainer: ``python -m yaongi.train``.
+"""The trainer: `python -m yaongi.train`.
 
-The rooms, in the order of a run: ``command_line``, ``config``; ``build``, ``plan``, ``memory``; ``session``, which
-holds the run together, with ``folder``, ``checkpoint``, ``log``, ``sinks``; ``step``, ``optim``, ``schedule``,
-``guard``; ``evaluate``, ``export``, ``report``; and ``distributed``, which is all of them on many devices.
+The rooms, in the order of a run: `command_line`, `config`; `plan`; `session`, which holds the run together; `step`,
+`optimizer`, `schedule`; `metrics`, `evaluation`, `checkpoint`, `report`; and `distributed`, which is all of it on many
+devices.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""``python -m yaongi.train --preset yaongi-tiny``: pretraining, on one device or under ``torchrun``.
+"""`python -m yaongi.train --preset yaongi-tiny`: pretraining, on one device or under `torchrun`.
 
 It resumes by itself when its output folder holds a run of the same configuration and data.
 """

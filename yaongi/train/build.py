@@ -33,7 +33,7 @@ def open_data(config: Config) -> tuple[Loader, Tokenizer]:
 
 
 def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """``config`` with a model of the tokenizer's vocabulary and control ids."""
+    """`config` with a model of the tokenizer's vocabulary and control ids."""
     model = dataclasses.replace(
         config.model,
         vocab_size=tokenizer.vocab_size,

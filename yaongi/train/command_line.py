@@ -11,7 +11,7 @@ DEFAULT_PRESET = "yaongi-tiny"
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that ``arguments`` ask for; ends the program for ``--help`` or an unknown option.
+    """The configuration that `arguments` ask for; ends the program for `--help` or an unknown option.
 
     Raises:
         FileNotFoundError: no such preset or file. ValueError: a value that doesn't fit, or no tyro.

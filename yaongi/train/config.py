@@ -1,6 +1,6 @@
-"""What a run is: the model, what decides its weights (``Training``), and what doesn't (``Running``).
+"""What a run is: the model, what decides its weights (`Training`), and what doesn't (`Running`).
 
-A preset is a TOML file with a ``[model]`` and a ``[train]`` table; every field can be overridden on the command line.
+A preset is a TOML file with a `[model]` and a `[train]` table; every field can be overridden on the command line.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Training:
 
     @property
     def stacked_kinds(self) -> set[str]:
-        """The words of ``stacked``."""
+        """The words of `stacked`."""
         return set(self.stacked.split(","))
 
     @property
@@ -62,7 +62,7 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that ``tokens`` fill, at least one."""
+        """Optimizer steps that `tokens` fill, at least one."""
         return max(1, round(self.tokens / self.batch_tokens))
 
     def weight_dtype(self, device: torch.device) -> torch.dtype:
@@ -102,12 +102,12 @@ class Running:
     stop_after: int = 0  # save and stop after this step, to go on another time; 0: at the end
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_rows: int = 0  # rows a forward pass; 0: what fits
-    recompute: str = "none"  # layers computed again in the backward pass: all, or by commas mamba, experts, 7, 0-25
+    recompute: str = "none"  # layers computed again in the backward pass: all, or mamba, experts, 7, 0-25 with commas
     deterministic: bool = True  # the same bits every time, also on a GPU
-    cuda_graph: bool = True  # on one GPU: micro-batches are recorded once and replayed, without waiting for Python
+    cuda_graph: bool = True  # micro-batches recorded once as a CUDA graph and replayed, on one GPU
     log_every: int = 10  # steps between lines; every step goes to metrics.jsonl
     evaluate_every: int = 500  # steps between evaluations; also before the first and after the last step
-    evaluate_rows: int = 32  # held-out rows a domain
+    evaluate_rows: int = 32  # held-out rows per domain
     sample_tokens: int = 64  # length of the three samples; 0: none
     checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # newest checkpoints kept
@@ -166,5 +166,5 @@ def load_config(name: str) -> Config:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """The whole of ``config`` as plain values that JSON can hold."""
+    """The whole of `config` as plain values that JSON can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -23,7 +23,7 @@ class Evaluator:
     """Holds the held-out rows, which are the same at every evaluation and for any number of processes."""
 
     def __init__(self, loader: Loader, rows: int, world: World, warn: Callable[[str], None]) -> None:
-        """``rows``: of each domain. A domain whose held-out text doesn't fill one row is left out, with a warning."""
+        """`rows`: of each domain. A domain whose held-out text doesn't fill one row is left out, with a warning."""
         self._world = world
         self._held_out: dict[str, HeldOut] = {}
         for domain in loader.domains:
@@ -74,10 +74,10 @@ def draw_samples(model: Yaongi, tokenizer: Tokenizer, tokens: int, device: torch
 
 
 def continue_text(model: Yaongi, tokenizer: Tokenizer, prompt: str, tokens: int, device: torch.device) -> str:
-    """Up to ``tokens`` tokens after ``prompt``, until the document ends.
+    """Up to `tokens` tokens after `prompt`, until the document ends.
 
     Tokens are drawn from the likeliest few with a generator of their own. Every token is a whole forward pass, which
-    needs nothing but ``model.forward`` and so works sharded too.
+    needs nothing but `model.forward` and so works sharded too.
     """
     generator = torch.Generator().manual_seed(0)
     ids = tokenizer.encode(prompt)

@@ -4,20 +4,20 @@ import math
 
 
 def scientific(value: float) -> str:
-    """``2.0e-3``."""
+    """`2.0e-3`."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def significant(value: float) -> str:
-    """Three digits: ``632``, ``41.8``, ``0.0312``."""
+    """Three digits: `632`, `41.8`, `0.0312`."""
     if value <= 0 or not math.isfinite(value):
         return f"{value:.0f}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def short(value: float) -> str:
-    """``83k``, ``1.2M``, ``950``."""
+    """`83k`, `1.2M`, `950`."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{unit}" if value < 10 * limit else f"{value / limit:.0f}{unit}"
@@ -25,7 +25,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``46h04m``, ``3m20s``, ``12s``."""
+    """`46h04m`, `3m20s`, `12s`."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

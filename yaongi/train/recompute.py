@@ -1,7 +1,7 @@
 """Which layers give up their activations and compute them again in the backward pass: the policy of a config."""
 
 KINDS = {"mamba": "M", "experts": "E", "attention": "*"}
-CHEAPEST, MOST = "mamba", "all"  # 2.2 ms a GB on an H100, experts and attention 6.1 (benchmarks/bench_layers.py)
+CHEAPEST, MOST = "mamba", "all"  # 2.2 ms per GB on an H100, experts and attention 6.1 (benchmarks/bench_layers.py)
 
 
 def recomputed_layers(policy: str, pattern: str) -> tuple[int, ...]:
@@ -9,7 +9,7 @@ def recomputed_layers(policy: str, pattern: str) -> tuple[int, ...]:
 
     Args:
         policy: "none", "all", or by commas kinds of layers (mamba, experts, attention), layers (7) and ranges (0-25).
-        pattern: one letter a layer, as in the model's config.
+        pattern: one letter per layer, as in the model's config.
 
     Raises:
         ValueError: something else stands in it, or a layer that the model doesn't have.

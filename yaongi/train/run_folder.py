@@ -38,7 +38,7 @@ class Lock:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run has left in ``folder``, and nothing else."""
+    """Remove what a run has left in `folder`, and nothing else."""
     for name in RUN_ENTRIES:
         path = folder / name
         if path.is_dir():
@@ -53,7 +53,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make ``folder``. OSError if it can't be made or written."""
+    """Make `folder`. OSError if it can't be made or written."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"train: {folder} can't be written")

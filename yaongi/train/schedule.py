@@ -35,19 +35,19 @@ class Schedule:
 
     @property
     def decay_steps(self) -> int:
-        """Steps of the descent: the last ``decay`` for WSD, all that follow the warm-up for cosine."""
+        """Steps of the descent: the last `decay` for WSD, all that follow the warm-up for cosine."""
         if self.kind == "cosine":
             return self.steps - self.warmup_steps
         return min(self.steps - self.warmup_steps, math.ceil(self.steps * self.decay))
 
     def phase(self, step: int) -> str:
-        """``warmup``, ``stable`` or ``decay``, for a step counted from 0."""
+        """`warmup`, `stable` or `decay`, for a step counted from 0."""
         if step < self.warmup_steps:
             return "warmup"
         return "decay" if step >= self.steps - self.decay_steps else "stable"
 
     def lr(self, step: int, peak: float) -> float:
-        """The learning rate of ``step``, counted from 0, whose highest value is ``peak``."""
+        """The learning rate of `step`, counted from 0, whose highest value is `peak`."""
         phase = self.phase(step)
         if phase == "warmup":
             return peak * (step + 1) / self.warmup_steps

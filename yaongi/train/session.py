@@ -33,7 +33,7 @@ PATIENCE = 3.0  # seconds that a checkpoint may hold training up before that is 
 
 
 class Session:
-    """Opened by ``start``; a context that puts everything away at its end."""
+    """Opened by `start`; a context that puts everything away at its end."""
 
     def __init__(self, config: Config, world: World) -> None:
         """Open the data and work out the plan; nothing is written yet.
@@ -199,7 +199,7 @@ class Session:
                     self.display.say(f"  {name}: {' '.join(sample.split())}")
 
     def save(self, *, wait: bool = False) -> None:
-        """Begin a checkpoint; ``wait`` until it is in place. How long training stood still for it is recorded.
+        """Begin a checkpoint; `wait` until it is in place. How long training stood still for it is recorded.
 
         One is written at a time: where the one before isn't on the disk yet, training waits, and is told so.
 
@@ -239,7 +239,7 @@ class Session:
         self.world.barrier()
 
     def due(self, every: int) -> bool:
-        """Whether something that happens each ``every`` steps, and after the last one, happens now."""
+        """Whether something that happens each `every` steps, and after the last one, happens now."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def _tensors(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class StopRequest:
 
 
 def resume_command(arguments: Sequence[str]) -> str:
-    """The command line that goes on with this run: the same one without ``--fresh`` and ``--stop-after``."""
+    """The command line that goes on with this run: the same one without `--fresh` and `--stop-after`."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:

@@ -18,11 +18,11 @@ class HubSource:
 
     Attributes:
         share: percent of the mix's tokens.
-        files: glob patterns of its files (``*`` crosses folders).
+        files: glob patterns of its files (`*` crosses folders).
         fields: where a row's text is; only these columns are read, so that drifting types elsewhere don't matter.
         revision: branch, tag or commit; the first download resolves it to a commit, and goes on from that one.
-        fallback: name of another source in ``FALLBACKS``, taken when this one cannot be had.
-        blobs: rows hold no text but a ``blob_id``, whose content lies in Software Heritage's bucket.
+        fallback: name of another source in `FALLBACKS`, taken when this one cannot be had.
+        blobs: rows hold no text but a `blob_id`, whose content lies in Software Heritage's bucket.
     """
 
     domain: str
@@ -77,7 +77,7 @@ class HubRepository:
     """A data set on the Hugging Face hub, at a commit."""
 
     def __init__(self, source: HubSource, revision: str | None = None) -> None:
-        """Resolve ``revision`` (or the source's) to a commit. OSError or HfHubHTTPError when that fails."""
+        """Resolve `revision` (or the source's) to a commit. OSError or HfHubHTTPError when that fails."""
         from huggingface_hub import HfApi, HfFileSystem
 
         info = HfApi().dataset_info(source.id, revision=revision or source.revision)
@@ -97,7 +97,7 @@ class HubRepository:
 
 
 class MirrorRepository:
-    """The same files in a local folder, ``MIRROR/owner/name/…``."""
+    """The same files in a local folder, `MIRROR/owner/name/…`."""
 
     def __init__(self, mirror: Path, source: HubSource) -> None:
         """FileNotFoundError if the mirror lacks the data set."""
@@ -140,7 +140,7 @@ class BlobStore(Protocol):
 
 
 class SoftwareHeritage:
-    """The public bucket ``s3://softwareheritage/content``, over HTTPS."""
+    """The public bucket `s3://softwareheritage/content`, over HTTPS."""
 
     url = "https://softwareheritage.s3.amazonaws.com/content/"
 
@@ -159,7 +159,7 @@ class SoftwareHeritage:
 
 
 class MirrorBlobs:
-    """The same in a local folder, ``MIRROR/softwareheritage/content/BLOB_ID``."""
+    """The same in a local folder, `MIRROR/softwareheritage/content/BLOB_ID`."""
 
     def __init__(self, mirror: Path) -> None:
         self._folder = mirror / "softwareheritage" / "content"

@@ -19,7 +19,7 @@ _TXT_DOCUMENT_CHARACTERS = 1 << 16
 
 
 def file_format(name: str) -> str | None:
-    """``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` for a name that can be read, compressed or not, else None."""
+    """`.txt`, `.jsonl`, `.json` or `.parquet` for a name that can be read, compressed or not, else None."""
     stem = name.lower()
     for ending in COMPRESSIONS:
         stem = stem.removesuffix(ending)
@@ -30,7 +30,7 @@ def file_format(name: str) -> str | None:
 
 
 def data_files(path: Path) -> list[Path]:
-    """``path`` itself, or every readable file below it, sorted.
+    """`path` itself, or every readable file below it, sorted.
 
     Raises:
         FileNotFoundError: nothing there, or nothing in a known format.
@@ -49,7 +49,7 @@ def read_documents(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[
     """The documents of one file. A .txt is one document, or several of about 64k characters when it is longer.
 
     Raises:
-        ValueError: broken compression, not UTF-8, not JSON, or a row with none of ``fields``; names file and row.
+        ValueError: broken compression, not UTF-8, not JSON, or a row with none of `fields`; names file and row.
     """
     with path.open("rb") as file:
         for row, record in enumerate(read_rows(file, path.name, fields)):
@@ -57,7 +57,7 @@ def read_documents(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[
 
 
 def document(record: Mapping[str, Any], fields: Sequence[str], where: str) -> str:
-    """The text of a row: its first field among ``fields``; a list of chat messages is rendered.
+    """The text of a row: its first field among `fields`; a list of chat messages is rendered.
 
     Raises:
         ValueError: no such field, or one that is neither text nor messages.
@@ -72,7 +72,7 @@ def document(record: Mapping[str, Any], fields: Sequence[str], where: str) -> st
 
 
 def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of a file from number ``start`` on; ``name`` gives the format. Parquet reads only ``fields``.
+    """Rows of a file from number `start` on; `name` gives the format. Parquet reads only `fields`.
 
     Raises:
         ValueError: the content is not what the name says; names the row.

@@ -9,7 +9,7 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of one domain and origin. ``split`` None: to be divided by ``is_held_out``."""
+    """Documents of one domain and origin. `split` None: to be divided by `is_held_out`."""
 
     domain: str
     split: str | None

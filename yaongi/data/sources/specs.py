@@ -20,7 +20,7 @@ from yaongi.files import sha256_file
 
 
 def open_sources(specs: Sequence[str]) -> list[Source]:
-    """The sources that ``specs`` name, in order.
+    """The sources that `specs` name, in order.
 
     Raises:
         FileNotFoundError: a path without readable files.
@@ -49,7 +49,7 @@ def open_sources(specs: Sequence[str]) -> list[Source]:
 
 
 def _folder_sources(folder: Path) -> list[Source]:
-    """``train/DOMAIN…`` and ``val/DOMAIN…``; a subfolder of ``train/DOMAIN/`` is a source of its own."""
+    """`train/DOMAIN…` and `val/DOMAIN…`; a subfolder of `train/DOMAIN/` is a source of its own."""
     found = []
     for domain in DOMAINS:
         parts = {split: _domain_paths(folder / split, domain) for split in (TRAIN, VAL)}

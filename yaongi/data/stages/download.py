@@ -1,7 +1,7 @@
 """Bring the hub's data sets to disk: resumable by (file, row), within a budget, counted, licences recorded.
 
-A source becomes a folder ``train/DOMAIN/NAME/`` of ``part-00000.jsonl.zst``, … and ``source.json``, which ``sources``
-reads as it stands. A part is written under a temporary name and renamed, then ``source.json`` takes note of it and of
+A source becomes a folder `train/DOMAIN/NAME/` of `part-00000.jsonl.zst`, … and `source.json`, which `sources`
+reads as it stands. A part is written under a temporary name and renamed, then `source.json` takes note of it and of
 the next (file, row): an interruption costs the part under way, never a duplicate or a gap.
 """
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """What is on disk of a source, and where to go on: the content of ``source.json``."""
+    """What is on disk of a source, and where to go on: the content of `source.json`."""
 
     id: str
     revision: str
@@ -77,7 +77,7 @@ class Places:
 def download(
     out: Path, total_tokens: float, places: Places, *, names: tuple[str, ...] = (), say: Callable[[str], None] = print
 ) -> dict[str, Progress]:
-    """Bring every source of ``HUB_SOURCES`` (or those in ``names``) up to its share of ``total_tokens``.
+    """Bring every source of `HUB_SOURCES` (or those in `names`) up to its share of `total_tokens`.
 
     Raises:
         ValueError: an unknown name, a source that gives no rows.
@@ -99,7 +99,7 @@ def download(
 def download_source(
     source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None] = print
 ) -> Progress:
-    """One source up to ``budget_bytes`` of UTF-8 text, or its end; its fallback if it cannot be had at all."""
+    """One source up to `budget_bytes` of UTF-8 text, or its end; its fallback if it cannot be had at all."""
     try:
         return _Download(source, folder, budget_bytes, places, say).run()
     except _unavailable() as error:
@@ -128,7 +128,7 @@ class _Download:
         self.progress.budget_bytes = max(budget_bytes, self.progress.budget_bytes)
 
     def run(self) -> Progress:
-        """Write parts until the budget or the end; then say so in ``source.json``."""
+        """Write parts until the budget or the end; then say so in `source.json`."""
         progress = self.progress
         texts = iter(()) if progress.done else self._texts()
         while not progress.done:
@@ -252,7 +252,7 @@ def _unavailable() -> tuple[type[Exception], ...]:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """``HTTPError`` is the base of all that the hub's HTTP client raises, whichever client its version uses."""
+    """`HTTPError` is the base of all that the hub's HTTP client raises, whichever client its version uses."""
     from huggingface_hub.errors import HTTPError
 
     return OSError, HTTPError

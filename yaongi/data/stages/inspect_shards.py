@@ -16,7 +16,7 @@ def inspect_shards(folder: Path, samples: int = 1, console: Console | None = Non
     """Check every file, then print counts a domain, what was dropped, and the first held-out documents.
 
     Raises:
-        ValueError, FileNotFoundError: as in ``ShardSet.open``.
+        ValueError, FileNotFoundError: as in `ShardSet.open`.
     """
     console = console or Console()
     shard_set = ShardSet.open(folder)

@@ -30,7 +30,7 @@ _BATCH_CHARACTERS = 1 << 19
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the result of ``tokenize_sources``."""
+    """What changes the result of `tokenize_sources`."""
 
     held_out: float = 0.005
     near_duplicates: bool = True
@@ -51,7 +51,7 @@ class _Document:
 
 
 class _Worker:
-    """Reads a document once and says all there is to say of it. One a process."""
+    """Reads a document once and says all there is to say of it. One per process."""
 
     def __init__(self, model: bytes, benchmarks: Benchmarks, options: Options) -> None:
         self.tokenizer, self.benchmarks, self.options = Tokenizer(model), benchmarks, options
@@ -81,7 +81,7 @@ def tokenize_sources(
     workers: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write the token shards of ``specs`` (see ``sources``) into ``out``; nothing is done when they are there already.
+    """Write the token shards of `specs` (see `sources`) into `out`; nothing is done when they are there already.
 
     Held-out documents are taken first, so that a training document that repeats one is dropped as a duplicate.
 
@@ -239,7 +239,7 @@ def _run_worker(texts: list[str]) -> list[_Document]:
 
 @contextmanager
 def _pool(worker: _Worker, count: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[_Document]]]:
-    """A function from batches of texts to their documents, in order, computed on ``count`` processes."""
+    """A function from batches of texts to their documents, in order, computed on `count` processes."""
     if count == 1:
         yield lambda batches: chain.from_iterable(map(worker, batches))
         return

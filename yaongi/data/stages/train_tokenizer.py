@@ -25,12 +25,12 @@ def train_on_sources(
     *,
     say: Callable[[str], None] = print,
 ) -> Tokenizer:
-    """Train on about ``total_bytes`` of ``specs`` (see ``sources``), at the ratios of ``mix``, and save into ``out``.
+    """Train on about `total_bytes` of `specs` (see `sources`), at the ratios of `mix`, and save into `out`.
 
-    Nothing is done when ``out`` holds the tokenizer of the same text and settings.
+    Nothing is done when `out` holds the tokenizer of the same text and settings.
 
     Raises:
-        ValueError, FileNotFoundError: as in ``open_sources``, ``mixed_documents`` and ``train_tokenizer``.
+        ValueError, FileNotFoundError: as in `open_sources`, `mixed_documents` and `train_tokenizer`.
     """
     sources = [source for source in open_sources(specs) if source.split != VAL]
     inputs = [[s.domain, s.name, s.fingerprint()] for s in sources]

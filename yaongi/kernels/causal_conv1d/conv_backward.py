@@ -46,7 +46,7 @@ def _store_dx(
     HAS_STATE: tl.constexpr,
     HAS_DFINAL: tl.constexpr,
 ):
-    """Adds the final state's gradient to a finished row of dx, and stores it where it belongs."""
+    """Add the final state's gradient to a finished row of dx, and store it where it belongs."""
     if HAS_DFINAL:
         i = row - (L - (W - 1))
         reached = (i >= 0) & (row < L)

@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """ROWS positions and BLOCK_C channels a program."""
+    """ROWS positions and BLOCK_C channels per program."""
 
     rows: int
     block_c: int

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 Tensor = torch.Tensor
-BLOCK = 4096  # logits a program holds in its registers, 16 a thread
+BLOCK = 4096  # logits a program holds in its registers, 16 per thread
 NUM_WARPS = 8
 
 

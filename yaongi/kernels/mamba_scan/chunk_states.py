@@ -122,7 +122,7 @@ def _mamba_scan_chain_kernel(
 def _walk(
     scan: Scan, x: Tensor, b: Tensor, entry: Tensor | None, states: Tensor | None, end: Tensor | None, reverse: bool
 ) -> None:
-    """Launches the states kernel: where `states` is None the totals of all segments but the walk's last."""
+    """Launch the states kernel: where `states` is None the totals of all segments but the walk's last."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
     config = STATES[x.element_size()]

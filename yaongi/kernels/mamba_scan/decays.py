@@ -24,16 +24,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter ha
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-ZERO_DECAY = tl.constexpr(-256.0)  # a step of this exponent leaves zero in fp32, as every stronger decay does
+ZERO_DECAY = tl.constexpr(-256.0)  # log2 of a decay that is zero in fp32
 
-PLANES = tl.constexpr(4)  # of the steps
+PLANES = tl.constexpr(4)  # numbers kept per token
 
 # By bytes of an operand's element: 64 rows are the tensor core's tile; fp32 goes without it, and takes few registers.
 CHUNK = {2: 64, 4: 16}
 
-RESIDENT_PROGRAMS = 264  # walks that fill the 132 multiprocessors, two on each
+RESIDENT_PROGRAMS = 264  # that fill an H100: two per multiprocessor
 
-UNSEGMENTED_FROM = 128  # walks from which a backward pass does better with the sequence whole
+UNSEGMENTED_FROM = 128  # from this many programs on a backward pass keeps the sequence in one segment
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def load_delta(dt_ptr, bias_ptr, batch, token, head, inside, stride_b, stride_l,
 
 @triton.jit
 def load_row(desc, row, start, CHUNK: tl.constexpr):
-    """CHUNK tokens of a row of the steps, through the copy engine like the tiles, since many layouts want them."""
+    """CHUNK tokens of a row of the steps, through TMA like the tiles, since many layouts want them."""
     return desc.load([row, start]).reshape(CHUNK)
 
 

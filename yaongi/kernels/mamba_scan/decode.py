@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """BLOCK_P rows of one head's state a program."""
+    """BLOCK_P rows of one head's state per program."""
 
     block_p: int
     num_warps: int

@@ -213,7 +213,7 @@ def _document_masks(document_ids: Tensor | None, x: Tensor) -> tuple[Tensor, Ten
 
 
 def _carry(gained: Tensor, through: Tensor, state: Tensor | None, *, backward: bool = False) -> tuple[Tensor, Tensor]:
-    """Runs state ← through_z · state + gained_z over the chunks; the state before each chunk, and the last one."""
+    """Run state ← through_z · state + gained_z over the chunks; the state before each chunk, and the last one."""
     batch, chunks, *rest = gained.shape
     state = gained.new_zeros(batch, *rest) if state is None else state.to(gained.dtype).reshape(batch, *rest)
     before = [state] * chunks

@@ -36,12 +36,13 @@ from yaongi.kernels.mamba_scan.decays import (
 from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, state_block, store_tile
 
 Tensor = torch.Tensor
-UNDERFLOW = tl.constexpr(-126.0)  # no gradient passes a step that leaves less than 2^−126: only rounding would
+# log2 of the smallest decay through which a gradient flows: below, only rounding errors would.
+UNDERFLOW = tl.constexpr(-126.0)
 
 # By bytes of an operand's element; those for 2 found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
 GRADIENTS = {2: Config(num_warps=8, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
 WIDE_GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: GRADIENTS[4]}  # N > 128: a third stage has no room
-STATES_BYTES = 600e6  # of the states and their gradients together that a backward pass keeps at a time
+STATES_BYTES = 600e6  # of states and their gradients that a backward pass keeps at a time
 
 
 @triton.jit
@@ -85,7 +86,8 @@ def _mamba_scan_gradients_kernel(
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = chunk * CHUNK
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    # One round, but a loop: a product that plainly feeds another has all warps along its rows, here each row twice.
+    # A loop of one iteration: without it Triton lays all warps along the rows of a product that feeds another, and each
+    # row is computed twice.
     for n in range(0, N, BLOCK_N):
         c = load_tile(c_desc, batch, start, group, n, CHUNK, BLOCK_N)
         b = load_tile(b_desc, batch, start, group, n, CHUNK, BLOCK_N)
@@ -219,7 +221,7 @@ def scan_gradients(
     states: Tensor,
     dstates: Tensor,
 ) -> Tensor:
-    """Fills dx, db and dc; returns the sums along P, N and the chunk that the step sizes' gradients are made from."""
+    """Fill dx, db and dc; returns the sums along P, N and the chunk that the step sizes' gradients are made from."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
     blocks_p = triton.cdiv(P, block_p)
@@ -254,7 +256,7 @@ def scan_gradients(
 def decay_gradients(
     scan: Scan, ddt: Tensor, sums: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, *, has_d: bool
 ) -> Tensor:
-    """Fills ddt; returns the gradients of A, D and dt_bias, (3, H) in fp32."""
+    """Fill ddt; returns the gradients of A, D and dt_bias, (3, H) in fp32."""
     B, H, blocks_p = sums.shape[:3]
     partial = torch.empty(3, B * scan.chunks, H, dtype=torch.float32, device=dt.device)
     block_h = min(4, triton.next_power_of_2(H))
@@ -336,7 +338,7 @@ def fill_gradients(
     document_ids: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fills dx, ddt, db and dc, which the copy engine must reach; returns dA, dD, ddt_bias and dinitial_state."""
+    """Fill dx, ddt, db and dc, which TMA must reach; returns dA, dD, ddt_bias and dinitial_state."""
     (B, L, H, P), (G, N) = x.shape, b.shape[2:]
     dy, x, b, c = (addressable(t) for t in (dy, x, b, c))
     slices = slices_of(2 * B * H * L * P * N * x.element_size() / CHUNK[x.element_size()], H, G)

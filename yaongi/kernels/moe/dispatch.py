@@ -63,7 +63,7 @@ def _moe_dispatch_offset_kernel(
 def _moe_dispatch_place_kernel(
     ids_ptr, first_ptr, order_ptr, token_ptr, row_ptr, pairs, E, K, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """Gives every pair its row: stable within a block by a running sum of the one-hot ids."""
+    """Give every pair its row: stable within a block by a running sum of the one-hot ids."""
     block = tl.program_id(0)
     p = block * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + p, mask=p < pairs, other=-1)
@@ -90,7 +90,7 @@ class Dispatch:
 
 
 def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
-    """Sorts the pairs of expert_ids (T, K) by expert, stable, on the device."""
+    """Sort the pairs of expert_ids (T, K) by expert, stable, on the device."""
     pairs, top_k, device = expert_ids.numel(), expert_ids.shape[1], expert_ids.device
     block_e = triton.next_power_of_2(experts)
     block = max(16, min(512, 16384 // block_e))

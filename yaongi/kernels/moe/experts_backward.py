@@ -128,7 +128,7 @@ def _moe_dw_kernel(
 ):
     """out[e] = Σ over the rows of e of gathered ⊗ row (or row ⊗ gathered); rows past the expert's end are masked.
 
-    To add, the tile leaves by the copy engine, which adds in L2: read into registers, the old one would not fit there.
+    To add, the tile leaves by TMA, which adds in L2: read into registers, the old one would not fit there.
     """
     tiles_r, tiles_g = tl.cdiv(R, BLOCK_R), tl.cdiv(G, BLOCK_G)
     expert = tl.program_id(0) // (tiles_r * tiles_g)
@@ -260,7 +260,7 @@ def _backward(
     *,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Fills, or adds to, the weights' gradients; returns dx and dexpert_weights."""
+    """Fill, or adds to, the weights' gradients; returns dx and dexpert_weights."""
     T, K = expert_ids.shape
     if not T:
         return x.new_empty(x.shape), expert_weights.new_empty(T, K)

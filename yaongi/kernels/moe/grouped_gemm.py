@@ -51,7 +51,7 @@ def find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E:
 def expert_dot(
     left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Adds left (BLOCK_M, BLOCK_K), the inner elements from k on, times a tile of columns of the expert's matrix.
+    """Add left (BLOCK_M, BLOCK_K), the inner elements from k on, times a tile of columns of the expert's matrix.
 
     The matrices are (E·width, inner), or with TRANSPOSED (E·inner, width).
     """

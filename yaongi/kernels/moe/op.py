@@ -104,9 +104,8 @@ def _value_check(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, ex
     repeats = (ranked[:, 1:] == ranked[:, :-1]).nonzero()
     if repeats.numel():
         token, place = repeats[0].tolist()
-        raise ValueError(
-            f"moe: expert_ids must name an expert once a token, got {int(ranked[token, place])} twice in token {token}"
-        )
+        repeated = int(ranked[token, place])
+        raise ValueError(f"moe: expert_ids must name an expert once per token, got {repeated} twice in token {token}")
 
 
 def _triton_refuses(x: Tensor, w_up: Tensor, *rest: Tensor) -> str | None:
@@ -175,7 +174,7 @@ class _Accumulating(torch.autograd.Function):
 
 
 def moe_route(logits: Tensor, bias: Tensor, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses each token's experts and weighs them.
+    """Choose each token's experts and weigh them.
 
     scores = sigmoid(logits). A token takes the K experts with the largest score + bias, ties to the lowest index, in
     that order; it weighs them by the score alone, divided by their sum + 1e-20, times `scale`.

@@ -1,6 +1,6 @@
 """Routing and the squared-ReLU experts in plain torch: see README.md beside this file for the mathematics.
 
-T tokens, D model width, E experts, F expert width, K experts a token; R the rows of one expert.
+T tokens, D model width, E experts, F expert width, K experts per token; R the rows of one expert.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def moe_route_backward_reference(
 
 
 def _experts_with_rows(expert_ids: Tensor, experts: int) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yields (expert, its rows of A, the routed pairs p = t·K + k in those rows), experts and pairs ascending."""
+    """Yield (expert, its rows of A, the routed pairs p = t·K + k in those rows), experts and pairs ascending."""
     pairs = expert_ids.flatten()
     key = torch.where((pairs >= 0) & (pairs < experts), pairs, experts)  # a bad id sorts last and is never yielded
     order = key.argsort(stable=True)

@@ -18,7 +18,7 @@ from yaongi.kernels.newton_schulz.reference import GRAM_SCALE, RESTART, Steps
 Tensor = torch.Tensor
 Product = Callable[[Tensor, Tensor | None, Tensor | None, float, float, Tensor], None]
 STORAGE = torch.float16  # bfloat16's eight bits are too few for the Gram form
-SQUARES = 4  # m × m matrices a part of the Gram form needs at a time
+SQUARES = 4  # m × m matrices that the Gram form needs at a time
 
 
 def torch_product(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
@@ -61,7 +61,7 @@ def _factor(x: Tensor, steps: Steps, squares: list[Tensor], product: Product) ->
             product(w, z, w, 1.0, a, gram)  # (aI + Z)·R·(aI + Z)
             free.append(w)
         if number == 0:
-            z.diagonal(dim1=-2, dim2=-1).add_(a)  # R no longer needs Z alone
+            z.diagonal(dim1=-2, dim2=-1).add_(a)  # Z itself is not needed again: this is the first factor, aI + Z
             q = z
         else:
             product(q, z, q, 1.0, a, target := free.pop())

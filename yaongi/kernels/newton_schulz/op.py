@@ -108,7 +108,7 @@ _teon_op = backend.define(
 
 
 def _check_coefficients(args: check.Arguments, coefficients: object) -> list[float]:
-    """Checks the coefficients and lays their triples end to end; the usual ones, of every step, are known to fit."""
+    """Check the coefficients and lay their triples end to end; the usual ones, of every step, are known to fit."""
     if coefficients is POLAR_EXPRESS:
         return [value for triple in POLAR_EXPRESS for value in triple]
     if not isinstance(coefficients, (list, tuple)):
@@ -132,7 +132,7 @@ def _refuse_grad(args: check.Arguments, name: str, value: Tensor) -> None:
 def newton_schulz(
     x: Tensor, *, coefficients: Coefficients = POLAR_EXPRESS, form: Literal["gram", "standard"] = "gram"
 ) -> Tensor:
-    """Orthogonalises matrices: U·p(Σ)·Vᵀ for X/‖X‖_F = U·Σ·Vᵀ, where the odd polynomial p takes Σ close to 1.
+    """Orthogonalise matrices: U·p(Σ)·Vᵀ for X/‖X‖_F = U·Σ·Vᵀ, where the odd polynomial p takes Σ close to 1.
 
     For optimizers: it has no gradient, and refuses an x that requires one while gradients are recorded. A zero matrix
     gives zeros; a matrix with a NaN or an infinity gives NaN and leaves the others of the batch alone.
@@ -165,7 +165,7 @@ def _check_tensors(
     *,
     written: bool = True,
 ) -> list[Tensor]:
-    """Checks a list of tensors of one shape and dtype; those written to must be contiguous."""
+    """Check a list of tensors of one shape and dtype; those written to must be contiguous."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{args.op}: {name} must be a list of tensors, got {type(values).__name__}")
     args.require(len(values) == count, name, f"{count} tensors like params", f"{len(values)}")

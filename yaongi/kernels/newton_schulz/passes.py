@@ -26,7 +26,7 @@ WORKSPACE = 1_500_000_000  # bytes at most, but for a single matrix that needs m
 
 @dataclass(frozen=True)
 class Config:
-    """ROWS × COLUMNS elements a program; fewer columns and more rows where the matrix is narrow."""
+    """ROWS × COLUMNS elements per program; fewer columns and more rows where the matrix is narrow."""
 
     rows: int
     columns: int
@@ -54,7 +54,8 @@ LAST_PRODUCT = {
     "result": ProductConfig(rows=128, columns=128, inner=64, num_warps=8, num_stages=3),
     "weights": ProductConfig(rows=128, columns=64, inner=64, num_warps=4, num_stages=3),
 }
-FUSED_UP_TO = 1024  # short edge up to which the last product writes what its result is for; beyond, it is cuBLAS's
+# Short edge up to which a Triton kernel takes the last product and writes in place; beyond, cuBLAS is faster.
+FUSED_UP_TO = 1024
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ class WideLayout:
         return self.rows <= FUSED_UP_TO
 
     def factors(self, q: Tensor, x: Tensor, config: ProductConfig) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Q and X as the copy engine reads them for a tile of the last product."""
+        """Q and X as TMA reads them for a tile of the last product."""
         if self.transposed:
             boxes = [1, config.inner, config.columns], [1, config.inner, config.rows]
         else:
@@ -315,7 +316,7 @@ class WideLayout:
         )  # fmt: skip
 
     def result(self, wide: Tensor, out: Tensor) -> None:
-        """Writes what lies in `wide` to out, (B, m, n) in any dtype."""
+        """Write what lies in `wide` to out, (B, m, n) in any dtype."""
         tiling = tiling_of(self.m, self.n, across=self.transposed)
         _newton_schulz_result_kernel[(out.shape[0] * tiling.count,)](
             wide, out, self.m, self.n, self.rows, self.columns, tiling.count, TRANSPOSED=self.transposed,

@@ -23,7 +23,7 @@ def triples(coefficients: list[float]) -> Steps:
 
 
 def rounding(storage: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """Rounds to `storage` and back; nothing for None."""
+    """Round to `storage` and back; nothing for None."""
     return lambda t: t if storage is None else t.to(storage).to(t.dtype)
 
 

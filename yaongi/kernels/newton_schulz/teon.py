@@ -219,7 +219,7 @@ class ScatteredTensors:
     """Tensors of one shape and dtype that lie apart, as a kernel takes them."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors  # which may be copies that nobody else holds
+        self._tensors = tensors  # keeps copies alive until the kernel has run
         self.table = pointer_tables(tensors)
         self.type = TYPES[tensors[0].dtype]
         self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
@@ -238,10 +238,10 @@ class TeonCall:
         self._has_masters = bool(masters)
         self._grads, self._momenta = ScatteredTensors([g.contiguous() for g in grads]), ScatteredTensors(momenta)
         self._weights, self._params = ScatteredTensors(masters or params), ScatteredTensors(params)
-        self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # the copy engine's boxes start on 16 bytes
+        self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # TMA's boxes start on 16 bytes
 
     def directions(self, first: int, u: Tensor, momentum: float, nesterov: bool) -> Tensor:
-        """Moves the momenta of the matrices first … and writes U, (B, m, K·n); returns its partial norms."""
+        """Move the momenta of the matrices first … and write U, (B, m, K·n); returns its partial norms."""
         K, count = self.stack, u.shape[0]
         tiling = tiling_of(self.m, self.n, across=False)
         partial = torch.empty(count, K * tiling.count, 2, dtype=torch.float32, device=u.device)

@@ -1,4 +1,4 @@
-"""The RMS norms in Triton: one kernel a direction, bound by bytes.
+"""The RMS norms in Triton: one kernel per direction, bound by bytes.
 
 A program takes a block of rows of one group of channels; `rms_norm` has one group. Forward reads each input once and
 writes each output once. Backward computes again what forward computed, and a program walks over many blocks with its
@@ -21,15 +21,15 @@ class Config:
     """A block of rows × one group has ELEMENTS elements at least, a row at least; each warp has some of them."""
 
     elements: int
-    elements_per_warp: int  # of a longer row LONG_ROW: more would spill
+    elements_per_warp: int  # of a block; of a row longer than `elements`, LONG_ROW: more would spill
 
 
 LONG_ROW = 512
 FORWARD = Config(elements=2048, elements_per_warp=512)
 BACKWARD = Config(elements=2048, elements_per_warp=1024)
-# By bytes of an element: of 16 bits a program that walks backwards loads the next rows while it works on these.
+# Pipeline stages by bytes per element: 16-bit rows are loaded while the rows before are computed.
 STAGES = {2: 2, 4: 1}
-PROGRAMS = 528  # that walk backwards, four on each of the 132 multiprocessors
+PROGRAMS = 528  # of the backward kernel: four per multiprocessor of an H100
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _rows(t: Tensor) -> Tensor:
 def _forward(
     x: Tensor, other: Tensor | None, weight: Tensor, eps: float, groups: int, y: Tensor, total: Tensor | None
 ) -> None:
-    """Fills y, and the sum with the residual where `total` is given; else `other` is the gate."""
+    """Fill y, and the sum with the residual where `total` is given; else `other` is the gate."""
     if not x.numel():
         return
     rows, size = _rows(x), x.shape[-1] // groups
@@ -182,7 +182,7 @@ def fill_gradients(
     du: Tensor,
     dz: Tensor | None,
 ) -> Tensor:
-    """Fills du, contiguous, and through the gate z dz, a slice perhaps; returns the weight's gradient."""
+    """Fill du, contiguous, and through the gate z dz, a slice perhaps; returns the weight's gradient."""
     width = u.shape[-1]
     if not u.numel():
         return torch.zeros(width, dtype=torch.float32, device=u.device)

@@ -31,7 +31,7 @@ def _cuda_refuses(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, b
 
 
 def _aligned(t: Tensor) -> bool:
-    """Whether the tensor copy engine can address it: 16-byte rows, and a batch that is one dimension in memory."""
+    """Whether TMA can address it: 16-byte rows, and a batch that is one dimension in memory."""
     if t.data_ptr() % 16:
         return False
     if t.is_contiguous():  # its rows are of a multiple of 8 elements

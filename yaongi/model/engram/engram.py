@@ -57,7 +57,7 @@ class Engram(nn.Module):
         self.starts: Tensor
 
     def reset_constants(self) -> None:
-        """Computes the constants of the hash again, where `to_empty` has left them unset."""
+        """Compute the constants of the hash again, where `to_empty` has left them unset."""
         primes, starts = self.plan.constants(self.primes.device)
         self.primes.copy_(primes)
         self.starts.copy_(starts)

@@ -1,4 +1,4 @@
-"""A model's tensors in safetensors files, under the hub's names: one tensor an expert, where the model has one for all.
+"""A model's tensors in safetensors files, under the hub's names: one per expert, where the model has one for all.
 
 Reading checks every name and shape in the files' headers first, and then copies shard by shard.
 """
@@ -69,7 +69,7 @@ def hub_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `model-0000i-of-0000n.safetensors` of at most so many bytes (or one tensor), and the index."""
+    """Write `model-0000i-of-0000n.safetensors` of at most so many bytes (or one tensor), and the index."""
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in hub_tensors(state):
@@ -89,7 +89,7 @@ def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = S
 
 
 def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
-    """Fills the targets, which may be on any device and of any floating dtype, from the folder's weights.
+    """Fill the targets, which may be on any device and of any floating dtype, from the folder's weights.
 
     Raises:
         FileNotFoundError: no weights. ValueError: a missing, extra or misshapen tensor, or a file that is damaged; no

@@ -62,7 +62,7 @@ def plan_attention(
     device: torch.device,
     dtype: torch.dtype,
 ) -> AttentionPlan:
-    """Chooses the backend for tokens of shape (B, L) and prepares what it needs.
+    """Choose the backend for tokens of shape (B, L) and prepare what it needs.
 
     For varlen and flash it synchronises with the GPU, twice a forward pass.
 

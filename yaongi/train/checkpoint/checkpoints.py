@@ -1,7 +1,7 @@
 """Checkpoints: written beside the training by torch.distributed.checkpoint, and whole or not there.
 
-``checkpoints/`` holds ``step-00001200/`` folders and ``latest``, a file with the name of the newest. A folder is
-written as ``….tmp`` and renamed once every byte of it is on disk; ``latest`` follows, and only then are old ones
+`checkpoints/` holds `step-00001200/` folders and `latest`, a file with the name of the newest. A folder is
+written as `….tmp` and renamed once every byte of it is on disk; `latest` follows, and only then are old ones
 removed. So the program may be killed at any moment.
 """
 
@@ -31,8 +31,8 @@ from yaongi.train.step.guard import first_nonfinite
 LATEST = "latest"
 META = "run.json"
 _NAME = re.compile(r"step-(\d{8,})")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no accident
-_MARGIN = 1.05  # free space wanted, as a multiple of a checkpoint's bytes
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
+_MARGIN = 1.05  # free space that must be there, as a multiple of a checkpoint's bytes
 
 
 class Checkpoints:
@@ -65,7 +65,7 @@ class Checkpoints:
         return max(self._whole().values(), default=None, key=lambda path: path.name)
 
     def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> float:
-        """Copy ``tensors`` and begin to write them; waits for the save before, if it is still under way.
+        """Copy `tensors` and begin to write them; waits for the save before, if it is still under way.
 
         Args:
             tensors: nested dicts of tensors; may change as soon as this returns.
@@ -116,7 +116,7 @@ class Checkpoints:
         return self._finish(step, meta) if self._world.is_main else self._path(step)
 
     def wait(self) -> Path | None:
-        """As ``poll``, after waiting for the save under way. Every process returns once the folder is in place."""
+        """As `poll`, after waiting for the save under way. Every process returns once the folder is in place."""
         if self._writing is None:
             return None
         self._writing[1].exception()
@@ -125,7 +125,7 @@ class Checkpoints:
         return finished
 
     def load(self, path: Path, tensors: dict[str, Any]) -> None:
-        """Fill ``tensors`` from a checkpoint, whatever number of processes wrote it.
+        """Fill `tensors` from a checkpoint, whatever number of processes wrote it.
 
         Raises:
             ValueError: it is damaged, or of another model.
@@ -195,7 +195,7 @@ class Checkpoints:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What ``save`` was given as ``meta``. ValueError if the file is damaged."""
+    """What `save` was given as `meta`. ValueError if the file is damaged."""
     try:
         return json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
@@ -225,7 +225,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what ``rng_state`` gave."""
+    """Put back what `rng_state` gave."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

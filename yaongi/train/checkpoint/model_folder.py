@@ -1,4 +1,4 @@
-"""The trained model in a folder that ``Yaongi.from_pretrained`` and ``python -m yaongi.generate`` read."""
+"""The trained model in a folder that `Yaongi.from_pretrained` and `python -m yaongi.generate` read."""
 
 import shutil
 from pathlib import Path
@@ -41,7 +41,7 @@ def _gathered(model: Yaongi, world: World) -> Yaongi | None:
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put ``tensor`` where the parameter or buffer ``name`` is."""
+    """Put `tensor` where the parameter or buffer `name` is."""
     owner, _, leaf = name.rpartition(".")
     parent = module.get_submodule(owner)
     if leaf in parent._parameters:

@@ -7,7 +7,7 @@ from yaongi.train.checkpoint.checkpoints import Checkpoints, read_meta
 
 
 def find_run(folder: Path, checkpoints: Checkpoints, config: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of the run in ``folder`` and its ``meta``; None if there is none yet.
+    """The newest checkpoint of the run in `folder` and its `meta`; None if there is none yet.
 
     Raises:
         ValueError: the run there has another configuration; the message shows what differs.
@@ -26,7 +26,7 @@ def find_run(folder: Path, checkpoints: Checkpoints, config: dict[str, Any]) -> 
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What differs in ``model`` and ``train`` of two ``as_dict``s, a line each."""
+    """What differs in `model` and `train` of two `as_dict`s, a line each."""
     lines = []
     for part in ("model", "train"):
         old, new = saved.get(part, {}), asked.get(part, {})

@@ -22,19 +22,18 @@ TABLES = "engram.table.weight"  # how the names of Engram's tables end
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module], methods: Iterable[str], world: World) -> None:
-    """Shard each of ``layers`` and then the rest of ``model`` over the processes; with one process, nothing.
+    """Shard each of `layers` and then the rest of `model` over the processes; with one process, nothing.
 
     Weights in bfloat16 become float32 where they are sharded, and bfloat16 again where they are gathered to compute
     with: the shards are the master weights. Gradients are reduced and kept in float32.
 
     Args:
-        methods: those of ``model`` that are called beside ``forward``.
+        methods: those of `model` that are called beside `forward`.
     """
     if world.mesh is None:
         return
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module .* returned a view"
-    )  # which nothing changes in place
+    # Nothing changes that view in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     usual, whole = _kept_whole(model)
     wide = torch.promote_types(usual, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=usual, reduce_dtype=wide, cast_forward_inputs=False)
@@ -75,7 +74,7 @@ class LocalRows:
 
 
 def local_rows(tensor: torch.Tensor, rows: slice | None) -> LocalRows:
-    """The part of ``rows`` (None: all) of a tensor sharded by rows that lies on this process; may be empty."""
+    """The part of `rows` (None: all) of a tensor sharded by rows that lies on this process; may be empty."""
     if not isinstance(tensor, DTensor):
         raise TypeError(f"distributed: tensor must be a DTensor, got {type(tensor).__name__}")
     total, size = tensor.shape[0], tensor.device_mesh.size()

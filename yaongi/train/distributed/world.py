@@ -23,13 +23,13 @@ class World:
         return self.rank == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` summed over the processes, in place."""
+        """`tensor` summed over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on any process."""
+        """Whether `flag` is set on any process."""
         if self.size == 1:
             return flag
         return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)).item())
@@ -46,10 +46,10 @@ class World:
 
 
 def init_world(device: str) -> World:
-    """Join the processes that ``torchrun`` started, if it did, and choose the device.
+    """Join the processes that `torchrun` started, if it did, and choose the device.
 
     Raises:
-        ValueError: ``cuda`` was asked for and there is no GPU.
+        ValueError: `cuda` was asked for and there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train: --device cuda must have a GPU, got a machine where torch sees none")

@@ -13,7 +13,7 @@ class Display:
     """Lines on standard output; on a terminal also a progress bar below them."""
 
     def __init__(self, steps: int, *, quiet: bool = False, console: Console | None = None) -> None:
-        """``quiet``: say nothing, as all processes but the first."""
+        """`quiet`: say nothing, as all processes but the first."""
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._bar: Progress | None = None
@@ -23,7 +23,7 @@ class Display:
             self._task = self._bar.add_task("training", total=steps)
 
     def start(self, step: int) -> None:
-        """Show the bar, ``step`` steps of it done."""
+        """Show the bar, `step` steps of it done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             self._bar.start()

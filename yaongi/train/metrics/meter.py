@@ -17,10 +17,10 @@ _HOPPER = (9, 0)
 
 
 class Meter:
-    """Times what lies between its calls; evaluations and saves, within ``paused``, don't count as training."""
+    """Times what lies between its calls; evaluations and saves, within `paused`, don't count as training."""
 
     def __init__(self, plan: Plan, device: torch.device, seconds: float) -> None:
-        """``seconds``: that the run took before it was resumed."""
+        """`seconds`: that the run took before it was resumed."""
         self._plan, self._device = plan, device
         self._before, self._began = seconds, time.perf_counter()
         self._mark = self._began
@@ -71,7 +71,7 @@ class Meter:
         return values
 
     def summary(self, loads: torch.Tensor, left: int) -> dict[str, Any]:
-        """Means since the last summary, time to go for ``left`` steps, and the last step's load (layers, E)."""
+        """Means since the last summary, time to go for `left` steps, and the last step's load (layers, E)."""
         per_step = self._seconds / self._steps
         speed = self._plan.batch_rows * self._plan.row_tokens / per_step
         values: dict[str, Any] = {

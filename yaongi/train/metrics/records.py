@@ -8,15 +8,15 @@ from yaongi.files import write_atomically
 
 
 class Metrics:
-    """Appends records, each with its ``event`` and the number of steps done, one JSON object a line."""
+    """Appends records, each with its `event` and the number of steps done, one JSON object per line."""
 
     def __init__(self, path: Path, *, enabled: bool = True) -> None:
-        """``enabled``: False where another process writes; then nothing is."""
+        """`enabled`: False where another process writes; then nothing is."""
         self.path, self._enabled = path, enabled
         self._file: IO[str] | None = None
 
     def cut(self, step: int) -> None:
-        """Drop what was recorded after ``step``, and a last line that was never finished. Call it before ``write``."""
+        """Drop what was recorded after `step`, and a last line that was never finished. Call it before `write`."""
         if self._enabled and self.path.is_file():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step]
             write_atomically(self.path, "".join(kept).encode())

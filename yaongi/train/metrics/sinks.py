@@ -1,4 +1,4 @@
-"""Where metrics go beside ``metrics.jsonl``: wandb and TensorBoard, each only if it is installed and asked for."""
+"""Where metrics go beside `metrics.jsonl`: wandb and TensorBoard, each only if it is installed and asked for."""
 
 import importlib.util
 import json
@@ -20,14 +20,14 @@ class Sink(Protocol):
     """Takes numbers by name."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` after ``step`` steps."""
+        """Record `values` after `step` steps."""
 
     def close(self) -> None:
         """Flush and end."""
 
 
 class TensorBoard:
-    """Event files in ``OUT/tensorboard``."""
+    """Event files in `OUT/tensorboard`."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -35,7 +35,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` after ``step`` steps."""
+        """Record `values` after `step` steps."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -69,7 +69,7 @@ class Wandb:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` after ``step`` steps."""
+        """Record `values` after `step` steps."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ def open_sinks(
 
 
 def _reachable(url: str) -> bool:
-    """Whether the server at ``url`` takes connections."""
+    """Whether the server at `url` takes connections."""
     address = urlsplit(url)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:

@@ -40,7 +40,7 @@ class AdamwPart:
 
 
 def partition_parameters(model: Yaongi, train: Training) -> tuple[list[TeonStack], list[AdamwPart], list[nn.Parameter]]:
-    """The matrices in units of up to ``train.stack`` consecutive layers, what takes AdamW, and Engram's tables.
+    """The matrices in units of up to `train.stack` consecutive layers, what takes AdamW, and Engram's tables.
 
     Of a pair of which one is frozen the other is a unit of its own.
     """

@@ -1,6 +1,6 @@
-"""Teon, Muon and AdamW by role, as one ``torch.optim.Optimizer``.
+"""Teon, Muon and AdamW by role, as one `torch.optim.Optimizer`.
 
-Each parameter has a role (``roles.py``). Matrices take Teon (Q, K, V of consecutive attention layers jointly) or Muon,
+Each parameter has a role (`roles.py`). Matrices take Teon (Q, K, V of consecutive attention layers jointly) or Muon,
 or for a baseline AdamW with a learning rate of their own; a projection that is several matrices in one takes Teon for
 each range of rows; vectors, embedding, head, router take AdamW; Engram's tables take Adam on rows that were
 read. Parameters narrower than float32 have a float32 master, which takes the update and whose cast they are. Under FSDP
@@ -31,10 +31,10 @@ State = dict[str, torch.Tensor]
 
 
 class RoleOptimizer(torch.optim.Optimizer):
-    """The optimizer of a ``Yaongi`` model, sharded or not. Its groups have a ``kind``: matrix, vector or table."""
+    """The optimizer of a `Yaongi` model, sharded or not. Its groups have a `kind`: matrix, vector or table."""
 
     def __init__(self, model: Yaongi, train: Training, momentum_dtype: torch.dtype) -> None:
-        """``momentum_dtype``: of the matrices' momentum."""
+        """`momentum_dtype`: of the matrices' momentum."""
         self._train = train
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._units, self._vectors, self._tables = partition_parameters(model, train)
@@ -86,12 +86,12 @@ class RoleOptimizer(torch.optim.Optimizer):
             self._step_table(parameter)
 
     def tensors(self) -> dict[str, State]:
-        """The state by parameter name: the very tensors that ``step`` changes."""
+        """The state by parameter name: the very tensors that `step` changes."""
         return {name: dict(self.state[p]) for p, name in self._names.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the values of a ``state_dict``, each in its own dtype and on its own device, and the learning rates.
+        """Take the values of a `state_dict`, each in its own dtype and on its own device, and the learning rates.
 
         Raises:
             ValueError: it is the state of another model, or of other stacks; then nothing has changed.
@@ -167,7 +167,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             )
 
     def _step_vectors(self, split_gradients: dict[nn.Parameter, torch.Tensor]) -> None:
-        """AdamW; ``split_gradients`` holds the whole gradients of rows of sharded matrices."""
+        """AdamW; `split_gradients` holds the whole gradients of rows of sharded matrices."""
         for kind, decay in ((VECTOR, True), (VECTOR, False), (MATRIX, True)):
             vectors = [v for v in self._vectors if (v.kind, v.decay) == (kind, decay)]
             weights, gradients = [], []

@@ -21,7 +21,7 @@ States = Mapping[Any, dict[str, Any]]  # by parameter
 def step_sharded(
     units: Sequence[TeonStack], states: States, split_rows: Mapping[nn.Parameter, slice], train: Training, lr: float
 ) -> dict[nn.Parameter, torch.Tensor]:
-    """One step of all ``units``.
+    """One step of all `units`.
 
     Args:
         split_rows: rows of matrices that take AdamW instead.
@@ -47,7 +47,7 @@ def step_sharded(
 
 
 def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu: float) -> torch.Tensor:
-    """Moves the momentum; the Nesterov direction, whole, but for experts the local part. ``raw`` rows: the gradient."""
+    """Move the momentum; the Nesterov direction, whole, but for experts the local part. `raw` rows: the gradient."""
     gradient = parameter.grad
     if not isinstance(gradient, DTensor):
         raise RuntimeError("optimizer: a sharded parameter must have a sharded gradient, got another")

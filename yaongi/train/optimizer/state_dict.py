@@ -1,6 +1,6 @@
-"""The optimizer's state from a ``state_dict``: checked in full, then copied, so that every tensor keeps its dtype.
+"""The optimizer's state from a `state_dict`: checked in full, then copied, so that every tensor keeps its dtype.
 
-``torch.optim.Optimizer`` would cast each value to its parameter's dtype: float32 masters would lose half their bits.
+`torch.optim.Optimizer` would cast each value to its parameter's dtype: float32 masters would lose half their bits.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ State = Mapping[str, torch.Tensor]
 
 
 def load_state(groups: Groups, state: Mapping[Any, State], saved: Mapping[str, Any]) -> None:
-    """Fill ``state``, which is by parameter, and the groups' learning rates from a ``state_dict``.
+    """Fill `state`, which is by parameter, and the groups' learning rates from a `state_dict`.
 
     Raises:
         ValueError: the groups or the shapes differ; then nothing has changed.

@@ -49,7 +49,7 @@ class Plan:
         return not self.advice
 
     def record(self) -> dict[str, Any]:
-        """For ``metrics.jsonl``."""
+        """For `metrics.jsonl`."""
         names = (
             "preset",
             "device",
@@ -76,7 +76,7 @@ class Plan:
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps of {self.batch_rows} x {self.row_tokens}"),
             ("micro-batch", f"{self.micro_rows} x {self.row_tokens}, {accumulation} a step and process"),
             ("kernels", self.kernels),
-            ("FLOPs", f"{flops:.2e}, {self.flops_per_token / 1e9:.3g} GFLOP a token"),
+            ("FLOPs", f"{flops:.2e}, {self.flops_per_token / 1e9:.3g} GFLOP per token"),
             ("memory", f"{gigabytes(self.memory.total)} of {gigabytes(self.available)}: {verdict}"),
             ("", by_part),
             ("time", f"about {duration(self.seconds)}, guessed from the speed of a matrix product"),

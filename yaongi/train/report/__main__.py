@@ -9,7 +9,7 @@ from yaongi.train.report.page import write_report
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m yaongi.train.report RUN_FOLDER [BENCHMARKS.json]``."""
+    """`python -m yaongi.train.report RUN_FOLDER [BENCHMARKS.json]`."""
     if not 1 <= len(arguments) <= 2:
         print("usage: python -m yaongi.train.report RUN_FOLDER [BENCHMARKS.json]", file=sys.stderr)
         return 2

@@ -65,7 +65,7 @@ def _loss(ax: Axes, x: np.ndarray, good: Records, unit: str) -> None:
     loss = _column(good, "loss")
     ax.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
     ax.plot(x, _smooth(loss), color="tab:blue")
-    ax.set(title="training loss, nats a token", xlabel=unit)
+    ax.set(title="training loss, nats per token", xlabel=unit)
 
 
 def _bits(ax: Axes, evaluations: Records) -> None:

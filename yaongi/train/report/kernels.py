@@ -1,4 +1,4 @@
-"""Two panels of the report on the kernels, from the JSON that ``pytest benchmarks/ --benchmark-json`` writes."""
+"""Two panels of the report on the kernels, from the JSON that `pytest benchmarks/ --benchmark-json` writes."""
 
 import json
 from collections.abc import Callable

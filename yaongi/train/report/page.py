@@ -17,16 +17,16 @@ Records = list[dict[str, Any]]
 
 
 def write_report(folder: Path, benchmarks: Path | None = None) -> Path:
-    """Draw the run in ``folder``.
+    """Draw the run in `folder`.
 
     Args:
-        benchmarks: JSON of ``pytest benchmarks/ --benchmark-json``; two panels show the kernels.
+        benchmarks: JSON of `pytest benchmarks/ --benchmark-json`; two panels show the kernels.
 
     Returns:
-        The path of ``report.html``.
+        The path of `report.html`.
 
     Raises:
-        FileNotFoundError: there is no ``metrics.jsonl``, or no benchmark file.
+        FileNotFoundError: there is no `metrics.jsonl`, or no benchmark file.
         ValueError: no step was recorded.
     """
     if not (folder / METRICS).is_file():

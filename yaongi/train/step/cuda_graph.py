@@ -22,7 +22,7 @@ class GraphedFunction:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> None:
-        """Runs it.
+        """Run it.
 
         Raises:
             ValueError: other shapes than those of the first call; something that can't be recorded.

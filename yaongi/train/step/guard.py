@@ -8,7 +8,7 @@ import torch
 
 WINDOW = 128
 SIGMAS = 6.0
-_SPIKE_AFTER = 32  # steps seen before a deviation means anything
+_SPIKE_AFTER = 32  # steps before which the standard deviation means nothing
 
 
 class BadStepError(RuntimeError):
@@ -16,17 +16,17 @@ class BadStepError(RuntimeError):
 
 
 class Guard:
-    """Counts bad steps in a row and knows the loss of the last ``WINDOW`` good steps."""
+    """Counts bad steps in a row and knows the loss of the last `WINDOW` good steps."""
 
     def __init__(self, allowed: int) -> None:
-        """``allowed``: how many bad steps in a row are skipped before the run stops."""
+        """`allowed`: how many bad steps in a row are skipped before the run stops."""
         self.allowed = allowed
         self.in_a_row = 0
         self.skipped = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether ``loss`` lies more than 6 σ above the mean of the window; the loss then joins the window."""
+        """Whether `loss` lies more than 6 σ above the mean of the window; the loss then joins the window."""
         seen = len(self._losses)
         spike = False
         if seen >= _SPIKE_AFTER:
@@ -65,7 +65,7 @@ class Guard:
         return {"in_a_row": self.in_a_row, "skipped": self.skipped, "losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from ``state``."""
+        """Go on from `state`."""
         self.in_a_row, self.skipped = int(state["in_a_row"]), int(state["skipped"])  # type: ignore[call-overload]
         self._losses = deque(state["losses"], maxlen=WINDOW)  # type: ignore[call-overload]
 
@@ -87,7 +87,7 @@ def first_nonfinite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``3-6, 9`` for 3, 4, 5, 6, 9."""
+    """`3-6, 9` for 3, 4, 5, 6, 9."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

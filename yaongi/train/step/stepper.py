@@ -51,7 +51,7 @@ class Stepper:
         *,
         cuda_graph: bool = True,
     ) -> None:
-        """``token_bytes``: UTF-8 bytes of each id, (V,). ``cuda_graph``: replay micro-batches where a GPU allows it."""
+        """`token_bytes`: UTF-8 bytes of each id, (V,). `cuda_graph`: replay micro-batches where a GPU allows it."""
         self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -113,7 +113,7 @@ class Stepper:
             self._accumulate(ids, documents, targets)
 
     def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add a micro-batch's gradients, cross entropy, z, balance and loads; ``targets`` of the global batch."""
+        """Add a micro-batch's gradients, cross entropy, z, balance and loads; `targets` of the global batch."""
         train = self._train
         with fused_accumulation(self._in_place):
             losses = self._model.losses(ids, documents)

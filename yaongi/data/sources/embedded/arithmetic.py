@@ -12,7 +12,7 @@ _THINGS = ("apples", "pencils", "stamps", "books", "marbles", "cards", "shells",
 
 
 def math_documents(seed: int, count: int) -> Iterator[str]:
-    """``count`` documents of three to six problems; document ``i`` depends on ``seed`` and ``i`` only."""
+    """`count` documents of three to six problems; document `i` depends on `seed` and `i` only."""
     for number in range(count):
         rng = random.Random(f"math/{seed}/{number}")
         kinds = _KOREAN if number % 2 else _ENGLISH

@@ -19,7 +19,7 @@ MATH_DOCUMENTS = 1_600
 OURS = "Apache-2.0 (written for Open-Yaongi)"
 PYTHONS = "PSF-2.0 (the installed Python)"
 
-# SHA-256 of all that is shipped or generated, as ``shipped_hash`` computes it. The standard library's part is left out:
+# SHA-256 of all that is shipped or generated, as `shipped_hash` computes it. The standard library's part is left out:
 # it differs by Python version.
 SHIPPED_SHA256 = "a5b00bc2d402fc4c1f86a33fde6dc93d1b62a8749edc5d8e6e4a3cb63fc8c666"
 

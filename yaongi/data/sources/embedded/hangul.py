@@ -37,7 +37,7 @@ _NATIVE_TENS = ("", "열", "스물", "서른", "마흔", "쉰", "예순", "일�
 
 
 def final_of(word: str) -> str:
-    """The final consonant of the last syllable (or digit) of ``word``; a blank if it ends in a vowel.
+    """The final consonant of the last syllable (or digit) of `word`; a blank if it ends in a vowel.
 
     Raises:
         ValueError: the last character is neither Hangul nor a digit.
@@ -51,13 +51,13 @@ def final_of(word: str) -> str:
 
 
 def with_final(word: str, final: str) -> str:
-    """``word`` with the final consonant of its last syllable set (a blank: taken away)."""
+    """`word` with the final consonant of its last syllable set (a blank: taken away)."""
     code = ord(word[-1]) - _FIRST
     return word[:-1] + chr(_FIRST + code - code % 28 + _FINALS.index(final))
 
 
 def attach(word: str, particle: str) -> str:
-    """``word`` with the fitting form of ``particle``, which is named by its form after a consonant: 나무는, 서울로."""
+    """`word` with the fitting form of `particle`, which is named by its form after a consonant: 나무는, 서울로."""
     final = final_of(word)
     if particle == "으로":
         return word + ("로" if final in " ㄹ" else "으로")
@@ -67,7 +67,7 @@ def attach(word: str, particle: str) -> str:
 
 
 def copula(word: str, level: str) -> str:
-    """``word`` and 이다 in the given speech level: 학생이에요, 친구예요."""
+    """`word` and 이다 in the given speech level: 학생이에요, 친구예요."""
     return word + _COPULA[level][final_of(word) == " "]
 
 
@@ -82,14 +82,14 @@ class Predicate:
 
     @classmethod
     def parse(cls, line: str) -> "Predicate":
-        """From ``듣다 v 들어 들으``; the last word may be left out where it follows by rule."""
+        """From `듣다 v 들어 들으`; the last word may be left out where it follows by rule."""
         base, kind, infinitive, *rest = line.split()
         stem = base.removesuffix("다")
         regular = stem if final_of(stem) in " ㄹ" else stem + "으"
         return cls(stem, infinitive, rest[0] if rest else regular, kind == "a")
 
     def form(self, name: str, level: str) -> str:
-        """The form ``name`` (과거, 현재, 미래, 희망, 고, 서, 면, 지만, 는, 은, 을, 기) in a speech level.
+        """The form `name` (과거, 현재, 미래, 희망, 고, 서, 면, 지만, 는, 은, 을, 기) in a speech level.
 
         Raises:
             ValueError: no such form.
@@ -128,7 +128,7 @@ class Predicate:
 
 
 def sino(number: int) -> str:
-    """``number`` (0 to 99,999,999) in Sino-Korean words: 12,345 is 만 이천삼백사십오.
+    """`number` (0 to 99,999,999) in Sino-Korean words: 12,345 is 만 이천삼백사십오.
 
     Raises:
         ValueError: out of range.
@@ -156,7 +156,7 @@ def _below_myriad(number: int) -> str:
 
 
 def native(number: int) -> str:
-    """``number`` (1 to 99) in native words as they stand before a counter: 한, 열두, 스무, 스물한.
+    """`number` (1 to 99) in native words as they stand before a counter: 한, 열두, 스무, 스물한.
 
     Raises:
         ValueError: out of range.

@@ -1,13 +1,13 @@
-"""Korean documents from templates: a seeded grammar that keeps one cast, place, season and speech level a document.
+"""Korean documents from templates: a seeded grammar that keeps one cast, place, season and speech level per document.
 
-``templates/*.txt`` holds a kind of document a file, in sections with a sentence a line: ``[여는 말]``, ``[가운데]``,
-``[맺는 말]``, and before them ``[말투]`` with the speech levels that suit it, if not all do. In a sentence stand
+`templates/*.txt` holds a kind of document per file, in sections with a sentence per line: `[여는 말]`, `[가운데]`,
+`[맺는 말]`, and before them `[말투]` with the speech levels that suit it, if not all do. In a sentence stand
 
-* ``{사람:은}``: a word of ``words.txt`` with a fitting particle, or the copula (``{사람:이다}``);
-  ``{장소2}`` is another place than ``{장소}``;
-* ``{native:2-9}``, ``{sino:10-60}``, ``{digit:10-99}``: a number in native or Sino-Korean words, or in figures;
-* ``<먹다:과거>``: a predicate of ``predicates.txt`` in the document's speech level;
-* ``{나는}``, ``{내가}``, ``{내}``, ``{나에게}``: the speaker, humble in the polite levels.
+* `{사람:은}`: a word of `words.txt` with a fitting particle, or the copula (`{사람:이다}`);
+  `{장소2}` is another place than `{장소}`;
+* `{native:2-9}`, `{sino:10-60}`, `{digit:10-99}`: a number in native or Sino-Korean words, or in figures;
+* `<먹다:과거>`: a predicate of `predicates.txt` in the document's speech level;
+* `{나는}`, `{내가}`, `{내}`, `{나에게}`: the speaker, humble in the polite levels.
 """
 
 import random
@@ -27,7 +27,7 @@ LEVEL_SECTION = "말투"
 
 
 def korean_documents(seed: int, count: int) -> Iterator[str]:
-    """``count`` documents; document ``i`` depends on ``seed`` and ``i`` only."""
+    """`count` documents; document `i` depends on `seed` and `i` only."""
     kinds = sorted(templates())
     for number in range(count):
         rng = random.Random(f"ko/{seed}/{number}")
@@ -133,7 +133,7 @@ def _texts(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def prose() -> Iterator[str]:
-    """The prose written for this project; in each file a line ``***`` stands between two pieces."""
+    """The prose written for this project; in each file a line `***` stands between two pieces."""
     for _, text in _texts("prose"):
         for piece in text.split("\n***\n"):
             yield piece.strip() + "\n"

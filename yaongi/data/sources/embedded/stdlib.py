@@ -1,4 +1,4 @@
-"""English and code that every Python brings: the language reference in ``pydoc_data.topics``, docstrings, sources.
+"""English and code that every Python brings: the language reference in `pydoc_data.topics`, docstrings, sources.
 
 Nothing of it is shipped in this package; it is read from the installed Python, so it differs by version.
 """
