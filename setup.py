@@ -113,16 +113,61 @@ EXTRAS = {
     "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers>=5.17", "psutil"],
 }
 
+CLASSIFIERS = [
+    "Development Status :: 4 - Beta",
+    "Environment :: GPU :: NVIDIA CUDA :: 13",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Natural Language :: Korean",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3 :: Only",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+]
+
+
+def project_urls() -> dict[str, str]:
+    """Where this source came from: the web address of the clone's `origin`, without credentials; none for a path."""
+    command = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
+    try:
+        origin = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.strip()
+    except FileNotFoundError:  # no git here
+        return {}
+    found = re.fullmatch(r"(?:https://(?:[^@/]*@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?", origin)
+    if not found:
+        return {}
+    home = f"https://{found[1]}/{found[2]}"
+    return {"Source": home, "Issues": f"{home}/issues"}
+
+
 setup(
     name="yaongi",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "yaongi/__init__.py").read_text())[1],  # type: ignore[index]
     description="Kernels and a trainer for Mamba-2 + mixture-of-experts language models on one H100",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=[
+        "language model",
+        "pretraining",
+        "Korean",
+        "Mamba-2",
+        "mixture of experts",
+        "Muon",
+        "H100",
+        "Triton",
+        "CUDA",
+    ],
+    classifiers=CLASSIFIERS,
+    project_urls=project_urls(),
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["yaongi", "yaongi.*"]),
     package_data={
         "yaongi": [
             "_C.so",
+            "py.typed",
             "presets/*.toml",
             "data/sources/embedded/*.txt",
             "data/sources/embedded/*/*.txt",
@@ -131,6 +176,7 @@ setup(
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["yaongi=yaongi.__main__:main"]},
     ext_modules=wanted_extensions(),
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -139,7 +139,7 @@ def test_shared_expert(direction: str, compare: Compare) -> None:
     """The flagship's dense squared-ReLU MLP: the model's, eager, all compiled, and the experts' stages with E = 1."""
     config, T = load_config("yaongi-4b").model, 32768
     torch.manual_seed(0)
-    shared = SharedExpert(config, torch.device("cuda"), torch.bfloat16, "bf16")
+    shared = SharedExpert(config, torch.device("cuda"), torch.bfloat16)
     up, down = (torch.nn.init.normal_(p.weight, std=0.02) for p in (shared.up_proj, shared.down_proj))
     x, dy = (torch.randn(T, config.hidden_size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     x.requires_grad_()

@@ -3,19 +3,24 @@
 import sys
 from collections.abc import Callable
 
-USER_ERRORS = (ValueError, TypeError, OSError, MemoryError, KeyError)
+USER_ERRORS = (ValueError, TypeError, OSError, MemoryError)
 
 
-def run(command: Callable[[], object], *, interrupted: str = "interrupted") -> None:
-    """Run a command; a mistake of the user's ends the program with `error: …` and status 1, Ctrl-C with status 130."""
+def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> None:
+    """Run a command, and end the program with the status that it returns, if that is not 0.
+
+    What the user did wrong ends it with `error: …` on standard error and status 1, Ctrl-C with status 130.
+    """
     try:
-        command()
+        status = command()
     except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         raise SystemExit(130) from None
+    if status:
+        raise SystemExit(status)
 
 
 def one_line(error: BaseException) -> str:

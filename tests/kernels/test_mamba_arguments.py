@@ -93,9 +93,6 @@ def bad_options() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
     yield {"initial_state": state.to(meta)}, TypeError, f"initial_state {ON_META}"
     yield {"return_final_state": "yes"}, TypeError, "return_final_state must be a bool, got str"
     yield {"return_final_state": 0}, TypeError, "return_final_state must be a bool, got int"
-    yield {"precision": "fp8"}, ValueError, "precision must be 'bf16' (fp8 is not available yet), got 'fp8'"
-    yield {"precision": "fp32"}, ValueError, "precision must be 'bf16' or 'fp8', got 'fp32'"
-    yield {"precision": None}, ValueError, "precision must be 'bf16' or 'fp8', got None"
 
 
 def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:

@@ -335,9 +335,6 @@ def bad_arguments() -> Any:
     yield {"expert_weights": torch.ones(8)}, ValueError, "expert_weights must be (T, K) = (4, 2), got (8,)"
     yield {"expert_weights": torch.ones(4, 3)}, ValueError, "expert_weights must be (T, K) = (4, 2), got (4, 3)"
     yield {"expert_weights": empty(4, 2, device=meta)}, TypeError, f"expert_weights {first}"
-    yield {"precision": "fp8"}, ValueError, "precision must be 'bf16' (fp8 is not available yet), got 'fp8'"
-    yield {"precision": "fp16"}, ValueError, "precision must be 'bf16' or 'fp8', got 'fp16'"
-    yield {"precision": None}, ValueError, "precision must be 'bf16' or 'fp8', got None"
     up, down = torch.zeros(3, 6, 8), torch.zeros(3, 8, 6)
     named = "weight_gradients' dw_up must be"
     yield {"weight_gradients": (up.half(), down)}, TypeError, f"{named} float32, got float16"

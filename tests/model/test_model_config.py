@@ -95,8 +95,6 @@ BAD = [
         {"attention_backend": "magic"},
         "config: attention_backend must be one of auto, sdpa, varlen, flex, flash, got 'magic'",
     ),
-    ({"precision": {"scan": "fp4"}}, "precision: scan must be one of bf16, fp8, got 'fp4'"),
-    ({"precision": {"sky": "fp8"}}, "precision: keys must be among "),
     ({"engram": {}}, "config: engram must be a list of tables, got {}"),
     ({"engram": [{"layer": 0}]}, "engram: 'heads' must be given, got layer"),
     ({"compressed_vocab_size": 62}, "config: compressed_vocab_size must be 1 to vocab_size = 61, got 62"),
@@ -137,10 +135,3 @@ def test_a_missing_key_and_a_missing_preset_are_named(tmp_path: Path) -> None:
     file.write_text("[model\n")
     with pytest.raises(ValueError, match=r"preset: mine.toml must be TOML, got"):
         load_preset(file)
-
-
-def test_fp8_is_refused_until_it_exists() -> None:
-    config = small_config(precision={"mamba_projections": "fp8"})
-    with pytest.raises(ValueError, match="fp8 is not available yet"):
-        Yaongi(config)
-    assert config.precision_of("mamba_projections", 0) == "bf16"  # the first layer

@@ -135,7 +135,7 @@ def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
 def test_attention_has_no_positions() -> None:
     """Without RoPE, the last token's output does not depend on the order of the earlier ones."""
     config = small_config()
-    mixer = Attention(config, 0, None, torch.float64)
+    mixer = Attention(config, None, torch.float64)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, 8, 24, dtype=torch.float64)

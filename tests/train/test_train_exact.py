@@ -16,7 +16,7 @@ def test_two_pieces_are_one(device: str, tokens: Path, tmp_path: Path, monkeypat
         monkeypatch.setattr(
             sys, "argv", ["train", *arguments(tokens, tmp_path / name, "--device", device), *FOR_KERNELS, *more]
         )
-        assert program.main() == 0
+        program.main()
 
     train("whole")  # on a GPU micro-batches are replayed, in the pieces not: with graphs and without, the same bits
     train("pieces", "--stop-after", "3", "--no-cuda-graph")

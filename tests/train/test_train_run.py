@@ -219,7 +219,9 @@ def test_an_operation_without_a_deterministic_form(
 
     monkeypatch.setattr(program, "train", refuse)
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run")])
-    assert program.main() == 1
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 1
     assert capsys.readouterr().err == "error: put_ can't give the same bits every time here: add --no-deterministic\n"
 
 
@@ -249,6 +251,8 @@ def test_out_of_gpu_memory(
 
     monkeypatch.setattr("yaongi.model.mixers.moe.moe_route", refuse)
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run", *more)])
-    assert program.main() == 1
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out of GPU memory in an expert layer, which needed 1.50 GiB: " + advice), error

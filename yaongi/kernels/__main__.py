@@ -1,5 +1,7 @@
 """`python -m yaongi.kernels`: which ops this machine can run on which backend, and why not the others."""
 
+import argparse
+
 import torch
 
 import yaongi
@@ -8,6 +10,7 @@ from yaongi.kernels.backend import BACKENDS, OPS, info, unavailable
 
 def main() -> None:
     """Print the machine, a table of ops × backends, and the reason for each backend that can't run."""
+    argparse.ArgumentParser(prog="python -m yaongi.kernels", description=__doc__).parse_args()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"yaongi {yaongi.__version__}, torch {torch.__version__}, {gpu}\n")
     width = max(map(len, OPS)) + 2

@@ -1,6 +1,6 @@
 """The model: Mamba-2, experts, grouped-query attention and Engram."""
 
-from yaongi.model.config import EngramConfig, ModelConfig, PrecisionConfig, load_preset
+from yaongi.model.config import EngramConfig, ModelConfig, load_preset
 from yaongi.model.count import ParameterCounts, flops_per_token
 from yaongi.model.engram.compression import compression_map
 from yaongi.model.losses import Losses
@@ -11,7 +11,6 @@ __all__ = [
     "Losses",
     "ModelConfig",
     "ParameterCounts",
-    "PrecisionConfig",
     "Yaongi",
     "compression_map",
     "flops_per_token",

@@ -15,7 +15,6 @@ from yaongi.settings import FieldChecks, from_table, to_table
 
 AttentionBackend = Literal["auto", "sdpa", "varlen", "flex", "flash"]
 Gate = Literal["paper", "demo"]
-RolePrecision = Literal["bf16", "fp8"]
 LAYER_LETTERS = "ME*"  # Mamba-2, experts, attention
 
 
@@ -48,20 +47,6 @@ class EngramConfig:
 
 
 @dataclass(frozen=True)
-class PrecisionConfig:
-    """The recipe by role. First and last layer, embedding, head, convolutions and attention core stay bf16."""
-
-    mamba_projections: RolePrecision = "bf16"
-    scan: RolePrecision = "bf16"
-    attention_projections: RolePrecision = "bf16"
-    experts: RolePrecision = "bf16"
-    shared_experts: RolePrecision = "bf16"
-
-    def __post_init__(self) -> None:
-        FieldChecks("precision").types(self)
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """A model to the parameter. `from_dict` and the constructor refuse what doesn't fit, in one line (ValueError)."""
 
@@ -89,7 +74,6 @@ class ModelConfig:
     attention_backend: AttentionBackend = "auto"
     compressed_vocab_size: int | None = None  # V_c of the Engram compression; None: ids are not compressed
     engram: tuple[EngramConfig, ...] = ()
-    precision: PrecisionConfig = PrecisionConfig()
 
     def __post_init__(self) -> None:
         check = FieldChecks("config")
@@ -138,12 +122,6 @@ class ModelConfig:
         """The indices of the layers of one kind."""
         return [i for i, kind in enumerate(self.pattern) if kind == letter]
 
-    def precision_of(self, role: str, layer: int) -> RolePrecision:
-        """The precision of a role of `PrecisionConfig` in one layer."""
-        is_first_or_last = layer in (0, len(self.pattern) - 1)
-        precision: RolePrecision = "bf16" if is_first_or_last else getattr(self.precision, role)
-        return precision
-
     def without_engram(self) -> "ModelConfig":
         """The same model with its Engrams left out."""
         return dataclasses.replace(self, engram=(), compressed_vocab_size=None)
@@ -160,10 +138,7 @@ class ModelConfig:
         engram = fields.get("engram", ())
         FieldChecks("config").require(isinstance(engram, (list, tuple)), "engram", "a list of tables", repr(engram))
         nested = {"engram": tuple(from_table(EngramConfig, table, "engram") for table in engram)}
-        precision = fields.get("precision", {})
-        if not isinstance(precision, PrecisionConfig):
-            precision = from_table(PrecisionConfig, precision, "precision")
-        return from_table(cls, dict(fields) | nested | {"precision": precision}, "config")
+        return from_table(cls, dict(fields) | nested, "config")
 
 
 def load_preset(name: str | Path, **overrides: Any) -> ModelConfig:

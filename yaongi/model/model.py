@@ -54,7 +54,7 @@ class Layer(nn.Module):
         self.kind = config.pattern[index]
         self.engram = engram
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, device, dtype)
-        self.mixer: Any = MIXERS[self.kind](config, index, device, dtype)
+        self.mixer: Any = MIXERS[self.kind](config, device, dtype)
 
     def forward(
         self, hidden: Tensor, delta: Tensor | None, context: Context, cache: Any = None

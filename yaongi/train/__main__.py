@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from yaongi.cli import one_line
+from yaongi import cli
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.distributed.world import World, init_world, set_determinism
@@ -54,31 +54,28 @@ def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
     return 0
 
 
-def main() -> int:
-    """Parse the command line and train; what goes wrong is one line on standard error, exit code 1."""
-    arguments = sys.argv[1:]
-    world = None
+def run(arguments: Sequence[str]) -> int:
+    """Parse the command line and train; returns the exit code. A mistake is a ValueError, TypeError or OSError."""
+    config = parse(arguments)
+    world = init_world(config.run.device)
     try:
-        config = parse(arguments)
-        world = init_world(config.run.device)
         set_determinism(config.run.deterministic)
         return train(config, world, arguments)
-    except (ValueError, TypeError, OSError, MemoryError, BadStepError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    except BadStepError as error:
+        raise ValueError(str(error)) from error
     except RuntimeError as error:
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
             raise
-        print(f"error: {operation} can't give the same bits every time here: add --no-deterministic", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted before the first step", file=sys.stderr)
-        return 130
+        raise ValueError(f"{operation} can't give the same bits every time here: add --no-deterministic") from error
     finally:
-        if world is not None:
-            world.close()
+        world.close()
+
+
+def main() -> None:
+    """The command; what goes wrong is one line on standard error."""
+    cli.run(lambda: run(sys.argv[1:]), interrupted="interrupted before the first step")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

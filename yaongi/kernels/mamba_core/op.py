@@ -1,6 +1,6 @@
 """`mamba_core`: registration and the public function."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -103,7 +103,6 @@ def mamba_core(
     groups: int,
     eps: float = 1e-5,
     document_ids: Tensor | None = None,
-    precision: Literal["bf16", "fp8"] = "bf16",
 ) -> Tensor:
     """A Mamba-2 mixer between its projections: causal_conv1d with silu, mamba_scan, gated_rms_norm.
 
@@ -118,7 +117,6 @@ def mamba_core(
         groups: G, which divides H: heads share b and c by groups, and the norm has as many.
         eps: a positive number.
         document_ids: (B, L), int32, non-decreasing along L.
-        precision: of the scan's operands; "fp8" is not available yet.
 
     Returns:
         y (B, L, H·P) in projected's dtype, contiguous.
@@ -131,8 +129,6 @@ def mamba_core(
     args.number("eps", eps)
     args.require(eps > 0, "eps", "positive", eps)
     args.optional("document_ids", document_ids, ("B", "L"), (torch.int32,))
-    args.choice("precision", precision, ("bf16", "fp8"))
-    args.require(precision == "bf16", "precision", "'bf16' (fp8 is not available yet)", repr(precision))
     return _op(projected, taps, taps_bias, A, D, dt_bias, weight, document_ids, groups, eps)[0]
 
 

@@ -166,7 +166,6 @@ def mamba_scan(
     document_ids: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: Literal[False] = False,
-    precision: Literal["bf16", "fp8"] = "bf16",
 ) -> Tensor: ...
 
 
@@ -183,7 +182,6 @@ def mamba_scan(
     document_ids: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: Literal[True],
-    precision: Literal["bf16", "fp8"] = "bf16",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -199,7 +197,6 @@ def mamba_scan(
     document_ids: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
-    precision: Literal["bf16", "fp8"] = "bf16",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2's recurrence h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, y_t = h_t·c_t + D·x_t, δ = softplus(dt + dt_bias).
 
@@ -215,7 +212,6 @@ def mamba_scan(
         document_ids: (B, L), int32, non-decreasing along L.
         initial_state: (B, H, P, N), float32 (or float64), the state before the first token; zeros when None.
         return_final_state: also return the state after the last token, that of the last document.
-        precision: "bf16" takes the operands as they are; "fp8" is not available yet.
 
     Returns:
         y (B, L, H, P) in x's dtype, contiguous; with return_final_state (y, final state (B, H, P, N) in float32,
@@ -229,8 +225,6 @@ def mamba_scan(
     args.optional("document_ids", document_ids, ("B", "L"), (torch.int32,))
     args.optional("initial_state", initial_state, ("B", "H", "P", "N"), WIDE)
     args.boolean("return_final_state", return_final_state)
-    args.choice("precision", precision, ("bf16", "fp8"))
-    args.require(precision == "bf16", "precision", "'bf16' (fp8 is not available yet)", repr(precision))
     y, final_state = _op(x, dt, A, b, c, D, dt_bias, document_ids, initial_state, return_final_state)
     return (y, final_state) if return_final_state else y
 

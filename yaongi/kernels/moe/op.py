@@ -1,6 +1,6 @@
 """`moe_route` and `moe`: registration and the public functions."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -206,7 +206,7 @@ def moe(
     w_down: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    precision: Literal["bf16", "fp8"] = "bf16",
+    *,
     weight_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Squared-ReLU experts: y_t = Σ_k g_tk · W_down[e]·relu(W_up[e]·x_t)², with e = expert_ids[t, k].
@@ -220,7 +220,6 @@ def moe(
         w_down: (E, D, F), dtype of x.
         expert_ids: (T, K) int32.
         expert_weights: (T, K) float32 (float64 for x in float64), g.
-        precision: "bf16" takes the operands as they are; "fp8" is not available yet.
         weight_gradients: contiguous, like w_up and w_down but float32 (float64 for x in float64): the backward pass
             adds the weights' gradients to these, unrounded, and autograd gets none. None: autograd gets them.
 
@@ -236,8 +235,6 @@ def moe(
     args.tensor("w_down", w_down, ("E", "D", "F"), (x.dtype,))
     args.tensor("expert_ids", expert_ids, ("T", "K"), (torch.int32,))
     args.tensor("expert_weights", expert_weights, ("T", "K"), (torch.promote_types(x.dtype, torch.float32),))
-    args.choice("precision", precision, ("bf16", "fp8"))
-    args.require(precision != "fp8", "precision", "'bf16' (fp8 is not available yet)", repr(precision))
     if weight_gradients is None:
         return _op(x, w_up, w_down, expert_ids, expert_weights)[0]
     for name, value, like in zip(("dw_up", "dw_down"), weight_gradients, (w_up, w_down), strict=True):

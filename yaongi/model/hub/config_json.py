@@ -54,7 +54,7 @@ TIME_STEP_MIN = 1e-30  # transformers clamps dt there in prefill; the model does
 
 
 def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `nemotron_h` config of a model, without what that can't hold: Engram, backends and precision."""
+    """The `nemotron_h` config of a model, without what that can't hold: Engram and backends."""
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": NEMOTRON_H,

@@ -4,30 +4,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from yaongi.model.config import RolePrecision
 from yaongi.model.layers.accumulation import AccumulatingLinear, ForkedLinear, accumulation_target, linear_product
 
 Tensor = torch.Tensor
 
 
 class Linear(nn.Module):
-    """x · weightᵀ, weight (outputs, inputs).
+    """x · weightᵀ, weight (outputs, inputs)."""
 
-    `precision` is that of the product's operands: "bf16" takes them as they are. Raises ValueError for "fp8", which is
-    not available yet.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        device: torch.device | None,
-        dtype: torch.dtype,
-        precision: RolePrecision = "bf16",
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
-        if precision != "bf16":
-            raise ValueError(f"linear: precision must be 'bf16' (fp8 is not available yet), got {precision!r}")
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:

@@ -23,15 +23,14 @@ class AttentionCache:
 class Attention(nn.Module):
     """softmax(q·kᵀ/√D)·v, each key and value head shared by heads / kv heads query heads; no RoPE, no QK norm."""
 
-    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
         width, head = config.hidden_size, config.attention_head_dim
-        precision = config.precision_of("attention_projections", layer)
         self.heads, self.kv_heads, self.head_dim = config.attention_heads, config.attention_kv_heads, head
-        self.q_proj = Linear(width, self.heads * head, device, dtype, precision)
-        self.k_proj = Linear(width, self.kv_heads * head, device, dtype, precision)
-        self.v_proj = Linear(width, self.kv_heads * head, device, dtype, precision)
-        self.o_proj = Linear(self.heads * head, width, device, dtype, precision)
+        self.q_proj = Linear(width, self.heads * head, device, dtype)
+        self.k_proj = Linear(width, self.kv_heads * head, device, dtype)
+        self.v_proj = Linear(width, self.kv_heads * head, device, dtype)
+        self.o_proj = Linear(self.heads * head, width, device, dtype)
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: AttentionCache | None = None) -> Tensor:
         """(B, L, d) to (B, L, d); writes keys and values to the start of the cache."""

@@ -27,21 +27,19 @@ class Mamba2(nn.Module):
     The rows of `in_proj` are z, x, B, C, dt. `A_log`, `D` and `dt_bias` are float32 in a model of any narrower dtype.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
         wide = torch.promote_types(dtype, torch.float32)
         heads, width, conv_width = config.mamba_heads, config.mamba_width, config.conv_width
-        precision = config.precision_of("mamba_projections", layer)
         self.heads, self.groups, self.state = heads, config.mamba_groups, config.mamba_state
         self.splits = [width, conv_width, heads]  # z, (x, B, C), dt
-        self.precision = config.precision_of("scan", layer)
-        self.in_proj = Linear(config.hidden_size, sum(self.splits), device, dtype, precision)
+        self.in_proj = Linear(config.hidden_size, sum(self.splits), device, dtype)
         self.conv1d = DepthwiseConv(conv_width, config.mamba_conv, device, dtype, bias=True)
         self.A_log = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
         self.D = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
         self.dt_bias = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
         self.norm = GatedRMSNorm(width, config.mamba_groups, config.norm_eps, device, dtype)
-        self.out_proj = Linear(width, config.hidden_size, device, dtype, precision)
+        self.out_proj = Linear(width, config.hidden_size, device, dtype)
 
     def forward(self, x: Tensor, document_ids: Tensor | None, cache: MambaCache | None = None) -> Tensor:
         """(B, L, d) to (B, L, d); fills the cache with the state after the last token."""
@@ -58,14 +56,11 @@ class Mamba2(nn.Module):
                 groups=self.groups,
                 eps=self.norm.eps,
                 document_ids=document_ids,
-                precision=self.precision,
             )
             return self.out_proj(y)
         z, xbc, dt = projected.split(self.splits, dim=-1)
         xbc, cache.conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
-        y, cache.state = mamba_scan(
-            *self._operands(xbc, dt), document_ids=document_ids, return_final_state=True, precision=self.precision
-        )
+        y, cache.state = mamba_scan(*self._operands(xbc, dt), document_ids=document_ids, return_final_state=True)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from yaongi.kernels import moe, moe_route
-from yaongi.model.config import ModelConfig, RolePrecision
+from yaongi.model.config import ModelConfig
 from yaongi.model.layers.accumulation import accumulation_target
 from yaongi.model.layers.compiled import compiled
 from yaongi.model.layers.linear import Linear
@@ -35,13 +35,11 @@ class Experts(nn.Module):
 class SharedExpert(nn.Module):
     """down(relu(up(x))²) of every token, added to what the routed experts say."""
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype, precision: RolePrecision
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
         width, hidden = config.hidden_size, config.shared_expert_size
-        self.up_proj = Linear(width, hidden, device, dtype, precision)
-        self.down_proj = Linear(hidden, width, device, dtype, precision)
+        self.up_proj = Linear(width, hidden, device, dtype)
+        self.down_proj = Linear(hidden, width, device, dtype)
 
     def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """up(x) of (T, d), and x for the routed experts."""
@@ -59,13 +57,12 @@ def _squared_relu(h: Tensor) -> Tensor:  # compiled it is the fastest of three w
 class MoE(nn.Module):
     """Σ over a token's K experts of their weighted answers, plus the shared expert's."""
 
-    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.top_k, self.scale = config.experts_per_token, config.routed_scale
-        self.precision = config.precision_of("experts", layer)
         self.gate = Router(config, device, dtype)
         self.experts = Experts(config, device, dtype)
-        self.shared_experts = SharedExpert(config, device, dtype, config.precision_of("shared_experts", layer))
+        self.shared_experts = SharedExpert(config, device, dtype)
 
     def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
         """(B, L, d) to (B, L, d), and the routing's measures when they are wanted."""
@@ -77,7 +74,7 @@ class MoE(nn.Module):
         up, down = self.experts.up_proj, self.experts.down_proj
         dw_up, dw_down = accumulation_target(up), accumulation_target(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
-        y = moe(rows, up, down, ids, weights, self.precision, sums)
+        y = moe(rows, up, down, ids, weights, weight_gradients=sums)
         y = self.shared_experts.down(h, y).view(x.shape)
         if not with_routing:
             return y, None
