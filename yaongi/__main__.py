@@ -3,7 +3,8 @@
 import runpy
 import sys
 
-from yaongi import __version__, cli
+import yaongi
+from yaongi import cli
 
 COMMANDS = {  # name: the module that `python -m` would run, and what it does
     "data": ("yaongi.data", "download text, train a tokenizer, write and inspect token shards"),
@@ -32,7 +33,7 @@ def _run() -> None:
     if name in ("-h", "--help"):
         print(usage())
     elif name == "--version":
-        print(__version__)
+        print(yaongi.__version__)
     elif name in COMMANDS:
         del sys.argv[1]
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
