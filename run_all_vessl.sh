@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and its report: environment -> data -> tokenizer -> tokens -> train -> report.
-# Every stage does nothing when its result is there, so run it again after an interruption. Any machine will do: it picks
-# preset and corpus by what it finds and says so.
+# A stage whose result is there does nothing, so run the script again after an interruption. It runs on any machine: it
+# picks preset and corpus to suit the machine, and prints its choice.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -27,20 +27,23 @@ preset="" stage=all smoke=0
 sources=() extra=()
 while (($#)); do
   case $1 in
-    --preset | --source | --stage) (($# > 1)) || die "wanted a value after $1" ;;&
+    --preset | --source | --stage) (($# > 1)) || die "$1 must have a value, got none" ;;&
     --preset) preset=$2 && shift 2 ;;
     --source) sources+=("$2") && shift 2 ;;
     --stage) stage=$2 && shift 2 ;;
     --smoke) smoke=1 && shift ;;
     --help | -h) usage && exit ;;
     --) shift && extra=("$@") && break ;;
-    *) usage >&2 && die "unknown option $1" ;;
+    *) usage >&2 && die "option must be one of those above, got $1" ;;
   esac
 done
-case $stage in all | env | data | tokenizer | tokens | train | report) ;; *) die "unknown stage $stage" ;; esac
+case $stage in
+  all | env | data | tokenizer | tokens | train | report) ;;
+  *) die "--stage must be one of env, data, tokenizer, tokens, train, report, got $stage" ;;
+esac
 wants() { [[ $stage == all || $stage == "$1" ]]; }
 
-# KEY=value lines; blanks around, export, quotes and comments are understood; nothing is evaluated and nothing printed.
+# Read KEY=value lines. Surrounding blanks, `export`, quotes and comments are allowed; nothing is evaluated or printed.
 read_dotenv() {
   local line key value
   while IFS= read -r line || [[ -n $line ]]; do
@@ -73,11 +76,11 @@ urllib.request.urlopen(urllib.request.Request("https://huggingface.co", method="
 PY
 }
 
-# ---- environment: .venv with pinned packages; torch stays the machine's own where it already drives a GPU
+# ---- environment: .venv with pinned packages; an installed torch that can use the GPU is kept
 python=.venv/bin/python
 own_torch() { "${PYTHON:-python3}" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
-cuda_from_wheels() { # nvcc for _C.so, assembled from wheels of one version: a newer nvvm writes PTX that ptxas rejects
+cuda_from_wheels() { # nvcc to build _C.so; all wheels of one version, for ptxas rejects the PTX of a newer nvvm
   local folder=$PWD/build/cuda pinned=13.0.88
   if [[ ! -f $folder/installed ]]; then
     say "environment: no nvcc here, so CUDA $pinned comes from wheels"
@@ -124,7 +127,7 @@ wants env && environment
 [[ $stage == env ]] && exit
 [[ -x $python ]] || die "no environment yet: run ./run_all_vessl.sh --stage env"
 
-# ---- what to train on what
+# ---- preset and corpus
 why="as asked"
 if ((smoke)); then
   preset=${preset:-yaongi-tiny}
@@ -141,7 +144,11 @@ fi
 if ((!${#sources[@]})); then
   if [[ $preset != yaongi-tiny ]] && online; then sources=(hub); else sources=(embedded); fi
 fi
-[[ -f yaongi/presets/$preset.toml ]] || die "no preset $preset: $(cd yaongi/presets && echo *.toml)"
+if [[ ! -f yaongi/presets/$preset.toml ]]; then
+  presets=$(cd yaongi/presets && echo *.toml)
+  presets=${presets//.toml/}
+  die "--preset must be one of ${presets// /, }, got $preset"
+fi
 say "preset $preset ($why), corpus: ${sources[*]}"
 
 vocabulary=32768 megabytes=60

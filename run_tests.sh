@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All that CI checks, from a fresh clone: environment -> build -> lint -> types -> tests. Idempotent: run it again after any edit.
+# All CI checks, from a fresh clone: environment -> build -> lint -> types -> tests. It is safe to run again at any time.
 # PYTHON=python3.12 picks the interpreter for a new environment; the pinned packages are in requirements-dev.txt.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=.venv/bin/python
 
 [[ -x $python ]] || "${PYTHON:-python3}" -m venv .venv
-stamp=.venv/installed.txt # what was installed last: torch's pin and requirements-dev.txt
+stamp=.venv/installed.txt # torch's pin and requirements-dev.txt as last installed
 torch=torch==2.13.0
 wanted=$(echo "$torch" && cat requirements-dev.txt)
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then

@@ -1,6 +1,6 @@
-"""Installs yaongi; where nvcc is found, also builds `yaongi/_C.so` for sm_90a through CMake.
+"""Install yaongi; if nvcc is found, also build `yaongi/_C.so` for sm_90a with CMake.
 
-YAONGI_CUDA=auto (default) builds when nvcc is there, 0 never builds, 1 fails when it can't build.
+YAONGI_CUDA=auto (default) builds if nvcc is found, 0 never builds, 1 fails if it can't build.
 """
 
 import importlib.util
@@ -18,11 +18,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 LOG = BUILD / "build.log"
-SERIALISED_WGMMA = re.compile(r"C75\d\d")  # ptxas only informs that wgmma was serialised or setmaxnreg ignored
+SERIALISED_WGMMA = re.compile(r"C75\d\d")  # ptxas notes, not errors: wgmma was serialised or setmaxnreg ignored
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc: CUDACXX, CUDA_HOME, PATH, then the usual folder."""
+    """Return the path of nvcc, from CUDACXX, CUDA_HOME, PATH, or the usual folder, in this order."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc" if "CUDA_HOME" in os.environ else None]
     candidates += [shutil.which("nvcc"), f"{home}/bin/nvcc"]
@@ -30,7 +30,7 @@ def find_nvcc() -> str | None:
 
 
 def find_torch() -> Path | None:
-    """Folder of the torch package, without importing it: also visible from pip's isolated build."""
+    """Return the folder of the torch package without importing it; this also works in pip's isolated build."""
     folder = Path(sysconfig.get_path("platlib")) / "torch"
     if folder.is_dir():
         return folder
@@ -39,7 +39,7 @@ def find_torch() -> Path | None:
 
 
 def wanted_extensions() -> list[Extension]:
-    """The `_C` extension when it is to be built, after saying in one line what is missing when it must be."""
+    """Return the `_C` extension if it is to be built; exit with one line if it must be but something is missing."""
     mode = os.environ.get("YAONGI_CUDA", "auto")
     if mode not in ("auto", "0", "1"):
         sys.exit(f"yaongi: YAONGI_CUDA must be auto, 0 or 1, got {mode!r}")
@@ -58,10 +58,10 @@ def wanted_extensions() -> list[Extension]:
 
 
 class CMakeBuild(build_ext):
-    """Builds `yaongi/_C.so` in build/cmake, kept between builds so that an edit rebuilds in seconds."""
+    """Build of `yaongi/_C.so` in build/cmake, which is kept, so that a rebuild after an edit takes seconds."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + ".so"  # no Python in it: one file serves every version
+        return str(Path(*fullname.split("."))) + ".so"  # no Python ABI tag: one file serves every Python version
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -79,7 +79,7 @@ class CMakeBuild(build_ext):
 
 
 def run_logged(command: list[str]) -> None:
-    """Run a command, append its output to build/build.log, and end with its last lines when it fails."""
+    """Run a command and append its output to build/build.log; exit with the last lines if it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with LOG.open("a") as log:
         log.write(f"$ {' '.join(command)}\n{done.stdout}")
@@ -89,9 +89,9 @@ def run_logged(command: list[str]) -> None:
 
 
 def refuse_serialised_wgmma() -> None:
-    """A kernel whose wgmma ptxas serialised is correct and several times slower: never ship it.
+    """Fail if ptxas serialised a kernel's wgmma, which makes it correct but several times slower.
 
-    ptxas says so only as it compiles, so the objects go too: the next build must hear it again.
+    ptxas says so only when it compiles, so the objects are deleted too: the next build must compile and report again.
     """
     lines = [line for line in LOG.read_text().splitlines() if SERIALISED_WGMMA.search(line)]
     if lines:
@@ -129,11 +129,11 @@ CLASSIFIERS = [
 
 
 def project_urls() -> dict[str, str]:
-    """Where this source came from: the web address of the clone's `origin`, without credentials; none for a path."""
+    """Return links to the clone's `origin` on the web, without credentials; none if `origin` is a path."""
     command = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
     try:
         origin = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.strip()
-    except FileNotFoundError:  # no git here
+    except FileNotFoundError:  # git isn't installed
         return {}
     found = re.fullmatch(r"(?:https://(?:[^@/]*@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?", origin)
     if not found:

@@ -1,4 +1,4 @@
-"""Causal convolution + silu on the slice of in_proj's output that Mamba-2 feeds it, beside torch.compile and peers."""
+"""Causal convolution + silu on a slice of in_proj's output, as in Mamba-2, against torch.compile and peers."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,20 +17,20 @@ Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @torch.compile
 def compiled_taps(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Shifted products, which torch.compile fuses: its fastest form here."""
+    """Compute the convolution as shifted products, which torch.compile fuses: its fastest form here."""
     padded, length = F.pad(x, (0, 0, TAPS - 1, 0)), x.shape[1]
     return F.silu(sum(padded[:, k : k + length] * weight[:, k] for k in range(TAPS)) + bias)
 
 
 @torch.compile
 def compiled_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """torch's depthwise conv1d."""
+    """Compute the convolution with torch's depthwise conv1d."""
     out = F.conv1d(x.mT, weight.unsqueeze(1), bias, padding=TAPS - 1, groups=x.shape[2])[..., : x.shape[1]]
     return F.silu(out).mT
 
 
 def package_peer() -> Function | Absent:
-    """Dao-AILab's causal-conv1d, where it is installed; it takes (B, C, L) with unit stride along C."""
+    """Return Dao-AILab's causal-conv1d if it is installed; it takes (B, C, L) with unit stride along C."""
     if importlib.util.find_spec("causal_conv1d") is None:
         return Absent("pip install causal-conv1d")
     from causal_conv1d import causal_conv1d_fn
@@ -62,7 +62,7 @@ class Case:
         return lambda: torch.autograd.grad(function(*inputs), inputs, self.dy)
 
     def check(self) -> None:
-        """The house's rule on a part of the rows, forward and all gradients."""
+        """Check the tolerance rule (tests/oracle.py) on some of the rows, for the output and all gradients."""
         rows, ids = slice(0, 1), None if self.document_ids is None else self.document_ids[:1]
         results = {}
         for name, dtype in (("triton", torch.bfloat16), ("reference", torch.bfloat16), ("exact", torch.float64)):
@@ -77,14 +77,14 @@ class Case:
 @pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
 @pytest.mark.parametrize("direction", ["forward", "forward_and_backward"])
 def test_causal_conv1d(direction: str, documents: bool, compare: Compare) -> None:
-    """(8, 4096, 6144) of a 10304-wide tensor; the floor is each input read and each output written once."""
+    """Time (8, 4096, 6144) of a 10304-wide tensor; the floor reads each input and writes each output once."""
     case = Case(documents)
     case.check()
     tensor_bytes = 2 * BATCH * LENGTH * CHANNELS
     forward = direction == "forward"
     timed = case.forward if forward else case.both
     peers: dict[str, Peer] = {}
-    if not documents:  # the peers know no documents
+    if not documents:  # the peers don't support documents
         functions: dict[str, Function | Absent] = {"compiled": compiled_taps, "compiled conv1d": compiled_conv1d}
         functions["causal-conv1d"] = package_peer()
         peers = {name: f if isinstance(f, Absent) else timed(f) for name, f in functions.items()}

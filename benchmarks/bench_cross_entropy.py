@@ -1,4 +1,4 @@
-"""The head and its loss, forward and backward: chunked, logits computed twice, beside torch's and liger-kernel's."""
+"""The head and its loss, forward and backward, in chunks with recomputed logits, against torch's and liger-kernel's."""
 
 import importlib.util
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from yaongi.model.losses import head_cross_entropy
 
 V = 32768
 SHAPES = {"yaongi-4b": (8192, 2048), "yaongi-small": (32768, 768)}  # T, d
-CHUNK = 4096  # tokens whose logits the peers keep alive
+CHUNK = 4096  # tokens per chunk of the peers: logits held at a time
 Tensor = torch.Tensor
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_cross_entropy(direction: str, compare: Compare) -> None:
-    """The two passes over a chunk's logits, bound by bytes."""
+    """Time the two memory-bound passes over a chunk's logits."""
     logits = 3 * torch.randn(CHUNK, V, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(V, (CHUNK,), device="cuda")
     _, normalizers = cross_entropy(logits, targets)
@@ -46,7 +46,7 @@ def test_cross_entropy(direction: str, compare: Compare) -> None:
 
 @pytest.mark.parametrize("preset", SHAPES)
 def test_head(preset: str, compare: Compare) -> None:
-    """Hidden states to the loss and back, four products of T × d × V."""
+    """Time hidden states to loss and back, four products of T × d × V."""
     T, d = SHAPES[preset]
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, d, device="cuda", dtype=torch.bfloat16) for n in (T, V))
@@ -69,7 +69,7 @@ def test_head(preset: str, compare: Compare) -> None:
 
 
 def liger(leaves: list[Tensor], targets: Tensor) -> Peer:
-    """liger-kernel's fused head, which computes the gradients on the way forward."""
+    """Return liger-kernel's fused head, which computes the gradients in the forward."""
     if importlib.util.find_spec("liger_kernel") is None:
         return Absent("pip install liger-kernel")
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy

@@ -1,4 +1,4 @@
-"""The flagship's layers as a training step runs them: beside the references, and what it costs to compute one twice."""
+"""The flagship's layers as in a training step: against the references, and the cost of recomputing one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ from yaongi.train.config import load_config
 from yaongi.train.recompute import KINDS
 
 B, L = 8, 4096
-CHUNK = 128  # of the scan's FLOPs
+CHUNK = 128  # chunk size for which the scan's FLOPs are counted
 
 
 def flops(layer: Layer) -> float:
-    """Six per token and active parameter, and three times the scan: the share of the model's formula."""
+    """Return the layer's share of the model's FLOPs: six per token and active parameter, and three times the scan."""
     mixer, active = layer.mixer, sum(p.numel() for p in layer.parameters())
     if layer.kind == "E":
         routed = sum(p.numel() for p in mixer.experts.parameters())
@@ -32,7 +32,7 @@ def flops(layer: Layer) -> float:
 
 @pytest.mark.parametrize("kind", ["M", "E"], ids=["mamba", "experts"])
 def test_layer(kind: str, compare: Compare) -> None:
-    """Norm, mixer and residual of one layer of `yaongi-4b` in bf16, 8 × 4096 tokens, with every gradient."""
+    """Time norm, mixer and residual of one layer of `yaongi-4b` in bf16, 8 × 4096 tokens, with every gradient."""
     config = load_config("yaongi-4b").model
     index = config.pattern.index(kind)
     layer = Layer(config, index, None, torch.device("cuda"), torch.bfloat16)
@@ -55,9 +55,9 @@ def test_layer(kind: str, compare: Compare) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recompute(kind: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """The forward pass of one layer, 2 × 4096 tokens, replayed, over the bytes that it keeps for the backward pass.
+    """Time one layer's forward, 2 × 4096 tokens, in a graph, per byte that it saves for the backward.
 
-    Which kinds `--recompute` should name first: those of the fewest milliseconds per GB.
+    `--recompute` should name the kinds with the fewest milliseconds per GB first.
     """
     config = load_config("yaongi-4b").model
     layer = Layer(config, config.pattern.index(KINDS[kind]), None, torch.device("cuda"), torch.bfloat16)
@@ -72,7 +72,7 @@ def test_recompute(kind: str, benchmark: Any, request: pytest.FixtureRequest) ->
     before = torch.cuda.memory_allocated()
     total, following, routing = layer(hidden, delta, context)
     kept = torch.cuda.memory_allocated() - before - sum(t.nbytes for t in (total, following))
-    assert kept > hidden.nbytes, kept  # less, and autograd has recorded nothing
+    assert kept > hidden.nbytes, kept  # if less, autograd has recorded nothing
     del total, following, routing
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

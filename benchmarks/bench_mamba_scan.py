@@ -1,4 +1,4 @@
-"""The Mamba-2 scan, its step and the core of the mixer around it, beside mamba_ssm's Triton kernels."""
+"""The Mamba-2 scan, its step and the mixer core around it, against mamba_ssm's Triton kernels."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ from yaongi.kernels import causal_conv1d, gated_rms_norm, mamba_core, mamba_scan
 
 H, P, N, TAPS, EPS = 64, 64, 128, 4, 1e-5
 SHAPES = [(8, 4096, 8), (8, 4096, 1), (2, 16384, 8), (1, 32768, 8)]  # B, L, G
-WINDOWS = 8  # of 1,008 tokens, the last chunk a part of one, on which errors are taken
+WINDOWS = 8  # windows of 1,008 tokens for the errors; their last chunk is a partial one
 RESULTS = ("y", "dx", "ddt", "dA", "db", "dc", "dD", "ddt_bias")
 Tensors = tuple[torch.Tensor, ...]
 Scan = Callable[..., torch.Tensor]
@@ -23,7 +23,7 @@ MAMBA_SSM = "pip install mamba-ssm"
 
 
 def peer_scan(chunk: int) -> Scan | Absent:
-    """mamba_ssm's scan at one of its chunk sizes."""
+    """Return mamba_ssm's scan with one of its chunk sizes."""
     return mamba_ssm_scan(chunk) if importlib.util.find_spec("mamba_ssm") else Absent(MAMBA_SSM)
 
 
@@ -36,7 +36,7 @@ class Case:
         self.G, self.tokens = G, B * L
         packed = F.silu(torch.randn(B, L, H * P + 2 * G * N, **bf16))
         x, b, c = packed.split([H * P, G * N, G * N], dim=-1)
-        step = torch.empty(H, **fp32).uniform_(-6.9, -2.3).exp()  # 0.001 to 0.1, as Mamba-2 starts
+        step = torch.empty(H, **fp32).uniform_(-6.9, -2.3).exp()  # 0.001 to 0.1, Mamba-2's initialisation
         made = (
             x.unflatten(-1, (H, P)),
             torch.randn(B, L, H, **bf16),
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def work(self) -> dict[str, Work]:
-        """FLOPs as the model counts them (chunks of 128); each input read and each output written once."""
+        """FLOPs as the model counts them (chunks of 128); bytes to read each input and write each output once."""
         flops = 2.0 * self.tokens * (self.G * N * 64 + H * P * 64 + 2 * H * P * N)
         heads, groups, steps = (2.0 * self.tokens * n for n in (H * P, self.G * N, H))
         forward, backward = 2 * heads + 2 * groups + steps, 3 * heads + 4 * groups + 2 * steps
@@ -70,7 +70,7 @@ class Case:
         return lambda: torch.autograd.grad(y, self.inputs, self.dy, retain_graph=True)
 
     def results(self, scan: Scan, window: int, dtype: torch.dtype | None = None) -> Tensors:
-        """Output and gradients on one window of 1,008 tokens, of which there are eight."""
+        """Return output and gradients on one of the eight windows of 1,008 tokens."""
         x, dt, A, b, c, D, bias = self.inputs
         first = window * self.tokens // WINDOWS
         x, dt, b, c, dy = (t.flatten(0, 1)[None, first : first + 1008] for t in (x, dt, b, c, self.dy))
@@ -80,9 +80,9 @@ class Case:
 
 
 def relative_errors(case: Case, *scans: Scan) -> list[list[float]]:
-    """Of each scan, the Frobenius errors of its output and gradients, the root of their mean square over the windows.
+    """Return for each scan the relative Frobenius errors of output and gradients, as root mean square over the windows.
 
-    One window alone would compare luck: of dA, a sum over all tokens, it has 64 numbers.
+    One window alone would be too few samples: dA, a sum over all its tokens, has only 64 numbers.
     """
     squares = torch.zeros(len(scans), len(RESULTS), dtype=torch.float64)
     for window in range(WINDOWS):
@@ -96,7 +96,7 @@ def relative_errors(case: Case, *scans: Scan) -> list[list[float]]:
 
 @functools.cache
 def check(shape: tuple[int, int, int]) -> None:
-    """No error is larger than 1.2 × the peer's own, or where it is absent 1 %. Once a shape."""
+    """Check once per shape that no error exceeds 1.2 × the peer's own, or 1 % if the peer is absent."""
     case, peer = Case(*shape), peer_scan(256)
     scans = (mamba_scan,) if isinstance(peer, Absent) else (mamba_scan, peer)
     ours, theirs = (*relative_errors(case, *scans), [1e-2 / 1.2] * len(RESULTS))[:2]
@@ -105,14 +105,14 @@ def check(shape: tuple[int, int, int]) -> None:
 
 
 def peak(call: Callable[[], Any]) -> str:
-    """As a note says it."""
+    """Return a call's peak memory beyond its results as text."""
     return f"{peak_gb(call, beyond_results=True):.2f} GB"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward_and_backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-L{}-G{}".format(*s))
 def test_mamba_scan(shape: tuple[int, int, int], direction: str, compare: Compare) -> None:
-    """64 heads of 64 × 128 over 32,768 tokens, against the larger of the floors by FLOPs and by bytes."""
+    """Time 64 heads of 64 × 128 over 32,768 tokens, against the larger of the floors by FLOPs and by bytes."""
     check(shape)
     case = Case(*shape)
     scans = {f"mamba_ssm {chunk}": peer_scan(chunk) for chunk in (256, 128)}
@@ -125,7 +125,7 @@ def test_mamba_scan(shape: tuple[int, int, int], direction: str, compare: Compar
 
 
 def mamba_ssm_step() -> Scan | Absent:
-    """mamba_ssm's step, which wants every parameter expanded to the state's shape."""
+    """Return mamba_ssm's step, which takes every parameter expanded to the state's shape."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return Absent(MAMBA_SSM)
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -150,7 +150,7 @@ def mamba_ssm_step() -> Scan | Absent:
 
 @pytest.mark.parametrize("B", [1, 8, 64, 256])
 def test_mamba_step(B: int, compare: Compare) -> None:
-    """Decode: the fp32 state read and written once."""
+    """Time one decode step; the floor reads and writes the fp32 state once."""
     case = Case(B, 1, 8)
     x, dt, A, b, c, D, bias = (t.detach() for t in case.inputs)
     token = (x[:, 0], dt[:, 0], A, b[:, 0], c[:, 0], D, bias)
@@ -165,7 +165,7 @@ def test_mamba_step(B: int, compare: Compare) -> None:
 
 
 class Core:
-    """The mixer between its projections: convolution, scan, gate and norm, on in_proj's output."""
+    """Inputs of the mixer without its projections: convolution, scan, gate and norm, on in_proj's output."""
 
     def __init__(self, B: int, L: int, G: int) -> None:
         case = Case(B, L, G)
@@ -187,7 +187,7 @@ class Core:
         self.work = Work(3 * case.work["forward"].flops, conv + scan + norm)
 
     def call(self, conv: Scan, scan: Scan, norm: Scan) -> Callable[[], Any]:
-        """Forward and backward of a core made of three functions."""
+        """Return forward and backward of a core made of three functions."""
 
         def core(
             projected: torch.Tensor,
@@ -209,14 +209,14 @@ class Core:
 
 @torch.compile
 def compiled_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Shifted products and silu."""
+    """Compute the convolution as shifted products, then silu."""
     padded, length = F.pad(x, (0, 0, TAPS - 1, 0)), x.shape[1]
     return F.silu(sum(padded[:, k : k + length] * weight[:, k] for k in range(TAPS)) + bias)
 
 
 @torch.compile
 def compiled_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, groups: int) -> torch.Tensor:
-    """Gate and RMS norm by groups."""
+    """Apply the gate and the RMS norm by groups."""
     gated = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
     scaled = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
     return (scaled.flatten(-2) * weight.float()).to(y.dtype)
@@ -224,7 +224,7 @@ def compiled_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: f
 
 @pytest.mark.parametrize("groups", [8, 1])
 def test_mixer_core(groups: int, compare: Compare) -> None:
-    """Forward and backward of convolution, scan and gated norm; the floor counts each tensor between them."""
+    """Time forward and backward of convolution, scan and gated norm; the floor also counts the tensors between them."""
     core = Core(8, 4096, groups)
     scan = peer_scan(256)
     theirs: Peer = scan if isinstance(scan, Absent) else core.call(compiled_conv, scan, compiled_norm)

@@ -1,4 +1,4 @@
-"""The squared-ReLU MoE layer, from logits to output, beside compositions of torch's grouped matmul."""
+"""The squared-ReLU MoE layer, from logits to output, against compositions of torch's grouped matmul."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 
 class Case:
-    """The tensors of a layer; routing is balanced, zipf (load falls as 1/rank) or one (every token picks the same)."""
+    """Tensors of a layer; routing is balanced, zipf (load falls as 1/rank) or one (all tokens pick the same)."""
 
     def __init__(self, shape: tuple[int, int, int, int, int], routing: str) -> None:
         T, D, F, E, self.K = self.T, self.D, self.F, self.E, _ = shape
@@ -38,7 +38,7 @@ class Case:
         self.x = torch.randn(T, D, **bf16).requires_grad_()
         self.w_up = (torch.randn(E, F, D, **bf16) / D**0.5).requires_grad_()
         self.w_down = (torch.randn(E, D, F, **bf16) / F**0.5).requires_grad_()
-        noise = -torch.empty(T, E, device="cuda").exponential_().log()  # Gumbel: the K largest are a draw by weight
+        noise = -torch.empty(T, E, device="cuda").exponential_().log()  # Gumbel: the K largest are a weighted sample
         skew = {"balanced": 0.0, "zipf": 1.0, "one": 100.0}[routing]
         logits = noise - skew * torch.arange(1, E + 1, device="cuda").log()
         self.logits = (0.1 * logits).requires_grad_()
@@ -59,7 +59,7 @@ class Case:
 
 
 def ours(top_k: int) -> Layer:
-    """The layer of this library."""
+    """Return the layer of this library."""
 
     def layer(
         x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor
@@ -71,7 +71,7 @@ def ours(top_k: int) -> Layer:
 
 
 def composition(top_k: int, *, gather_sum: bool) -> Layer:
-    """The best-known composition: sort, gather, grouped matmul, squared ReLU, grouped matmul, weight, combine.
+    """Return the best-known composition: sort, gather, grouped matmul, squared ReLU, grouped matmul, weight, combine.
 
     The combine is an index_add, or a gather by the inverse permutation and a sum over the K rows of a token.
     """
@@ -97,13 +97,13 @@ def composition(top_k: int, *, gather_sum: bool) -> Layer:
 
 
 def peers_of(top_k: int) -> dict[str, Layer]:
-    """torch's grouped matmul, eager and compiled, with either combine."""
+    """Return compositions of torch's grouped matmul, eager and compiled, with either combine."""
     named = {"index_add": composition(top_k, gather_sum=False), "gather-sum": composition(top_k, gather_sum=True)}
     return named | {f"compiled {name}": torch.compile(layer) for name, layer in named.items()}
 
 
 def check(case: Case) -> None:
-    """The house's rule on the first 256 tokens, forward and all gradients."""
+    """Check the tolerance rule (tests/oracle.py) on the first 256 tokens, for the output and all gradients."""
     results = {}
     for name, dtype in (("triton", torch.bfloat16), ("reference", torch.bfloat16), ("exact", torch.float64)):
         with use_backend("reference" if name == "exact" else name):
@@ -119,7 +119,7 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("direction", ["forward", "forward_and_backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-D{}-F{}-E{}-K{}".format(*s))
 def test_moe(shape: tuple[int, int, int, int, int], direction: str, routing: str, compare: Compare) -> None:
-    """4·T·K·D·F FLOPs forward and twice as many backward; the floor counts them alone. Skew at the flagship's shape."""
+    """Time a layer; its floor counts FLOPs alone, 4·T·K·D·F forward and twice that backward."""
     if routing != "balanced" and shape != FLAGSHIP:
         pytest.skip("skewed routing is measured at the flagship's shape")
     case = Case(shape, routing)
@@ -136,7 +136,7 @@ def test_moe(shape: tuple[int, int, int, int, int], direction: str, routing: str
 
 @pytest.mark.parametrize("direction", ["forward", "forward_and_backward"])
 def test_shared_expert(direction: str, compare: Compare) -> None:
-    """The flagship's dense squared-ReLU MLP: the model's, eager, all compiled, and the experts' stages with E = 1."""
+    """Time the flagship's dense squared-ReLU MLP: the model's, eager, compiled, and the experts' stages with E = 1."""
     config, T = load_config("yaongi-4b").model, 32768
     torch.manual_seed(0)
     shared = SharedExpert(config, torch.device("cuda"), torch.bfloat16)
@@ -163,7 +163,7 @@ def test_shared_expert(direction: str, compare: Compare) -> None:
 
 
 def test_stages(compare: Compare) -> None:
-    """The chain at the flagship's shape, stage by stage, each against its own floor."""
+    """Time each stage of the chain at the flagship's shape against its own floor."""
     case = Case(FLAGSHIP, "balanced")
     with torch.no_grad():
         ids, weights, _ = moe_route(case.logits, case.bias, case.K, SCALE)

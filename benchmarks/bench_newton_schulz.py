@@ -1,4 +1,4 @@
-"""Newton-Schulz at the flagship's shapes, beside torch's products and the gram-newton-schulz package."""
+"""Newton-Schulz at the flagship's shapes, against torch's products and the gram-newton-schulz package."""
 
 import importlib.util
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from yaongi.kernels import newton_schulz
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
 from yaongi.kernels.newton_schulz.reference import newton_schulz_reference
 
-# batch, rows, columns; what they are in yaongi-4b
+# batch, rows, columns, by their place in yaongi-4b
 FLAGSHIP = {
     "experts": (64, 512, 2048),
     "z, x, out_proj": (66, 2048, 4096),
@@ -33,7 +33,7 @@ Tensor = torch.Tensor
 
 
 def torch_standard(x: Tensor) -> Tensor:
-    """The standard form as most trainers write it: bf16, three products a step."""
+    """Run the standard form as most trainers write it: bf16, three products per step."""
     wide = (x.mT if x.shape[-2] > x.shape[-1] else x).bfloat16()
     wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS:
@@ -43,7 +43,7 @@ def torch_standard(x: Tensor) -> Tensor:
 
 
 def gram_newton_schulz(*, gram: bool) -> Peer:
-    """The package of that name, where it is installed."""
+    """Return the gram-newton-schulz package's function if it is installed."""
     if importlib.util.find_spec("gram_newton_schulz") is None:
         return Absent("pip install gram-newton-schulz")
     from gram_newton_schulz import GramNewtonSchulz
@@ -52,7 +52,7 @@ def gram_newton_schulz(*, gram: bool) -> Peer:
 
 
 def emerging_optimizers() -> Callable[[Tensor], Any] | Absent:
-    """NVIDIA's, matrix by matrix as its Muon calls it: bf16 operands, half of each square by Triton."""
+    """Return NVIDIA's, per matrix as its Muon calls it: bf16 operands, half of each symmetric product by Triton."""
     if importlib.util.find_spec("emerging_optimizers") is None:
         return Absent("pip install git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers")
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz as theirs
@@ -70,13 +70,13 @@ def emerging_optimizers() -> Callable[[Tensor], Any] | Absent:
 
 
 def work_of(batch: int, m: int, n: int) -> Work:
-    """m³·(14 + 6α) a matrix in Gram form, symmetric products counted by half; x read and written once in bf16."""
+    """Return m³·(14 + 6α) FLOPs per matrix (Gram form, symmetric products by half), and bytes of bf16 x and result."""
     m, n = sorted((m, n))
     return Work(batch * m**3 * (14 + 6 * n / m), 4 * batch * m * n)
 
 
 def check(x: Tensor) -> None:
-    """The house's rule for one matrix of the batch, in both forms."""
+    """Check the tolerance rule (tests/oracle.py) for one matrix of the batch, in both forms."""
     flat = [value for step in POLAR_EXPRESS for value in step]
     for form in ("gram", "standard"):
         exact = newton_schulz_reference(x.double(), flat, form)
@@ -85,7 +85,7 @@ def check(x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", [*FLAGSHIP, *OTHERS])
 def test_newton_schulz(name: str, compare: Compare) -> None:
-    """bf16 in and out, five steps, norm and casts included."""
+    """Time five steps with bf16 in and out, including norm and casts."""
     shape = (FLAGSHIP | OTHERS)[name]
     torch.manual_seed(0)
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)

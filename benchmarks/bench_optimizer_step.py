@@ -1,8 +1,8 @@
-"""The optimizer step of the whole flagship, beside eager Muon and torch's optimizers on the same parameters.
+"""The optimizer step of the complete flagship, against eager Muon and torch's optimizers on the same parameters.
 
-All 3.9 B parameters of yaongi-4b without Engram's tables, random gradients. Ours keeps float32 masters and gradients,
-and a bf16 momentum of every matrix; the peers keep no master, and bf16 for all they have. They run after one another,
-each with the GPU's memory to itself: together they wouldn't fit.
+The parameters are all 3.9 B of yaongi-4b without Engram's tables, with random gradients. Ours keeps float32 master
+weights and gradients, and a bf16 momentum buffer per matrix; the peers keep no master weights, and bf16 for everything
+else. They run one after another, since together they wouldn't fit in the GPU's memory.
 """
 
 import dataclasses
@@ -29,20 +29,20 @@ from yaongi.train.optimizer.roles import parameter_roles
 
 LR = {"matrix": 0.02, "vector": 3e-3, "table": 15e-3}
 ROUNDS = 7
-CHECKED = "backbone.layers.1.mixer.shared_experts.up_proj.weight"  # the matrix whose update is looked at
+CHECKED = "backbone.layers.1.mixer.shared_experts.up_proj.weight"  # the matrix whose update is checked
 Tensor = torch.Tensor
 
 
 @pytest.fixture(autouse=True)
 def emptied() -> Iterator[None]:
-    """Give what a case held back to the GPU."""
+    """Free a case's GPU memory."""
     yield
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def flagship() -> Yaongi:
-    """yaongi-4b in bf16 with small random weights, made on the GPU."""
+    """Return yaongi-4b in bf16 with small random weights, made on the GPU."""
     config = dataclasses.replace(load_preset("yaongi-4b"), engram=())
     model = Yaongi(config, device="meta", dtype=torch.bfloat16).to_empty(device="cuda")
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def flagship() -> Yaongi:
 
 
 def median_ms(step: Callable[[], Any]) -> float:
-    """Median milliseconds by events; a step is far larger than the L2 cache."""
+    """Return median milliseconds by events; L2 isn't flushed, since a step reads far more than it holds."""
     for _ in range(2):
         step()
     events = []
@@ -68,23 +68,23 @@ def median_ms(step: Callable[[], Any]) -> float:
 
 
 def size_of(model: Yaongi) -> dict[str, str]:
-    """What the row of a report says of the parameters."""
+    """Return a report's entries about the parameters."""
     return {"parameters": f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B"}
 
 
 def give_gradients(model: Yaongi, dtype: torch.dtype | None = None) -> None:
-    """Random ones, in each parameter's own dtype unless another is given."""
+    """Set random gradients, in each parameter's own dtype unless another is given."""
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16).to(dtype or parameter.dtype)
 
 
 def floor_ms(model: Yaongi) -> float:
-    """Everything read and written once, and the products of the Gram form, one after the other."""
+    """Return the time to read and write everything once, plus that of the Gram form's products."""
     roles = parameter_roles(model)
     bytes_ = flops = 0.0
     for name, parameter in model.named_parameters():
         moments = 8 + 8 if roles[name].kind == "adamw" else 2 + 2
-        bytes_ += parameter.numel() * (4 + moments + 4 + 4 + 2)  # gradient, moments and master both ways, the cast
+        bytes_ += parameter.numel() * (4 + moments + 4 + 4 + 2)  # gradient, moments, master weight (4 + 4), cast
         if roles[name].kind == "adamw":
             continue
         rows = [s.stop - s.start for s in roles[name].splits if s.kind == "muon"] or [parameter.shape[-2]]
@@ -94,7 +94,7 @@ def floor_ms(model: Yaongi) -> float:
 
 
 def check_one_matrix(model: Yaongi, optimizer: RoleOptimizer) -> None:
-    """The house's rule for a shared expert's master after one step from the initial state."""
+    """Check the tolerance rule (tests/oracle.py) for a shared expert's master weight after one first step."""
     parameter, state = model.get_parameter(CHECKED), optimizer.tensors()[CHECKED]
     before = {key: state[key].clone() for key in ("master", "momentum")}
     optimizer.step()
@@ -111,7 +111,7 @@ def check_one_matrix(model: Yaongi, optimizer: RoleOptimizer) -> None:
 
 
 def check_it_moves(model: Yaongi, step: Callable[[], Any]) -> None:
-    """A peer's step changes a matrix, to finite values."""
+    """Check that a peer's step changes a matrix to finite values."""
     weight = model.get_parameter(CHECKED).detach()
     before = weight.clone()
     step()
@@ -120,7 +120,7 @@ def check_it_moves(model: Yaongi, step: Callable[[], Any]) -> None:
 
 
 def test_ours(benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """Teon, Muon, AdamW, masters, casts: all that RoleOptimizer.step does."""
+    """Time all that RoleOptimizer.step does: Teon, Muon, AdamW, master weights, casts."""
     model = flagship()
     optimizer = RoleOptimizer(model, Training(), torch.bfloat16)
     optimizer.set_lr(LR)
@@ -132,7 +132,7 @@ def test_ours(benchmark: Any, request: pytest.FixtureRequest) -> None:
 
 
 def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """torch's fused AdamW on everything, bf16 with bf16 moments and no master."""
+    """Time torch's fused AdamW on everything, bf16 with bf16 moments and no master weights."""
     model = flagship()
     give_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
@@ -142,7 +142,7 @@ def test_adamw_fused(benchmark: Any, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("orthogonalise", [torch_standard, torch.compile(torch_standard)], ids=["eager", "compiled"])
 def test_muon(orthogonalise: Callable[[Tensor], Tensor], benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """Muon as a good user writes it: foreach passes, matrices of one shape in one batch, no master; fused AdamW."""
+    """Time Muon as a good user writes it: foreach passes, a batch per shape, no master weights; fused AdamW."""
     model = flagship()
     give_gradients(model)
     roles = parameter_roles(model)
@@ -167,7 +167,7 @@ def eager_muon(
     mu: float = 0.95,
     orthogonalise: Callable[[Tensor], Tensor] = torch_standard,
 ) -> None:
-    """In place; in_proj is orthogonalised whole here."""
+    """Update in place; in_proj is orthogonalised as one matrix here."""
     gradients = [p.grad for p in matrices]
     torch._foreach_mul_(momenta, mu)
     torch._foreach_add_(momenta, gradients)
@@ -188,7 +188,7 @@ def eager_muon(
 
 
 def test_torch_muon(benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """torch.optim.Muon on the parameters it takes, those of two dimensions: a fourth of them; experts have three."""
+    """Time torch.optim.Muon on the 2-D matrices, a fourth of the parameters; it doesn't take the experts' 3-D ones."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch.optim.Muon is absent: pip install 'torch>=2.9'")
     model = flagship()

@@ -1,4 +1,4 @@
-"""The symmetric product at the shapes of Newton-Schulz, beside torch's full product and quack's symmetric one."""
+"""The symmetric product at Newton-Schulz's shapes, against torch's full product and quack's symmetric one."""
 
 import importlib.util
 import time
@@ -26,7 +26,7 @@ LAUNCHES = 2000
 
 
 def quack_peer(x: torch.Tensor, c: torch.Tensor | None) -> Peer:
-    """quack's symmetric GEMM, where it is installed."""
+    """Return quack's symmetric GEMM if it is installed."""
     if importlib.util.find_spec("quack") is None:
         return Absent("pip install quack-kernels")
     from quack.gemm_interface import gemm_symmetric
@@ -37,7 +37,7 @@ def quack_peer(x: torch.Tensor, c: torch.Tensor | None) -> Peer:
 @pytest.mark.parametrize("addend", [False, True], ids=["", "addend"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x({s[1]}x{s[2]})")
 def test_symmetric_product(shape: tuple[int, int, int], addend: bool, compare: Compare) -> None:
-    """S = X·Xᵀ (+ C), fp16. FLOPs are those of the full product; the floor counts only the half that is needed."""
+    """Time S = X·Xᵀ (+ C) in fp16. TFLOP/s count the full product; the floor counts only the needed half."""
     batch, m, n = shape
     torch.manual_seed(0)
     x = torch.randn(batch, m, n, device="cuda", dtype=torch.float16) / n**0.5
@@ -52,7 +52,7 @@ def test_symmetric_product(shape: tuple[int, int, int], addend: bool, compare: C
 
 
 def check_against_float64(x: torch.Tensor, c: torch.Tensor | None) -> None:
-    """The house's rule for one matrix of the batch."""
+    """Check the tolerance rule (tests/oracle.py) for one matrix of the batch."""
     with use_backend("cuda"):
         ours = symmetric_product(x, c=c)
     with use_backend("reference"):
@@ -62,7 +62,7 @@ def check_against_float64(x: torch.Tensor, c: torch.Tensor | None) -> None:
 
 
 def host_us(call: Callable[[], Any]) -> float:
-    """Host microseconds per call, best of ten runs without waiting for the GPU in between."""
+    """Return host microseconds per call, the best of ten runs that don't wait for the GPU in between."""
     best = float("inf")
     for _ in range(10):
         torch.cuda.synchronize()
@@ -75,7 +75,7 @@ def host_us(call: Callable[[], Any]) -> float:
 
 
 def test_host_cost(benchmark: Any) -> None:
-    """What the host pays a call of a CUDA op, beside torch's own bmm and addition, at a size the GPU doesn't feel."""
+    """Time the host per call of a CUDA op, against torch's bmm and add, at a size with negligible GPU time."""
     x = torch.randn(1, 128, 128, device="cuda", dtype=torch.float16)
     out = torch.empty(1, 128, 128, device="cuda", dtype=torch.float16)
     launcher = torch.ops.yaongi_cuda.symmetric_product.default

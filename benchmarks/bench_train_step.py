@@ -1,8 +1,9 @@
-"""A whole training step, forward, backward and optimizer, beside the composition of today's libraries.
+"""A complete training step, forward, backward and optimizer, against a composition of today's libraries.
 
-Ours is the trainer's own `Stepper`: Engram, float32 masters and gradients, clipping, balance. The composition trains
-the same layers without Engram in bf16 alone, with an eager Muon. Both see random tokens without document boundaries.
-A step of n micro-batches takes n·t + t₀; steps of two lengths give t and t₀, and those the tokens/s of a global batch.
+Ours is the trainer's own `Stepper`: Engram, float32 master weights and gradients, clipping, load balance. The
+composition trains the same layers without Engram in bf16 alone, with an eager Muon. Both get random tokens without
+document boundaries. A step of n micro-batches takes n·t + t₀. Steps of two lengths give t and t₀, and these give the
+tokens/s of a global batch.
 """
 
 import dataclasses
@@ -29,10 +30,10 @@ from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.step.stepper import Stepper
 
 CUDA = torch.device("cuda")
-MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 1, "yaongi-small": 32}  # that fit into 80 GB beside the state
-PEER_ROWS = {"yaongi-4b": 3, "yaongi-4b-pairs": 2}  # of 4096 tokens: what the composition has room for
-LENGTHS = (2, 6)  # micro-batches of the steps that are timed
-PARTS = {  # of a step, by what a kernel's name holds; the first that fits
+MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 1, "yaongi-small": 32}  # rows that fit into 80 GB beside the state
+PEER_ROWS = {"yaongi-4b": 3, "yaongi-4b-pairs": 2}  # rows of 4096 tokens that fit with the composition
+LENGTHS = (2, 6)  # micro-batches per timed step
+PARTS = {  # of a step, by substrings of kernel names; the first match counts
     "experts": ("_moe",),
     "scan and step sizes": ("_mamba",),
     "convolution": ("_causal_conv1d", "_conv1d"),
@@ -45,7 +46,7 @@ PARTS = {  # of a step, by what a kernel's name holds; the first that fits
 
 @pytest.fixture(autouse=True)
 def emptied() -> Iterator[None]:
-    """Give what a case held back to the GPU, and leave the next one torch's usual choice of kernels."""
+    """Free a case's GPU memory, and reset torch's choice of kernels for the next one."""
     yield
     torch.use_deterministic_algorithms(False)
     gc.collect()
@@ -53,7 +54,7 @@ def emptied() -> Iterator[None]:
 
 
 def seconds(step: Callable[[int], Any], rounds: int = 3) -> dict[int, float]:
-    """The fastest of some steps of each length, host and GPU together: what a trainer would wait."""
+    """Return the wall-clock seconds of the fastest step of each length, host and GPU together."""
     best = dict.fromkeys(LENGTHS, float("inf"))
     for length in LENGTHS:
         step(length)
@@ -68,7 +69,7 @@ def seconds(step: Callable[[int], Any], rounds: int = 3) -> dict[int, float]:
 
 
 def figures(times: dict[int, float], micro_tokens: int, train: Training, flops: float) -> dict[str, Any]:
-    """Tokens/s and model TFLOP/s at the preset's global batch, and what they are made of."""
+    """Return tokens/s and model TFLOP/s at the preset's global batch, and the times they are computed from."""
     short, long = LENGTHS
     micro = (times[long] - times[short]) / (long - short)
     fixed = times[short] - short * micro
@@ -84,7 +85,7 @@ def figures(times: dict[int, float], micro_tokens: int, train: Training, flops: 
 
 
 def breakdown(step: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of a step by part; what no part's name fits is `other`, and `idle` is the GPU's."""
+    """Return milliseconds of a step by part; kernels of no part are `other`, and `idle` is the GPU's idle time."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         start = time.perf_counter()
@@ -101,19 +102,19 @@ def breakdown(step: Callable[[], Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize("preset", MICRO_ROWS)
 def test_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """The trainer's step: the same bits every time, micro-batches replayed, both of which are its defaults."""
+    """Time the trainer's step with its defaults: deterministic, micro-batches replayed as a CUDA graph."""
     set_determinism(True)
     measure_ours(preset, benchmark, request)
 
 
 def test_without_determinism(benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """What the same bits cost: the flagship's step where torch may take any kernel."""
+    """Time the flagship's step with non-deterministic kernels allowed: the cost of determinism."""
     assert not torch.are_deterministic_algorithms_enabled()
     measure_ours("yaongi-4b", benchmark, request)
 
 
 def measure_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """Tokens/s and parts of the trainer's step."""
+    """Report tokens/s and parts of the trainer's step."""
     config = load_config(preset)
     train, rows = config.train, MICRO_ROWS[preset]
     torch.cuda.reset_peak_memory_stats()
@@ -136,7 +137,7 @@ def measure_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) ->
 
 @pytest.mark.parametrize("preset", PEER_ROWS)
 def test_composition(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """The peer: no Engram, no masters, gradients and momenta in bf16."""
+    """Time the peer: no Engram, no master weights, gradients and momentum buffers in bf16."""
     try:
         scan = mamba_ssm_scan()
     except ImportError:

@@ -1,8 +1,8 @@
-"""The flagship from today's libraries, put together as their best user would: the peer of a whole training step.
+"""The flagship composed of today's libraries as an expert user would: the peer of a complete training step.
 
-mamba_ssm's scan, `torch._grouped_mm` with a gather-sum combine, torch's fused attention, and torch.compile around each:
-norms, convolution, gates, activations and residuals are whatever it makes of them. It trains the very parameters of a
-`Yaongi` model without Engram, so both are the same function (tests/model/test_composition.py).
+It uses mamba_ssm's scan, `torch._grouped_mm` with a gather-sum combine, and torch's fused attention. torch.compile
+handles the code around them: norms, convolution, gates, activations and residuals. It trains the parameters of a
+`Yaongi` model without Engram and computes the same function (tests/model/test_composition.py).
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from yaongi.model.losses import NO_TARGET, next_tokens
 
 Tensor = torch.Tensor
 Scan = Callable[..., Tensor]  # x (B, L, H, P), dt (B, L, H), A, b and c (B, L, G, N), D, dt_bias → y like x
-LOSS_TOKENS = 4096  # whose logits are alive at once; they are computed again in the backward pass
+LOSS_TOKENS = 4096  # tokens whose logits exist at once; the backward recomputes them
 
 
 def mamba_ssm_scan(chunk_size: int = 256) -> Scan:
-    """mamba_ssm's Triton scan; raises ImportError where it isn't installed."""
+    """Return mamba_ssm's Triton scan; raise ImportError if it isn't installed."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def mamba_ssm_scan(chunk_size: int = 256) -> Scan:
 
 
 class Composition:
-    """A function of token ids, (B, L) to the mean loss, on the parameters of a model."""
+    """A function from token ids (B, L) to the mean loss, on the parameters of a model."""
 
     def __init__(self, model: Yaongi, scan: Scan, *, compiled: bool = True) -> None:
         if model.config.engram:
@@ -81,7 +81,7 @@ class Composition:
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm with float32 statistics."""
+    """Apply RMSNorm with float32 statistics."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
@@ -97,7 +97,7 @@ def mamba_before(
     state: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Norm, projection, convolution as shifted sums, silu; what the scan takes."""
+    """Apply norm, projection, convolution as shifted sums, and silu; return the scan's inputs."""
     conv_width = taps.shape[0]
     width = conv_width - 2 * groups * state
     projected = F.linear(normed(hidden, norm, eps), in_proj)
@@ -114,7 +114,7 @@ def mamba_before(
 def mamba_after(
     hidden: Tensor, y: Tensor, z: Tensor, norm: Tensor, out_proj: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """Gate, norm over each group, projection, residual."""
+    """Apply gate, norm over each group, projection and residual."""
     gated = (y.flatten(-2).float() * F.silu(z.float())).unflatten(-1, (groups, -1))
     scale = (gated.square().mean(-1, keepdim=True) + eps).rsqrt()
     return hidden + F.linear(((gated * scale).flatten(-2) * norm.float()).to(hidden.dtype), out_proj)
@@ -133,7 +133,7 @@ def experts(
     scale: float,
     eps: float,
 ) -> Tensor:
-    """Routed experts by grouped matmul, combined by a gather and a sum, and the shared one."""
+    """Apply routed experts by grouped matmul, combined by a gather and a sum, and the shared expert."""
     x = normed(hidden, norm, eps).flatten(0, 1)
     scores = F.linear(x.float(), gate.float()).sigmoid()
     ids = (scores + bias).topk(top_k, dim=-1).indices
@@ -152,7 +152,7 @@ def experts(
 def attention(
     hidden: Tensor, norm: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, o_proj: Tensor, head: int, eps: float
 ) -> Tensor:
-    """Causal attention by torch's fastest kernel."""
+    """Apply causal attention with torch's fastest kernel."""
     x = normed(hidden, norm, eps)
     q, k, v = (F.linear(x, w).unflatten(-1, (-1, head)).transpose(1, 2) for w in (q_proj, k_proj, v_proj))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -160,6 +160,6 @@ def attention(
 
 
 def chunk_loss(rows: Tensor, labels: Tensor, norm: Tensor, head: Tensor, eps: float) -> Tensor:
-    """Σ −log p over the tokens of a chunk that have a target."""
+    """Return Σ −log p over the tokens of a chunk that have a target."""
     logits = F.linear(normed(rows, norm, eps), head).float()
     return F.cross_entropy(logits, labels, ignore_index=NO_TARGET, reduction="sum")

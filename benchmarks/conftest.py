@@ -1,8 +1,8 @@
-"""How every benchmark measures: correct first, cold L2, interleaved with its peers, against the chip's own ceilings.
+"""Rules of every benchmark: check results first, flush L2, interleave peers, compare with the chip's ceilings.
 
 `pytest benchmarks/ --benchmark-only` prints a table at its end; `--benchmark-json out.json` keeps every figure in
-`extra_info`. Times are medians of CUDA events around one call, with L2 flushed before each, and every candidate of a
-case runs in turn, so that all see the same clocks.
+`extra_info`. Times are medians of CUDA events around one call, with L2 flushed before each. The candidates of a case
+run in turn, so that all see the same clock rates.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without an H100 every benchmark is skipped, with the reason."""
+    """Skip every benchmark, with the reason, if there is no H100."""
     if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
         for item in items:
             if item.path.is_relative_to(Path(__file__).parent):
@@ -42,10 +42,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session")
 def l2_flush() -> Callable[[], Any]:
-    """Overwrite more than the L2 cache holds, which also gives the host time to enqueue what is measured."""
+    """Overwrite more than L2 holds, which also gives the host time to enqueue the measured call."""
     buffer = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
 
-    def flush() -> None:  # pytest-benchmark takes what a setup returns for arguments
+    def flush() -> None:  # returns None: pytest-benchmark would pass a setup's result as arguments
         buffer.zero_()
 
     return flush
@@ -53,13 +53,13 @@ def l2_flush() -> Callable[[], Any]:
 
 @pytest.fixture(autouse=True)
 def compiled_anew() -> None:
-    """What torch.compile saw in other cases is forgotten: at a second shape it would compile for shapes of any size."""
+    """Reset torch.compile, which would compile for dynamic shapes when it sees a second shape."""
     torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    """Refuse to measure fallbacks: the CUDA library must be there."""
+    """Refuse to measure fallbacks: the CUDA library must be built."""
     reason = backend.unavailable("cuda")
     if reason:
         pytest.fail(f"the CUDA kernels can't run: {reason}")
@@ -67,7 +67,7 @@ def built() -> None:
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any, l2_flush: Callable[[], Any]) -> Compare:
-    """compare(ours, work, peers, notes): times ours and each peer in turn; returns milliseconds by name."""
+    """Return `compare(ours, work, peers, notes)`, which times all in turn and returns milliseconds by name."""
 
     def run(
         ours: Callable[[], Any], work: Work, peers: dict[str, Peer], notes: dict[str, str] | None = None

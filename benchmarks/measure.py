@@ -1,4 +1,4 @@
-"""What the benchmarks share: the chip's ceilings, interleaved timing, and the figures of a row."""
+"""Helpers of the benchmarks: the chip's ceilings, interleaved timing, and the figures of a row."""
 
 import statistics
 from collections.abc import Callable
@@ -15,7 +15,7 @@ ROUNDS = 30
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must do at least: floating-point operations, and bytes read and written once."""
+    """The least work of a call: floating-point operations, and bytes read and written once."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -23,7 +23,7 @@ class Work:
 
     @property
     def floor_ms(self) -> float:
-        """The time below which no implementation can go on this chip."""
+        """The least time that any implementation takes on this chip."""
         return 1e3 * max(self.flops / MATMUL_FLOPS_PER_S[self.kind], self.bytes / COPY_BYTES_PER_S)
 
 
@@ -39,7 +39,7 @@ Compare = Callable[..., dict[str, float]]
 
 
 def interleaved_ms(candidates: dict[str, Callable[[], Any]], flush: Callable[[], Any]) -> dict[str, float]:
-    """Median milliseconds of each candidate over ROUNDS rounds in which all run in turn."""
+    """Return the median milliseconds of each candidate over ROUNDS rounds in which all run in turn."""
     for candidate in candidates.values():
         for _ in range(3):
             candidate()
@@ -57,7 +57,7 @@ def interleaved_ms(candidates: dict[str, Callable[[], Any]], flush: Callable[[],
 
 
 def peak_gb(call: Callable[[], Any], *, beyond_results: bool = False) -> float:
-    """Memory at the peak of a call beyond what was there before, its results included or not."""
+    """Return the peak memory of a call beyond what was allocated before, with or without its results, in GB."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -69,7 +69,7 @@ def peak_gb(call: Callable[[], Any], *, beyond_results: bool = False) -> float:
 
 
 def figures(times: dict[str, float], work: Work) -> dict[str, Any]:
-    """What a row shows: ms, TFLOP/s, GB/s, the fraction of the floor, and for each peer its ms and our speed-up."""
+    """Return a row's figures: ms, TFLOP/s, GB/s, the fraction of the floor, and each peer's ms and our speed-up."""
     ours = times["yaongi"]
     info: dict[str, Any] = {"ms": ours, "floor_ms": work.floor_ms, "of_floor": work.floor_ms / ours}
     if work.flops:
@@ -84,7 +84,7 @@ def figures(times: dict[str, float], work: Work) -> dict[str, Any]:
 
 
 def line_of(name: str, info: dict[str, Any]) -> str:
-    """The text of a row."""
+    """Return a row as text."""
     line = f"{name:<58} {info['ms']:8.4f} ms  {100 * info['of_floor']:3.0f} % of the floor"
     if "tflops" in info:
         line += f"  {info['tflops']:5.0f} TFLOP/s"
@@ -99,12 +99,12 @@ def line_of(name: str, info: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, str]:
-    """What figures are figures of."""
+    """Return the GPU and the torch version of the figures."""
     return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
 
 def report(benchmark: Any, request: pytest.FixtureRequest, info: dict[str, Any]) -> None:
-    """A row of figures; pytest-benchmark's own clock has nothing to add."""
+    """Report a row of figures; pytest-benchmark's own timing isn't used."""
     benchmark.pedantic(lambda: None, rounds=1, iterations=1)
     benchmark.extra_info.update(info | machine())
     shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in info.items())

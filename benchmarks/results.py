@@ -1,9 +1,9 @@
-"""One page of results from what `pytest benchmarks/ --benchmark-only --benchmark-json out.json` wrote.
+"""One page of results from the files of `pytest benchmarks/ --benchmark-only --benchmark-json out.json`.
 
     python -m benchmarks.results out.json [more.json …]      writes docs/results.md and docs/results.png
 
-Of a benchmark that stands in several files the last one counts; all of one page come from one kind of GPU. The picture
-has a bar a case, the fastest peer's time over ours, and a roofline: each case by FLOPs per byte, under the ceilings.
+If several files have the same case, the last one counts. All cases must come from one kind of GPU. The picture has a
+bar per case, the fastest peer's time over ours, and a roofline: each case by FLOPs per byte, under the chip's ceilings.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def peers(self) -> dict[str, float]:
-        """Their milliseconds; another form of our own is none."""
+        """Milliseconds by peer; other forms of our own (`our …`) don't count."""
         return {
             key.removesuffix(" ms"): v
             for key, v in self.info.items()
@@ -41,15 +41,15 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
-        """Over the fastest peer."""
+        """Speed-up over the fastest peer; None without peers."""
         return min(self.peers.values()) / self.info["ms"] if self.peers else None
 
 
 def rows_of(paths: list[Path]) -> list[Row]:
-    """All cases.
+    """Return the cases of all files.
 
     Raises:
-        ValueError: a file isn't JSON of pytest-benchmark, or they come from different GPUs.
+        ValueError: a file isn't JSON of pytest-benchmark, or cases come from different GPUs.
     """
     rows: dict[tuple[str, str], Row] = {}
     for path in paths:
@@ -72,7 +72,7 @@ def rows_of(paths: list[Path]) -> list[Row]:
 
 
 def _compare_speeds(row: Row, rows: dict[tuple[str, str], Row]) -> None:
-    """Training steps are cases of their own, `ours[preset]` and its peers: by the time of a million tokens."""
+    """Add the peers of a training step, which are cases of their own: compare the times per million tokens."""
     kind, _, preset = row.name.partition("[")
     if kind != "ours" or "tokens_per_s" not in row.info:
         return
@@ -85,7 +85,7 @@ def _compare_speeds(row: Row, rows: dict[tuple[str, str], Row]) -> None:
 
 
 def page(rows: list[Row]) -> str:
-    """The table, a heading for each benchmark."""
+    """Return the page: a heading and a table per benchmark."""
     dates, versions = (sorted({getattr(row, what) for row in rows} - {""}) for what in ("date", "versions"))
     lines = [
         "# Results",
@@ -128,7 +128,7 @@ def _label(row: Row) -> str:
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Bars and roofline."""
+    """Draw bars and roofline."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,16 +1,17 @@
-"""How many tokens Muon and Teon save: one model by AdamW, Muon and Teon, on equal tokens and one schedule.
+"""How many tokens Muon and Teon save: one model trained by AdamW, Muon and Teon, on equal tokens and schedule.
 
-    python -m benchmarks.study_learning run --data TOKENS --out FOLDER    trains what is missing there, then draws
+    python -m benchmarks.study_learning run --data TOKENS --out FOLDER    trains the missing runs, then draws
     python -m benchmarks.study_learning draw --out FOLDER                 the table, and docs/learning.png
 
-Learning rates of the matrices are tuned first, AdamW over four and Muon over three, with one seed; the winners train
-with two more. Embedding, head, router, norms and tables take the same AdamW in all runs. Warm-up is a tenth of the
-steps: the preset's fiftieth would be three of 153, too few for AdamW. Each run is a `python -m yaongi.train`, whose
-command is printed; a run that is complete in FOLDER isn't repeated. Options that are not listed here go to each of
-them: `--jobs 3 --micro-rows 32` shares 80 GB.
+Learning rates of the matrices are tuned first with one seed, AdamW over four values and Muon over three; the winners
+train with two more seeds. Embedding, head, router, norms and tables use the same AdamW in all runs. Warm-up is a tenth
+of the steps: the preset's fiftieth would be three of 153, too few for AdamW. Each run is a `python -m yaongi.train`,
+whose command is printed; a run that is complete in FOLDER isn't repeated. Options that aren't listed here are passed to
+each run: `--jobs 3 --micro-rows 32` fits three runs into 80 GB.
 
-Alignment: where Teon stacks two layers, the share of one's r leading singular directions that lies within the other's,
-‖V₁ᵀV₂‖²_F / r of the momenta at the end of a Muon run. Directions that have nothing to do with each other share r / n.
+Alignment is measured where Teon would stack two layers: ‖V₁ᵀV₂‖²_F / r, the share of one layer's r leading singular
+directions that lies within the other's, for the momentum buffers at the end of a Muon run. Unrelated directions have a
+share of r / n.
 """
 
 import argparse
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 SEEDS = (0, 1, 2)
 SWEEPS = {"AdamW": (2.5e-4, 5e-4, 1e-3, 2e-3), "Muon": (0.01, 0.02, 0.04)}  # learning rates of the matrices
 WARMUP = 0.1  # share of the steps
-LEADING = (1, 4, 16)  # r, singular directions whose alignment is taken
+LEADING = (1, 4, 16)  # r, the numbers of singular directions to compare
 PAIRS = {  # matrices that Teon may stack
     "Q": "q_proj.weight",
     "K": "k_proj.weight",
@@ -43,7 +44,7 @@ PAIRS = {  # matrices that Teon may stack
     "shared up_proj": "shared_experts.up_proj.weight",
     "shared down_proj": "shared_experts.down_proj.weight",
 }
-STYLES = {  # color and line; dashes, since some lie on each other
+STYLES = {  # color and line; dashes, since some curves coincide
     "AdamW": ("tab:gray", "-"),
     "Muon": ("tab:blue", "-"),
     "Muon, half the tokens": ("tab:cyan", "-"),
@@ -64,13 +65,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the run's folder."""
         way = self.way.lower().replace(", ", "-").replace(" ", "-")
         return f"{way}-lr{self.lr:g}-seed{self.seed}" + (f"-share{self.share:g}" if self.share != 1 else "")
 
     @property
     def options(self) -> list[str]:
-        """Of `python -m yaongi.train`."""
+        """Options for `python -m yaongi.train`."""
         ways = {
             "AdamW": ["--matrix-optimizer", "adamw"],
             "Muon": ["--stack", "1"],
@@ -82,7 +83,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs in a folder, and what they share."""
+    """Runs in a folder, and the settings they share."""
 
     out: Path
     data: Path | None
@@ -92,7 +93,7 @@ class Study:
     extra: tuple[str, ...]
 
     def command(self, run: Run) -> list[str]:
-        """The training."""
+        """Return the command of a run."""
         evaluations = max(1, round(self.tokens * run.share / self.batch_tokens / 12))
         shared = (
             *("--preset", self.preset, "--data", str(self.data), "--out", str(self.out / run.name)),
@@ -103,7 +104,7 @@ class Study:
         return [sys.executable, "-m", "yaongi.train", *shared, *self.extra, *run.options]
 
     def evaluations(self, run: Run) -> list[dict[str, Any]]:
-        """Those of a complete run, else none."""
+        """Return the evaluations of a run if it is complete, else an empty list."""
         path = self.out / run.name / "metrics.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         steps = max((r["steps"] for r in records if r["event"] == "plan"), default=None)
@@ -111,10 +112,10 @@ class Study:
         return evaluations if evaluations and evaluations[-1]["step"] == steps else []
 
     def train(self, run: Run) -> None:
-        """Unless it is there.
+        """Train a run unless it is complete.
 
         Raises:
-            ValueError: it is there by another command.
+            ValueError: the run is complete but was made by another command.
         """
         command, kept = self.command(run), self.out / run.name / "command.txt"
         text = shlex.join(["python", *command[1:]])
@@ -127,12 +128,12 @@ class Study:
         kept.write_text(text)
 
     def best(self, way: str) -> float | None:
-        """The learning rate with the fewest bits per byte at the end; None while a run is missing."""
+        """Return the learning rate with the fewest bits per byte at the end; None while a run is missing."""
         final = {lr: self.evaluations(Run(way, lr)) for lr in SWEEPS[way]}
         return min(final, key=lambda lr: mean_bits(final[lr][-1])) if all(final.values()) else None
 
     def groups(self) -> dict[str, list[Run]]:
-        """What is compared, by label, as far as learning rates are known."""
+        """Return the compared runs by label, as far as learning rates are known."""
         adamw, muon = self.best("AdamW"), self.best("Muon")
         groups: dict[str, list[Run]] = {}
         if adamw is not None:
@@ -145,29 +146,29 @@ class Study:
         return groups
 
     def found(self) -> dict[str, list[list[dict[str, Any]]]]:
-        """The evaluations of the complete runs of each group that has some."""
+        """Return the evaluations of complete runs by group, for groups that have any."""
         found = {label: [e for r in runs if (e := self.evaluations(r))] for label, runs in self.groups().items()}
         return {label: runs for label, runs in found.items() if runs}
 
 
 def sweep() -> Iterator[Run]:
-    """The runs that find the learning rates."""
+    """Yield the runs that find the learning rates."""
     yield from (Run(way, lr) for way, rates in SWEEPS.items() for lr in rates)
 
 
 def mean_bits(evaluation: dict[str, Any]) -> float:
-    """Bits per byte, all domains alike."""
+    """Return bits per byte, averaged over domains with equal weight."""
     bits: dict[str, float] = evaluation["bpb"]
     return sum(bits.values()) / len(bits)
 
 
 def spread(values: list[float]) -> str:
-    """Mean, least and most."""
+    """Format mean, least and most."""
     return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
 def table(study: Study) -> str:
-    """The sweeps, and the comparison over seeds."""
+    """Return the tables of the sweeps and of the comparison over seeds."""
     lines = ["| sweep, seed 0 | learning rate | bits per byte |", "|---|---|---|"]
     for run in sweep():
         if found := study.evaluations(run):
@@ -189,7 +190,7 @@ def table(study: Study) -> str:
 
 
 def reached(groups: dict[str, list[list[dict[str, Any]]]]) -> list[str]:
-    """When a run, its learning rate not yet decayed, first is where AdamW ends."""
+    """Return when each run first reaches AdamW's final bits per byte, before its own learning rate has decayed."""
     if "AdamW" not in groups:
         return []
     goal = sum(mean_bits(e[-1]) for e in groups["AdamW"]) / len(groups["AdamW"])
@@ -202,7 +203,7 @@ def reached(groups: dict[str, list[list[dict[str, Any]]]]) -> list[str]:
 
 
 def alignment(momenta: dict[str, Tensor]) -> list[str]:
-    """For each part, over the pairs of layers that Teon would stack: the shares, and those of unrelated directions."""
+    """Return a table of shares per part, averaged over the pairs of layers, beside those of unrelated directions."""
     lines = ["| part | pairs | r | right | unrelated | left | unrelated |", "|---|---|---|---|---|---|---|"]
     for label, part in PAIRS.items():
         matrices = [m.float() for name, m in momenta.items() if name.endswith(part)]
@@ -218,7 +219,7 @@ def alignment(momenta: dict[str, Tensor]) -> list[str]:
 
 
 def momenta_of(folder: Path) -> dict[str, Tensor]:
-    """The matrices' momenta in a run's newest checkpoint, by parameter, in the layers' order."""
+    """Return the momentum buffers in a run's newest checkpoint, by parameter, in the layers' order."""
     checkpoints, whole = folder / "checkpoints", folder / "checkpoint.pt"
     dcp_to_torch_save(checkpoints / (checkpoints / "latest").read_text(), whole)
     state = torch.load(whole)["optimizer"]
@@ -227,7 +228,7 @@ def momenta_of(folder: Path) -> dict[str, Tensor]:
 
 
 def picture(study: Study, path: Path) -> None:
-    """Bits per byte of each domain against tokens; the band spans the seeds."""
+    """Plot bits per byte of each domain against tokens; the band spans the seeds."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -251,7 +252,7 @@ def picture(study: Study, path: Path) -> None:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Print the tables and draw the picture, as far as runs are there."""
+    """Print the tables and draw the picture for the runs that exist."""
     print(table(study))
     muon = study.groups().get("Muon", [None])[0]
     if muon is not None and (study.out / muon.name / "checkpoints" / "latest").is_file():
@@ -262,7 +263,7 @@ def draw(study: Study, path: Path) -> None:
 
 
 def train_all(study: Study, jobs: int) -> None:
-    """The sweeps, and then what their winners are needed for."""
+    """Train the sweeps, then the runs with the best learning rates."""
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(study.train, sweep()))
         list(pool.map(study.train, [run for runs in study.groups().values() for run in runs]))

@@ -1,8 +1,8 @@
-"""How exact Newton-Schulz in float16 is: singular values beside the polynomial's in float64, and why it has a restart.
+"""Accuracy of Newton-Schulz in float16: singular values against the polynomial's in float64, and the restart's effect.
 
 `python -m benchmarks.study_newton_schulz [--out docs/newton_schulz.png]` prints a table of ‖Y − p(X)‖₂ and draws the
-singular values. Without a GPU the float16 of the kernels is computed by the reference, which rounds what they store; on
-an H100 the kernels' own results stand beside it.
+singular values. The reference computes the kernels' float16 by rounding what they store; on an H100 the kernels' own
+results are added.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from yaongi.model import Yaongi, load_preset
 Tensor = torch.Tensor
 FLAT = [value for step in POLAR_EXPRESS for value in step]
 M, N = 256, 512
-SEED = 18  # of the matrix of few tokens
+SEED = 18  # for the `few_tokens` matrix
 NEVER = 5
 # name: form, steps before the restart, storage
 WAYS = {
@@ -39,13 +39,13 @@ DRAWN = {"no restart": "tab:red", "standard": "tab:green", "gram": "tab:blue"}
 
 
 def with_singular_values(values: Tensor) -> Tensor:
-    """M × N with these singular values in random directions."""
+    """Return an M × N matrix with these singular values in random directions."""
     u, v = (torch.linalg.qr(torch.randn(size, len(values), dtype=torch.float64)).Q for size in (M, N))
     return (u * values) @ v.T
 
 
 def trained_gradient() -> Tensor:
-    """The gradient of a shared expert after 40 steps of a small model on text."""
+    """Return the gradient of a shared expert after 40 steps of a small model on text."""
     config = load_preset("yaongi-tiny")
     config = dataclasses.replace(config, vocab_size=256, hidden_size=N, shared_expert_size=M, engram=())
     model = Yaongi(config, dtype=torch.float32)
@@ -63,7 +63,7 @@ def trained_gradient() -> Tensor:
 
 
 def few_tokens() -> Tensor:
-    """As an expert's gradient from few tokens: four directions, rows and columns of very different sizes, noise."""
+    """Return a matrix like an expert's gradient from few tokens: four directions, uneven rows and columns, noise."""
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:
@@ -110,7 +110,7 @@ def results_of(x: Tensor) -> dict[str, Tensor]:
 
 
 def draw(axis: "matplotlib.axes.Axes", name: str, x: Tensor, results: dict[str, Tensor]) -> None:
-    """What became of each singular value, against the value itself relative to ‖X‖_F."""
+    """Plot each resulting singular value against the original one relative to ‖X‖_F."""
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     relative = s / s.norm().clamp(min=1e-300)
     curve = torch.logspace(-6, 0, 600, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Times every config of the causal convolution on this GPU: `python -m benchmarks.tune_causal_conv1d`.
+"""Time every config of the causal convolution on this GPU: `python -m benchmarks.tune_causal_conv1d`.
 
-Prints milliseconds forward and backward, without and with documents; the fastest rows go into the table of
-yaongi/kernels/causal_conv1d/conv_*.py with the date.
+It prints milliseconds of forward and backward, without and with documents. The fastest configs go into the tables of
+yaongi/kernels/causal_conv1d/conv_*.py, with the date.
 """
 
 import itertools
@@ -17,12 +17,12 @@ SHAPES = {"long": (8, 4096, 6144), "short": (1, 512, 6144)}
 
 
 def median_ms(call) -> float:  # type: ignore[no-untyped-def]
-    """Median time of a call, in milliseconds."""
+    """Return the median time of a call in milliseconds."""
     return do_bench(call, warmup=10, rep=50, return_mode="median")
 
 
 def main() -> None:
-    """One line a config, fastest backward without documents last."""
+    """Time all configs of both regimes and print one line per config."""
     for regime, (batch, length, channels) in SHAPES.items():
         x = torch.randn(batch, length, channels + 4096, device="cuda", dtype=torch.bfloat16)[..., 4096:]
         dy = torch.randn(batch, length, channels, device="cuda", dtype=torch.bfloat16)

@@ -1,5 +1,5 @@
-// Torch's side of the seam, on the LibTorch stable ABI: unpacks tensors, guards the device, finds the stream. All checks
-// of arguments are in Python, and allocation too but for the one result of a known call.
+// Torch's side of yaongi.h, on the LibTorch stable ABI: unpacks tensors, guards the device, finds the stream. Arguments
+// are checked and results allocated in Python.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,13 +7,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "yaongi.h"
 
 using torch::stable::Tensor;
 
-// Lives in libtorch_cuda: weak, so that the library also loads beside a CPU build of torch.
+// Defined in libtorch_cuda; weak, so that this library also loads with a CPU build of torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace {
@@ -34,7 +33,7 @@ YaongiType type_of(const Tensor& t) {
   return t.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? YaongiType::bfloat16 : YaongiType::float16;
 }
 
-// (…, rows, columns): the leading dimensions are one in memory, as Python has checked.
+// (…, rows, columns): Python has checked that the leading dimensions can be flattened into one.
 YaongiMatrices matrices(const Tensor& t) {
   const int64_t dims = t.dim(), rows = t.size(dims - 2), columns = t.size(dims - 1), row_stride = t.stride(dims - 2);
   int64_t batch = 1;
@@ -53,31 +52,12 @@ void symmetric_product(Tensor x, std::optional<Tensor> y, std::optional<Tensor> 
                                             static_cast<float>(alpha), static_cast<float>(beta), current_stream(x)));
 }
 
-// The same, with the result made here: for calls that Python has seen before and passes straight on.
-Tensor symmetric_product_new(Tensor x, std::optional<Tensor> y, std::optional<Tensor> c, double alpha, double beta) {
-  const int64_t dims = x.dim(), m = x.size(dims - 2);
-  std::vector<int64_t> sizes(dims, m), strides(dims, 1);
-  for (int64_t i = 0; i < dims - 2; ++i) sizes[i] = x.size(i);
-  for (int64_t i = dims - 2; i >= 0; --i) strides[i] = strides[i + 1] * sizes[i + 1];
-  int32_t dtype = 0;
-  AtenTensorHandle made = nullptr;
-  if (aoti_torch_get_dtype(x.get(), &dtype) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cuda(),
-                               x.get_device_index(), &made) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error("symmetric_product: torch has no memory for the result");
-  Tensor out(made);
-  symmetric_product(x, y, c, alpha, beta, out);
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(yaongi_cuda, library) {
   library.def("symmetric_product(Tensor x, Tensor? y, Tensor? c, float alpha, float beta, Tensor(a!) out) -> ()");
-  library.def("symmetric_product_new(Tensor x, Tensor? y, Tensor? c, float alpha, float beta) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(yaongi_cuda, CUDA, library) {
   library.impl("symmetric_product", TORCH_BOX(&symmetric_product));
-  library.impl("symmetric_product_new", TORCH_BOX(&symmetric_product_new));
 }

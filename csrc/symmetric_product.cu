@@ -1,11 +1,12 @@
 // out = alpha·X·Yᵀ + beta·C for symmetric results: the lower triangle is computed, and mirrored as it is stored.
 //
-// A cluster of two blocks owns a 256 × 256 square of the result, a block the 128 × 256 upper or lower half of it. The
-// square's 256 rows of Y serve both: each block loads half of them and multicasts it. On the diagonal, with Y = X, a
-// block's rows of X are among them, and nothing else is loaded. In a block one warpgroup produces, and two consume, 64
-// rows each: the widest product there is, 64 × 256, reads shared memory least, which is what bounds smaller ones. C is
-// on its way while the products run. A tile leaves in panels of 64 × 64, as it is and transposed, and those on the
-// diagonal mirrored within, while the producer already fills the next tile's stages.
+// A cluster of two blocks owns a 256 × 256 square of the result, and each block a tile of it, the upper or lower
+// 128 × 256 half. Both blocks use the square's 256 rows of Y: each loads half of them and multicasts it to both. On the
+// diagonal, with Y = X, a block's rows of X are among the rows of Y, and nothing else is loaded. In each block one
+// warpgroup is the producer and two are consumers of 64 rows each. They use the widest wgmma, 64 × 256, which reads the
+// least shared memory per FLOP; narrower ones are bound by shared memory. C is loaded while the products run. A tile is
+// stored in panels of 64 × 64: below the diagonal as it is and transposed, on the diagonal with its lower triangle
+// mirrored. Meanwhile the producer fills the next tile's stages.
 #include "common/pipeline.cuh"
 #include "common/ptx.cuh"
 #include "common/tile.cuh"
@@ -16,16 +17,16 @@ namespace yaongi {
 namespace {
 
 constexpr int ROWS = 128, COLUMNS = 256;           // a block's tile
-constexpr int CLUSTER = COLUMNS / ROWS;            // blocks that make a square
-constexpr int BLOCK_K = PANEL_COLUMNS;             // columns of X and Y a stage holds
+constexpr int CLUSTER = COLUMNS / ROWS;            // blocks per square
+constexpr int BLOCK_K = PANEL_COLUMNS;             // columns of X and Y per stage
 constexpr int STAGES = 4;
 constexpr int CONSUMERS = 2, WARPGROUP = 128, WARPS = WARPGROUP / 32;
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
 constexpr int X_BYTES = ROWS * PANEL_ROW_BYTES, Y_BYTES = COLUMNS * PANEL_ROW_BYTES;
-constexpr int STRIP = ROWS / CONSUMERS;            // rows of a consumer
+constexpr int STRIP = ROWS / CONSUMERS;            // rows per consumer
 constexpr int STRIP_BYTES = STRIP * PANEL_ROW_BYTES;
-constexpr int PANELS = COLUMNS / PANEL_COLUMNS;    // of a strip, each 64 × 64
-constexpr int PANEL_REGISTERS = 16;                // 32-bit pairs of a panel's elements a thread holds
+constexpr int PANELS = COLUMNS / PANEL_COLUMNS;    // per strip, each 64 × 64
+constexpr int PANEL_REGISTERS = 16;                // registers per thread and panel, each a pair of 16-bit elements
 
 struct Stage {
   uint8_t x[X_BYTES];
@@ -34,15 +35,15 @@ struct Stage {
 
 struct Shared {
   Stage stages[STAGES];
-  uint8_t staging[CONSUMERS][2][STRIP_BYTES];  // panels on their way out, in turns
+  uint8_t staging[CONSUMERS][2][STRIP_BYTES];  // panels being stored, two buffers per consumer
   RingBarriers<STAGES> ring;
 };
-constexpr int SHARED_BYTES = sizeof(Shared) + 1024;  // 1024: to align the panels
+constexpr int SHARED_BYTES = sizeof(Shared) + 1024;  // 1024 more bytes to align the panels
 
 struct Problem {
   int rows;       // m
-  int squares;    // on or below the diagonal of one matrix
-  int total;      // of the whole batch
+  int squares;    // squares on or below the diagonal of one matrix
+  int total;      // squares of the whole batch
   int k_blocks;
   bool one_operand;  // Y is X
   float alpha, beta;
@@ -51,15 +52,15 @@ struct Problem {
 };
 
 struct Tile {
-  int batch, row, column;  // of its first element
-  bool shared_rows;        // its rows of X are among the square's rows of Y
+  int batch, row, column;  // of the tile's first element
+  bool shared_rows;        // the tile's rows of X are among the square's rows of Y
 };
 
-// The tile of block `rank` in square `index`: squares run row by row through a matrix's lower triangle.
+// Returns the tile of block `rank` in square `index`; squares are numbered row by row in a matrix's lower triangle.
 __device__ __forceinline__ Tile tile_at(const Problem& p, int index, uint32_t rank) {
   const int batch = index / p.squares, t = index % p.squares;
   int row = static_cast<int>((sqrtf(8.0f * t + 1.0f) - 1.0f) * 0.5f);
-  row += (row + 1) * (row + 2) / 2 <= t;  // the square root may be off by one
+  row += (row + 1) * (row + 2) / 2 <= t;  // correct a square root that is off by one
   row -= row * (row + 1) / 2 > t;
   const int column = t - row * (row + 1) / 2;
   return {batch, row * COLUMNS + static_cast<int>(rank) * ROWS, column * COLUMNS, p.one_operand && row == column};
@@ -68,7 +69,8 @@ __device__ __forceinline__ Tile tile_at(const Problem& p, int index, uint32_t ra
 __device__ __forceinline__ int cluster_index() { return blockIdx.x / CLUSTER; }
 __device__ __forceinline__ int cluster_count() { return gridDim.x / CLUSTER; }
 
-// One thread: fills the ring with this block's rows of X, and with its half of the square's rows of Y for both blocks.
+// Run by one thread: fills the ring with this block's rows of X, and with its half of the square's rows of Y, for both
+// blocks.
 __device__ void produce(Shared& s, const Problem& p, const CUtensorMap* map_x, const CUtensorMap* map_y) {
   constexpr uint16_t BOTH = 0b11;
   const uint32_t rank = ptx::cluster_rank();
@@ -87,14 +89,14 @@ __device__ void produce(Shared& s, const Problem& p, const CUtensorMap* map_x, c
   }
 }
 
-// Tells both blocks, which both write into this stage, that this warp has read it.
+// Tells both blocks that this warp has read the stage, since both write into it.
 __device__ __forceinline__ void release(Shared& s, uint32_t stage, uint32_t thread) {
   const uint32_t lane = thread % 32;
   if (lane < CLUSTER) ptx::barrier_arrive_at(&s.ring.empty[stage], lane);
 }
 
-// acc = a consumer's 64 rows of X · (256 rows of Y)ᵀ. A stage is released one step late, when the products that read it
-// are surely done.
+// acc = a consumer's 64 rows of X · (256 rows of Y)ᵀ. A stage is released one step later, when the wgmma that read it
+// have completed, so that one group of wgmma is always in flight.
 template <bool BFLOAT16>
 __device__ __forceinline__ void multiply(Shared& s, const Problem& p, const Tile& tile, int consumer, uint32_t thread,
                                          RingPosition<STAGES>& at, float (&acc)[128]) {
@@ -119,8 +121,8 @@ __device__ __forceinline__ void multiply(Shared& s, const Problem& p, const Tile
   release(s, previous, thread);
 }
 
-// A thread's part of C under the strip of a tile that starts at `row`, in the order of its accumulators: only the panels
-// on or below the diagonal. Places beyond the matrix get values from its edge, which no store lets out.
+// Loads a thread's elements of C for the strip that starts at `row`, in the order of its accumulators, for the panels on
+// or below the diagonal only. Elements beyond the matrix get values from its edge; their results are not stored.
 __device__ __forceinline__ void load_addend(const Problem& p, const Tile& tile, int row, uint32_t thread,
                                             uint32_t (&c)[PANELS * PANEL_REGISTERS]) {
   const int first_row = row + thread / 4 % 8 + thread / 32 * 16, first_column = tile.column + thread % 4 * 2;
@@ -137,25 +139,25 @@ __device__ __forceinline__ void load_addend(const Problem& p, const Tile& tile, 
   }
 }
 
-// Of an 8 × 8 matrix, the part on and below the diagonal, mirrored.
+// Returns an 8 × 8 matrix with its lower triangle mirrored to the upper one.
 __device__ __forceinline__ uint32_t symmetric_8x8(uint32_t v, uint32_t lane) {
   const uint32_t row = lane / 4, column = lane % 4 * 2, mirrored = ptx::transpose_8x8(v);
   const uint32_t low = (row >= column ? v : mirrored) & 0xFFFF, high = (row > column ? v : mirrored) & 0xFFFF0000;
   return high | low;
 }
 
-enum class Panel { AS_IT_IS, TRANSPOSED, MIRRORED };  // MIRRORED: its part below the diagonal, and that transposed
+enum class Panel { AS_IT_IS, TRANSPOSED, MIRRORED };  // MIRRORED: the lower triangle, mirrored
 
-// Writes a panel to a staging buffer and from there to memory, where its corner is (row, column). The last store may
-// still be reading the other buffer.
+// Writes a panel to a staging buffer and from there to global memory, with its corner at (row, column). The previous
+// store may still be reading the other buffer.
 template <Panel PANEL>
 __device__ __forceinline__ void store_panel(uint8_t* buffer, const CUtensorMap* map_out, int batch, int row, int column,
                                             uint32_t thread, uint32_t barrier, const uint32_t (&v)[PANEL_REGISTERS]) {
-  const uint32_t warp = thread / 32, lane = thread % 32, matrix = lane / 8;  // a lane addresses a row of 8 × 8 matrices
+  const uint32_t warp = thread / 32, lane = thread % 32, matrix = lane / 8;  // lane: a row's address
   if (thread == 0) ptx::tma_store_wait_read<1>();
   ptx::named_barrier_sync(barrier, WARPGROUP);
 #pragma unroll
-  for (uint32_t pair = 0; pair < 4; ++pair) {  // of the columns of 8 × 8 matrices; a warp has two rows of them
+  for (uint32_t pair = 0; pair < 4; ++pair) {  // pairs of columns of 8 × 8 matrices; a warp has two rows of them
     const uint32_t row_block = warp * 2 + matrix % 2, column_block = pair * 2 + matrix / 2;
     uint32_t four[4] = {v[pair * 4], v[pair * 4 + 1], v[pair * 4 + 2], v[pair * 4 + 3]};
     if constexpr (PANEL == Panel::MIRRORED) {
@@ -180,9 +182,9 @@ __device__ __forceinline__ void store_panel(uint8_t* buffer, const CUtensorMap* 
   }
 }
 
-// A consumer's strip of a tile: scaled, added to C, and stored panel by panel, with its mirror image where it lies below
-// the panels on the diagonal, which are mirrored within; above them nothing is stored. `buffer` is the staging buffer that
-// the last store, perhaps of the tile before, does not read.
+// Epilogue of a consumer's strip: scales it, adds C, and stores it panel by panel. Panels below the diagonal are also
+// stored transposed, panels on the diagonal are mirrored within themselves, and panels above it are not stored. `buffer`
+// is the staging buffer that the previous store, maybe of the previous tile, does not read.
 template <bool BFLOAT16>
 __device__ __forceinline__ void finish(Shared& s, const Problem& p, const Tile& tile, int row, int consumer,
                                        uint32_t thread, const CUtensorMap* map_out, const float (&acc)[128],
@@ -242,7 +244,7 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     ptx::fence_barrier_init();
   }
   ptx::cluster_sync();
-  ptx::wait_for_previous_kernel();  // what comes before this line overlaps with its end
+  ptx::wait_for_previous_kernel();  // the code above overlaps with the end of that kernel
   ptx::allow_next_kernel();
   if (warpgroup == 0) {
     ptx::decrease_registers<24>();
@@ -251,10 +253,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     ptx::increase_registers<240>();
     consume<BFLOAT16>(s, p, warpgroup - 1, thread, &map_out);
   }
-  ptx::cluster_sync();  // no block may leave while the other still writes into it
+  ptx::cluster_sync();  // no block may exit while the other still writes into it
 }
 
-// Prepares the kernel once a device, and finds how many of its clusters fit at a time.
+// Prepares the kernel once per device, and finds how many of its clusters can be resident at a time.
 template <bool BFLOAT16>
 cudaError_t resident_clusters(int* clusters) {
   constexpr int DEVICES = 64;

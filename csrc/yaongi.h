@@ -1,5 +1,5 @@
-// The seam between torch and the kernels: plain pointers, sizes and a stream, so that kernels compile and are inspected
-// without torch. Every launcher enqueues on `stream` and returns nullptr, or a message that says what failed.
+// The interface between torch and the kernels: plain pointers, sizes and a stream, so that kernels can be compiled and
+// inspected without torch. Every launcher enqueues on `stream` and returns nullptr, or a message that says what failed.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 
 enum class YaongiType : int { float16, bfloat16 };
 
-// A batch of row-major matrices; strides count elements. `data` is nullptr where an optional argument is absent.
+// A batch of row-major matrices; strides count elements. `data` is nullptr if an optional argument is absent.
 struct YaongiMatrices {
   void* data;
   int64_t batch, rows, columns, row_stride, batch_stride;

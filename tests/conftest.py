@@ -1,4 +1,4 @@
-"""What every test shares: uninitialised memory is poisoned, and tests that need a GPU or the interpreter say so."""
+"""Set-up of every test: uninitialised memory is poisoned, and tests that this process can't run are skipped."""
 
 import os
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
-torch.set_num_threads(1)  # the tests use small tensors: waiting for a second, busy core costs five times more
+torch.set_num_threads(1)  # the tests' tensors are small: with a second, busy core they would take five times as long
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, with the reason, what this process can't run."""
+    """Skip, with the reason, tests that this process can't run."""
     for item in items:
         if item.get_closest_marker("gpu") and not ON_HOPPER:
             item.add_marker(pytest.mark.skip(reason="needs an H100 (compute capability 9.0)"))
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fills uninitialised memory (torch.empty and its kin) with NaN, so that an unwritten element is seen."""
+    """Fill uninitialised memory (torch.empty and the like) with NaN, so that an unwritten element is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -32,5 +32,5 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """Every test draws the same random numbers each time."""
+    """Seed torch, so that a test draws the same random numbers every time."""
     torch.manual_seed(0)

@@ -1,16 +1,16 @@
-"""The tolerance rule of every kernel test, once (quack's rule).
+"""The tolerance rule of every kernel test (quack's rule).
 
-With `exact` the reference in float64 and `plain` the reference in the kernel's own dtype, a kernel may err at most
-twice as much as the plain computation does: max|kernel − exact| ≤ 2·max|plain − exact| + tiny.
+`exact` is the reference in float64, and `plain` the reference in the kernel's own dtype. A kernel's error may be at
+most twice that of the plain computation: max|kernel − exact| ≤ 2·max|plain − exact| + tiny.
 """
 
 import torch
 
-TINY = 1e-6  # lets a plain result that happens to be exact pass; relative to the largest exact value
+TINY = 1e-6  # tolerance for a plain result that happens to be exact; relative to the largest exact value
 
 
 def assert_close(kernel: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, name: str = "result") -> None:
-    """Asserts the rule for one tensor; prints both errors and the worst place when it fails."""
+    """Assert the rule for one tensor; on failure, print the error, the allowed error and the worst element."""
     assert kernel.shape == exact.shape == plain.shape, f"{name}: shape {tuple(kernel.shape)} != {tuple(exact.shape)}"
     assert kernel.dtype == plain.dtype, f"{name}: dtype {kernel.dtype} != {plain.dtype}"
     if not kernel.numel():
@@ -27,7 +27,7 @@ def assert_close(kernel: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor,
 
 
 def assert_equal_to_float64(actual: torch.Tensor, exact: torch.Tensor, relative: float, name: str = "result") -> None:
-    """Asserts max|actual − exact| ≤ relative · max|exact|, for results computed in float32 or float64 throughout."""
+    """Assert max|actual − exact| ≤ relative · max|exact|, for results computed in float32 or float64 throughout."""
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(exact.shape)}"
     if actual.numel():
         error = (actual.double() - exact.double()).abs().max()

@@ -1,4 +1,4 @@
-"""Installing in its situations: what setup.py decides, and the one line it says when it can't go on."""
+"""setup.py's decisions on different machines, and its one-line error if it can't build."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def setup_py(tmp_path: Path, *, nvcc: bool, torch: bool, cmake: bool = True, **environment: str) -> tuple[int, str]:
-    """Runs `setup.py --name` in a machine as described; returns its exit code and all it printed."""
+    """Run `setup.py --name` on a simulated machine; return its exit code and output."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, wanted in (("nvcc", nvcc), ("cmake", cmake)):
@@ -80,7 +80,7 @@ def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, so _C.so is not built")
 def test_the_library_loads_beside_this_torch() -> None:
-    """On a CPU build of torch too: the op is there, and says that it has no CUDA."""
+    """The library loads on a CPU build of torch too, and defines the op."""
     probe = (
         "import torch; from yaongi.kernels.backend import LIBRARY_FILE; torch.ops.load_library(str(LIBRARY_FILE)); "
         "print(torch.ops.yaongi_cuda.symmetric_product.default._schema)"

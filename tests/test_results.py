@@ -1,4 +1,4 @@
-"""The results page, from the JSON of pytest-benchmark."""
+"""The results page from pytest-benchmark's JSON."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_page_of_two_files(tmp_path: Path) -> None:
-    """The fastest of the peers counts, and of a case that was measured twice the later figures."""
+    """The fastest peer counts, and for a case that was measured twice, the later figures."""
     figures = {"gpu": GPU, "floor_ms": 0.1, "of_floor": 0.5, "tflops": 400.0, "gb_per_s": 900.0, "peak": "0.03 GB"}
     peers = {"torch ms": 0.8, "x torch": 4.0, "compiled ms": 0.5, "x compiled": 2.5}
     first = written(tmp_path / "a.json", benchmark("moe", "moe[F]", ms=9.0, **figures, **peers))
@@ -42,7 +42,7 @@ def test_a_page_of_two_files(tmp_path: Path) -> None:
 
 
 def test_files_that_make_no_page(tmp_path: Path) -> None:
-    """One line, and nothing is written."""
+    """The error is one line, and nothing is written."""
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     other = written(tmp_path / "other.json", benchmark("moe", "a", gpu="NVIDIA H200"), benchmark("moe", "b", gpu=GPU))

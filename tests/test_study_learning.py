@@ -1,4 +1,4 @@
-"""The learning study reads its runs right: winners, spread, who is where when, which directions agree."""
+"""The learning study: best rates, spread, tokens to reach AdamW's end, and alignment, from runs' records."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ ADAMW_LR, MUON_LR = SWEEPS["AdamW"], SWEEPS["Muon"]
 
 
 def record(out: Path, run: Run, bits: list[float], done: bool = True) -> None:
-    """A run's metrics: evaluations at equal distances, the last at the end unless the run is unfinished."""
+    """Write a run's metrics: evenly spaced evaluations, the last at the end unless the run is unfinished."""
     events = [{"event": "plan", "step": 0, "steps": STEPS}]
     for step, value in zip(range(STEPS if done else STEPS - 1, -1, -1), reversed(bits), strict=False):
         events.insert(1, {"event": "evaluation", "step": step, "tokens": step * 1e6, "bpb": {"ko": value, "en": value}})
@@ -22,7 +22,7 @@ def record(out: Path, run: Run, bits: list[float], done: bool = True) -> None:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    """AdamW is best at an end of its sweep, Muon within; all but one of the winners' runs are there."""
+    """A study where AdamW is best at an end of its sweep and Muon inside it; some runs of the best are missing."""
     for lr, last in zip(ADAMW_LR, (1.5, 1.6, 1.7, 1.8), strict=True):
         record(tmp_path, Run("AdamW", lr), [3.0, 2.5, 2.0, 1.9, last])
     for lr, last in zip(MUON_LR, (1.4, 1.2, 1.3), strict=True):
@@ -34,7 +34,7 @@ def study(tmp_path: Path) -> Study:
 
 
 def test_the_table(study: Study) -> None:
-    """Mean and spread of complete runs alone; the first evaluation at or below AdamW's end."""
+    """Only complete runs count for mean and spread; the first evaluation at or below AdamW's end is reported."""
     text = table(study)
     assert f"AdamW is best at {ADAMW_LR[0]:g}, the end of its sweep" in text
     assert "Muon is best" not in text
@@ -44,7 +44,7 @@ def test_the_table(study: Study) -> None:
 
 
 def test_no_winner_before_the_sweep_is_done(study: Study, tmp_path: Path) -> None:
-    """A rate that is missing may be the best one."""
+    """A missing rate might be the best one."""
     (tmp_path / Run("AdamW", ADAMW_LR[2]).name / "metrics.jsonl").unlink()
     assert study.best("AdamW") is None
     assert "AdamW" not in study.groups()
@@ -57,7 +57,7 @@ def test_the_picture(study: Study, tmp_path: Path) -> None:
 
 
 def test_alignment() -> None:
-    """Two layers with the same right directions and unrelated left ones."""
+    """Two layers share their right directions and have unrelated left ones."""
     left, right = (torch.linalg.qr(torch.randn(64, 64)).Q for _ in range(2))
     sizes = torch.logspace(0, -2, 32).diag()
     momenta = {f"layers.{i}.q_proj.weight": left[:, 32 * i : 32 * (i + 1)] @ sizes @ right[:, :32].T for i in range(2)}
@@ -66,7 +66,7 @@ def test_alignment() -> None:
 
 
 def test_another_study_in_the_folder(study: Study, tmp_path: Path) -> None:
-    """Runs by another command aren't taken for this study's."""
+    """A run made by another command isn't taken for this study's."""
     run = Run("Muon", MUON_LR[1])
     (tmp_path / run.name / "command.txt").write_text("python -m yaongi.train --warmup 0.02")
     with pytest.raises(ValueError, match=r"^study: --out must be another, got .* with a run of `python -m yaongi"):

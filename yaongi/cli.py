@@ -1,4 +1,4 @@
-"""How every command ends: what the user did wrong is one line on standard error, never a traceback."""
+"""How every command ends: a user's mistake is one line on standard error, never a traceback."""
 
 import sys
 from collections.abc import Callable
@@ -7,9 +7,9 @@ USER_ERRORS = (ValueError, TypeError, OSError, MemoryError)
 
 
 def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> None:
-    """Run a command, and end the program with the status that it returns, if that is not 0.
+    """Run a command, and exit with the status that it returns if that is not 0.
 
-    What the user did wrong ends it with `error: …` on standard error and status 1, Ctrl-C with status 130.
+    A user's mistake ends the program with `error: …` on standard error and status 1; Ctrl-C with status 130.
     """
     try:
         status = command()
@@ -24,6 +24,6 @@ def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") 
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; the system's own words where it names no file."""
+    """Return an error's message without line breaks; of an OSError without a file name, only the system's text."""
     words = error.strerror if isinstance(error, OSError) and not error.filename else None
     return " ".join((words or str(error)).split())

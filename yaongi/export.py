@@ -19,14 +19,14 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model folder in the layout that transformers, vLLM and llama.cpp read (nemotron_h)."""
+    """Convert a model folder to nemotron_h, the layout that transformers, vLLM and llama.cpp read."""
 
-    folder: tyro.conf.Positional[Path]  # a model folder, written by the trainer or by save_pretrained
-    out: Path  # where to write
-    drop_engram: bool = False  # leave the Engrams out, which the layout can't hold
+    folder: tyro.conf.Positional[Path]  # model folder, written by the trainer or by save_pretrained
+    out: Path  # folder to write; must not be the model folder
+    drop_engram: bool = False  # leave out the Engrams, which the layout can't hold; without this they are an error
 
     def run(self) -> None:
-        """Write config, weights, generation config, model card and tokenizer; raises ValueError or OSError."""
+        """Write config, weights, generation config, model card and tokenizer. Raises ValueError or OSError."""
         from yaongi.model import Yaongi
         from yaongi.model.hub.folder import export_nemotron_h
 
@@ -41,7 +41,7 @@ class Export:
 
 
 def main() -> None:
-    """Parse the command line; a mistake is one line."""
+    """Run the command; an error is one line."""
     cli.run(tyro.cli(Export, prog="python -m yaongi.export").run)
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and their hashes."""
+"""Atomic writes, file hashes, and JSON files."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to a temporary file beside `path`, to disk, then rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same
+    """Write `content` to a temporary file beside `path`, flush it to disk, then rename it to `path`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same path
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -19,13 +19,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. ValueError when it is no JSON object."""
+    """Read the object of a JSON file. Raises ValueError if the file isn't a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -36,5 +36,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
+    """Write an object as a JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -12,17 +12,17 @@ from yaongi import cli
 class Generate:
     """Print the continuation of each prompt."""
 
-    folder: tyro.conf.Positional[Path]  # a model folder, with its tokenizer.model
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]  # text to go on with; give it several times for a batch
-    max_new_tokens: int = 128
-    temperature: float = 0.8  # 0 takes the likeliest token
-    top_k: int | None = None  # sample among the k likeliest tokens
-    top_p: float | None = 0.95  # sample among the likeliest tokens that together have this probability
-    seed: int = 0
-    device: str = "auto"  # cuda where there is one, or cpu
+    folder: tyro.conf.Positional[Path]  # model folder that also holds tokenizer.model
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]  # text to continue; repeat the option for a batch of prompts
+    max_new_tokens: int = 128  # most tokens to generate per prompt
+    temperature: float = 0.8  # sampling temperature; 0: always take the likeliest token
+    top_k: int | None = None  # sample among the k likeliest tokens; None: no such limit
+    top_p: float | None = 0.95  # sample among the likeliest tokens that together have this probability; None: all
+    seed: int = 0  # seed of the sampling
+    device: str = "auto"  # a torch device; auto: cuda where there is a GPU, else cpu
 
     def run(self) -> None:
-        """Load model and tokenizer, and print; raises ValueError or OSError with one line."""
+        """Load model and tokenizer, generate, and print. Raises ValueError or OSError with a message of one line."""
         import torch
 
         from yaongi.data.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Generate:
 
 
 def main() -> None:
-    """Parse the command line; a mistake is one line."""
+    """Run the command; an error is one line."""
     cli.run(tyro.cli(Generate, prog="python -m yaongi.generate").run)
 
 

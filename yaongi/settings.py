@@ -1,4 +1,4 @@
-"""Dataclasses of settings: made from dicts, and checked field by field with one form of message."""
+"""Dataclasses of settings: made from dicts, and checked field by field with error messages of one form."""
 
 import dataclasses
 import types
@@ -9,12 +9,19 @@ from typing import Any, Literal
 
 
 def to_table(fields: dict[str, Any]) -> dict[str, Any]:
-    """A dict's tuples as lists, and what is None left out: what TOML and JSON can hold."""
+    """Return a copy that TOML and JSON can hold: tuples become lists, and values that are None are left out."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if v is not None}
 
 
 def from_table(kind: Any, fields: Any, what: str) -> Any:
-    """An instance of a dataclass from a mapping; says which key is unknown or missing."""
+    """Make an instance of the dataclass `kind` from a mapping.
+
+    Args:
+        what: first word of the error messages.
+
+    Raises:
+        ValueError: a key is unknown or missing; the message names it.
+    """
     if isinstance(fields, kind):
         return fields
     if not isinstance(fields, Mapping):
@@ -30,7 +37,7 @@ def from_table(kind: Any, fields: Any, what: str) -> Any:
 
 
 def _fitted(value: Any, kind: Any) -> Any:
-    """A value as TOML or JSON has it for a field of this type: a list a tuple, an int a float, a string a path."""
+    """Convert a value of TOML or JSON to a field's type: a list to a tuple, an int to a float, a string to a path."""
     if isinstance(value, list):
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -39,23 +46,23 @@ def _fitted(value: Any, kind: Any) -> Any:
 
 
 class FieldChecks:
-    """Checks of a dataclass's fields, with one form of message."""
+    """Checks of a dataclass's fields, with error messages of one form."""
 
     def __init__(self, what: str) -> None:
         self.what = what
 
     def require(self, condition: bool, name: str, wanted: str, got: object) -> None:
-        """Raise ValueError `what: name must be …, got …` when the condition doesn't hold."""
+        """Raise ValueError `what: name must be …, got …` if the condition doesn't hold."""
         if not condition:
             raise ValueError(f"{self.what}: {name} must be {wanted}, got {got}")
 
     def positive(self, value: Any, *names: str) -> None:
-        """These fields are 1 or more."""
+        """Check that these fields are 1 or more."""
         for name in names:
             self.require(getattr(value, name) >= 1, name, "1 or more", getattr(value, name))
 
     def types(self, value: Any) -> None:
-        """Every field has its annotated type; an int will do for a float."""
+        """Check that every field has its annotated type; an int is accepted for a float."""
         for field in dataclasses.fields(value):
             got = getattr(value, field.name)
             self.require(_is_instance(got, field.type), field.name, _name_of(field.type), repr(got))

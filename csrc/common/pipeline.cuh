@@ -5,7 +5,7 @@
 
 namespace yaongi {
 
-// Place in the ring: the stage, and the parity of how often the ring went round, which tells a barrier's phases apart.
+// Position in the ring: the stage, and the parity of the number of completed rounds, which is the phase to wait for.
 template <int STAGES>
 struct RingPosition {
   uint32_t stage = 0;
@@ -18,8 +18,8 @@ struct RingPosition {
   }
 };
 
-// full: the stage holds data; empty: its readers are done. A producer waits on `empty` with the opposite parity, so that
-// the first round passes at once.
+// full: the stage holds data; empty: its readers are done. A producer waits on `empty` with the opposite parity, so the
+// waits of the first round return at once.
 template <int STAGES>
 struct RingBarriers {
   uint64_t full[STAGES];

@@ -1,4 +1,4 @@
-// Every asm statement of the project, one instruction a function. Names and operands follow the PTX ISA.
+// Every asm statement of the project, one instruction per function. Names and operands follow the PTX ISA.
 #pragma once
 
 #include <cuda.h>
@@ -19,7 +19,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// Every thread of every block of the cluster arrives and waits; orders shared memory and barrier initialisation.
+// All threads of the cluster arrive and wait; this orders shared-memory writes and barrier initialisation.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -39,8 +39,8 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
                : "memory");
 }
 
-// Arrives on the barrier at the same shared-memory offset in block `rank` of the cluster. Orders execution, which is all
-// that readers by wgmma need; with .release.cluster it would cost a fence of the whole GPU.
+// Arrives on the barrier at the same shared-memory offset in block `rank` of the cluster. It orders execution only,
+// which is enough for reads by wgmma; .release.cluster would cost a GPU-wide fence.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
@@ -82,7 +82,7 @@ __device__ __forceinline__ void tma_load_3d(void* shared, const CUtensorMap* map
       : "memory");
 }
 
-// Writes the box to the same offset of every block in `mask`, and completes on each one's barrier.
+// Writes the box to the same shared-memory offset in every block of `mask`, and completes on each block's barrier.
 __device__ __forceinline__ void tma_load_3d_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
                                                       uint16_t mask, int x, int y, int z) {
   asm volatile(
@@ -100,7 +100,7 @@ __device__ __forceinline__ void tma_store_3d(const CUtensorMap* map, const void*
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until all but the last PENDING of this thread's stores have read shared memory, which may then be written again.
+// Waits until all but the last PENDING of this thread's stores have read their shared memory; it can then be reused.
 template <int PENDING>
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
@@ -109,13 +109,13 @@ __device__ __forceinline__ void tma_store_wait_read() {
 // Makes this thread's ordinary shared-memory writes visible to TMA and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- kernels that follow one another --------------------------------------------------------------------------------
+// ---- programmatic dependent launch ----------------------------------------------------------------------------------
 
-// Waits until the kernels before this one in the stream are done and their writes visible; only a launch that allows an
-// early start comes here before that.
+// Waits until the previous kernels in the stream are done and their writes are visible. Returns at once unless this
+// kernel was launched with early start.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Lets the next kernel, if its launch allows it, take multiprocessors as this one's blocks leave them.
+// Lets the next kernel, if launched with early start, begin on multiprocessors as this kernel's blocks leave them.
 __device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // ---- matrix fragments in shared memory ------------------------------------------------------------------------------
@@ -132,15 +132,15 @@ __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, const u
                : "memory");
 }
 
-// The 8 × 8 matrix of 16-bit elements that a warp holds as two elements a lane, transposed.
+// Transposes an 8 × 8 matrix of 16-bit elements that a warp holds as two elements per lane.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   uint32_t transposed;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(v));
   return transposed;
 }
 
-// A load that stays where it is written, ahead of the work that hides it. Not by the read-only path (.nc): a kernel that
-// starts early lives while the one before still writes.
+// A load that the compiler doesn't move, so that it stays ahead of the work that hides its latency. It avoids the
+// read-only path (.nc), because a kernel that starts early runs while the previous one may still write.
 __device__ __forceinline__ uint32_t load_in_place(const void* address) {
   uint32_t v;
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(address));
@@ -171,7 +171,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define YAONGI_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define YAONGI_D16(d, i) YAONGI_D4(d, i), YAONGI_D4(d, i + 4), YAONGI_D4(d, i + 8), YAONGI_D4(d, i + 12)
 
-// d (64 × 256, fp32) = a (64 × 16) · b (256 × 16)ᵀ + (accumulate ? d : 0); a, b: descriptors of shared memory, K-major.
+// d (64 × 256, fp32) = a (64 × 16) · b (256 × 16)ᵀ + (accumulate ? d : 0); a, b: descriptors of K-major shared memory.
 #define YAONGI_WGMMA_M64N256K16(TYPE)                                                                                  \
   asm volatile(                                                                                                        \
       "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %130, 0;\n"                                                  \

@@ -1,5 +1,5 @@
-// Tiles of 16-bit elements in shared memory: panels of 64 columns (128 bytes a row) in the 128-byte swizzle that the copy
-// engine writes, the tensor cores read, and stmatrix reaches without bank conflicts.
+// Tiles of 16-bit elements in shared memory: panels of 64 columns (128 bytes per row) with the 128-byte swizzle, which
+// TMA writes, wgmma reads, and stmatrix writes without bank conflicts.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,19 +12,19 @@ namespace yaongi {
 constexpr int PANEL_COLUMNS = 64;
 constexpr int PANEL_ROW_BYTES = 128;
 
-// Byte offset of 16-byte chunk `chunk` (0..7) of `row` within a panel that starts on 1024 bytes.
+// Byte offset of 16-byte chunk `chunk` (0..7) of `row` within a panel aligned to 1024 bytes.
 __device__ __forceinline__ uint32_t swizzled_offset(uint32_t row, uint32_t chunk) {
   return row * PANEL_ROW_BYTES + ((chunk ^ (row & 7)) << 4);
 }
 
-// Descriptor of a K-major operand in such a panel: start address, 1024 bytes between groups of 8 rows, 128-byte swizzle.
-// The next 16 columns lie 32 bytes on: add 2 to the descriptor.
+// wgmma descriptor of a K-major operand in such a panel: start address, 1024 bytes between groups of 8 rows, 128-byte
+// swizzle. To move on by 16 columns, or 32 bytes, add 2 to the descriptor.
 __device__ __forceinline__ uint64_t panel_descriptor(uint32_t shared_address) {
   constexpr uint64_t LEADING_BYTES = 16, GROUP_BYTES = 1024, SWIZZLE_128 = 1;
   return (shared_address & 0x3FFFF) >> 4 | (LEADING_BYTES >> 4) << 16 | (GROUP_BYTES >> 4) << 32 | SWIZZLE_128 << 62;
 }
 
-// Two floats to two 16-bit elements, the first in the low half, and back.
+// pack converts two floats to two 16-bit elements, the first in the low half; unpack converts them back.
 template <bool BFLOAT16>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   if constexpr (BFLOAT16) {

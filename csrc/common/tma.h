@@ -1,4 +1,4 @@
-// Host side of TMA: makes tensor maps, without linking to the driver.
+// Host side of TMA: encodes tensor maps without linking against the driver.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +8,7 @@
 
 namespace yaongi {
 
-// The driver's encoder, looked up once through the runtime; nullptr when there is no driver.
+// The driver's encoder, looked up once through the runtime; nullptr if there is no driver.
 inline auto tensor_map_encoder() {
   using Encoder = decltype(&cuTensorMapEncodeTiled);
   static const Encoder encoder = [] {
@@ -20,7 +20,8 @@ inline auto tensor_map_encoder() {
   return encoder;
 }
 
-// Map of a batch of matrices for boxes of (box_rows × 64 columns) in the 128-byte swizzle; outside it reads as zero.
+// Encodes a map of a batch of matrices for boxes of box_rows × 64 columns with 128-byte swizzle; elements outside the
+// matrices are loaded as zero.
 inline bool make_tensor_map(CUtensorMap* map, YaongiType type, const YaongiMatrices& t, uint32_t box_rows) {
   const auto encoder = tensor_map_encoder();
   const cuuint64_t sizes[3] = {cuuint64_t(t.columns), cuuint64_t(t.rows), cuuint64_t(t.batch)};

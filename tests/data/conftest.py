@@ -14,14 +14,14 @@ from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """4,096 pieces, from a part of the embedded corpus."""
+    """Return a tokenizer of 4,096 pieces, trained on a part of the embedded corpus."""
     sources = {s.domain: s.documents for s in embedded_sources() if s.split == TRAIN}
     return train_tokenizer(mixed_documents(sources, DEFAULT_MIX, 1_500_000), 4096)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train/ and val/ for the four domains."""
+    """Return a folder with train/ and val/ for the four domains."""
     folder = tmp_path_factory.mktemp("corpus")
     for number, domain in enumerate(("ko", "en", "code", "math")):
         write_jsonl(folder / "train" / f"{domain}.jsonl", random_texts(number, 60 + 20 * number))
@@ -31,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token shards of ``corpus``: several a domain. Tests that change them take a copy."""
+    """Return the token shards of `corpus`, several per domain. Tests that change them must take a copy."""
     out = tmp_path_factory.mktemp("shards") / "tokens"
     tokenize_sources([str(corpus)], tokenizer, out, Options(shard_tokens=3000), workers=1, say=lambda _: None)
     return out

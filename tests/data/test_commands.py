@@ -1,4 +1,4 @@
-"""``python -m yaongi.data``: the stages one after another, and errors that are one line."""
+"""`python -m yaongi.data`: the stages one after another, and errors that are one line."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The hub's sources, from a mirror folder: resumed without a gap or a repetition, within budget, never empty."""
+"""Downloads of hub sources from a mirror folder: resumed without a gap or duplicate, within budget, never empty."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ ALL = 10**9
 
 @pytest.fixture
 def mirror(tmp_path: Path) -> Path:
-    """``owner/set`` in three files of both formats, and a file that isn't data."""
+    """Return a mirror with `owner/set`: three data files of both formats, and a file that isn't data."""
     folder = tmp_path / "mirror" / "owner" / "set"
     write_jsonl(folder / "data" / "a.jsonl", TEXTS[:100])
     write_jsonl(folder / "data" / "b.jsonl", TEXTS[100:200])
@@ -61,7 +61,7 @@ def test_everything_arrives_once(mirror: Path, tmp_path: Path) -> None:
 
 
 class Breaking:
-    """A repository whose connection breaks after some reads, some times."""
+    """A repository whose connection breaks after `after` reads of a file, `times` times in all."""
 
     def __init__(self, inner: MirrorRepository, error: type[BaseException], after: int, times: int) -> None:
         self.inner, self.error, self.after, self.times = inner, error, after, times
@@ -86,7 +86,7 @@ class Breaking:
 
 
 class Slow:
-    """Gives lines as they are; used as a context and iterated by TextIOWrapper through read1."""
+    """A file with another `read`; a context manager that TextIOWrapper iterates through `read1`."""
 
     def __init__(self, file: IO[bytes], read: Any) -> None:
         self.file, self._read = file, read

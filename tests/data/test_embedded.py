@@ -138,9 +138,9 @@ def test_every_sum_is_right() -> None:
     sides = r"[\d(](?:[\d ()+×÷/-]*[\d)])?"
     equations = 0
     for text in corpus.mathematics():
-        plain = re.sub(r".*\d[xs] .*", "", text)  # without lines that hold an unknown
+        plain = re.sub(r".*\d[xs] .*", "", text)  # without lines that contain an unknown
         for chain in re.findall(rf"(?<![\w.])({sides}(?: = {sides})+)", plain):
-            # Nothing but figures, signs and brackets can stand in a side, by the pattern above.
+            # By the pattern above a side consists only of digits, signs and brackets.
             values = [eval(side.replace("×", "*").replace("÷", "/")) for side in chain.split(" = ")]
             assert max(values) - min(values) < 1e-9, chain
             equations += 1

@@ -1,4 +1,4 @@
-"""The hub's own client against a small server on this machine that speaks its protocol."""
+"""Hugging Face's own hub client against a small local server that speaks the hub's protocol."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FILE = "finemath-4plus/train-00000.parquet"
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A hub with one data set of one file; its address, and the requests that came."""
+    """Serve a hub with one data set of one file; return its address and the list of requests received."""
     parquet.write_table(pyarrow.table({"text": ["1 + 1 = 2", "2 + 2 = 4"], "url": ["a", "b"]}), tmp_path / "f.parquet")
     content = (tmp_path / "f.parquet").read_bytes()
     entry = {"type": "file", "path": FILE, "size": len(content), "oid": "e"}
@@ -59,7 +59,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
             self.answer(json.dumps([entry]).encode())
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -26,7 +26,7 @@ def joined(parts: list[Batch]) -> torch.Tensor:
 
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path) -> Path:
-    """A copy that may be broken."""
+    """Return a copy of the shards that the test may damage."""
     return Path(shutil.copytree(shards, tmp_path / "tokens"))
 
 
@@ -191,7 +191,7 @@ def test_a_truncated_shard(damaged: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_a_changed_shard(damaged: Path, suffix: str) -> None:
-    make(damaged)  # remembers what it has checked
+    make(damaged)  # records its check
     path = next((damaged / "train").glob(f"en-*.{suffix}"))
     content = bytearray(path.read_bytes())
     content[11] ^= 1

@@ -1,4 +1,4 @@
-"""The mixture and the shuffle: exact, and functions of the sample number alone."""
+"""The mixture and the shuffle: exact, and functions of only the sample number."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Sources to shards: what is kept and dropped, the same on any number of processes, and only when something changed."""
+"""Sources to shards: which documents are kept, the same for any number of processes, rebuilt only after a change."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Local files as sources, in every format, and clear words for what can't be read."""
+"""Local files as sources, in every format, and clear errors for files that can't be read."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The tokenizer gives every text back, and Hugging Face's file gives the same ids."""
+"""The tokenizer restores every text, and Hugging Face's file gives the same ids."""
 
 import json
 import random
@@ -46,7 +46,7 @@ EDGES = [
 
 
 def random_strings(count: int) -> list[str]:
-    """All of Unicode, and what is hard in it, at random."""
+    """Return random strings from all of Unicode and from its difficult parts."""
     rng = random.Random(7)
     hard = [*" \n\t\r\u2581\u0301\u1100\u1161\u11a8abc01<|>_", "\n\n\n\n\n", "      ", "<|im_end|>", "<0x0A>", "ㅋㅋㅋ"]
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    """A JSON-lines file of texts."""
+    """Write texts as a JSON-lines file, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
 def random_texts(seed: int, count: int, words: int = 40) -> list[str]:
-    """Texts of random words, none near another."""
+    """Return texts of random words, no two of them near duplicates."""
     rng = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz가나다라마바사아자차카타파하"
     return [" ".join("".join(rng.choices(letters, k=5)) for _ in range(words)) for _ in range(count)]

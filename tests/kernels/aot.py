@@ -1,8 +1,8 @@
-"""Compiles Triton kernels for sm_90 on a machine without a GPU, from the launchers themselves.
+"""Compile Triton kernels for sm_90 on a machine without a GPU, through their launchers.
 
-Within `compiled_launches` a launcher runs on meta tensors and, instead of launching, each kernel it would have
-started is compiled with exactly those argument types, constants and alignments. So every config of a launcher's table
-can be checked for registers, spills and tensor-core instructions.
+Within `compiled_launches` a launcher runs on meta tensors. Each kernel that it would launch is instead compiled with
+the launch's argument types, constants and alignments. So every config of a launcher's table can be checked for
+registers, spills and tensor-core instructions.
 """
 
 import re
@@ -37,7 +37,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of one kernel uses."""
+    """Resources and machine code of one kernel."""
 
     name: str
     registers: int
@@ -48,7 +48,7 @@ class Compiled:
 
 @contextmanager
 def compiled_launches() -> Iterator[list[Compiled]]:
-    """Within the block, launching a Triton kernel compiles it for sm_90 and appends it to the list."""
+    """Within the block, make each launch of a Triton kernel compile it for sm_90 and append it to the list."""
     compiled: list[Compiled] = []
 
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ def compiled_launches() -> Iterator[list[Compiled]]:
 
 
 def compile_launcher(launcher: Callable[..., Any], *args: Any) -> list[Compiled]:
-    """The kernels one call of a launcher starts."""
+    """Return the kernels that one call of a launcher would launch."""
     with compiled_launches() as compiled:
         launcher(*args)
     return compiled
@@ -88,7 +88,7 @@ def _compile(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _type(value: Any) -> str:
     if value is None or (type(value) is int and value == 1):
-        return "constexpr"  # as the launcher specialises them
+        return "constexpr"  # Triton's launcher specialises these too
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, TensorDescriptor):
@@ -110,6 +110,6 @@ def _inspect(name: str, kernel: Any) -> Compiled:
 
 
 def disassemble(path: Path, what: str) -> str:
-    """What cuobjdump prints of a cubin or a library: `-res-usage` or `-sass`."""
+    """Return cuobjdump's output for a cubin or a library: `-res-usage` or `-sass`."""
     done = subprocess.run([TOOLS / "cuobjdump", what, path], check=True, capture_output=True, text=True)
     return done.stdout

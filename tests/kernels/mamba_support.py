@@ -1,4 +1,4 @@
-"""What the tests of `mamba_scan` and `mamba_step` share: arguments of a call, and the sequential recurrence."""
+"""Helpers of the tests of `mamba_scan` and `mamba_step`: arguments of a call, and the sequential recurrence."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def arguments(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments of one call; x, b and c are slices of one wider tensor, as the convolution leaves them."""
+    """Return arguments of one call; x, b and c are slices of one wider tensor, like the convolution's output."""
     B, H, P, G, N = sizes
     wide = torch.promote_types(dtype, torch.float32)
     packed = torch.randn(B, L, H * P + 2 * G * N).to(device, dtype)
@@ -44,7 +44,7 @@ def arguments(
 
 
 def differentiable(args: dict[str, Any]) -> list[str]:
-    """The arguments of a call that take a gradient."""
+    """Return the names of a call's arguments that get a gradient."""
     return [name for name in DIFFERENTIABLE if args[name] is not None]
 
 
@@ -60,7 +60,7 @@ def mamba_scan_sequential(
     initial_state: torch.Tensor | None = None,
     return_final_state: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence, token by token; differentiable by autograd."""
+    """Compute the recurrence token by token; differentiable by autograd."""
     batch, length, heads, head_dim = x.shape
     b, c = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (b, c))
     state = A.new_zeros(batch, heads, head_dim, b.shape[3]) if initial_state is None else initial_state
@@ -78,6 +78,6 @@ def mamba_scan_sequential(
 
 
 def positional(args: dict[str, Any]) -> list[Any]:
-    """The tensors of a call in the order of the op's schema."""
+    """Return the tensors of a call in the order of the op's schema."""
     names = ("x", "dt", "A", "b", "c", "D", "dt_bias", "document_ids", "initial_state")
     return [args[name] for name in names]

@@ -1,4 +1,4 @@
-"""What the tests of the ops share: backends as a parameter, the house's rule over a whole call, and refused calls."""
+"""Helpers of the ops' tests: backends as a parameter, the tolerance rule for a whole call, and refused calls."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,19 +17,19 @@ Results = dict[str, torch.Tensor]
 
 
 def backends(*on_gpu: str) -> list[Any]:
-    """The values of a `backend` parameter: the reference on the CPU, and the named ones on a GPU."""
+    """Return the values of a `backend` parameter: the reference on the CPU, and the named ones on a GPU."""
     return ["reference", *(pytest.param(name, marks=pytest.mark.gpu) for name in on_gpu)]
 
 
 def device_of(backend: str, op: str) -> str:
-    """Where a backend is tested; skips when the op has no such implementation yet."""
+    """Return the device on which a backend is tested; skip if the op has no such implementation."""
     if backend not in OPS[op].implementations:
         pytest.skip(f"{op} has no {backend} implementation")
     return "cpu" if backend == "reference" else "cuda"
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of a nest of dicts, lists and tuples."""
+    """Yield every tensor in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
@@ -38,7 +38,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def converted(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same nest with every floating-point tensor changed and its strides kept."""
+    """Return the same nested value with every floating-point tensor changed and its strides kept."""
     if isinstance(value, torch.Tensor):
         return with_strides(change(value.detach()), value.stride()) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -47,14 +47,14 @@ def converted(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
 
 
 def with_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """The same values laid out with these strides, as a slice of a wider tensor has them."""
+    """Return the same values laid out with these strides, for example those of a slice of a wider tensor."""
     if tensor.stride() == strides:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def assert_rule(run: Callable[[Any], Results], arguments: Any, backend: str) -> None:
-    """Asserts the tolerance rule for every result, and that a second run gives the same bits."""
+    """Assert the tolerance rule for every result, and that a second run gives the same bits."""
     with use_backend("reference"):
         exact, plain = run(converted(arguments, torch.Tensor.double)), run(converted(arguments, torch.clone))
     with use_backend(backend):
@@ -65,13 +65,13 @@ def assert_rule(run: Callable[[Any], Results], arguments: Any, backend: str) -> 
 
 
 def document_ids(batch: int, lengths: tuple[int, ...]) -> torch.Tensor:
-    """(B, L): documents of these lengths in the first row, and in reversed order in every other one."""
+    """Return ids (B, L): documents of these lengths, in reversed order in every second row."""
     rows = [torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (lengths, lengths[::-1])]
     return torch.stack([rows[i % 2] + 3 * i for i in range(batch)]).int()
 
 
 def outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, Any], wanted: Iterable[str]) -> Results:
-    """The outputs 0, 1, … of a call, and for the wanted arguments the gradients of Σ output·cos(0, 1, 2, …)."""
+    """Return the outputs of a call, and the gradients of Σ output·cos(0, 1, 2, …) for the wanted arguments."""
     wanted = list(wanted)
     arguments = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
     inputs = [arguments[name].requires_grad_() for name in wanted]
@@ -88,7 +88,7 @@ def outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, Any
 
 @dataclass(frozen=True)
 class Bad:
-    """One bad call: the arguments that differ from a good one, and the error it must raise."""
+    """A bad call: the arguments that differ from a good one, and the error it must raise."""
 
     changes: dict[str, Any]
     error: type[Exception]
@@ -96,7 +96,7 @@ class Bad:
 
 
 def bad_calls(cases: Iterable[tuple[dict[str, Any], type[Exception], str]]) -> Any:
-    """Parametrises a test over bad calls, named after the argument and the message."""
+    """Parametrize a test over bad calls, with ids of a number and the changed arguments."""
     calls = [Bad(*case) for case in cases]
     return pytest.mark.parametrize(
         "bad", [pytest.param(bad, id=f"{i}-{'-'.join(bad.changes)}") for i, bad in enumerate(calls)]
@@ -104,7 +104,7 @@ def bad_calls(cases: Iterable[tuple[dict[str, Any], type[Exception], str]]) -> A
 
 
 def assert_refused(function: Callable[..., Any], good: dict[str, Any], bad: Bad) -> None:
-    """Asserts that the bad call raises its one line, op first, and changes no tensor."""
+    """Assert that the bad call raises its one-line message, which starts with the op, and changes no tensor."""
     arguments = good | bad.changes
     tensors = [t for t in tensors_in(arguments) if not t.is_meta]
     before = [t.detach().clone() for t in tensors]
@@ -118,7 +118,7 @@ def assert_refused(function: Callable[..., Any], good: dict[str, Any], bad: Bad)
 
 @contextlib.contextmanager
 def checked_mode() -> Iterator[None]:
-    """Checked mode for a while."""
+    """Turn checked mode on within the block."""
     yaongi.kernels.check_values(True)
     try:
         yield

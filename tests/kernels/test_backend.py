@@ -1,4 +1,4 @@
-"""Picking a backend: what a machine can run, forcing one, and the one line that says why it can't."""
+"""Choosing a backend: what a machine can run, forcing one, and the one-line reason why one can't run."""
 
 import subprocess
 import sys
@@ -15,14 +15,14 @@ from yaongi.kernels import backend, info, symmetric_product, use_backend
 
 @pytest.fixture
 def machine() -> Iterator[None]:
-    """Forgets what is known of this machine, before and after a test that pretends to be on another."""
+    """Clear cached facts about this machine before and after a test that simulates another one."""
     backend.unavailable.cache_clear()
     yield
     backend.unavailable.cache_clear()
 
 
 def pretend(available: bool, capability: tuple[int, int] = (9, 0)) -> mock._patch_dict:
-    """A machine with or without a GPU of some capability."""
+    """Patch torch to report a machine with or without a GPU of some capability."""
     return mock.patch.multiple(torch.cuda, is_available=lambda: available, get_device_capability=lambda *_: capability)
 
 
@@ -77,7 +77,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_forced_backend_is_never_replaced() -> None:
-    """Forcing one that can't take CPU tensors is an error, though the reference could."""
+    """Forcing a backend that can't take CPU tensors is an error, though the reference could take them."""
     with mock.patch.dict(backend._forced, {"symmetric_product": "cuda"}):
         with pytest.raises(RuntimeError) as caught:
             symmetric_product(torch.ones(8, 8))
@@ -119,43 +119,6 @@ def test_the_shortcut_past_the_dispatcher_takes_only_plain_calls() -> None:
 
     torch.func.vmap(look)(x)
     assert seen == [True]
-
-
-def test_only_a_plain_call_has_a_layout() -> None:
-    """A choice, checked mode, a gradient, a mode or another kind of tensor: the call gets a closer look."""
-    x = torch.ones(8, 8)
-    assert backend.layout(x, None) == backend.layout(x + 1, None) != backend.layout(x.T[:4], None)
-    assert backend.layout(x, x) != backend.layout(x, None)
-    assert backend.layout(x.clone().requires_grad_()) is None
-    assert backend.layout(2.0) is None
-    with torch.no_grad():
-        assert backend.layout(torch.nn.Parameter(x)) == backend.layout(x)
-    with use_backend("reference"):
-        assert backend.layout(x) is None
-    with FlopCounterMode(display=False):
-        assert backend.layout(x) is None
-    yaongi.kernels.check_values(True)
-    assert backend.layout(x) is None
-    yaongi.kernels.check_values(False)
-    assert torch.func.vmap(lambda t: t if backend.layout(t) is None else t + 1)(x).equal(x)
-
-
-@pytest.mark.gpu
-def test_a_known_call_goes_straight_to_the_launcher() -> None:
-    """The second call of a layout gives the same bits; a gradient, a choice and bad arguments still count."""
-    x = torch.randn(3, 64, 128, device="cuda", dtype=torch.float16)
-    first, op = symmetric_product(x), backend.OPS["symmetric_product"]
-    assert backend.layout(x, None, None) in op.direct
-    with mock.patch.object(backend.Op, "__call__", side_effect=AssertionError("not straight")):
-        second = symmetric_product(x)
-    assert second.shape == (3, 64, 64)
-    assert second.is_contiguous()
-    assert torch.equal(first, second)
-    assert symmetric_product(x.clone().requires_grad_()).requires_grad
-    with use_backend("reference"):
-        assert not torch.equal(symmetric_product(x, alpha=1e-3), symmetric_product(x))
-    with pytest.raises(ValueError, match="alpha must be finite"):
-        symmetric_product(x, alpha=float("nan"))
 
 
 def test_the_command_prints_the_table() -> None:

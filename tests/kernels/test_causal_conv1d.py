@@ -45,7 +45,7 @@ CASES = {  # B, L, C, W, options
 def arguments(
     B: int, L: int, C: int, W: int, options: dict[str, Any], dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Arguments of one call, x a slice of a wider tensor; options may drop optional ones or set document lengths."""
+    """Return arguments of one call, with x a slice; `options` may drop optional ones or set document lengths."""
     lengths = options.get("documents")
     made = {
         "x": torch.randn(B, L, C + 24).to(device, dtype)[..., 8 : C + 8],
@@ -59,7 +59,7 @@ def arguments(
 
 
 def differentiable(args: dict[str, Any]) -> list[str]:
-    """The arguments of a call that take a gradient."""
+    """Return the names of a call's arguments that get a gradient."""
     return [name for name in DIFFERENTIABLE if args[name] is not None]
 
 
@@ -72,7 +72,7 @@ def position_loop(
     activation: str | None,
     return_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, position by position, with the window as a queue; differentiable by autograd."""
+    """Compute the definition position by position, with the window as a queue; differentiable by autograd."""
     batch, length, channels = x.shape
     width = weight.shape[1]
     queue = x.new_zeros(batch, channels, width - 1) if initial_state is None else initial_state
@@ -372,7 +372,7 @@ def test_checked_mode_of_the_step(bad: Any) -> None:
 
 
 def bad_options() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD in the keyword arguments."""
+    """Yield changes of GOOD's keyword arguments that make a bad call."""
     ids, ones, meta = GOOD["document_ids"], torch.ones, torch.device("meta")
     yield {"activation": "relu"}, ValueError, "activation must be 'silu' or None, got 'relu'"
     yield {"activation": True}, ValueError, "activation must be 'silu' or None, got True"
@@ -392,7 +392,7 @@ def bad_options() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
 
 
 def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD."""
+    """Yield changes of GOOD that make a bad call."""
     ones, meta = torch.ones, torch.device("meta")
     yield from bad_options()
     yield {"x": None}, TypeError, f"x {TENSOR} NoneType"
@@ -433,7 +433,7 @@ def test_bad_arguments(bad: Any) -> None:
 
 
 def bad_step_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD_STEP."""
+    """Yield changes of GOOD_STEP that make a bad call."""
     ones, meta = torch.ones, torch.device("meta")
     yield {"x": 3}, TypeError, f"x {TENSOR} int"
     yield {"x": ones(2, 3).int()}, TypeError, f"x {FLOATS} int32"

@@ -17,14 +17,14 @@ SHAPES = [(5, 9), (1, 1), (0, 4), (33, 130)]
 
 
 def arguments(shape: tuple[int, int], dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Any]:
-    """Arguments of one call: logits in a wider tensor, targets of which some are missing."""
+    """Return arguments of one call: logits in a wider tensor, and targets, some missing."""
     T, V = shape
     logits = (4 * torch.randn(T, V + 8)).to(device, dtype)[:, :V]
     return {"logits": logits, "targets": torch.randint(-2, V, (T,)).to(device)}
 
 
 def definition(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own; differentiable by autograd."""
+    """Compute torch's own; differentiable by autograd."""
     losses = F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")
     return losses, logits.logsumexp(-1)
 
@@ -49,7 +49,7 @@ def test_float64_rule(shape: tuple[int, int], dtype: torch.dtype, backend: str) 
 
 @pytest.mark.parametrize("backend", backends("triton"))
 def test_extremes(backend: str) -> None:
-    """Logits of 1e4 don't overflow, −∞ never was in the softmax, a NaN or a target beyond V shows in its row alone."""
+    """Logits of 1e4 don't overflow, −∞ adds nothing, and a NaN or a target beyond V affects its own row alone."""
     device = device_of(backend, "cross_entropy")
     logits = torch.randn(5, 5000, device=device)
     logits[0] *= 1e4

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.interpret
 
 
 def causal_conv1d_cases() -> list[Any]:
-    """Shapes around the strip's length, and every combination of documents, states and activation."""
+    """Return shapes around the strip's length, with every combination of documents, states and activation."""
     shapes = [(2, 21, 40, 4), (1, 1, 8, 4), (2, 2, 260, 3), (1, 9, 16, 2)]
     return list(itertools.product(shapes, (False, True), (False, True), ("silu", None)))
 
@@ -53,7 +53,7 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
 
 @pytest.mark.parametrize("shape", [(1, 528, 70), (3, 5, 64), (1, 1, 1), (2, 129, 33), (2, 0, 5)], ids=str)
 def test_column_sums(shape: tuple[int, int, int]) -> None:
-    """No row, fewer and more than a block has, and columns that don't fill the last one."""
+    """No rows, fewer and more rows than a block, and columns that don't fill the last block."""
     from yaongi.kernels.common.column_sums import column_sums
 
     partial = torch.randn(shape)
@@ -62,7 +62,7 @@ def test_column_sums(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize(("T", "V"), [(3, 7), (2, 4096), (5, 9001), (1, 1)])
 def test_cross_entropy(T: int, V: int) -> None:
-    """Both directions, of logits in a wider tensor; rows without a target, and one whose first block is −∞."""
+    """Both directions, with logits in a wider tensor, rows without a target, and a row whose first block is −∞."""
     from yaongi.kernels.cross_entropy import loss_kernels
 
     logits, targets = 9 * torch.randn(T, V + 8)[:, :V], torch.randint(-1, V, (T,))
@@ -81,7 +81,7 @@ def test_cross_entropy(T: int, V: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (37, 64, 6), (3, 3, 3), (20, 130, 16)])
 def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
-    """The same choice, ties included; pairs in a stable sort by expert, bad ids nowhere."""
+    """Routing makes the same choice, ties included; dispatch sorts pairs stably by expert and skips bad ids."""
     from yaongi.kernels.moe import dispatch, routing
 
     logits, bias = torch.randn(tokens, experts), torch.zeros(experts)
@@ -111,7 +111,7 @@ FLAT = [value for step in POLAR_EXPRESS for value in step]
 
 @pytest.fixture
 def newton_schulz_in_float32() -> Iterator[Any]:
-    """The launchers of both ops, storing in float32 what a GPU stores in half of it, and a few matrices at a time."""
+    """Yield the launchers of both ops, patched to store in float32 instead of 16 bits, with small batches."""
     from yaongi.kernels.newton_schulz import passes, teon
 
     float32 = {"STORAGE": torch.float32, "WORKSPACE": 1000}
@@ -131,7 +131,7 @@ def test_newton_schulz(shape: tuple[int, ...], form: str, newton_schulz_in_float
 @pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize(("stack", "shape"), [(1, (2, 9, 12)), (2, (3, 9, 6)), (2, (20, 3)), (4, (3, 30))], ids=str)
 def test_teon_update(stack: int, shape: tuple[int, ...], masters: bool, newton_schulz_in_float32: Any) -> None:
-    """Every tensor in place, the layers of a stack side by side."""
+    """Every tensor is updated in place, with the layers of a stack side by side."""
     lists = [[torch.randn(shape) for _ in range(4)] for _ in range(4 if masters else 3)] + ([] if masters else [[]])
     exact = [[t.double() for t in tensors] for tensors in lists]
     settings = (stack, 0.5, 0.9, True, 0.1, FLAT)
@@ -143,12 +143,12 @@ def test_teon_update(stack: int, shape: tuple[int, ...], masters: bool, newton_s
 
 
 def wide(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments in float64."""
+    """Return the same arguments in float64."""
     return tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs)
 
 
 def mamba_inputs(B: int, L: int, H: int, P: int, G: int, N: int, documents: bool, optional: bool) -> tuple[Any, ...]:
-    """The arguments of a scan; x, b and c are slices, of odd strides and places where the optional arguments lack."""
+    """Return arguments of a scan; x, b and c are slices, without `optional` with odd strides and offsets."""
     packed = torch.randn(B, L, H * P + 2 * G * N + (not optional))[..., int(not optional) :]
     x, b, c = packed.split([H * P, G * N, G * N], dim=-1)
     ids = (torch.rand(B, L) < 0.1).cumsum(1).int() if documents else None
@@ -172,8 +172,8 @@ def mamba_inputs(B: int, L: int, H: int, P: int, G: int, N: int, documents: bool
         ((1, 1, 2, 8, 1, 16), False, True, 1, 1e9),
         ((2, 35, 4, 8, 2, 16), True, True, 1, 1e9),
         ((1, 33, 2, 40, 1, 24), False, False, 1, 1e9),  # two blocks of P
-        ((1, 270, 2, 8, 1, 16), True, True, 16, 1e9),  # in segments
-        ((1, 20, 4, 8, 2, 16), True, True, 1, 1.0),  # each head by itself
+        ((1, 270, 2, 8, 1, 16), True, True, 16, 1e9),  # several segments
+        ((1, 20, 4, 8, 2, 16), True, True, 1, 1.0),  # one head per slice
     ],
 )
 def test_mamba_scan(
@@ -205,7 +205,7 @@ def test_mamba_scan(
 @pytest.mark.parametrize("A", [-1e-8, -1.0, -1e3])
 @pytest.mark.parametrize("dt", [-200.0, -110.0, -100.0, -90.0, -80.0, 1e4])
 def test_mamba_scan_at_the_ends_of_float32(dt: float, A: float) -> None:
-    """Step sizes that are denormal or zero, decays that underflow: all finite and right, documents included."""
+    """With denormal or zero step sizes, or decays that underflow, results are finite and right, also with documents."""
     from yaongi.kernels.mamba_scan import scan_backward as backwards
     from yaongi.kernels.mamba_scan import scan_forward
 
@@ -220,7 +220,7 @@ def test_mamba_scan_at_the_ends_of_float32(dt: float, A: float) -> None:
         *mamba_reference.mamba_scan_backward_reference(*wide(gradients), *wide(tuple(inputs))),
     )
     for i, (ours, expected) in enumerate(zip(actual, exact, strict=True)):
-        assert_equal_to_float64(ours, expected, 1e-4, f"result {i}")  # of tiny decays
+        assert_equal_to_float64(ours, expected, 1e-4, f"result {i}")  # tiny decays
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -239,7 +239,7 @@ def test_mamba_step(optional: bool) -> None:
 
 @pytest.mark.parametrize(("shape", "groups"), [((3, 4, 8), 2), ((5, 6), 6), ((7,), 1), ((70, 96), 3)])
 def test_norm(shape: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both norms in both directions, more rows than a program's block."""
+    """Both norms in both directions, with more rows than a program's block."""
     from yaongi.kernels.rms_norm import norm_kernels
 
     monkeypatch.setattr(norm_kernels, "PROGRAMS", 2)
@@ -261,7 +261,7 @@ def test_norm(shape: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_mamba_core(documents: bool) -> None:
-    """Gradients written in place, to slices of in_proj's, equal those of the references in float64."""
+    """Gradients, written into slices of dprojected, equal those of the references in float64."""
     from yaongi.kernels.mamba_core import combined, reference
 
     B, L, H, P, G, N = 2, 20, 4, 8, 2, 16

@@ -1,4 +1,4 @@
-"""What `mamba_scan` and `mamba_step` refuse, and how they say so."""
+"""The arguments that `mamba_scan` and `mamba_step` refuse, and their messages."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +34,7 @@ ON_META = "must be on cpu like the first tensor, got meta"
 
 
 def bad_values(good: dict[str, Any]) -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls of checked mode."""
+    """Yield bad calls for checked mode."""
     for name, value in good.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             spoiled = torch.full(value.shape, -torch.inf if name == "A" else torch.nan)
@@ -61,7 +61,7 @@ def test_checked_mode_of_the_step(bad: Any) -> None:
 
 
 def bad_parameters() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls of scan and step alike: H is 4."""
+    """Yield bad calls that scan and step share; H is 4."""
     ones, meta = torch.ones, torch.device("meta")
     yield {"A": -1.0}, TypeError, f"A {TENSOR} float"
     yield {"A": None}, TypeError, f"A {TENSOR} NoneType"
@@ -78,7 +78,7 @@ def bad_parameters() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
 
 
 def bad_options() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD in the keyword arguments."""
+    """Yield changes of GOOD's keyword arguments that make a bad call."""
     ids, meta = GOOD["document_ids"], torch.device("meta")
     yield {"document_ids": ids.tolist()}, TypeError, f"document_ids {TENSOR} list"
     yield {"document_ids": ids.long()}, TypeError, "document_ids must be int32, got int64"
@@ -96,7 +96,7 @@ def bad_options() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
 
 
 def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD."""
+    """Yield changes of GOOD that make a bad call."""
     ones, meta = torch.ones, torch.device("meta")
     yield from bad_parameters()
     yield from bad_options()
@@ -135,7 +135,7 @@ def test_bad_arguments(bad: Any) -> None:
 
 
 def bad_step_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD_STEP."""
+    """Yield changes of GOOD_STEP that make a bad call."""
     ones, meta = torch.ones, torch.device("meta")
     yield from bad_parameters()
     yield {"state": None}, TypeError, f"state {TENSOR} NoneType"

@@ -1,4 +1,4 @@
-"""`mamba_core`: against the three ops that it joins, and autograd."""
+"""`mamba_core`: against the three ops that it combines, and autograd."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def arguments(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments of one call; A, D and dt_bias are float32 or wider."""
+    """Return arguments of one call; A, D and dt_bias are float32 or wider."""
     B, H, P, G, N = sizes
     wide, channels = torch.promote_types(dtype, torch.float32), H * P + 2 * G * N
     made = {
@@ -48,7 +48,7 @@ def separate(
     eps: float,
     document_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same of three ops, joined by autograd."""
+    """Compute the same with the three ops, joined by autograd."""
     heads, width, channels = A.shape[0], weight.shape[0], taps.shape[0]
     z, xbc, dt = projected.split([width, channels, heads], dim=-1)
     xbc = causal_conv1d(xbc, taps, taps_bias, document_ids=document_ids)
@@ -76,7 +76,7 @@ def test_float64_rule(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [1, 8])
 def test_flagship_equals_the_three_ops_on_a_gpu(groups: int) -> None:
-    """The same kernels on the same slices: the same bits, but for the sums of A's kind at most."""
+    """The same kernels on the same slices give the same bits."""
     args = arguments((1, 64, 64, groups, 128), (300, 212), torch.bfloat16, "cuda")
     results, expected = (outputs_and_gradients(f, args, TENSORS) for f in (mamba_core, separate))
     for name, value in expected.items():

@@ -98,7 +98,7 @@ RULE_CASES = {
     "usual": ((2, 4, 16, 2, 16), 150),
     "documents": ((2, 4, 16, 1, 32), 150, (1, 40, 2, 100, 7)),
     "no optional arguments": ((1, 8, 16, 8, 16), 200, None, OPTIONAL),
-    "one token": ((32, 16, 16, 2, 16), 1),  # many rows: the rule compares two largest errors, of few values by chance
+    "one token": ((32, 16, 16, 2, 16), 1),  # many rows, since the largest errors of few values vary by chance
     "flagship heads": ((1, 8, 64, 1, 128), 257, (200, 57)),
 }
 
@@ -161,7 +161,7 @@ def test_a_sequence_in_two_pieces(cut: int) -> None:
 
 
 def underflowing(dt: torch.Tensor) -> torch.Tensor:
-    """Values whose softplus is the smallest normal float32s, denormal, or zero."""
+    """Return values whose softplus is among the smallest normal float32s, denormal, or zero."""
     values = torch.tensor([-80.0, -87.0, -88.0, -90.0, -100.0, -103.0, -104.0, -110.0], device=dt.device)
     return values[torch.arange(dt.numel(), device=dt.device) % 8].view(dt.shape).to(dt.dtype)
 
@@ -194,7 +194,7 @@ def test_extremes_are_finite_and_right(extreme: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("extreme", ["dt underflows", "dt underflows now and then", "dt tiny", "A near 0", "A -100"])
 def test_extremes_are_finite_in_every_dtype(extreme: str, dtype: torch.dtype, backend: str) -> None:
-    """No NaN where a step size, a decay or a product of both underflows, and about the right gradients."""
+    """Where a step size, a decay or their product underflows, there is no NaN, and gradients are about right."""
     args = arguments((2, 4, 16, 2, 16), 80, (30, 50), dtype=dtype, device=device_of(backend, "mamba_scan"))
     args |= EXTREMES[extreme](args)
     with use_backend("reference"):
@@ -216,7 +216,7 @@ def test_extremes_equal_the_recurrence(extreme: str) -> None:
 
 
 def test_long_decays_keep_small_differences() -> None:
-    """One token decays by e^−100000; the decays after it are still right in float32."""
+    """After one token with a decay of e^−100000, the later decays are still right in float32."""
     args = arguments((1, 2, 8, 1, 8), 64, absent=OPTIONAL, dtype=torch.float32)
     args["dt"] = torch.full_like(args["dt"], -3.0)
     args["dt"][:, 5] = 1e5
@@ -323,7 +323,7 @@ def test_any_shape_and_documents(
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """On one thread a timing doesn't depend on what else the machine does between two threads' barriers."""
+    """Run torch on one thread, so that timings depend less on the machine's other load."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

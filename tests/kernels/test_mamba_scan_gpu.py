@@ -15,7 +15,7 @@ from yaongi.kernels import mamba_scan, use_backend
 def assert_near(
     results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], what: str
 ) -> None:
-    """Asserts that each Frobenius error is at most 1 %, or where terms cancel thrice that of the plain computation."""
+    """Assert that each Frobenius error is at most 1 % plus, for cancelling terms, thrice the plain computation's."""
     for name, value in exact.items():
         error, allowed = (results[name].double() - value).norm(), (plain[name].double() - value).norm()
         assert error <= 1e-2 * value.norm() + 3 * allowed + 1e-6, (
@@ -24,14 +24,14 @@ def assert_near(
 
 
 def on_gpu(args: dict[str, Any], backend: Any, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Outputs and gradients of a backend, perhaps in another dtype."""
+    """Return outputs and gradients of a backend, optionally in another dtype."""
     args = converted(args, lambda t: t if dtype is None else t.to(dtype))
     with use_backend(backend):
         return outputs_and_gradients(mamba_scan, args, differentiable(args))
 
 
 def check_on_gpu(args: dict[str, Any], what: str) -> None:
-    """Triton's results beside the reference's, in float64 and as it is."""
+    """Compare Triton's results with the reference's in float64 and in the arguments' dtype."""
     exact, plain = on_gpu(args, "reference", torch.float64), on_gpu(args, "reference")
     assert_near(on_gpu(args, "triton"), exact, plain, what)
 
@@ -56,7 +56,7 @@ def test_sizes_on_a_gpu(sizes: tuple[int, int, int, int, int], L: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_slices_and_segments_change_nothing(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The states of all heads at once, of some, of one at a time; the sequence whole and in segments."""
+    """States of all heads at once, of some, or of one; the sequence unsegmented or in segments."""
     from yaongi.kernels.mamba_scan import decays
     from yaongi.kernels.mamba_scan import scan_backward as gradients
 
@@ -70,7 +70,7 @@ def test_slices_and_segments_change_nothing(groups: int, monkeypatch: pytest.Mon
 
 @pytest.mark.gpu
 def test_fuzz_on_a_gpu() -> None:
-    """200 random shapes and layouts of documents."""
+    """Check 200 random shapes and document layouts."""
     generator = random.Random(0)
     for case in range(200):
         G, heads_per_group, B = generator.choice((1, 2, 3)), generator.choice((1, 2, 4)), generator.choice((1, 2, 5))
@@ -108,7 +108,7 @@ def test_cuda_graph_and_side_stream() -> None:
 
 @pytest.mark.gpu
 def test_a_million_tokens() -> None:
-    """Offsets beyond 2^31 elements: the end of the row equals the same tokens behind the state before them."""
+    """Offsets beyond 2^31 elements: the row's last tokens equal a call on these tokens from the state before them."""
     L, cut, (H, P, N) = 1_000_000, 999_936, (40, 64, 16)
     args = arguments((1, H, P, 1, N), 128, absent=("initial_state",), dtype=torch.bfloat16, device="cuda")
     long = {

@@ -1,4 +1,4 @@
-"""`mamba_step`: it continues a prefix, in any dtype of the state, and keeps no graph."""
+"""`mamba_step`: it continues a prefix, with any dtype of the state, and records no graph."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def test_step_continues_a_prefix_exactly(absent: tuple[str, ...]) -> None:
 
 
 def one_step(a: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """y and the state after one step from the first token of a call's arguments."""
+    """Return y and the state after one step on the first token of a call's arguments."""
     token = {name: a[name][:, 0] for name in ("x", "dt", "b", "c")}
     parameters = {name: a[name] for name in ("A", "D", "dt_bias")}
     return {"y": mamba_step(a["initial_state"], **token, **parameters), "state": a["initial_state"]}

@@ -14,7 +14,7 @@ from yaongi.kernels import moe, moe_route, use_backend
 from yaongi.kernels.moe.reference import moe_backward_reference
 
 FLOAT_ARGUMENTS = ("x", "w_up", "w_down", "expert_weights")
-ROUTINGS = {  # T, D, F, E, K, the ids
+ROUTINGS = {  # T, D, F, E, K, and a change of the ids
     "usual": (9, 8, 6, 5, 2, None),
     "one token": (1, 8, 6, 5, 2, None),
     "no token": (0, 8, 6, 5, 2, None),
@@ -40,7 +40,7 @@ def arguments(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Arguments of one call: distinct experts in each token, entries of a usual size."""
+    """Return arguments of one call: distinct experts per token, entries of a usual size."""
     ids = torch.rand(T, E).argsort(-1)[:, :K].int()
     made = {
         "x": torch.randn(T, D).to(dtype),
@@ -53,14 +53,14 @@ def arguments(
 
 
 def working_dtype(backend: str) -> torch.dtype:
-    """The widest dtype that a backend takes."""
+    """Return the widest dtype that a backend takes."""
     return torch.bfloat16 if backend == "triton" else torch.float32
 
 
 def token_loop(
     x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The definition, token by token, differentiable by autograd."""
+    """Compute the definition token by token; differentiable by autograd."""
     rows = []
     for token, ids, weights in zip(x, expert_ids.tolist(), expert_weights, strict=True):
         row = torch.zeros_like(token)
@@ -74,7 +74,7 @@ def token_loop(
 def forward_and_gradients(
     function: Any, args: dict[str, torch.Tensor], wanted: Any = FLOAT_ARGUMENTS
 ) -> dict[str, torch.Tensor]:
-    """y and the gradients of Σ y·cos(0, 1, 2, …) with respect to the wanted arguments."""
+    """Return y and the gradients of Σ y·cos(0, 1, 2, …) with respect to the wanted arguments."""
     args = {name: t.detach().requires_grad_(name in wanted) for name, t in args.items()}
     y = function(**args)
     if not y.requires_grad:
@@ -117,7 +117,7 @@ def test_float64_rule(
 
 @pytest.mark.parametrize("backend", backends("triton"))
 def test_a_nan_in_a_weight_shows_in_the_output(backend: str) -> None:
-    """relu must not turn it into 0: a trainer would see a finite loss and NaN gradients."""
+    """relu must not turn a NaN into 0: a trainer would see a finite loss and NaN gradients."""
     args = arguments(40, 32, 16, 4, 2, dtype=torch.bfloat16, device=device_of(backend, "moe"))
     args["w_up"][1, 3, 5] = torch.nan
     with use_backend(backend):
@@ -139,7 +139,7 @@ def test_non_contiguous_arguments(backend: str) -> None:
 @pytest.mark.parametrize("backend", backends("triton"))
 @pytest.mark.parametrize("routing", ["usual", "no token", "empty experts", "bad ids"])
 def test_weight_gradients_are_added(routing: str, backend: str) -> None:
-    """To what is there, unrounded; those of experts without a token stay to the bit, and all else is as without."""
+    """They are added unrounded; sums of experts without tokens keep their bits, and other gradients don't change."""
     T, D, F, E, K, change = ROUTINGS[routing]
     device = device_of(backend, "moe")
     args = arguments(20 * T, 16 * D, 16 * F, E, K, change, working_dtype(backend), device)
@@ -234,7 +234,7 @@ def test_opcheck(routing: str) -> None:
 
 
 def routed(x: torch.Tensor, logits: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> torch.Tensor:
-    """Router and experts, as a layer uses them."""
+    """Compute router and experts, as a layer uses them."""
     ids, weights, _ = moe_route(logits, torch.zeros_like(logits[0]), 2, 2.5)
     return moe(x, w_up, w_down, ids, weights)
 
@@ -257,7 +257,7 @@ def test_compile(compiler: str) -> None:
 def test_any_shape_and_routing(T: int, D: int, F: int, E: int, K: int, seed: int) -> None:
     torch.manual_seed(seed)
     args = arguments(T, D, F, E, min(K, E))
-    args["expert_ids"] = torch.randint(-1, E + 1, args["expert_ids"].shape, dtype=torch.int32)  # repeats, bad ids
+    args["expert_ids"] = torch.randint(-1, E + 1, args["expert_ids"].shape, dtype=torch.int32)  # repeated, bad ids
     results, expected = forward_and_gradients(moe, args), forward_and_gradients(token_loop, args)
     for name, value in expected.items():
         assert_equal_to_float64(results[name], value, 1e-12, name)
@@ -295,7 +295,7 @@ def test_checked_mode(bad: Any) -> None:
 
 
 def bad_arguments() -> Any:
-    """Bad calls for T 4, D 8, F 6, E 3, K 2 in float32."""
+    """Yield bad calls for T 4, D 8, F 6, E 3, K 2 in float32."""
     ids = torch.tensor([[0, 1]] * 4).int()
     half, meta, empty = torch.float16, torch.device("meta"), torch.empty
     tensor = "must be a tensor, got"
@@ -363,7 +363,7 @@ def test_backward_reference_takes_a_strided_gradient() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", range(8))
 def test_fuzz(part: int) -> None:
-    """200 random shapes and routings in all, bad ids among them, under the rule; most of the time is compilation."""
+    """The tolerance rule holds for 200 random shapes and routings, some with bad ids; most time is compilation."""
     for seed in range(part, 200, 8):
         torch.manual_seed(seed)
         T, D, F = (int(torch.randint(low, high, ())) for low, high in ((1, 400), (1, 20), (1, 20)))
@@ -379,7 +379,7 @@ def test_fuzz(part: int) -> None:
 
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count() -> None:
-    """T·K·D beyond 2³¹: the last tokens' outputs and gradients have the bits they have alone."""
+    """With T·K·D beyond 2³¹, the last tokens' results have the same bits as in a call with these tokens alone."""
     T, D, F, E, K, last = 2**17 + 100, 2048, 16, 16, 8, 64
     assert T * K * D > 2**31
     bf16 = {"device": "cuda", "dtype": torch.bfloat16}
@@ -398,10 +398,10 @@ def test_more_elements_than_32_bits_count() -> None:
 
 @pytest.mark.gpu
 def test_graph_capture_and_side_stream() -> None:
-    """No host synchronisation: captured on a side stream, and replayed on other values and another routing."""
+    """No host synchronisation: the op can be captured on a side stream and replayed with another routing."""
     shape = (300, 64, 48, 8, 2)
     args = arguments(*shape, dtype=torch.bfloat16, device="cuda")
-    forward_and_gradients(moe, args)  # compiles
+    forward_and_gradients(moe, args)  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         captured = forward_and_gradients(moe, args)

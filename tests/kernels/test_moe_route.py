@@ -12,19 +12,19 @@ from yaongi.kernels import moe_route, use_backend
 
 
 def weights_by_definition(logits: torch.Tensor, expert_ids: torch.Tensor, scale: float) -> torch.Tensor:
-    """The weights of given experts, differentiable by autograd."""
+    """Compute the weights of given experts; differentiable by autograd."""
     chosen = logits.sigmoid().gather(-1, expert_ids.long())
     return scale * chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
 
 
 def choice_by_definition(logits: torch.Tensor, bias: torch.Tensor, top_k: int) -> list[list[int]]:
-    """The experts of each token, ranked by Python: largest score + bias first, then the lowest index."""
+    """Return each token's experts, ranked in Python: largest score + bias first, ties to the lowest index."""
     ranking = (logits.sigmoid() + bias).tolist()
     return [sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k] for row in ranking]
 
 
 def results(logits: torch.Tensor, bias: torch.Tensor, top_k: int, scale: float) -> dict[str, torch.Tensor]:
-    """Everything the op returns, and the gradient of Σ weights·cos(0, 1, 2, …)."""
+    """Return the op's results, and the gradient of Σ weights·cos(0, 1, 2, …)."""
     logits = logits.detach().requires_grad_()
     expert_ids, expert_weights, load = moe_route(logits, bias, top_k, scale)
     dweights = torch.arange(expert_weights.numel(), dtype=torch.float64, device=logits.device).cos()
@@ -39,7 +39,7 @@ def results(logits: torch.Tensor, bias: torch.Tensor, top_k: int, scale: float) 
     E=st.integers(1, 9),
     top_k=st.integers(1, 9),
     scale=st.sampled_from([1.0, 2.5, -0.5]),
-    levels=st.sampled_from([1, 2, 3, 1000]),  # few levels make ties
+    levels=st.sampled_from([1, 2, 3, 1000]),  # few levels cause ties
     seed=st.integers(0, 2**16),
 )
 def test_any_shape_equals_the_definition(T: int, E: int, top_k: int, scale: float, levels: int, seed: int) -> None:
@@ -124,7 +124,7 @@ def test_gradcheck() -> None:
 def test_without_gradient() -> None:
     _, weights, _ = moe_route(torch.randn(3, 4), torch.zeros(4, requires_grad=True), 2)
     assert not moe_route(torch.randn(3, 4), torch.zeros(4), 2)[1].requires_grad
-    assert weights.requires_grad  # torch marks it; the bias still gets none
+    assert weights.requires_grad  # torch sets this; the bias still gets no gradient
     weights.sum().backward()
 
 
@@ -134,7 +134,7 @@ def test_opcheck(T: int) -> None:
     torch.library.opcheck(torch.ops.yaongi.moe_route.default, (logits, bias, 3, 2.5))
     ids, weights, _ = moe_route(logits, bias, 3, 2.5)
     torch.library.opcheck(torch.ops.yaongi.moe_route_backward.default, (weights, logits, ids, 2.5))
-    # opcheck's fourth test can't differentiate an op whose first result is of integers; test_compile does
+    # opcheck's fourth test can't differentiate an op whose first result is an integer tensor; test_compile covers it
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (logits.requires_grad_(), bias, 3, 2.5)
     torch.library.opcheck(torch.ops.yaongi.moe_route.default, arguments, test_utils=utilities)

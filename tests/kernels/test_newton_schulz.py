@@ -15,31 +15,31 @@ from yaongi.kernels.newton_schulz.reference import newton_schulz_reference
 
 FORMS = ("gram", "standard")
 SHAPES = [(8, 16), (16, 8), (7, 7), (1, 5), (5, 1), (1, 1), (33, 130), (3, 20, 12), (2, 3, 6, 9)]
-BAND = (0.846, 1.124)  # of the singular values that are at least 0.003 of the Frobenius norm
+BAND = (0.846, 1.124)  # results of singular values of at least 0.003 of the Frobenius norm
 
 
 def polynomial(values: torch.Tensor, coefficients: Any = POLAR_EXPRESS) -> torch.Tensor:
-    """The composition of the steps, on numbers."""
+    """Apply the composition of the steps to numbers."""
     for a, b, c in coefficients:
         values = a * values + b * values**3 + c * values**5
     return values
 
 
 def exact(x: torch.Tensor, coefficients: Any = POLAR_EXPRESS) -> torch.Tensor:
-    """U·p(Σ/‖X‖_F)·Vᵀ in float64."""
+    """Return U·p(Σ/‖X‖_F)·Vᵀ in float64."""
     u, s, vt = torch.linalg.svd(x.double(), full_matrices=False)
     norm = s.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-300)
     return (u * polynomial(s / norm, coefficients)[..., None, :]) @ vt
 
 
 def matrix(m: int, n: int, singular_values: torch.Tensor) -> torch.Tensor:
-    """A float64 matrix with the given singular values."""
+    """Return a float64 matrix with the given singular values."""
     u, v = (torch.linalg.qr(torch.randn(size, len(singular_values), dtype=torch.float64)).Q for size in (m, n))
     return (u * singular_values) @ v.T
 
 
 def hard_matrices() -> dict[str, torch.Tensor]:
-    """Float64 matrices that are hard in float32."""
+    """Return float64 matrices that are hard in float32."""
     ones, decades = torch.ones(24).double(), torch.logspace(0, -8, 24, dtype=torch.float64)
     return {
         "orthogonal": matrix(24, 40, ones),
@@ -56,9 +56,9 @@ def hard_matrices() -> dict[str, torch.Tensor]:
 
 
 def few_tokens(count: int) -> torch.Tensor:
-    """Gradients as of experts that see few tokens, (count, 64, 128): four directions, uneven rows and columns, noise.
+    """Return (count, 64, 128) gradients like those of experts with few tokens: four directions, uneven sizes, noise.
 
-    With the Gram form restarted after its third step, 44 of 400 come out off by more than 0.5, the worst by 168.
+    If the Gram form restarts after its third step, 44 of 400 have an error of more than 0.5, the worst 168.
     """
     generator = torch.Generator().manual_seed(10)
 
@@ -90,7 +90,7 @@ def test_hard_matrices_in_float32(name: str, form: Any) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_few_tokens_in_float16(form: Any) -> None:
-    """Rounding errors of what the kernels store don't grow until the steps diverge."""
+    """The rounding of stored matrices doesn't make the steps diverge."""
     x = few_tokens(400)
     flat = [value for step in POLAR_EXPRESS for value in step]
     stored = newton_schulz_reference(x.float(), flat, form, torch.float16)
@@ -148,7 +148,7 @@ def test_zero_and_bad_matrices_of_a_batch(form: Any, backend: str) -> None:
 
 
 def assert_rule(x: torch.Tensor, form: Any, backend: str) -> None:
-    """The house's rule, and the same bits twice. On a GPU the plain computation rounds what is stored to float16."""
+    """Assert the tolerance rule and the same bits twice. For a GPU, `plain` rounds stored matrices to float16."""
     flat = [value for step in POLAR_EXPRESS for value in step]
     storage = None if backend == "reference" else torch.float16
     with use_backend(backend):
@@ -203,7 +203,7 @@ def test_few_tokens_on_a_gpu(form: Any, backend: str) -> None:
 def test_last_product_by_torch(
     shape: tuple[int, ...], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As large matrices take it: straight into the result where that is float16, or through a pass of its own."""
+    """The path of large matrices: torch writes a float16 result directly, others need a separate pass."""
     from yaongi.kernels.newton_schulz import passes
 
     monkeypatch.setattr(passes, "FUSED_UP_TO", 0)
@@ -213,7 +213,7 @@ def test_last_product_by_torch(
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_batches_within_the_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut into batches of any size, the bits are those of one batch."""
+    """Batches of any size give the same bits as one batch."""
     from yaongi.kernels.newton_schulz import passes
 
     x = torch.randn(7, 72, 136, device=device_of(backend, "newton_schulz")).bfloat16()

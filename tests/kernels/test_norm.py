@@ -20,7 +20,7 @@ SHAPES = [(3, 4, 8), (5, 6), (7,), (0, 6), (2, 1), (1, 1, 2, 4)]
 def norm_arguments(
     shape: tuple[int, ...], residual: bool, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Arguments of one `rms_norm`; x is a slice."""
+    """Return arguments of one `rms_norm`; x is a slice."""
     made = {"weight": torch.randn(shape[-1])} | ({"residual": 2 * torch.randn(shape)} if residual else {})
     tensors = {name: t.to(device, dtype) for name, t in made.items()}
     return {"x": sliced(shape, dtype, device), **tensors, "eps": 1e-3}
@@ -29,32 +29,32 @@ def norm_arguments(
 def gated_arguments(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Arguments of one `gated_rms_norm`; z is a slice."""
+    """Return arguments of one `gated_rms_norm`; z is a slice."""
     x, weight = (torch.randn(size).to(device, dtype) for size in (shape, shape[-1:]))
     return {"x": x, "z": sliced(shape, dtype, device), "weight": weight, "eps": 1e-3, "groups": groups}
 
 
 def sliced(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
-    """A slice of a wider tensor."""
+    """Return a slice of a wider tensor."""
     return torch.randn(*shape[:-1], shape[-1] + 16).to(device, dtype)[..., 8:-8]
 
 
 def differentiable(args: dict[str, Any]) -> list[str]:
-    """The arguments of a call that take a gradient."""
+    """Return the names of a call's arguments that get a gradient."""
     return [name for name, value in args.items() if isinstance(value, torch.Tensor)]
 
 
 def norm_definition(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """torch's own norm; differentiable by autograd."""
+    """Compute torch's own norm; differentiable by autograd."""
     total = x if residual is None else x + residual
     y = F.rms_norm(total, weight.shape, weight, eps)
     return y if residual is None else (y, total)
 
 
 def gated_definition(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, groups: int) -> torch.Tensor:
-    """Group by group; differentiable by autograd."""
+    """Compute the definition group by group; differentiable by autograd."""
     gated = (x * z * torch.sigmoid(z)).chunk(groups, dim=-1)
     return torch.cat([F.rms_norm(g, g.shape[-1:], None, eps) for g in gated], dim=-1) * weight
 
@@ -62,7 +62,7 @@ def gated_definition(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps
 def assert_same(
     function: Callable[..., Any], definition: Callable[..., Any], args: dict[str, Any], relative: float = 1e-12
 ) -> None:
-    """Asserts equal outputs and gradients in float64."""
+    """Assert equal outputs and gradients in float64."""
     results, expected = (outputs_and_gradients(f, args, differentiable(args)) for f in (function, definition))
     assert results.keys() == expected.keys()
     for name, value in expected.items():
@@ -201,7 +201,7 @@ def test_opcheck() -> None:
 
 
 def both(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The two norms after one another."""
+    """Apply the two norms one after the other."""
     y, total = rms_norm(x, weight, 1e-5, residual)
     return gated_rms_norm(y, total, weight, 1e-5, 2)
 
@@ -227,7 +227,7 @@ def test_compile(compiler: str) -> None:
 def test_any_shape(leading: list[int], group: int, groups: int, residual: bool, seed: int) -> None:
     torch.manual_seed(seed)
     shape = (*leading, group * groups)
-    relative = 1e-10 if group == 1 else 1e-12  # of one channel dx is what eps leaves of two equal terms
+    relative = 1e-10 if group == 1 else 1e-12  # with one channel, dx is a difference of nearly equal terms
     assert_same(rms_norm, norm_definition, norm_arguments(shape, residual), relative)
     assert_same(gated_rms_norm, gated_definition, gated_arguments(shape, groups), relative)
 
@@ -282,7 +282,7 @@ def bad_x_and_weight() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
 
 
 def bad_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD."""
+    """Yield changes of GOOD that make a bad call."""
     ones, meta = torch.ones, torch.device("meta")
     yield from bad_x_and_weight()
     yield from bad_eps()
@@ -303,7 +303,7 @@ def test_bad_arguments(bad: Any) -> None:
 
 
 def bad_gated_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
-    """Bad calls beside GOOD_GATED."""
+    """Yield changes of GOOD_GATED that make a bad call."""
     ones, meta = torch.ones, torch.device("meta")
     yield from bad_x_and_weight()
     yield from bad_eps()

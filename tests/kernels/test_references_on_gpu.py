@@ -1,4 +1,4 @@
-"""Every op's reference on a GPU: the same results and gradients there as on the CPU, in float32 and float64."""
+"""Every op's reference gives the same results and gradients on a GPU as on the CPU, in float32 and float64."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,12 +15,12 @@ from yaongi.kernels.backend import OPS
 Tensor = torch.Tensor
 Case = tuple[dict[str, Any], tuple[str, ...]]  # the arguments of a call in float64, and those that get a gradient
 IN_PLACE = {"causal_conv1d_step": ("state",), "mamba_step": ("state",), "teon_update": ("params", "momenta", "masters")}
-RELATIVE = {torch.float64: 1e-12, torch.float32: 3e-5}  # of the largest value: sums run in another order
+RELATIVE = {torch.float64: 1e-12, torch.float32: 3e-5}  # of the largest value; the order of sums differs
 
 
 @pytest.fixture(autouse=True)
 def without_tf32() -> Iterator[None]:
-    """float32 products in float32."""
+    """Compute float32 products without TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -32,7 +32,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def scan_arguments(B: int, L: int, H: int, P: int, G: int, N: int) -> dict[str, Any]:
-    """What `mamba_scan` and, at one token, `mamba_step` share."""
+    """Return the arguments that `mamba_scan` and, for one token, `mamba_step` share."""
     return {
         "x": randn(B, L, H, P),
         "dt": randn(B, L, H),
@@ -45,12 +45,12 @@ def scan_arguments(B: int, L: int, H: int, P: int, G: int, N: int) -> dict[str, 
 
 
 def one_token(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a step: without the sequence's dimension."""
+    """Return the arguments of a step: those of a scan without the sequence dimension."""
     return {name: value[:, 0] if name in ("x", "dt", "b", "c") else value for name, value in arguments.items()}
 
 
 def cases() -> dict[str, Case]:
-    """One call of every public op with all its optional tensors."""
+    """Return one call of every public op with all its optional tensors."""
     scan = scan_arguments(2, 300, 4, 16, 2, 24)
     conv = {"x": randn(2, 90, 48), "weight": randn(48, 4), "bias": randn(48)}
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(70)]).int()
@@ -111,13 +111,13 @@ def cases() -> dict[str, Case]:
 
 
 def moved(arguments: Any, device: str, dtype: torch.dtype) -> Any:
-    """The call's arguments on a device, floats in a dtype, integers as they are."""
+    """Return the call's arguments on a device, with floats in a dtype and integers unchanged."""
     floats = converted(arguments, lambda t: t.to(device, dtype, copy=True))
     return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in floats.items()}
 
 
 def run(op: str, arguments: dict[str, Any], wanted: tuple[str, ...]) -> Results:
-    """All that a call returns, changes or gives as a gradient."""
+    """Return all that a call returns, changes or gives as a gradient."""
     function: Callable[..., Any] = getattr(yaongi.kernels, op)
     if op in IN_PLACE:
         returned = function(**arguments)
@@ -144,4 +144,4 @@ def test_reference_on_a_gpu_equals_the_cpu(op: str, dtype: torch.dtype) -> None:
 
 def test_every_public_op_is_compared() -> None:
     public = {name for name in yaongi.kernels.__all__ if name in OPS}
-    assert public - {"cross_entropy_backward"} == set(cases())  # compared as the gradient of its op
+    assert public - {"cross_entropy_backward"} == set(cases())  # covered as the gradient of cross_entropy

@@ -1,4 +1,4 @@
-"""Reads the machine code of _C.so: registers, stack, spills and the instructions each kernel must be made of."""
+"""Check the machine code of _C.so: registers, stack, spills and the instructions that each kernel must contain."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def usage() -> dict[str, dict[str, int]]:
-    """Resources by mangled kernel name."""
+    """Return resources by mangled kernel name."""
     text = disassemble(LIBRARY_FILE, "-res-usage")
     kernels = re.findall(r"Function (\S+):\s*\n\s*(.+)", text)
     return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in kernels}
@@ -38,24 +38,24 @@ def usage() -> dict[str, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, str]:
-    """Machine code by mangled kernel name."""
+    """Return machine code by mangled kernel name."""
     parts = re.split(r"Function : (\S+)", disassemble(LIBRARY_FILE, "-sass"))
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def budget_of(name: str) -> Budget:
-    """The budget of a mangled name; every kernel of the library must have one."""
+    """Return the budget of a mangled name; every kernel of the library must have one."""
     return next(budget for key, budget in BUDGETS.items() if key in name)
 
 
 def test_every_budget_is_used(usage: dict[str, dict[str, int]]) -> None:
-    """A kernel that was renamed or dropped must leave the table too."""
+    """A kernel that was renamed or removed must be removed from the table too."""
     for key in BUDGETS:
         assert any(key in name for name in usage), f"no kernel is named {key}"
 
 
 def test_registers_and_stack(usage: dict[str, dict[str, int]]) -> None:
-    """Within the budget, and nothing in local memory."""
+    """Kernels stay within their budgets and use no local memory."""
     assert usage
     for name, resources in usage.items():
         assert resources["REG"] <= budget_of(name).registers, f"{name}: {resources}"
@@ -72,7 +72,7 @@ def test_instructions(code: dict[str, str]) -> None:
 
 
 def test_wgmma_is_not_serialised() -> None:
-    """ptxas only informs (C75xx) when it serialises wgmma or ignores setmaxnreg."""
+    """ptxas prints only a note (C75xx), not an error, if it serialises wgmma or ignores setmaxnreg."""
     log = BUILD_LOG.read_text()
     if "no work to do" in log:
         pytest.skip("the last build compiled nothing; the one before would have been refused (setup.py)")
@@ -82,7 +82,7 @@ def test_wgmma_is_not_serialised() -> None:
 
 
 def test_one_library_for_every_torch() -> None:
-    """It needs neither a Python, nor the driver or CUDA's runtime, to load."""
+    """The library loads without libpython, the driver library or the CUDA runtime library."""
     dynamic = subprocess.run(["readelf", "-d", LIBRARY_FILE], check=True, capture_output=True, text=True).stdout
     needed = re.findall(r"NEEDED.*\[(\S+)\]", dynamic)
     assert "libtorch_cpu.so" in needed

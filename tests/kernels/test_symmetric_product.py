@@ -21,7 +21,7 @@ OPERANDS = ["x", "xy", "xc", "xyc"]
 
 
 def arguments(shape: tuple[int, ...], operands: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
-    """Operands whose X·Yᵀ and C are exactly symmetric: Y is X with columns scaled by powers of two and signs."""
+    """Return operands with exactly symmetric X·Yᵀ and C: Y is X with columns scaled by signed powers of two."""
     x = torch.randn(shape).to(dtype)
     scales = 2.0 ** torch.randint(-2, 2, shape[-1:]) * (2 * torch.randint(0, 2, shape[-1:]) - 1)
     c = torch.randn(*shape[:-1], shape[-2]).to(dtype)
@@ -42,7 +42,7 @@ def product(args: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def gradients(function: Any, args: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The gradients of Σ S·cos(0, 1, 2, …): not a symmetric one."""
+    """Return the gradients of Σ S·cos(0, 1, 2, …), whose dS isn't symmetric."""
     args = {name: t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
     s = function(**args)
     ds = torch.arange(s.numel(), dtype=torch.float64, device=s.device).cos().view(s.shape).to(s.dtype)
@@ -146,7 +146,7 @@ def test_any_shape(batch: list[int], m: int, n: int, operands: str, seed: int) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("operands", ["x", "xyc"])
 def test_cuda_result_is_mirrored(operands: str, dtype: torch.dtype) -> None:
-    """To the bit, also where X·Yᵀ isn't quite symmetric: of that the lower triangle counts."""
+    """The result is bitwise symmetric even if X·Yᵀ isn't quite; its lower triangle counts."""
     args = arguments((2, 520, 256), operands, dtype, device_of("cuda", "symmetric_product"))
     if "y" in args:
         args["y"] = args["y"] + torch.randn_like(args["y"]) / 64
@@ -171,7 +171,7 @@ def test_cuda_reads_the_lower_triangle_alone() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(20000, 8, 24), (4000, 200, 8)], ids=str)
 def test_cuda_tiles_that_follow_at_once(shape: tuple[int, ...]) -> None:
-    """With one step of products a tile, the last one's stores are still on their way when the next is ready."""
+    """With one k-step per tile, the stores of the previous tile are still running when the next tile is ready."""
     args = arguments(shape, "xc", torch.float16, device_of("cuda", "symmetric_product"))
     expected = symmetric_product(**{n: t.float() if isinstance(t, torch.Tensor) else t for n, t in args.items()})
     with use_backend("cuda"):
@@ -186,7 +186,7 @@ def test_cuda_on_a_side_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), use_backend("cuda"):
-        scaled = symmetric_product(**converted(args, lambda t: t * 2))  # the operands are made on that stream too
+        scaled = symmetric_product(**converted(args, lambda t: t * 2))  # these operands are made on that stream too
         result = symmetric_product(**args)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(result, expected)

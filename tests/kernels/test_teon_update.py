@@ -21,7 +21,7 @@ State = dict[str, Any]
 def state(
     count: int, *shape: int, dtype: torch.dtype = torch.float64, masters: bool = False, device: str = "cpu"
 ) -> State:
-    """Lists of random tensors; the masters are close to the parameters."""
+    """Return lists of random tensors; the master weights are close to the parameters."""
     lists: State = {name: [torch.randn(shape).to(device, dtype) for _ in range(count)] for name in NAMES[:3]}
     wide = torch.promote_types(dtype, torch.float32)
     lists["masters"] = [p.to(wide) * 1.0001 for p in lists["params"]] if masters else None
@@ -29,7 +29,7 @@ def state(
 
 
 def step_by_hand(lists: State, stack: int, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> State:
-    """What a step must give, from the concatenation of each stack, out of place."""
+    """Compute the expected step out of place, from the concatenation of each stack."""
     momenta = [momentum * m + g for m, g in zip(lists["momenta"], lists["grads"], strict=True)]
     directions = [g + momentum * m if nesterov else m for m, g in zip(momenta, lists["grads"], strict=True)]
     m, n = directions[0].shape[-2:]
@@ -62,7 +62,7 @@ def test_equals_the_step_by_hand(
 ) -> None:
     got = state(6, *shape, masters=masters)
     settings = {"stack": stack, "lr": 0.05, "momentum": 0.9, "nesterov": nesterov, "weight_decay": weight_decay}
-    for _ in range(3):  # the momentum of one step feeds the next
+    for _ in range(3):  # each step uses the momentum of the previous one
         got["grads"] = [torch.randn(shape, dtype=torch.float64) for _ in range(6)]
         expected = step_by_hand(converted(got, torch.clone), **settings)
         assert teon_update(**got, **settings) is None
@@ -70,9 +70,9 @@ def test_equals_the_step_by_hand(
 
 
 def test_one_muon_step_in_numbers() -> None:
-    """An orthogonal gradient, no history: the update is a known multiple of it."""
+    """For an orthogonal gradient without history, the update is a known multiple of it."""
     weight, grad = torch.full((2, 2), 3.0).double(), torch.tensor([[0.0, 5], [-5, 0]]).double()
-    value = torch.tensor(1 / math.sqrt(2)).double()  # the singular values after the norm
+    value = torch.tensor(1 / math.sqrt(2)).double()  # the singular values after normalisation
     for a, b, c in POLAR_EXPRESS:
         value = a * value + b * value**3 + c * value**5
     teon_update([weight], [grad], [torch.zeros(2, 2).double()], lr=0.1, weight_decay=0.5)
@@ -101,7 +101,7 @@ def test_masters_keep_what_bfloat16_loses() -> None:
 
 
 def run(lists: State, backend: str, **settings: Any) -> State:
-    """The lists after a step. "plain" is the reference that rounds what a GPU stores."""
+    """Return the lists after a step. The backend "plain" is the reference with float16 storage, as on a GPU."""
     if backend == "plain":
         flat = [value for step in POLAR_EXPRESS for value in step]
         values = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.0, "coefficients": flat} | settings
@@ -113,7 +113,7 @@ def run(lists: State, backend: str, **settings: Any) -> State:
 
 
 def assert_rule(start: State, backend: str, **settings: Any) -> None:
-    """The house's rule for everything a step writes, and the same bits twice."""
+    """Assert the tolerance rule for everything a step writes, and the same bits in a second run."""
     exact = run(converted(start, torch.Tensor.double), "reference", **settings)
     plain = run(converted(start, torch.clone), "reference" if backend == "reference" else "plain", **settings)
     first, second = (run(converted(start, torch.clone), backend, **settings) for _ in range(2))
@@ -138,7 +138,7 @@ def test_float64_rule(stack: int, shape: tuple[int, ...], dtype: torch.dtype, ma
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.gpu
 def test_masters_float32_gradients_and_bfloat16_momenta(nesterov: bool, backend: str) -> None:
-    """As a training step has them; gradients also in another layout, and parameters on odd addresses."""
+    """The dtypes of a training step, with gradients in another layout and parameters at unaligned addresses."""
     start = state(4, 5, 72, 136, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
     start["grads"] = [torch.randn(5, 136, 72, device="cuda").mT for _ in range(4)]
     start["params"] = [torch.zeros(p.numel() + 1).to(p)[1:].view_as(p).copy_(p) for p in start["params"]]
@@ -151,7 +151,7 @@ def test_masters_float32_gradients_and_bfloat16_momenta(nesterov: bool, backend:
 def test_last_product_by_torch(
     stack: int, shape: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As large matrices take it, with a pass of its own over the weights."""
+    """The path of large matrices, with a separate pass over the weights."""
     from yaongi.kernels.newton_schulz import passes
 
     monkeypatch.setattr(passes, "FUSED_UP_TO", 0)
@@ -162,7 +162,7 @@ def test_last_product_by_torch(
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_batches_within_the_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut into batches of any size, also within one parameter's experts, the bits are those of one batch."""
+    """Batches of any size, even within one parameter's experts, give the same bits as one batch."""
     from yaongi.kernels.newton_schulz import passes
 
     start = state(4, 5, 24, 40, dtype=torch.float32, device=device_of(backend, "teon_update"))
@@ -185,7 +185,7 @@ def test_nan_stays_in_its_stack(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_cuda_graph(backend: str) -> None:
-    """A captured step on new gradients, with no synchronisation, does what a call does."""
+    """A captured step, replayed on new gradients, does what a call does."""
     got = state(2, 3, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
     run(got, backend, stack=2, lr=0.1)
     graph = torch.cuda.CUDAGraph()
@@ -201,7 +201,7 @@ def test_cuda_graph(backend: str) -> None:
 
 @pytest.mark.gpu
 def test_a_captured_call_leaves_later_ones_alone() -> None:
-    """The graph fills its tables of addresses when it is replayed; a call on its stream before that has its own."""
+    """A graph fills its address tables only at replay; a call on its stream before that must use its own tables."""
     got = state(2, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of("cuda", "teon_update"))
     expected = run(converted(got, torch.clone), "cuda", stack=2, lr=0.1)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -217,10 +217,10 @@ def test_a_captured_call_leaves_later_ones_alone() -> None:
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_no_synchronisation(backend: str) -> None:
-    """In this mode torch raises where something waits for the GPU."""
+    """With this debug mode, torch raises if the host waits for the GPU."""
     got = state(4, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
     run(got, backend, stack=2, lr=0.1)
-    got = converted(got, torch.clone)  # other addresses
+    got = converted(got, torch.clone)  # new addresses, so new tables
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(got, backend, stack=2, lr=0.1)
@@ -288,7 +288,7 @@ def test_parameters_under_no_grad() -> None:
         teon_update(**got, lr=0.1)
     assert_same(converted(got, torch.clone), expected)
     assert got["params"][0].requires_grad
-    assert got["params"][0]._version > version  # autograd notices a change under its feet
+    assert got["params"][0]._version > version  # autograd notices the change in place
 
 
 @pytest.mark.parametrize("masters", [False, True])
@@ -315,7 +315,7 @@ def test_compile(masters: bool) -> None:
 
 
 def good(**changes: Any) -> State:
-    """A right call on two 4 × 6 matrices in float32."""
+    """Return the arguments of a valid call on two 4 × 6 matrices in float32."""
     return state(2, 4, 6, dtype=torch.float32, masters=True) | {"stack": 2, "lr": 0.1} | changes
 
 
@@ -328,7 +328,7 @@ def transposed() -> list[torch.Tensor]:
 
 
 def second(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """After one that is right."""
+    """Return a list of a valid tensor and this one."""
     return [torch.ones(4, 6), tensor]
 
 

@@ -1,4 +1,4 @@
-"""Compiles every config of every Triton launcher for sm_90, without a GPU, and reads registers, spills and code."""
+"""Compile every config of every Triton launcher for sm_90 without a GPU; check registers, spills and code."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a launcher, under one config of its table."""
+    """One call of a launcher with one config of its table."""
 
     launcher: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -34,12 +34,12 @@ class Launch:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A tensor without memory."""
+    """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def causal_conv1d_launches() -> Iterator[Any]:
-    """Both directions, plain and with everything, in bf16 and fp32."""
+    """Yield launches of both directions, without and with all options, in bf16 and fp32."""
     for dtype in (torch.bfloat16, torch.float32):
         x = meta(8, 4096, 10304, dtype=dtype)[..., 4096:]
         weight, bias, state = meta(6208, 4), meta(6208), meta(8, 6208, 3, dtype=dtype)
@@ -70,7 +70,7 @@ def test_causal_conv1d(launch: Launch) -> None:
 
 @pytest.mark.parametrize("hidden", [256, 512, 1024, 1856])
 def test_moe(hidden: int) -> None:
-    """Every stage of the flagship's layer and its kin: tensor cores and TMA where they belong, no spills."""
+    """The stages of the flagship's layer and similar ones use tensor cores and TMA where expected, without spills."""
     T, D, E, K = 32768, 2048, 64, 6
     x, w_up, w_down, a = meta(T, D), meta(E, hidden, D), meta(E, D, hidden), meta(T * K, hidden)
     ids, weights = meta(T, K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
@@ -97,7 +97,7 @@ def test_moe(hidden: int) -> None:
 
 
 def test_moe_route() -> None:
-    """256 experts and 16 of them a token: the widest the op takes."""
+    """With 256 experts and 16 per token, nothing spills."""
     logits, ids = meta(1024, 256, dtype=torch.float32), meta(1024, 16, dtype=torch.int32)
     weights, bias = meta(1024, 16, dtype=torch.float32), meta(256, dtype=torch.float32)
     kernels = compile_launcher(routing.moe_route_triton, logits, bias, 16, 2.5)
@@ -109,7 +109,7 @@ FLAT = [value for step in POLAR_EXPRESS for value in step]
 
 
 def compile_newton_schulz(fused_up_to: int, launcher: Callable[..., Any], *arguments: Any) -> dict[str, Compiled]:
-    """The kernels of a call by name, none of which spills, with the last product apart or within."""
+    """Return the kernels of a call by name, with or without a fused last product; assert that none spills."""
     with mock.patch.object(newton_schulz, "FUSED_UP_TO", fused_up_to):
         kernels = compile_launcher(launcher, *arguments)
     assert [kernel.name for kernel in kernels if kernel.spilled_bytes] == []
@@ -120,7 +120,7 @@ def compile_newton_schulz(fused_up_to: int, launcher: Callable[..., Any], *argum
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(64, 512, 2048), (64, 2048, 512)], ids=str)
 def test_newton_schulz(shape: tuple[int, ...], dtype: torch.dtype, fused_up_to: int) -> None:
-    """The passes around the products, along the rows and across them: wide accesses, and registers for many warps."""
+    """The passes around the products, with or without transposing: wide accesses, and few enough registers."""
     kernels = compile_newton_schulz(
         fused_up_to, newton_schulz.newton_schulz_triton, meta(*shape, dtype=dtype), FLAT, "gram"
     )
@@ -142,7 +142,7 @@ def test_newton_schulz(shape: tuple[int, ...], dtype: torch.dtype, fused_up_to: 
 @pytest.mark.parametrize("fused_up_to", [0, 512], ids=["apart", "fused"])
 @pytest.mark.parametrize("shape", [(64, 512, 2048), (64, 2048, 512)], ids=str)
 def test_teon_update(shape: tuple[int, ...], fused_up_to: int) -> None:
-    """float32 gradients and masters, bfloat16 momenta and parameters, by addresses: still accesses of 16 bytes."""
+    """float32 gradients and master weights, bfloat16 momenta and parameters: pointer tables keep 16-byte accesses."""
     wide, narrow = (lambda: [meta(*shape, dtype=torch.float32)]), (lambda: [meta(*shape)])
     settings = (1, 0.02, 0.95, True, 0.1, FLAT)
     kernels = compile_newton_schulz(fused_up_to, teon.teon_update_triton, narrow(), wide(), narrow(), wide(), *settings)
@@ -156,7 +156,7 @@ def test_teon_update(shape: tuple[int, ...], fused_up_to: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_cross_entropy(dtype: torch.dtype) -> None:
-    """The vocabulary of the presets: wide loads and stores, no spills."""
+    """With the presets' vocabulary: wide loads and stores, no spills."""
     logits, rows = torch.empty(4096, 32768, dtype=dtype, device="meta"), torch.empty(4096, device="meta")
     targets = torch.empty(4096, dtype=torch.int64, device="meta")
     kernels = compile_launcher(cross_entropy.cross_entropy_triton, logits, targets)

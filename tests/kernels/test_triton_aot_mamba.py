@@ -1,4 +1,4 @@
-"""Compiles the kernels of the Mamba mixer, the scan, its step and the norms, for sm_90, as test_triton_aot.py does."""
+"""Compile the kernels of the Mamba mixer (scan, step, norms) for sm_90, as test_triton_aot.py does."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ PRODUCTS = {"_mamba_scan_output_kernel", "_mamba_scan_states_kernel", "_mamba_sc
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A tensor without memory."""
+    """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def scan_arguments(L: int, P: int, G: int, N: int, dtype: torch.dtype, everything: bool) -> tuple[torch.Tensor, ...]:
-    """The inputs of a scan over 32,768 tokens, without or with documents and an initial state."""
+    """Return the inputs of a scan over 32,768 tokens, with or without documents and an initial state."""
     B = 32768 // L
     x, b, c = meta(B, L, H * P + 2 * G * N, dtype=dtype).split([H * P, G * N, G * N], dim=-1)
     per_head = meta(H, dtype=torch.float32)
@@ -41,7 +41,7 @@ def scan_arguments(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythin
     ],
 )
 def test_mamba_scan(L: int, P: int, G: int, N: int, dtype: torch.dtype, everything: bool) -> None:
-    """All kernels of both directions: tensor cores and TMA, and no spill at the flagship's sizes."""
+    """All kernels of both directions use tensor cores and TMA, without spills at the flagship's sizes."""
     inputs = scan_arguments(L, P, G, N, dtype, everything)
     kernels = compile_launcher(mamba_scan.mamba_scan_triton, *inputs, everything)
     kernels += compile_launcher(mamba_gradients.mamba_scan_backward_triton, inputs[0], inputs[-1], *inputs)
@@ -56,12 +56,12 @@ def test_mamba_scan(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythi
         if (P, N) == (64, 128):
             assert kernel.spilled_bytes == 0, kernel.name
         if (P, N) == (64, 128) and kernel.name == "_mamba_scan_output_kernel":
-            assert kernel.shared_bytes <= 113 * 1024  # two programs on a multiprocessor
+            assert kernel.shared_bytes <= 113 * 1024  # two programs per multiprocessor
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16])
 def test_mamba_step(state_dtype: torch.dtype) -> None:
-    """The state in wide loads, in registers throughout."""
+    """The state is read in wide loads and stays in registers."""
     B, P, G, N = 64, 64, 8, 128
     state, x, dt = meta(B, H, P, N, dtype=state_dtype), meta(B, H, P), meta(B, H)
     b, per_head = meta(B, G, N), meta(H, dtype=torch.float32)
@@ -72,7 +72,7 @@ def test_mamba_step(state_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_norm(dtype: torch.dtype) -> None:
-    """The flagship's norms, and a wide row: wide loads, no spills; backward six words at most, and faster for it."""
+    """The flagship's norms and a wide row: wide loads; only the backward spills, six words at most, and is faster."""
     x, z = meta(8, 4096, 4096, dtype=dtype), meta(8, 4096, 10304, dtype=dtype)[..., :4096]
     kernels = compile_launcher(norm.gated_rms_norm_triton, x, z, meta(4096), 1e-5, 8)
     kernels += compile_launcher(norm.gated_rms_norm_backward_triton, x, x, z, meta(4096), 1e-5, 8)

@@ -1,4 +1,4 @@
-"""What the tests of the model share: small configs, awkward parameters, packed rows, and comparisons."""
+"""Helpers for the tests of the model: small configs, unusual parameters, packed rows, and comparisons."""
 
 import torch
 
@@ -9,7 +9,7 @@ ENGRAM = EngramConfig(layer=1, heads=2, head_dim=4, rows=50, orders=(2, 3))
 
 
 def small_config(pattern: str = "MEM*ME", **changes: object) -> ModelConfig:
-    """A model of a few thousand parameters; more groups, heads and experts than one, none of them alike."""
+    """Return the config of a model of a few thousand parameters, with several groups, heads and experts."""
     fields: dict[str, object] = {
         "pattern": pattern,
         "hidden_size": 24,
@@ -30,13 +30,13 @@ def small_config(pattern: str = "MEM*ME", **changes: object) -> ModelConfig:
 
 
 def small_model(pattern: str = "MEM*ME", dtype: torch.dtype = torch.float32, **changes: object) -> Yaongi:
-    """A model whose norms, biases, convolutions and correction bias are not what they start from."""
+    """Return a small model after `roughened`: its parameters differ from their initial values."""
     return roughened(Yaongi(small_config(pattern, **changes), dtype=dtype))
 
 
 @torch.no_grad()
 def roughened(model: Yaongi) -> Yaongi:
-    """The same model with every parameter that starts at zero or one moved, and larger projections."""
+    """Change in place every parameter that starts at zero or one, enlarge the projections, and return the model."""
     random = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
         noise = torch.randn(tensor.shape, generator=random).to(tensor.device) if tensor.is_floating_point() else None
@@ -50,25 +50,25 @@ def roughened(model: Yaongi) -> Yaongi:
 
 
 def token_ids(model: Yaongi, batch: int, length: int) -> Tensor:
-    """Random tokens (B, L), drawn anew at each call."""
+    """Return random tokens (B, L), other ones at each call."""
     return torch.randint(0, model.config.vocab_size, (batch, length))
 
 
 def packed(*rows: tuple[int, ...]) -> Tensor:
-    """Document ids (B, L) of rows of documents of these lengths; not from zero, and with gaps."""
+    """Return document ids (B, L) of rows with documents of these lengths; they don't start at zero and have gaps."""
     ids = [torch.repeat_interleave(3 + 2 * torch.arange(len(row)), torch.tensor(row)) for row in rows]
     return torch.stack(ids).int()
 
 
 def gradients(model: Yaongi, loss: Tensor) -> dict[str, Tensor]:
-    """The dense gradient of every parameter."""
+    """Return the dense gradient of every parameter."""
     model.zero_grad()
     loss.backward()
     return {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_relative(actual: Tensor, wanted: Tensor, relative: float, name: str = "result") -> None:
-    """max|actual − wanted| ≤ relative · max|wanted|."""
+    """Check that max|actual − wanted| ≤ relative · max|wanted|."""
     assert actual.shape == wanted.shape, f"{name}: {tuple(actual.shape)} != {tuple(wanted.shape)}"
     actual, wanted = actual.detach(), wanted.detach()
     error = float((actual.double() - wanted.double()).abs().max())

@@ -1,4 +1,4 @@
-"""The peer of the training step benchmark is the same function as the model, loss and gradients."""
+"""The peer of the training step benchmark computes the same loss and gradients as the model."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from model_support import ENGRAM, assert_relative, small_model, token_ids
 
 from yaongi.kernels import mamba_scan
 
-SIZES = {"hidden_size": 64, "experts": 8, "expert_size": 32}  # what torch's grouped matmul takes
+SIZES = {"hidden_size": 64, "experts": 8, "expert_size": 32}  # sizes that torch's grouped matmul supports
 
 
 def test_the_composition_is_the_model() -> None:

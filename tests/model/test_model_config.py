@@ -64,7 +64,7 @@ def test_the_other_presets_have_the_specified_shape() -> None:
 
 
 def test_count_command_needs_no_memory() -> None:
-    """`count nemotron-3-nano` < 5 s and < 1 GB."""
+    """Run `count nemotron-3-nano` in less than 5 s and less than 1 GB."""
     probe = (
         "import runpy, sys; sys.argv = ['count', 'count', 'nemotron-3-nano']\n"
         "try: runpy.run_module('yaongi.model', run_name='__main__')\n"

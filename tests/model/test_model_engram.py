@@ -1,4 +1,4 @@
-"""Engram against independent computations: addresses, gate and convolution, compression, the table's gradient."""
+"""Engram against independent computations: table rows, gate and convolution, compression, the table's gradient."""
 
 import unicodedata
 
@@ -20,7 +20,7 @@ def is_prime(n: int) -> bool:
 def expected_rows(
     engrams: list[EngramConfig], vocab: int, ids: list[int], documents: list[int]
 ) -> list[list[list[int]]]:
-    """Engram × token × (orders·heads), with Python's whole numbers."""
+    """Return the table rows, [Engram][token][orders·heads], computed with Python's integers."""
     used: list[int] = []
     result = []
     for engram in engrams:

@@ -1,4 +1,4 @@
-"""Model folders: everything comes back, what is damaged or foreign is refused in one line, loading streams."""
+"""Model folders: everything is restored, damaged or foreign folders are refused in one line, loading is by shards."""
 
 import json
 import shutil
@@ -19,22 +19,22 @@ from yaongi.model.hub.folder import export_nemotron_h, save
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
-NEVER_EXPORTED = ("layers_block_type", "time_step_limit")  # what other readers of the hub's layout stumble over
+NEVER_EXPORTED = ("layers_block_type", "time_step_limit")  # keys that make other readers of the hub's layout fail
 
 
 def save_pretrained(model: Yaongi, folder: Path, *, shard_bytes: int) -> None:
-    """As the method, in shards of this size."""
+    """Do what the method does, with shards of this size."""
     save(model, model.config, model.count_parameters(), folder, shard_bytes=shard_bytes)
 
 
 def engram_model(dtype: torch.dtype = torch.float32) -> Yaongi:
-    """A model with Engram and a compression of its ids."""
+    """Return a model with Engram and a compression of its ids."""
     config = small_config(engram=[ENGRAM])
     return roughened(Yaongi(config, dtype=dtype, compression=[i // 2 for i in range(61)]))
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the object of a JSON file in place."""
+    """Change the object of a JSON file in place."""
     value = json.loads(file.read_text())
     change(value)
     file.write_text(json.dumps(value))
@@ -158,14 +158,14 @@ def test_the_export_command(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Changes the tensors of a folder's only shard."""
+    """Change the tensors of a folder's only shard."""
     tensors = load_file(folder / SHARD)
     change(tensors)
     save_file(tensors, folder / SHARD, metadata={"format": "pt"})
 
 
 def cut(folder: Path, size: int) -> None:
-    """Leaves the first bytes of the shard."""
+    """Cut the shard to its first `size` bytes."""
     data = (folder / SHARD).read_bytes()
     (folder / SHARD).write_bytes(data[: size if size > 0 else len(data) + size])
 
@@ -265,7 +265,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the hub's layout."""
+    """Return a folder in the hub's layout."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     Yaongi(small_config()).save_pretrained(folder)
     return folder
@@ -310,7 +310,7 @@ print(peak() - before)
 
 
 def test_loading_keeps_one_shard_beside_the_model(tmp_path: Path) -> None:
-    """A model of 164 MB in shards of 82 MB: the peak is the model and one shard, and 10 % for all else."""
+    """Load a model of 164 MB in shards of 82 MB: the peak is the model and one shard, plus 10 % for everything else."""
     model = Yaongi(small_config("M", hidden_size=256, vocab_size=80_000))
     shard, size = 82_000_000, sum(t.nbytes for t in model.state_dict().values())
     save_pretrained(model, tmp_path, shard_bytes=shard)

@@ -1,4 +1,4 @@
-"""The whole model: documents, causality, losses, recomputation, init, roles, and float64 finite differences."""
+"""The complete model: documents, causality, losses, recomputation, init, roles, and float64 finite differences."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ KINDS = {"M": {}, "E": {}, "*": {}, "EE": WITH_ENGRAM, "MEM*ME": WITH_ENGRAM}
 
 @pytest.mark.parametrize("pattern", KINDS)
 def test_a_packed_row_is_its_documents_alone(pattern: str) -> None:
-    """Attention, Mamba state, both convolutions and n-grams start anew at each document."""
+    """Check that attention, Mamba state, both convolutions and n-grams start from scratch at each document."""
     model = small_model(pattern, torch.float64, **KINDS[pattern])
     lengths = ((1, 9, 2, 20), (13, 1, 1, 17))
     ids, documents = token_ids(model, 2, 32), packed(*lengths)
@@ -44,7 +44,7 @@ def test_no_output_depends_on_a_later_token(pattern: str) -> None:
 
 @pytest.mark.parametrize("gate", ["paper", "demo"])
 def test_float64_finite_differences_through_the_whole_model(gate: str) -> None:
-    """Along a random direction of every parameter at once, and of each alone."""
+    """Check them along a random direction of all parameters at once, and of each alone."""
     engram = {"layer": 1, "heads": 2, "head_dim": 4, "rows": 20, "orders": [2, 3], "gate": gate}
     model = small_model("MEM*E", torch.float64, engram=[engram])
     ids, documents = token_ids(model, 2, 12), packed((5, 7), (12,))
@@ -119,7 +119,7 @@ def test_next_tokens_stay_in_their_document() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_gradients_in_place(recompute: str) -> None:
-    """Two passes add up to the bits that autograd adds up to, in the tensors of the first; a table's gets dense."""
+    """Add up two passes in the first pass's gradients, bit for bit as autograd; the table's gradient becomes dense."""
     model, other = (small_model("MEM*ME", **WITH_ENGRAM) for _ in range(2))
     model.recompute = recompute
     batches = [token_ids(model, 2, 9) for _ in range(2)]
@@ -243,7 +243,7 @@ def test_bad_tokens_are_one_line() -> None:
 
 
 def test_yaongi_tiny_is_fast_enough_here() -> None:
-    """Forward + backward at 2,000 tokens/s or more on two cores: here on one, by its own time on a busy machine."""
+    """Run forward and backward at 2,000 tokens/s or more, on one core, measured in processor time."""
     from time import process_time
 
     model = Yaongi(load_preset("yaongi-tiny"))

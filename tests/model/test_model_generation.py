@@ -20,13 +20,13 @@ PROMPTS = [[5, 7, 11], list(range(17)), [60] * 8, [1]]
 
 
 def model_of(engram: bool) -> Yaongi:
-    """A small model, with two Engrams of different orders over compressed ids on request."""
+    """Return a small model, on request with two Engrams of different orders over compressed ids."""
     compression = [token // 2 for token in range(61)] if engram else None
     return roughened(Yaongi(small_config(engram=ENGRAMS if engram else ()), compression=compression))
 
 
 def cached_logits(model: Yaongi, input_ids: torch.Tensor, prompt: int, document_ids: torch.Tensor | None = None) -> Any:
-    """Logits (B, L − prompt + 1, V) of the prompt's last token and of each token after it, by prefill and steps."""
+    """Return the logits (B, L − prompt + 1, V) from the prompt's last token on, computed by prefill and steps."""
     read = None if document_ids is None else document_ids[:, :prompt]
     logits, cache = prefill(model, input_ids[:, :prompt], read, capacity=input_ids.shape[1])
     steps = [step(model, input_ids[:, position], cache) for position in range(prompt, input_ids.shape[1])]
@@ -65,7 +65,7 @@ def test_steps_go_on_with_the_last_document(prompt: int) -> None:
 @pytest.mark.parametrize("engram", [False, True], ids=["plain", "engram"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
 def test_unequal_prompts_in_a_batch(engram: bool, sampling: dict[str, float]) -> None:
-    """A greedy answer does not depend on its neighbours; a sampled batch is the same each time."""
+    """Check that a greedy answer does not depend on the rest of the batch, and that a sampled batch is reproducible."""
     model = model_of(engram)
     together = generate(model, PROMPTS, max_new_tokens=12, stop=(), **sampling)
     assert [len(answer) for answer in together] == [12] * len(PROMPTS)
@@ -92,7 +92,7 @@ def test_the_end_of_text_stops_by_default() -> None:
 
 
 def shares(draws: int = 4000, **settings: Any) -> torch.Tensor:
-    """How often each of five tokens with probabilities 0.5, 0.25, 0.15, 0.08, 0.02 is chosen."""
+    """Return how often each of five tokens with probabilities 0.5, 0.25, 0.15, 0.08, 0.02 is chosen."""
     probabilities = torch.tensor([0.15, 0.5, 0.02, 0.25, 0.08])
     settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
     random = torch.Generator().manual_seed(0)
@@ -158,7 +158,7 @@ def tokenizer() -> Tokenizer:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m yaongi.generate` with these arguments."""
+    """Run `python -m yaongi.generate` with these arguments."""
     command = [sys.executable, "-m", "yaongi.generate", *arguments, "--device", "cpu"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

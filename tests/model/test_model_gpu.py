@@ -1,4 +1,4 @@
-"""The model on an H100: float32 against the CPU, bfloat16 with routes pinned under the house's rule, backends."""
+"""The model on an H100: float32 against the CPU, bfloat16 with fixed routes under the tolerance rule, backends."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ from yaongi.train.distributed.world import set_determinism
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
 Results = dict[str, Tensor]
-SIZES = {  # what the fast kernels take: widths in multiples of 16
+SIZES = {  # sizes that the fast kernels support: widths in multiples of 16
     "hidden_size": 128,
     "mamba_heads": 8,
     "mamba_head_dim": 16,
@@ -34,7 +34,7 @@ SIZES = {  # what the fast kernels take: widths in multiples of 16
 
 @pytest.fixture(autouse=True)
 def without_tf32() -> Iterator[None]:
-    """float32 products in float32."""
+    """Compute float32 products in full float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -42,7 +42,7 @@ def without_tf32() -> Iterator[None]:
 
 
 def run(model: Yaongi, ids: Tensor, document_ids: Tensor | None) -> Results:
-    """Logits and the gradient of every parameter of a training loss, on the CPU."""
+    """Return the logits and every parameter's gradient of a training loss, on the CPU."""
     device = model.lm_head.weight.device
     ids, document_ids = ids.to(device), None if document_ids is None else document_ids.to(device)
     model.zero_grad()
@@ -65,14 +65,14 @@ def test_float32_equals_the_cpu(with_documents: bool) -> None:
 
 
 class PinnedRoutes:
-    """Takes the place of `moe_route`: remembers the first model's choice of experts, and gives it to the others."""
+    """A replacement of `moe_route` that records the first model's choice of experts and gives it to the others."""
 
     def __init__(self) -> None:
         self.chosen: list[Tensor] = []
         self.recording, self.calls = True, 0
 
     def __call__(self, logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `moe_route`, with the experts of the call of the same number."""
+        """Do what `moe_route` does, with the experts recorded in the call of the same number."""
         if self.recording:
             self.chosen.append((logits.sigmoid() + bias).topk(top_k, dim=-1).indices.cpu())
         ids = self.chosen[self.calls % len(self.chosen)].to(logits.device)
@@ -83,13 +83,16 @@ class PinnedRoutes:
         return ids.int(), weights.float() if logits.dtype != torch.float64 else weights, load
 
     def restart(self) -> None:
-        """The next call is the first one again, and from now on nothing is chosen anew."""
+        """Start again with the first call's experts; from now on nothing is recorded."""
         self.recording, self.calls = False, 0
 
 
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_documents: bool) -> None:
-    """exact = float64 on the CPU, plain = the references in bfloat16; every route as float64 chose it."""
+    """Compare by the tolerance rule, with all experts as float64 chose them.
+
+    exact: float64 on the CPU; plain: the reference implementations in bfloat16.
+    """
     routes = PinnedRoutes()
     monkeypatch.setattr(moe_module, "moe_route", routes)
     narrow = small_model("MEM*ME", torch.bfloat16, **SIZES)
@@ -109,7 +112,7 @@ def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_do
 
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_the_same_bits_every_time(with_documents: bool) -> None:
-    """As the trainer asks torch for them: rows long enough for several blocks of each kernel's sums."""
+    """Use the trainer's determinism settings, with rows long enough for several blocks of each kernel's sums."""
     model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
     ids, documents = token_ids(model, 2, 4096), packed((3000, 1, 1095), (4096,)) if with_documents else None
     set_determinism(deterministic=True)
@@ -120,7 +123,7 @@ def test_the_same_bits_every_time(with_documents: bool) -> None:
 
 
 def test_gradients_in_place() -> None:
-    """Of two passes: what autograd adds up, but for a rounding of each to bfloat16."""
+    """Compare two passes with autograd, which rounds each pass's gradient to bfloat16."""
     found: list[Results] = []
     for in_place in (False, True):
         model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
@@ -147,7 +150,7 @@ def test_attention_backends(backend: str, with_documents: bool) -> None:
         ("plain", "sdpa", "cpu", torch.bfloat16),
         ("kernel", backend, "cuda", torch.bfloat16),
     ):
-        # the narrow runs and the exact one read the same numbers
+        # round the inputs, so that the bfloat16 runs and the exact one read the same numbers
         q, k, v = (t.bfloat16().to(device, dtype).requires_grad_() for t in inputs)
         ids = None if documents is None else documents.to(device)
         plan = plan_attention(wanted, q.shape[:2], ids, q.device, dtype)  # type: ignore[arg-type]
@@ -191,7 +194,7 @@ def test_compiled_layers_give_the_same() -> None:
 
 
 def test_the_routers_product_is_as_good_as_in_float32() -> None:
-    """Logits and both gradients of bfloat16 operands: no further from float64 than float32 products are, times two."""
+    """Check logits and both gradients of bfloat16 operands: at most twice as far from float64 as the plain results."""
     x, weight, dlogits = (torch.randn(n, device="cuda") for n in ((300, 256), (64, 256), (300, 64)))
     config = small_config("MEM*ME", **SIZES | {"experts": 64, "hidden_size": 256})
     results: dict[torch.dtype, tuple[Tensor, ...]] = {}

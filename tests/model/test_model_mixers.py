@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 
 def test_three_parts_add_up_compiled_too() -> None:
-    """To the bit; a compiler that drops a rounding in between would leave the second and third part zero."""
+    """Check them bit for bit; a compiler that removes a rounding would make the second and third part zero."""
     t = torch.randn(64, 16)
     for split in (split_into_bf16, torch.compile(split_into_bf16)):
         parts = split(t)
@@ -38,7 +38,7 @@ def test_experts_against_a_loop_over_tokens() -> None:
             chosen = (scores + mixer.gate.e_score_correction_bias).topk(2).indices
             answer = shared.down_proj.weight @ (shared.up_proj.weight @ token).relu() ** 2
             for e in chosen:
-                share = 2.5 * scores[e] / scores[chosen].sum()  # the score alone, not the bias
+                share = 2.5 * scores[e] / scores[chosen].sum()  # the weight depends on the score, not on the bias
                 answer = answer + share * (experts.down_proj[e] @ (experts.up_proj[e] @ token).relu() ** 2)
             assert_relative(y[row, place], answer, 1e-10)
 
@@ -58,7 +58,7 @@ def test_sequence_balance_is_its_formula() -> None:
 
 
 def test_the_correction_bias_balances_a_skewed_router_within_200_steps() -> None:
-    """Scores that lean by up to 0.1 to some experts; 1e-3 a step, by the load of the whole batch."""
+    """Start with scores that favour some experts by up to 0.1; the bias moves 1e-3 per step, by the batch's load."""
     model = small_model("E", experts=8)
     mixer: MoE = model.backbone.layers[0].mixer
     mixer.gate.e_score_correction_bias.zero_()
@@ -95,7 +95,7 @@ def _last(model: torch.nn.Module) -> MoE:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
-    """One softmax a query, in a loop; q (B, L, heads, D), k and v with fewer heads."""
+    """Compute one softmax per query, in a loop; q (B, L, heads, D), k and v with fewer heads."""
     y = torch.zeros_like(q)
     for b in range(q.shape[0]):
         for t in range(q.shape[1]):
@@ -133,7 +133,7 @@ def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
 
 
 def test_attention_has_no_positions() -> None:
-    """Without RoPE, the last token's output does not depend on the order of the earlier ones."""
+    """Check that without RoPE the last token's output does not depend on the order of the earlier tokens."""
     config = small_config()
     mixer = Attention(config, None, torch.float64)
     for parameter in mixer.parameters():
@@ -146,7 +146,7 @@ def test_attention_has_no_positions() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_mamba_against_its_recurrence(groups: int) -> None:
-    """Head h reads group h // (H/G); gate first, then the norm over each group."""
+    """Compare with a loop: head h reads group h // (H/G); the gate comes first, then the norm over each group."""
     model = small_model("M", torch.float64, mamba_groups=groups)
     mixer: Mamba2 = model.backbone.layers[0].mixer
     x = torch.randn(2, 9, 24, dtype=torch.float64)

@@ -31,12 +31,12 @@ cases = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 
 
 def our_model(**changes: Any) -> Yaongi:
-    """A small model whose experts have rows of 16 bytes, as their grouped product wants them."""
+    """Return a small model whose expert matrices have rows of a multiple of 16 bytes, as transformers requires."""
     return small_model(expert_size=16, **changes)
 
 
 def without_clamp(model: NemotronHForCausalLM) -> NemotronHForCausalLM:
-    """Takes away the lower limit of dt, which transformers applies in the prefill and not when it decodes."""
+    """Remove the lower limit of dt, which transformers applies in the prefill but not in decoding."""
     for layer in model.model.layers:
         if hasattr(layer.mixer, "time_step_limit"):
             layer.mixer.time_step_limit = (0.0, float("inf"))
@@ -44,14 +44,14 @@ def without_clamp(model: NemotronHForCausalLM) -> NemotronHForCausalLM:
 
 
 def theirs_from(folder: Path) -> NemotronHForCausalLM:
-    """Their model of a folder, which must hold exactly its tensors."""
+    """Load the folder as a transformers model; it must hold exactly that model's tensors."""
     model, report = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     return without_clamp(model)
 
 
 def theirs(changes: dict[str, Any], folder: Path) -> NemotronHForCausalLM:
-    """A model that transformers itself has made, with other numbers than its initial ones."""
+    """Return a model made by transformers, with values other than its initial ones."""
     our_model(**changes).save_pretrained(folder)
     model = without_clamp(NemotronHForCausalLM(NemotronHConfig.from_pretrained(folder))).float().eval()
     random = torch.Generator().manual_seed(3)
@@ -69,8 +69,8 @@ def theirs(changes: dict[str, Any], folder: Path) -> NemotronHForCausalLM:
 
 
 def assert_same(ours: Yaongi, other: NemotronHForCausalLM) -> None:
-    """Equal logits, and equal gradients of every parameter."""
-    input_ids = token_ids(ours, 2, 149)  # more than a chunk of their scan
+    """Check for equal logits and equal gradients of every parameter."""
+    input_ids = token_ids(ours, 2, 149)  # longer than a chunk of transformers' scan
     logits, expected = ours(input_ids), other(input_ids, use_cache=False).logits
     assert_equal_to_float64(logits, expected, LOGITS, "logits")
     weights = torch.randn(logits.shape)
@@ -82,7 +82,7 @@ def assert_same(ours: Yaongi, other: NemotronHForCausalLM) -> None:
     for name, parameter in parameters.items():
         assert parameter.grad is not None, name
         if ours.config.experts_per_token == 1 and name.endswith("mixer.gate.weight"):
-            # one expert has the weight 2.5 whatever its score: the gradient is zero, and both compute its rounding
+            # a single expert has weight 2.5 for any score: the true gradient is zero, and both compute rounding errors
             assert max(parameter.grad.abs().max(), gradients[name].abs().max()) <= 1e-5
         else:
             assert_equal_to_float64(parameter.grad, gradients[name], GRADIENTS, name)
@@ -116,7 +116,7 @@ def test_there_and_back_is_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_time_step_below_their_limit_is_not_clamped(tmp_path: Path) -> None:
-    """A model whose dt is far below 1e-3 gives their logits as exported, without touching their mixers."""
+    """Export a model whose dt is far below 1e-3: transformers gives the same logits, without `without_clamp`."""
     ours = our_model(pattern="MM*")
     with torch.no_grad():
         for layer in ours.backbone.layers[:2]:
@@ -132,7 +132,7 @@ def test_greedy_text_is_the_same(tmp_path: Path) -> None:
     prompt = torch.tensor([[30, 25, 31, 0, 57, 29, 4, 42, 40]])
     ours.save_pretrained(tmp_path)
     other = theirs_from(tmp_path)
-    visible = torch.ones_like(prompt)  # they would hide the pad id that is among these tokens
+    visible = torch.ones_like(prompt)  # else transformers would mask the pad id, which is among these tokens
     expected = other.generate(prompt, attention_mask=visible, max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert generate(ours, prompt.tolist(), max_new_tokens=12, stop=()) == expected[:, 9:].tolist()
 

@@ -1,4 +1,4 @@
-"""Token shards for all tests here: four domains of random words and a tokenizer of 600 pieces."""
+"""Token shards for all tests of training: four domains of random words and a tokenizer of 600 pieces."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from yaongi.data.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of shards. Tests that change it take a copy."""
+    """Return the folder of shards. Tests that change it must take a copy."""
     folder = tmp_path_factory.mktemp("data")
     for number, domain in enumerate(("ko", "en", "code", "math")):
         for split, seed, count in (("train", number, 60), ("val", 100 + number, 8)):

@@ -56,7 +56,8 @@ sample_tokens = 3
 wandb = "off"
 tensorboard = false
 """
-FOR_KERNELS = (  # sizes that the fast kernels take, six steps; several blocks a row of each kernel's sums
+# Six steps with sizes that the fast kernels support; rows are long enough for several blocks of each kernel's sums.
+FOR_KERNELS = (
     *("--model.hidden-size", "64", "--model.mamba-head-dim", "16", "--model.mamba-state", "16"),
     *("--model.expert-size", "32", "--model.shared-expert-size", "32", "--model.attention-head-dim", "32"),
     *("--model.max-sequence-length", "512", "--row-tokens", "512", "--batch-tokens", "4096", "--micro-rows", "2"),
@@ -65,61 +66,61 @@ FOR_KERNELS = (  # sizes that the fast kernels take, six steps; several blocks a
 
 
 def documents(seed: int, count: int) -> list[str]:
-    """Texts of 40 random words."""
+    """Return texts of 40 random words."""
     rng = random.Random(seed)
     letters = "abcdefghij가나다라마바사아"
     return [" ".join("".join(rng.choices(letters, k=4)) for _ in range(40)) for _ in range(count)]
 
 
 def arguments(tokens: Path, out: Path, *more: str) -> list[str]:
-    """The command line of a run of twelve steps in ``out``; a file with its configuration is put beside it."""
+    """Return the command line of a run of twelve steps in `out`, and write its configuration file beside `out`."""
     config = out.parent / "small.toml"
     config.write_text(TOML)
     return ["--config", str(config), "--data", str(tokens), "--out", str(out), *more]
 
 
 def command(tokens: Path, out: Path, *more: str) -> list[str]:
-    """The same as a program."""
+    """Return the command that starts such a run as a program."""
     return [sys.executable, "-m", "yaongi.train", *arguments(tokens, out, *more)]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread, so that two processes on a small machine don't get into each other's way."""
+    """Return an environment with one thread, so that two processes on a small machine don't slow each other down."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 
 def run(tokens: Path, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Train in a process of its own."""
+    """Train in a separate process."""
     return subprocess.run(
         command(tokens, out, *more), capture_output=True, text=True, env=environment(**env), timeout=300
     )
 
 
 def config_of(tokens: Path, out: Path, *more: str) -> Config:
-    """The configuration that the command line asks for."""
+    """Return the configuration of such a command line."""
     return parse(arguments(tokens, out, *more))
 
 
 def session_of(tokens: Path, out: Path, *more: str) -> Session:
-    """A started session."""
+    """Return a started session."""
     session = Session(config_of(tokens, out, *more), ALONE)
     session.start()
     return session
 
 
 def changed(config: Config, **fields: Any) -> Config:
-    """``config`` with other training fields."""
+    """Return `config` with other training fields."""
     return replace(config, train=replace(config.train, **fields))
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
-    """Step, loss and gradient norm of all steps of a run."""
+    """Return step, loss and gradient norm of all steps of a run."""
     records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [(r["step"], r["loss"], r["gnorm"]) for r in records if r["event"] == "step"]
 
 
 def final_tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Everything in a run's newest checkpoint, by name."""
+    """Return all tensors of a run's newest checkpoint, by name."""
     folder = out / "checkpoints"
     whole = out.parent / f"{out.name}.pt"
     dcp_to_torch_save(folder / (folder / "latest").read_text(), whole)

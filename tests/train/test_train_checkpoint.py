@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and says so when it can't be."""
+"""Checkpoints are complete or absent, and a save that fails says so."""
 
 import json
 import shutil
@@ -21,19 +21,19 @@ Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 def tensors(value: float) -> Tensors:
-    """Two of them."""
+    """Return a state of two tensors filled with `value`."""
     return {"model": {"a": torch.full((100, 10), value), "b": torch.full((3,), value, dtype=torch.bfloat16)}}
 
 
 def checkpoints(folder: Path, **keep: int) -> Checkpoints:
-    """In an empty folder."""
+    """Return the checkpoints of an empty folder."""
     made = Checkpoints(folder, ALONE, **keep)
     made.prepare()
     return made
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    """What was saved is what was there when ``save`` returned, whatever happened to it while it was written."""
+    """Check that a checkpoint holds the values at the time of `save`, although they changed while it was written."""
     saved = checkpoints(tmp_path)
     state = tensors(1.5)
     saved.save(7, state, {"step": 7})
@@ -49,7 +49,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 
 def test_old_ones_go(tmp_path: Path) -> None:
-    """The last two stay, and every tenth."""
+    """Keep the last two checkpoints, and those of every tenth step."""
     saved = checkpoints(tmp_path, keep_last=2, keep_every=10)
     for step in (5, 10, 15, 20, 25):
         saved.save(step, tensors(step), {})
@@ -59,7 +59,7 @@ def test_old_ones_go(tmp_path: Path) -> None:
 
 
 def test_saves_again_into_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose tensors are copied into pinned memory that is kept; they change while that is written."""
+    """Save twice into the same staging memory, as on a GPU, while the tensors change during the write."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     saved = Checkpoints(tmp_path, World(0, 1, torch.device("cuda")))
     saved.prepare()
@@ -74,7 +74,7 @@ def test_saves_again_into_the_same_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_room_is_made_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first save copies into memory that was reserved, and makes none."""
+    """Check that the first save copies into reserved memory and allocates none."""
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.numel()), tensor)[1])
     saved = Checkpoints(tmp_path, World(0, 1, torch.device("cuda")))
@@ -92,7 +92,7 @@ def test_room_is_made_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_host_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
-    """One line at the save, whether the room was to be made ahead or not; what is there stays."""
+    """Report missing host memory in one line at the save, reserved ahead or not, and keep earlier checkpoints."""
 
     def refuse(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory\nand much more")
@@ -110,7 +110,7 @@ def test_a_host_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ah
 
 
 def test_unfinished_ones_go(tmp_path: Path) -> None:
-    """What a killed save has left is no checkpoint; without ``latest`` the newest whole one counts."""
+    """Ignore the leftovers of a killed save; without `latest` take the newest complete checkpoint."""
     saved = checkpoints(tmp_path)
     saved.save(1, tensors(1), {})
     saved.wait()
@@ -122,7 +122,7 @@ def test_unfinished_ones_go(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says what is missing and what is still there."""
+    """Check that the message names the missing space and the last checkpoint."""
     saved = checkpoints(tmp_path)
     saved.save(1, tensors(1), {})
     saved.wait()
@@ -144,7 +144,7 @@ runpy.run_module("yaongi.train", run_name="__main__")
 
 
 def test_a_write_that_fails(tokens: Path, tmp_path: Path) -> None:
-    """A file that can't grow any more, as on a full disk: one line, exit code 1, the earlier checkpoint stays."""
+    """Limit the file size, as on a full disk: one line, exit code 1, and the earlier checkpoint stays."""
     out = tmp_path / "run"
     more = ("--sample-tokens", "0", "--checkpoint-every", "3")
     assert run(tokens, out, "--stop-after", "3", *more).returncode == 0
@@ -159,7 +159,7 @@ def test_a_write_that_fails(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint(tokens: Path, tmp_path: Path) -> None:
-    """A truncated file is named in one line."""
+    """Check that a truncated checkpoint is reported in one line."""
     out = tmp_path / "run"
     assert run(tokens, out, "--tokens", "1536", "--sample-tokens", "0").returncode == 0
     for file in (out / "checkpoints" / "step-00000003").glob("*.distcp"):
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint(tokens: Path, tmp_path: Path) -> None:
 def test_a_slow_disk_is_named(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A save that must wait for the one before says so; one that needn't is silent."""
+    """Check that a save says so if it had to wait for the previous one, and is silent otherwise."""
     write = FileSystemWriter.write_data
 
     def write_slowly(*arguments: Any) -> Any:

@@ -16,14 +16,14 @@ PRESETS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "yaongi"
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_loads(name: str) -> None:
-    """And its output folder has its name."""
+    """Load it, and check that its output folder has its name."""
     config = load_config(name)
     assert config.run.out == Path("runs") / name
     assert config.train.steps > 1
 
 
 def test_every_field_can_be_overridden(tmp_path: Path) -> None:
-    """Of the training, the running and the model."""
+    """Override fields of `Training`, `Running` and the model."""
     more = ["--tokens", "1e4", "--matrix-lr", "0.01", "--log-every", "7", "--model.experts", "6", "--fresh"]
     config = parse(arguments(tmp_path, tmp_path / "out", *more, "--model.engram.0.rows", "77"))
     assert (config.train.tokens, config.train.matrix_lr, config.run.log_every) == (1e4, 0.01, 7)
@@ -43,7 +43,7 @@ def test_every_field_can_be_overridden(tmp_path: Path) -> None:
     ],
 )
 def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
-    """One line that says what is wrong."""
+    """Check that one line says what is wrong."""
     path = tmp_path / "bad.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -51,13 +51,13 @@ def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_no_such_preset() -> None:
-    """The message lists those there are."""
+    """Check that the message lists the presets."""
     with pytest.raises(FileNotFoundError, match="yaongi-4b"):
         load_config("yaongi-5b")
 
 
 def test_differences(tmp_path: Path) -> None:
-    """Only what decides the weights counts, and both values are shown."""
+    """Check that only settings that decide the weights count, and that both values are shown."""
     config = parse(arguments(tmp_path, tmp_path / "out"))
     other = parse(arguments(tmp_path, tmp_path / "out", "--log-every", "9", "--keep-last", "5"))
     assert not differences(as_dict(config), as_dict(other))
@@ -66,7 +66,7 @@ def test_differences(tmp_path: Path) -> None:
 
 
 def test_resume_command() -> None:
-    """The same line, quoted, but not afresh."""
+    """Check that it is the same command line, quoted, without `--fresh` and `--stop-after`."""
     assert resume_command(["--fresh", "--out", "a b"]) == "python -m yaongi.train --out 'a b'"
     for stop in (["--stop-after", "7"], ["--stop-after=7"], ["--stop_after", "7"]):
         assert resume_command([*stop, "--out", "a_b"]) == "python -m yaongi.train --out a_b"

@@ -1,4 +1,4 @@
-"""Two processes against one: the same losses and weights, and a checkpoint of two goes on with one."""
+"""Two processes against one: the same losses and weights, and a run of two can be resumed with one."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def run_two(tokens: Path, out: Path, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def two(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes, in float64."""
+    """Return the folder of a run with two processes, in float64."""
     out = tmp_path_factory.mktemp("two") / "run"
     run_two(tokens, out, "--dtype", "float64")
     return out
@@ -29,7 +29,7 @@ def two(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run with one process."""
+    """Return the folder of the same run with one process."""
     out = tmp_path_factory.mktemp("one") / "run"
     done = run(tokens, out, *MORE, "--dtype", "float64")
     assert done.returncode == 0, done.stderr
@@ -37,7 +37,7 @@ def one(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_alike(mine: Path, theirs: Path) -> None:
-    """Loss curves to 1e-10, and every tensor of the last checkpoints."""
+    """Compare the loss curves to 1e-10, and every tensor of the last checkpoints."""
     for (step, *values), (_, *wanted) in zip(losses(mine), losses(theirs), strict=True):
         assert values == pytest.approx(wanted, rel=1e-10), step
     got, expected = final_tensors(mine), final_tensors(theirs)
@@ -48,12 +48,12 @@ def assert_alike(mine: Path, theirs: Path) -> None:
 
 
 def test_two_processes_are_one(one: Path, two: Path) -> None:
-    """FSDP2, Teon on gathered matrices, tables by their rows."""
+    """Compare runs that use FSDP2, Teon on gathered matrices, and sparse table gradients."""
     assert_alike(two, one)
 
 
 def test_float32(tokens: Path, tmp_path: Path) -> None:
-    """The loss curve to 1e-5, in the precision people use on a CPU."""
+    """Compare the loss curve to 1e-5 in float32, the usual dtype on a CPU."""
     run_two(tokens, tmp_path / "two", "--stop-after", "5")
     assert run(tokens, tmp_path / "one", *MORE, "--stop-after", "5").returncode == 0
     for (_, loss, _), (_, wanted, _) in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
@@ -61,7 +61,7 @@ def test_float32(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_another_number_of_processes(tokens: Path, one: Path, tmp_path: Path) -> None:
-    """Begun by two, ended by one: the same data in the same order, so the same losses."""
+    """Begin with two processes and end with one: the same data in the same order, so the same losses."""
     run_two(tokens, tmp_path / "run", "--dtype", "float64", "--stop-after", "5")
     done = run(tokens, tmp_path / "run", *MORE, "--dtype", "float64")
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_another_number_of_processes(tokens: Path, one: Path, tmp_path: Path) ->
 
 @pytest.mark.long
 def test_one_begins_two_end(tokens: Path, one: Path, tmp_path: Path) -> None:
-    """And the other way round."""
+    """Begin with one process and end with two."""
     assert run(tokens, tmp_path / "run", *MORE, "--dtype", "float64", "--stop-after", "5").returncode == 0
     run_two(tokens, tmp_path / "run", "--dtype", "float64")
     assert_alike(tmp_path / "run", one)
@@ -79,7 +79,7 @@ def test_one_begins_two_end(tokens: Path, one: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_bfloat16(tokens: Path, tmp_path: Path) -> None:
-    """Float32 shards are the masters; the loss goes down as it does with one process."""
+    """Train with float32 shards as master weights; the loss falls as it does with one process."""
     run_two(tokens, tmp_path / "two", "--dtype", "bfloat16")
     assert run(tokens, tmp_path / "one", *MORE, "--dtype", "bfloat16").returncode == 0
     assert losses(tmp_path / "two")[-1][1] == pytest.approx(losses(tmp_path / "one")[-1][1], abs=0.05)
@@ -89,7 +89,7 @@ def test_bfloat16(tokens: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
 def test_two_gpus(tokens: Path, tmp_path: Path, dtype: str, tolerance: float) -> None:
-    """The kernels and NCCL: the losses of one GPU, and a checkpoint of two goes on with one."""
+    """Run the kernels with NCCL: the losses are those of one GPU, and a run of two can be resumed with one."""
     more = ("--device", "cuda", "--dtype", dtype, *FOR_KERNELS, "--checkpoint-every", "2")
     assert run(tokens, tmp_path / "one", *MORE, *more).returncode == 0
     wanted = losses(tmp_path / "one")

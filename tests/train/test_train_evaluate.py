@@ -1,4 +1,4 @@
-"""Bits per byte, by hand."""
+"""Bits per byte against values computed by hand, and samples."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from yaongi.train.evaluation import Evaluator, draw_samples
 
 
 def test_nats_of_a_known_model() -> None:
-    """A model that gives every token the same probability: ln V a counted token, whatever the batch."""
+    """Check a model that gives every token the same probability: ln V per counted token, for any batch size."""
     rows = HeldOut(
         input_ids=torch.randint(0, 7, (5, 6)),
         document_ids=torch.zeros(5, 6, dtype=torch.int32),
@@ -32,7 +32,7 @@ def test_nats_of_a_known_model() -> None:
 
 
 def test_against_a_loop_over_tokens(tokens: Path, tmp_path: Path) -> None:
-    """EOS and first tokens of documents left out, bytes of the tokenizer's pieces."""
+    """Compare with a loop that leaves out EOS and first tokens of documents and adds up the pieces' bytes."""
     session = session_of(tokens, tmp_path / "run")
     with session:
         measured = session.evaluator.bits_per_byte(session.model, 2)
@@ -49,7 +49,7 @@ def test_against_a_loop_over_tokens(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_processes_share_the_rows(tokens: Path, tmp_path: Path) -> None:
-    """Three processes with four rows: every row counts once, and all make as many forward passes."""
+    """Share four rows among three processes: each row counts once, and all do the same number of forward passes."""
     session = session_of(tokens, tmp_path / "run")
     with session:
         rows = session.loader.held_out("ko", 4)
@@ -62,7 +62,7 @@ def test_processes_share_the_rows(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_samples_are_the_same_every_time(tokens: Path, tmp_path: Path) -> None:
-    """And leave the random numbers alone."""
+    """Draw twice, and check that torch's global random state is untouched."""
     session = session_of(tokens, tmp_path / "run")
     with session:
         state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""A run in two pieces is the run in one, to the bit, on the device at hand: kernels, micro-batches, checkpoint."""
+"""An interrupted and resumed run equals an uninterrupted one, bit for bit: kernels, micro-batches, checkpoint."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_two_pieces_are_one(device: str, tokens: Path, tmp_path: Path, monkeypat
         )
         program.main()
 
-    train("whole")  # on a GPU micro-batches are replayed, in the pieces not: with graphs and without, the same bits
+    train("whole")  # on a GPU this run and the resumed part use CUDA graphs, the first part does not: the same bits
     train("pieces", "--stop-after", "3", "--no-cuda-graph")
     assert [step for step, _, _ in losses(tmp_path / "pieces")] == [1, 2, 3]
     train("pieces")

@@ -1,4 +1,4 @@
-"""Bad steps are counted and named, spikes are seen."""
+"""The guard counts and names bad steps, and detects spikes."""
 
 import random
 
@@ -9,7 +9,7 @@ from yaongi.train.step.guard import BadStepError, Guard, first_nonfinite
 
 
 def test_the_first_bad_tensor_is_named() -> None:
-    """In their order; sparse ones count by their values, integers and empty ones not."""
+    """Check the order; of sparse tensors the values count, and integer and empty tensors don't."""
     good, bad = torch.ones(2, dtype=torch.bfloat16), torch.tensor([1.0, torch.nan])
     sparse = torch.sparse_coo_tensor([[3]], [[torch.inf, 1.0]], (5, 2), check_invariants=True)
     fine = [("a", good), ("b", torch.arange(3)), ("c", torch.empty(0)), ("d", torch.full((9,), 3e38))]
@@ -20,7 +20,7 @@ def test_the_first_bad_tensor_is_named() -> None:
 
 
 def test_too_many_in_a_row() -> None:
-    """Two may be skipped; a good step starts the count anew."""
+    """Allow two bad steps in a row; a good step resets the count."""
     guard = Guard(2)
     for _ in range(2):
         guard.bad(1, "the loss", range(4))
@@ -34,7 +34,7 @@ def test_too_many_in_a_row() -> None:
 
 
 def test_spikes() -> None:
-    """6 σ above the window, once the window is long enough to mean anything; the state goes on in another guard."""
+    """Detect a loss 6 σ above the window, but not with too short a window; another guard takes over the state."""
     rng = random.Random(0)
     guard = Guard(1)
     assert not guard.is_spike(100.0)

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, also during a save: what goes on afterwards ends with the same bits."""
+"""kill -9 at random moments, also during a save: the resumed run ends with the same bits."""
 
 import json
 import random
@@ -18,24 +18,24 @@ EVERY = (
     "100",
     "--sample-tokens",
     "0",
-)  # something is being saved always
+)  # a save is always in progress
 
 
 def start(tokens: Path, out: Path) -> "subprocess.Popen[str]":
-    """Training in a process of its own."""
+    """Start training in a separate process."""
     return subprocess.Popen(
         command(tokens, out, *EVERY), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
 
 
 def steps_recorded(out: Path) -> int:
-    """Whole lines about steps in the run's metrics."""
+    """Count the complete lines about steps in the run's metrics."""
     path = out / "metrics.jsonl"
     return path.read_text().count('"event": "step"') if path.exists() else 0
 
 
 def kill_within_steps(tokens: Path, out: Path, rng: random.Random) -> bool:
-    """Start, wait for one to three more steps and a random while, kill; whether it was killed before its end."""
+    """Start, wait for one to three more steps and a random time, kill; return whether it was killed before its end."""
     process = start(tokens, out)
     wanted = min(11, steps_recorded(out) + rng.randint(1, 3))
     while process.poll() is None and steps_recorded(out) < wanted:
@@ -47,7 +47,7 @@ def kill_within_steps(tokens: Path, out: Path, rng: random.Random) -> bool:
 
 
 def kill_within_a_save(tokens: Path, out: Path, rng: random.Random) -> bool:
-    """Start, wait until a checkpoint is being written, kill; whether it was killed before its end."""
+    """Start, wait until a checkpoint is being written, kill; return whether it was killed before its end."""
     process = start(tokens, out)
     while process.poll() is None and not list((out / "checkpoints").glob("*.tmp")):
         time.sleep(0.0005)
@@ -59,7 +59,7 @@ def kill_within_a_save(tokens: Path, out: Path, rng: random.Random) -> bool:
 
 @pytest.fixture(scope="module")
 def straight(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbs."""
+    """Return the folder of a run without kills."""
     out = tmp_path_factory.mktemp("straight") / "run"
     done = run(tokens, out, *EVERY)
     assert done.returncode == 0, done.stderr
@@ -67,7 +67,7 @@ def straight(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_killed_run(tokens: Path, straight: Path, out: Path, kills: int) -> None:
-    """Kill so often, finish, and compare with the undisturbed run."""
+    """Kill a run `kills` times, let it finish, and compare it with the run without kills."""
     rng = random.Random(kills)
     killed = [(kill_within_a_save if i % 2 else kill_within_steps)(tokens, out, rng) for i in range(kills)]
     assert any(killed)
@@ -81,19 +81,19 @@ def check_killed_run(tokens: Path, straight: Path, out: Path, kills: int) -> Non
 
 
 def test_a_few_kills(tokens: Path, straight: Path, tmp_path: Path) -> None:
-    """The loss curve and everything in the last checkpoint equal those of the straight run, bit for bit."""
+    """Compare the loss curve and the last checkpoint with those of the run without kills, bit for bit."""
     check_killed_run(tokens, straight, tmp_path / "run", 4)
 
 
 @pytest.mark.long
 def test_twenty_kills(tokens: Path, straight: Path, tmp_path: Path) -> None:
-    """The same, twenty times, five a run."""
+    """Kill twenty times, five times per run."""
     for number in range(4):
         check_killed_run(tokens, straight, tmp_path / f"run{number}", 5 + number % 2)
 
 
 def test_a_torn_pointer(tokens: Path, tmp_path: Path) -> None:
-    """Without ``latest`` the newest whole folder is taken; an unfinished one never is."""
+    """Without `latest` take the newest complete folder, never an unfinished one."""
     out = tmp_path / "run"
     assert run(tokens, out, *EVERY).returncode == 0
     (out / "checkpoints" / "latest").unlink()

@@ -1,4 +1,4 @@
-"""The line of a step, and the file that is the truth."""
+"""The printed line of a step, and `metrics.jsonl`."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from yaongi.train.metrics.records import Metrics, read_metrics
 
 
 def test_the_line_of_a_step() -> None:
-    """To the letter."""
+    """Compare with the exact text."""
     record = {
         "step": 1200,
         "loss": 3.4121,
@@ -34,7 +34,7 @@ def test_the_line_of_a_step() -> None:
 
 
 def test_numbers() -> None:
-    """Short forms."""
+    """Check the short forms of numbers."""
     assert [short(v) for v in (950, 6230, 83_100, 1.2e6, 4.28e9)] == ["950", "6.2k", "83k", "1.2M", "4.3B"]
     assert [duration(v) for v in (12, 200, 3599.7, 165_870)] == ["12s", "3m20s", "1h00m", "46h04m"]
     assert [significant(v) for v in (632.4, 41.84, 0.03121, 0)] == ["632", "41.8", "0.0312", "0"]
@@ -42,7 +42,7 @@ def test_numbers() -> None:
 
 
 def test_cut_and_append(tmp_path: Path) -> None:
-    """Records after the checkpoint go, and so does a line that a kill has cut short."""
+    """Drop the records after the checkpoint, and a last line that a kill has cut short."""
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path)
     for step in range(5):
@@ -57,7 +57,7 @@ def test_cut_and_append(tmp_path: Path) -> None:
 
 
 def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
-    """It names the line."""
+    """Check that the error names the line."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n{broken\n" + json.dumps({"step": 2}) + "\n")
     with pytest.raises(ValueError, match="line 2 of"):
@@ -65,7 +65,7 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
 
 
 def test_another_process_writes_nothing(tmp_path: Path) -> None:
-    """Only the first of several processes has the file."""
+    """Check that a process with `enabled=False` makes no file."""
     metrics = Metrics(tmp_path / "metrics.jsonl", enabled=False)
     metrics.cut(0)
     metrics.write("step", 1, loss=1.0)

@@ -23,14 +23,14 @@ Tensor = torch.Tensor
 
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[[torch.dtype], Yaongi]:
-    """The small model in a dtype."""
+    """Return a function that builds the small model in a dtype."""
     path = tmp_path / "small.toml"
     path.write_text(TOML)
     return lambda dtype: Yaongi(load_preset(path), dtype=dtype)
 
 
 def give_gradients(model: Yaongi, seed: int) -> dict[str, Tensor]:
-    """Random ones; the table's touch three rows."""
+    """Set random gradients and return them; those of the table touch three rows."""
     generator = torch.Generator().manual_seed(seed)
     given = {}
     for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ def give_gradients(model: Yaongi, seed: int) -> dict[str, Tensor]:
 
 
 def muon(weight: Tensor, gradients: list[Tensor], others: list[list[Tensor]]) -> Tensor:
-    """The weight after all steps, orthogonalised jointly with ``others``' gradients, which come after it."""
+    """Return the weight after all steps, orthogonalised jointly with the gradients `others`, which follow its own."""
     momenta = [torch.zeros_like(weight) for _ in range(1 + len(others))]
     for step, gradient in enumerate(gradients):
         directions = []
@@ -61,7 +61,7 @@ def muon(weight: Tensor, gradients: list[Tensor], others: list[list[Tensor]]) ->
 
 
 def adamw(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> Tensor:
-    """The weight after all steps."""
+    """Return the weight after all steps."""
     mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
     for step, g in enumerate(gradients, 1):
         mean, square = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g**2
@@ -71,7 +71,7 @@ def adamw(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> T
 
 
 def expected(name: str, role: Role, start: dict[str, Tensor], gradients: dict[str, list[Tensor]]) -> Tensor:
-    """What a parameter must be after the steps."""
+    """Return the value that a parameter must have after the steps."""
     weight, mine = start[name], gradients[name]
     if role.kind == "table":
         touched = mine[0].any(-1, keepdim=True)
@@ -90,7 +90,7 @@ def expected(name: str, role: Role, start: dict[str, Tensor], gradients: dict[st
 
 
 def test_every_role(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """Three steps of the whole model; Q, K and V of the two attention layers go jointly."""
+    """Do three steps of the model; Q, K and V of the two attention layers are each orthogonalised jointly."""
     model = build(torch.float64)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = RoleOptimizer(model, TRAIN, torch.float64)
@@ -113,7 +113,7 @@ def test_every_role(build: Callable[[torch.dtype], Yaongi]) -> None:
 
 
 def test_stacks_of_mamba_and_shared_experts(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """Each part of in_proj, out_proj and the shared experts' matrices go with those of the next layer of their kind."""
+    """Stack in_proj's parts, out_proj and the shared experts' matrices with those of the next layer of their kind."""
     model = build(torch.float64)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = RoleOptimizer(model, replace(TRAIN, stacked="mamba,shared"), torch.float64)
@@ -134,7 +134,7 @@ def test_stacks_of_mamba_and_shared_experts(build: Callable[[torch.dtype], Yaong
 
 
 def test_adamw_on_the_matrices(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """As torch's, each kind with its own rate; all else is as with Teon."""
+    """Compare with torch's AdamW, each kind with its own learning rate; everything else is as with Teon."""
     model, other = build(torch.float64), build(torch.float64)
     optimizer = RoleOptimizer(model, replace(TRAIN, matrix_optimizer="adamw"), torch.float64)
     usual = RoleOptimizer(other, TRAIN, torch.float64)
@@ -159,7 +159,7 @@ def test_adamw_on_the_matrices(build: Callable[[torch.dtype], Yaongi]) -> None:
 
 
 def test_masters(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """bfloat16 parameters are their float32 masters' casts, tiny steps add up in the masters, A_log has none."""
+    """Check that tiny steps add up in float32 master copies and that parameters are their casts; A_log has none."""
     model = build(torch.bfloat16)
     optimizer = RoleOptimizer(model, TRAIN, torch.bfloat16)
     optimizer.set_lr({kind: rate * 1e-4 for kind, rate in RATES.items()})
@@ -175,7 +175,7 @@ def test_masters(build: Callable[[torch.dtype], Yaongi]) -> None:
 
 
 def test_gradients_add_up_in_float32(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """256 + 1 is 256 in bfloat16."""
+    """Add 256 and 1, which would give 256 in bfloat16."""
     model = build(torch.bfloat16)
     RoleOptimizer(model, TRAIN, torch.bfloat16)
     weight = model.lm_head.weight
@@ -187,7 +187,7 @@ def test_gradients_add_up_in_float32(build: Callable[[torch.dtype], Yaongi]) -> 
 
 
 def test_rows_that_were_not_read_stay(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """Also their moments, and a dense gradient does the same as a sparse one, even if that names a row of zeros."""
+    """Check weights and moments, for dense and sparse gradients, also for a sparse one that lists a row of zeros."""
     torch.manual_seed(1)
     gradient = torch.randn(8, 3).mul_(torch.tensor([0, 1, 0, 0, 1, 0, 0, 0]).unsqueeze(1))
     results = []
@@ -205,7 +205,7 @@ def test_rows_that_were_not_read_stay(build: Callable[[torch.dtype], Yaongi]) ->
 
 
 def test_messages(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """A closure, and a parameter that has no gradient."""
+    """Check the errors for a closure and for a parameter without a gradient."""
     optimizer = RoleOptimizer(build(torch.float32), TRAIN, torch.float32)
     with pytest.raises(ValueError, match="closure must be None"):
         optimizer.step(lambda: 1.0)
@@ -215,7 +215,7 @@ def test_messages(build: Callable[[torch.dtype], Yaongi]) -> None:
 
 
 def same_bits(mine: RoleOptimizer, theirs: RoleOptimizer) -> bool:
-    """Whether all parameters and all of the state are equal."""
+    """Return whether all parameters and all state are equal."""
     left, right = mine.tensors(), theirs.tensors()
     pairs = [(left[name][key], right[name][key]) for name in right for key in right[name]]
     pairs += [(p, q) for a, b in zip(mine.param_groups, theirs.param_groups, strict=True)
@@ -224,9 +224,9 @@ def same_bits(mine: RoleOptimizer, theirs: RoleOptimizer) -> bool:
 
 
 def test_state_dict_round_trip(build: Callable[[torch.dtype], Yaongi], tmp_path: Path) -> None:
-    """Masters and counters come back bit for bit, in their own dtypes, and both go on alike.
+    """Restore master copies and counters bit for bit, in their own dtypes; then both optimizers continue alike.
 
-    Parameters without a master are the model's to save.
+    Parameters without a master copy are saved by the model, not by the optimizer.
     """
     models = [build(torch.bfloat16) for _ in range(2)]
     first, second = (RoleOptimizer(model, TRAIN, torch.bfloat16) for model in models)
@@ -246,7 +246,7 @@ def test_state_dict_round_trip(build: Callable[[torch.dtype], Yaongi], tmp_path:
 
 
 def test_state_of_other_stacks_is_refused(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """In one line, and nothing has changed."""
+    """Check that the error is one line, and that nothing has changed."""
     saved = RoleOptimizer(build(torch.float32), Training(batch_tokens=4096, row_tokens=64, stack=1), torch.float32)
     models = [build(torch.float32) for _ in range(2)]
     optimizer, untouched = (RoleOptimizer(model, TRAIN, torch.float32) for model in models)
@@ -256,7 +256,7 @@ def test_state_of_other_stacks_is_refused(build: Callable[[torch.dtype], Yaongi]
 
 
 def test_schedulers_of_torch(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """They change the groups' rates, and the next step takes those."""
+    """Check that a step uses the learning rates that a scheduler has set in the groups."""
     models = [build(torch.float64) for _ in range(2)]
     scheduled, told = (RoleOptimizer(model, TRAIN, torch.float64) for model in models)
     scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 0.5**step)
@@ -270,7 +270,7 @@ def test_schedulers_of_torch(build: Callable[[torch.dtype], Yaongi]) -> None:
 
 
 def test_frozen_parameters(build: Callable[[torch.dtype], Yaongi]) -> None:
-    """They stay, have no state, and a layer whose partner is frozen is orthogonalised alone."""
+    """Check that they stay and have no state, and that a matrix whose partner is frozen is orthogonalised alone."""
     model = build(torch.float64)
     frozen = [f"backbone.layers.{i}.mixer.q_proj.weight" for i in (2,)] + ["lm_head.weight"]
     for name in frozen:

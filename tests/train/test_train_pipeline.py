@@ -1,4 +1,4 @@
-"""``run_all_vessl.sh``: keys are read and not shown, mistakes are one line, and the miniature ends with a report."""
+"""`run_all_vessl.sh`: keys are read and not shown, mistakes are one line, and the smoke run ends with a report."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ not a line
 
 
 def test_dotenv(tmp_path: Path) -> None:
-    """Blanks, quotes and comments; nothing is evaluated, nothing printed."""
+    """Read blanks, quotes and comments; evaluate and print nothing."""
     (tmp_path / ".env").write_text(DOTENV)
     function = re.search(r"^read_dotenv\(\) \{.*?^\}", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
     assert function
@@ -39,27 +39,27 @@ def test_dotenv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stage", "cook"], "unknown stage cook"),
-        (["--what"], "unknown option --what"),
-        (["--preset"], "wanted a value"),
+        (["--stage", "cook"], "--stage must be one of env, data, tokenizer, tokens, train, report, got cook"),
+        (["--what"], "option must be one of those above, got --what"),
+        (["--preset"], "--preset must have a value, got none"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
-    """Before anything is done."""
+    """Check that a mistake is reported before anything is done."""
     done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr
 
 
 def test_help() -> None:
-    """The options."""
+    """Check that `--help` lists the options."""
     done = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
     assert "--smoke" in done.stdout
 
 
 @pytest.mark.long
 def test_smoke(tmp_path: Path) -> None:
-    """In a copy of the tree with this environment: twice, the second time nothing is left to do."""
+    """Run twice in a copy of the tree with this environment; the second time nothing is left to do."""
     tree = tmp_path / "tree"
     left_out = shutil.ignore_patterns(".git", ".venv", "runs", "build", "wandb", "__pycache__")
     shutil.copytree(ROOT, tree, ignore=left_out)
@@ -79,6 +79,6 @@ def test_smoke(tmp_path: Path) -> None:
 
 
 def run_stage(tree: Path, stage: str) -> subprocess.CompletedProcess[str]:
-    """One stage of the miniature."""
+    """Run one stage of the smoke run."""
     command = ["./run_all_vessl.sh", "--smoke", "--stage", stage]
     return subprocess.run(command, capture_output=True, text=True, cwd=tree, env=environment(PYTHONPATH=str(tree)))

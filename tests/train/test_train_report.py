@@ -1,4 +1,4 @@
-"""The report, the plan and the memory it predicts."""
+"""The report, the plan and its predicted memory."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from yaongi.train.report.page import write_report
 
 
 def test_messages(tmp_path: Path) -> None:
-    """No run, no step, no benchmark, no JSON."""
+    """Check the errors for no run, no step, no benchmark file, and a file that is not such JSON."""
     with pytest.raises(FileNotFoundError, match=r"no metrics.jsonl in .*; train first"):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
@@ -32,7 +32,7 @@ def test_messages(tmp_path: Path) -> None:
 
 
 def test_with_benchmarks(tokens: Path, tmp_path: Path) -> None:
-    """As a command of its own, with the kernels' panels; samples and settings are escaped."""
+    """Run the report's own command with the panels on kernels; samples and settings are escaped."""
     out = tmp_path / "run"
     assert run(tokens, out, "--stop-after", "2").returncode == 0
     info = {"of_floor": 0.5, "x torch": 2.0, "x quack": 1.2}
@@ -46,7 +46,7 @@ def test_with_benchmarks(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_peak_mode_counts_what_is_alive() -> None:
-    """Two tensors at once are the peak; views and what is done in place are no memory."""
+    """Check that two tensors alive at once are the peak, and that views and in-place operations take no memory."""
     with PeakMode() as mode:
         a = torch.empty(1000, device="meta")
         b = a.view(10, 100)[2:].add_(1)
@@ -59,7 +59,7 @@ def test_peak_mode_counts_what_is_alive() -> None:
 
 
 def test_predicted_memory(tokens: Path, tmp_path: Path) -> None:
-    """Within 25 % of what the process took at its fullest."""
+    """Check that the prediction is within 25 % of the process's peak memory."""
     out = tmp_path / "run"
     more = ("--model.hidden-size", "256", "--batch-tokens", "32768", "--row-tokens", "512", "--micro-rows", "32")
     done = run(tokens, out, *more, "--mix", "ko=1", "--stop-after", "2", "--sample-tokens", "0", "--evaluate-rows", "1")
@@ -71,7 +71,7 @@ def test_predicted_memory(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan says so and what to try."""
+    """Check that the plan says so, and what to try."""
     config = config_of(tokens, tmp_path / "run", "--micro-rows", "8")
     tokenizer = Tokenizer.load(tokens / "tokenizer")
     plan = make_plan(config, tokenizer, ALONE)
@@ -81,7 +81,7 @@ def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _: low)
     monkeypatch.setattr("yaongi.train.plan.memory.resident_bytes", lambda: parts.base)
     assert "try --micro-rows" in make_plan(config, tokenizer, ALONE).advice
-    for policy in ("all", "mamba"):  # the second needs more room, and costs less time
+    for policy in ("all", "mamba"):  # mamba needs more memory than all, but less time
         config = config_of(tokens, tmp_path / "run", "--micro-rows", "1", "--recompute", policy)
         low = make_plan(config, tokenizer, ALONE).memory.total / 0.93 + 1
         monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _, low=low: low)
@@ -92,7 +92,7 @@ def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_micro_batches_divide_the_batch(tokens: Path, tmp_path: Path) -> None:
-    """The largest divisor that fits; a wrong one is refused."""
+    """Choose the largest divisor that fits, and refuse a number that doesn't divide."""
     config = config_of(tokens, tmp_path / "run")
     assert micro_rows(config, ALONE, 5) == 4
     assert micro_rows(config, World(0, 2, torch.device("cpu")), 100) == 4

@@ -1,4 +1,4 @@
-"""A run from its start to its end: resumed, stopped, refused, and what it leaves."""
+"""A run from start to end: resumed, stopped, refused, and the files that it leaves."""
 
 import fcntl
 import hashlib
@@ -24,7 +24,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without interruption, with a secret in its environment and a wandb server that isn't there."""
+    """Return the folder of an uninterrupted run, with a secret in its environment and an unreachable wandb server."""
     out = tmp_path_factory.mktemp("whole") / "run"
     keys = {"WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = run(tokens, out, "--wandb", "auto", "--tensorboard", **keys)
@@ -34,7 +34,7 @@ def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_a_run_leaves(whole: Path) -> None:
-    """Metrics, TensorBoard, an offline wandb run, a report that needs nothing beside it, and lines."""
+    """Check metrics, TensorBoard, an offline wandb run, a self-contained report, and the printed lines."""
     assert [step for step, *_ in losses(whole)] == list(range(1, 13))
     assert losses(whole)[-1][1] < losses(whole)[0][1] - 0.5
     assert list((whole / "tensorboard").iterdir())
@@ -49,13 +49,13 @@ def test_what_a_run_leaves(whole: Path) -> None:
 
 
 def test_no_secret_anywhere(whole: Path) -> None:
-    """Not in a log, a configuration or a checkpoint."""
+    """Check that the secret is not in a log, a configuration or a checkpoint."""
     for path in whole.rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
 
 
 def test_the_model_folder(whole: Path) -> None:
-    """It loads without the trainer, with its tokenizer, and holds the last step's weights."""
+    """Load it without the trainer, with its tokenizer, and compare with the last step's weights."""
     model = Yaongi.from_pretrained(whole / "model")
     assert Tokenizer.load(whole / "model").vocab_size == model.config.vocab_size
     saved = final_tensors(whole)
@@ -65,7 +65,7 @@ def test_the_model_folder(whole: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves(tokens: Path, tmp_path: Path, whole: Path, number: int) -> None:
-    """The command it prints goes on; the end is the uninterrupted run's, bit for bit."""
+    """Resume with the command that it prints; the end equals that of the uninterrupted run, bit for bit."""
     out = tmp_path / "run"
     process = subprocess.Popen(
         command(tokens, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
@@ -88,21 +88,21 @@ def test_a_signal_saves(tokens: Path, tmp_path: Path, whole: Path, number: int) 
 
 
 def assert_same_tensors(out: Path, whole: Path) -> None:
-    """Two runs ended with the same checkpoint, bit for bit."""
+    """Check that two runs ended with the same checkpoint, bit for bit."""
     mine, theirs = final_tensors(out), final_tensors(whole)
     assert mine.keys() == theirs.keys()
     assert [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])] == []
 
 
 def test_a_finished_run_is_left_alone(tokens: Path, whole: Path) -> None:
-    """The same command again trains nothing and fails at nothing."""
+    """Run the same command again: it trains nothing and succeeds."""
     before = (whole / "metrics.jsonl").read_text()
     assert run(tokens, whole).returncode == 0
     assert (whole / "metrics.jsonl").read_text() == before
 
 
 def test_another_configuration(tokens: Path, whole: Path, tmp_path: Path) -> None:
-    """Refused with what differs; ``--fresh`` starts anew."""
+    """Refuse it and name the differences; `--fresh` starts from scratch."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     refused = run(tokens, out, "--matrix-lr", "0.01")
@@ -115,7 +115,7 @@ def test_another_configuration(tokens: Path, whole: Path, tmp_path: Path) -> Non
 
 
 def test_dry_run(tokens: Path, tmp_path: Path) -> None:
-    """The plan, and nothing is written."""
+    """Print the plan and write nothing."""
     done = run(tokens, tmp_path / "run", "--dry-run", "--dollars-per-hour", "3600")
     assert done.returncode == 0
     for text in ("parameters", "12 steps of 8 x 64", "fits", "about $"):
@@ -124,7 +124,7 @@ def test_dry_run(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_two_runs_in_a_folder(tokens: Path, tmp_path: Path) -> None:
-    """The second one is refused."""
+    """Refuse the second one."""
     out = tmp_path / "run"
     out.mkdir()
     with (out / ".lock").open("w") as lock:
@@ -135,7 +135,7 @@ def test_two_runs_in_a_folder(tokens: Path, tmp_path: Path) -> None:
 
 
 def spoil_shard(folder: Path) -> None:
-    """One bit."""
+    """Flip one bit."""
     file = next((folder / "train").glob("*.bin"))
     content = bytearray(file.read_bytes())
     content[100] ^= 1
@@ -143,20 +143,20 @@ def spoil_shard(folder: Path) -> None:
 
 
 def cut_shard(folder: Path) -> None:
-    """The last byte is missing."""
+    """Remove the last byte."""
     file = next((folder / "train").glob("*.bin"))
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def change_tokenizer(folder: Path) -> None:
-    """Of another text."""
+    """Put in a tokenizer of another text."""
     from yaongi.data.tokenizer import train_tokenizer
 
     train_tokenizer(documents(9, 100), 520).save(folder / "tokenizer")
 
 
 def put_an_id_out_of_range(folder: Path) -> None:
-    """In a shard whose hash is right."""
+    """Put one into a shard, with the right hash in the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for domain in manifest["splits"]["train"].values():
         for shard in domain["shards"]:
@@ -167,7 +167,7 @@ def put_an_id_out_of_range(folder: Path) -> None:
 
 
 def drop_domain(folder: Path) -> None:
-    """No mathematics."""
+    """Remove mathematics."""
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["splits"]["train"]["math"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -185,7 +185,7 @@ def drop_domain(folder: Path) -> None:
     ],
 )
 def test_data_that_is_wrong(tokens: Path, tmp_path: Path, spoil: object, message: str) -> None:
-    """One line, exit code 1, no step."""
+    """Check for one line, exit code 1 and no step."""
     folder = tmp_path / "tokens"
     shutil.copytree(tokens, folder)
     spoil(folder)  # type: ignore[operator]
@@ -198,7 +198,7 @@ def test_data_that_is_wrong(tokens: Path, tmp_path: Path, spoil: object, message
 
 
 def test_other_data_than_the_run_s(tokens: Path, whole: Path, tmp_path: Path) -> None:
-    """The position in one order means nothing in another."""
+    """Refuse to resume: a position in one training order has no meaning in another."""
     folder = tmp_path / "tokens"
     shutil.copytree(tokens, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -211,7 +211,7 @@ def test_other_data_than_the_run_s(tokens: Path, whole: Path, tmp_path: Path) ->
 def test_an_operation_without_a_deterministic_form(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is named, with the option to add; torch's own message says what no user of a trainer can type."""
+    """Name it and the option to add; the advice of torch's own message is no command-line option."""
 
     def refuse(*_: object) -> int:
         torch.zeros(4, 4).put_(torch.tensor([0]), torch.ones(1))
@@ -242,10 +242,10 @@ def test_out_of_gpu_memory(
     more: tuple[str, ...],
     advice: str,
 ) -> None:
-    """The part and the setting to change, in one line."""
+    """Name the part of the step and the setting to change, in one line."""
 
     def refuse(logits: torch.Tensor, *rest: Any) -> Any:
-        if logits.is_meta:  # the plan's trial
+        if logits.is_meta:  # the plan's count on the meta device
             return moe_route(logits, *rest)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79")
 

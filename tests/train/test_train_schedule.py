@@ -8,7 +8,7 @@ from yaongi.train.schedule import Schedule
 
 
 def test_wsd() -> None:
-    """A linear rise, the peak, and a linear fall that ends at the final rate."""
+    """Check the linear warm-up, the peak, and the linear decay to the final rate."""
     schedule = Schedule(1000, "wsd", warmup=0.01, decay=0.2, final=1e-5)
     rates = [schedule.lr(step, 0.02) for step in range(1000)]
     assert rates[0] == pytest.approx(0.002)
@@ -22,7 +22,7 @@ def test_wsd() -> None:
 
 
 def test_cosine() -> None:
-    """Half way down the fall the rate is half way between peak and final."""
+    """Check that half way through the decay the rate is half way between peak and final."""
     schedule = Schedule(101, "cosine", warmup=0.0, final=0.0)
     assert schedule.lr(100, 1.0) == pytest.approx(0.0, abs=1e-12)
     assert schedule.lr(49, 1.0) == pytest.approx(0.5, abs=0.01)
@@ -32,18 +32,18 @@ def test_cosine() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["wsd", "cosine"])
 def test_runs_of_few_steps(steps: int, kind: str) -> None:
-    """Nothing divides by zero, and no rate exceeds the peak."""
+    """Check that nothing divides by zero, and that no rate exceeds the peak."""
     schedule = Schedule(steps, kind)  # type: ignore[arg-type]
     assert all(0 < schedule.lr(step, 0.02) <= 0.02 for step in range(steps))
 
 
 def test_a_final_rate_above_the_peak_is_no_rise() -> None:
-    """The table of small rates keeps its own peak."""
+    """Check that a parameter group with a peak below `final_lr` ends at its own peak."""
     assert Schedule(10, final=1.0).lr(9, 0.02) == pytest.approx(0.02)
 
 
 def test_messages() -> None:
-    """Shares that don't fit, a wrong kind, no steps."""
+    """Check the errors for shares that don't fit, a wrong kind and no steps."""
     with pytest.raises(ValueError, match=r"warmup \+ decay must be 0 to 1, got 0.5 \+ 0.6"):
         Schedule(10, warmup=0.5, decay=0.6)
     with pytest.raises(ValueError, match="kind must be wsd or cosine, got 'linear'"):

@@ -1,4 +1,4 @@
-"""One step: exact whatever the micro-batches, clipped, and nothing happens when it is bad."""
+"""One step: exact for any micro-batch size, clipped, and without an update if it is bad."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ EXACT = ("--dtype", "float64")
 
 
 def weights(session: Session) -> dict[str, torch.Tensor]:
-    """Copies of everything a model holds."""
+    """Return copies of the model's parameters and buffers."""
     return {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
 
 
 def train(session: Session, steps: int) -> list[float]:
-    """Losses of some steps."""
+    """Train some steps and return their losses."""
     with session:
         batches = session.batches()
         for _ in range(steps):
@@ -28,7 +28,7 @@ def train(session: Session, steps: int) -> list[float]:
 
 
 def test_micro_batches_don_t_matter(tokens: Path, tmp_path: Path) -> None:
-    """One pass of 8 rows, or 8 of one: the same losses and weights, though rows have different numbers of targets."""
+    """Compare one pass of 8 rows with 8 of one: the same losses and weights, though rows differ in their targets."""
     results = []
     for rows in ("8", "1"):
         session = session_of(tokens, tmp_path / rows, *EXACT, "--micro-rows", rows, "--z-loss", "1e-3")
@@ -39,14 +39,14 @@ def test_micro_batches_don_t_matter(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_recompute_changes_nothing(tokens: Path, tmp_path: Path) -> None:
-    """It only costs time."""
+    """Check that recomputation only takes time."""
     policies = ("none", "all", "mamba,4")
     plain, *again = (train(session_of(tokens, tmp_path / p, "--recompute", p), 2) for p in policies)
     assert again == [plain, plain]
 
 
 def test_clipping(tokens: Path, tmp_path: Path) -> None:
-    """The norm is that of all gradients together, and what reaches the optimizer has the wanted one."""
+    """Check that the norm is that of all gradients together, and that the optimizer gets gradients with the limit's."""
     session = session_of(tokens, tmp_path / "run", *EXACT, "--clip", "0.01")
     seen: list[float] = []
 
@@ -60,7 +60,7 @@ def test_clipping(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_the_router_s_bias_follows_the_whole_batch(tokens: Path, tmp_path: Path) -> None:
-    """One step of 1e-3 against the load of all micro-batches."""
+    """Check one step of 1e-3 by the load of all micro-batches."""
     session = session_of(tokens, tmp_path / "run", "--micro-rows", "2")
     loads: list[torch.Tensor] = []
     update = session.model.update_router_bias
@@ -73,9 +73,9 @@ def test_the_router_s_bias_follows_the_whole_batch(tokens: Path, tmp_path: Path)
 
 
 def test_a_nan_in_a_gradient(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is updated, the tensor and the rows are named, and after one too many the run stops."""
+    """Update nothing, name the tensor and the rows, and stop the run after one bad step too many."""
     session = session_of(tokens, tmp_path / "run", "--bad-steps", "1")
-    name = "backbone.layers.0.norm.weight"  # of a projection autograd never sees the gradient
+    name = "backbone.layers.0.norm.weight"  # not a projection: autograd never sees its gradient
     before = weights(session)
     with session:
         batches = session.batches()
@@ -90,7 +90,7 @@ def test_a_nan_in_a_gradient(tokens: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_nan_in_a_weight(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The weight is named, not what it spoils, and no checkpoint is made of it."""
+    """Name the weight, not the tensors that it spoils, and save no checkpoint with it."""
     session = session_of(tokens, tmp_path / "run")
     name = "backbone.layers.0.mixer.out_proj.weight"
     with session:
@@ -109,7 +109,7 @@ def test_a_nan_in_a_weight(tokens: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_run_goes_on_after_a_bad_step(tokens: Path, tmp_path: Path) -> None:
-    """The data moves on, and the step is recorded."""
+    """Check that the next step has new data, and that the bad step is recorded."""
     session = session_of(tokens, tmp_path / "run")
     with session:
         batches = session.batches()

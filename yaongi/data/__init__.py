@@ -1,13 +1,13 @@
-"""Text to batches.
+"""The data pipeline, from text to batches.
 
-The rooms, in the order in which text passes through them:
+Its modules, in the order in which text passes through them:
 
 * `sources`: where documents come from;
-* `text`, `dedup`, `decontaminate`: what is kept of them;
-* `tokenizer`: documents to ids and back, losslessly; `hf_tokenizer`: the same for others;
+* `text`, `dedup`, `decontaminate`: which documents are kept;
+* `tokenizer`: documents to ids and back, losslessly; `hf_tokenizer`: the same tokenizer in Hugging Face's format;
 * `shards`: ids on disk, checked by hash;
 * `mix`, `permute`, `loader`: ids to batches, as a pure function of (seed, sample);
 * `stages`: the commands of `python -m yaongi.data`, one file each.
 
-`loader` needs numpy and torch only; the other rooms import their libraries where they use them.
+`loader` needs only numpy and torch; the other modules import their libraries where they use them.
 """

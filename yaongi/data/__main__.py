@@ -1,4 +1,4 @@
-"""`python -m yaongi.data download|tokenizer|tokenize|inspect`: from sources to token shards, one stage each."""
+"""`python -m yaongi.data download|tokenizer|tokenize|inspect`: the stages from sources to token shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ Sources = Annotated[
 
 @dataclass(frozen=True)
 class Download:
-    """Bring the public data sets of the 15 B-token mix to disk. Goes on where it was interrupted."""
+    """Download the public data sets of the 15 B-token mix. Resumes where it was interrupted."""
 
-    out: Path = Path("data/raw")  # folder to write, a source for the other stages
-    tokens: float = 15e9  # budget for the whole mix
-    only: tuple[str, ...] = ()  # names of sources; all if none
-    mirror: Path | None = None  # read MIRROR/owner/name/... instead of the hub
+    out: Path = Path("data/raw")  # folder to write; it is a --source for the other stages
+    tokens: float = 15e9  # tokens to download in all; each data set gets its share
+    only: tuple[str, ...] = ()  # names of the data sets to download; none: all
+    mirror: Path | None = None  # read a local copy, MIRROR/owner/name/..., instead of the hub; None: the hub
 
     def run(self) -> None:
         from yaongi.data.stages.download import Places, download
@@ -32,13 +32,13 @@ class Download:
 
 @dataclass(frozen=True)
 class TrainTokenizer:
-    """Train the tokenizer on the sources, mixed at their ratios."""
+    """Train the tokenizer on a mix of the sources. Does nothing when the result is up to date."""
 
     source: Sources = ("embedded",)
     out: Path = Path("data/tokenizer")  # folder to write
-    vocab_size: int = 32768  # pieces in all
-    mix: str = DEFAULT_MIX_TEXT  # shares per domain, by bytes
-    megabytes: float = 60.0  # text to train on
+    vocab_size: int = 32768  # size of the vocabulary
+    mix: str = DEFAULT_MIX_TEXT  # shares of the domains in the training text, by bytes
+    megabytes: float = 60.0  # megabytes of text to train on
 
     def run(self) -> None:
         from yaongi.data.stages.train_tokenizer import train_on_sources
@@ -48,16 +48,19 @@ class TrainTokenizer:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Write token shards of the sources: NFC, without duplicates and benchmark texts. Does nothing when up to date."""
+    """Write the sources as token shards: text in NFC, without duplicates and benchmark texts.
+
+    Does nothing when the result is up to date.
+    """
 
     source: Sources = ("embedded",)
     tokenizer: Path = Path("data/tokenizer")  # folder of the tokenizer
     out: Path = Path("data/tokens")  # folder to write
-    held_out: float = 0.005  # share of documents to hold out where a domain has no val/
+    held_out: float = 0.005  # share of the documents to hold out where a domain has no val/ of its own
     near_duplicates: bool = True  # drop near duplicates too (MinHash), not only exact ones
-    benchmark: tuple[str, ...] = ()  # kmmlu, haerae, logickor, gsm8k (hub), or files: drop documents that quote them
+    benchmark: tuple[str, ...] = ()  # drop documents that quote these: kmmlu, haerae, logickor, gsm8k, or files
     shard_tokens: int = 100_000_000  # tokens per shard
-    workers: int = 0  # processes; 0: one per core
+    workers: int = 0  # worker processes; 0: one per core
 
     def run(self) -> None:
         from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
@@ -69,10 +72,10 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Check a folder of token shards, and show what is in it."""
+    """Check the files of a folder of token shards, and show its contents."""
 
-    folder: Path = Path("data/tokens")  # folder of token shards
-    samples: int = 1  # documents to show from each domain
+    folder: Path = Path("data/tokens")  # folder of the token shards
+    samples: int = 1  # held-out documents to show per domain
 
     def run(self) -> None:
         from yaongi.data.stages.inspect_shards import inspect_shards
@@ -81,7 +84,7 @@ class Inspect:
 
 
 def main() -> None:
-    """Parse the command line and run one stage; what goes wrong is one line on stderr, exit code 1."""
+    """Run one stage; an error is one line on standard error, and exit code 1."""
     stage = tyro.extras.subcommand_cli_from_dict(
         {"download": Download, "tokenizer": TrainTokenizer, "tokenize": Tokenize, "inspect": Inspect},
         prog="python -m yaongi.data",

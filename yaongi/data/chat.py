@@ -1,4 +1,4 @@
-"""One way to write a conversation as text, in Python and as the template that Hugging Face reads."""
+"""The chat format: a conversation as text, in Python and as a template for Hugging Face."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ CHAT_TEMPLATE = (
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]]) -> str:
-    """`<|im_start|>role⏎content<|im_end|>⏎` for each message that has content.
+    """Return `<|im_start|>role⏎content<|im_end|>⏎` for each message that has content.
 
     Raises:
-        ValueError: a message without a role.
+        ValueError: a message has no role.
     """
     parts = []
     for message in messages:

@@ -1,7 +1,7 @@
-"""Benchmark texts must not be trained on: a document that shares 13 words in a row with one is dropped.
+"""Decontamination: a document that shares 13 words in a row with a benchmark item must not be trained on.
 
-Korean questions are often shorter than 13 words. An item of 8 to 12 words is therefore looked for whole; a shorter one
-is too common a phrase to tell anything.
+Korean questions are often shorter than 13 words. Of an item with 8 to 12 words, all words in a row must match. Items
+with fewer words are ignored, because such phrases are too common.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ SHORTEST = 8
 
 @dataclass(frozen=True)
 class HubBenchmark:
-    """A benchmark on the hub: every split of every config that is scored."""
+    """A benchmark on the hub: the configs and splits whose items are excluded from training."""
 
     id: str
     configs: tuple[str, ...] | None = None  # None: all of them
@@ -29,7 +29,7 @@ class HubBenchmark:
 
 
 HUB_BENCHMARKS: Mapping[str, HubBenchmark] = {
-    "kmmlu": HubBenchmark("HAERAE-HUB/KMMLU"),  # its train split too: it must never enter
+    "kmmlu": HubBenchmark("HAERAE-HUB/KMMLU"),  # its train split too, which must never be trained on
     "haerae": HubBenchmark("HAERAE-HUB/HAE_RAE_BENCH_1.1"),
     "logickor": HubBenchmark("maywell/LogicKor"),
     "gsm8k": HubBenchmark("openai/gsm8k", ("main",), ("test",)),
@@ -37,10 +37,14 @@ HUB_BENCHMARKS: Mapping[str, HubBenchmark] = {
 
 
 class Benchmarks:
-    """The word runs of the benchmarks, as sorted 64-bit hashes by length."""
+    """The word n-grams of the benchmarks: by length, their sorted 64-bit hashes."""
 
     def __init__(self, items: Iterable[str]) -> None:
-        """`items`: the texts of the benchmarks, a question with its choices each."""
+        """Hash the n-grams of all items.
+
+        Args:
+            items: texts of the benchmarks, each a question with its choices.
+        """
         by_length: dict[int, list[NDArray[np.uint64]]] = {}
         self.items = 0
         for item in items:
@@ -52,7 +56,7 @@ class Benchmarks:
         self._hashes = {length: np.unique(np.concatenate(parts)) for length, parts in sorted(by_length.items())}
 
     def touches(self, words: NDArray[np.uint64]) -> bool:
-        """Whether a document, given as the hashes of its words, shares a run of words with an item."""
+        """Return whether a document, given as the hashes of its words, shares an n-gram with an item."""
         for length, known in self._hashes.items():
             grams = ngram_hashes(words, length)
             places = np.minimum(np.searchsorted(known, grams), len(known) - 1)
@@ -65,12 +69,12 @@ class Benchmarks:
 
 
 def benchmark_texts(names: Sequence[str]) -> Iterator[str]:
-    """The items of local files or folders, or of `kmmlu`, `haerae`, `logickor`, `gsm8k` from the hub.
+    """Yield the items of local files or folders, or of `kmmlu`, `haerae`, `logickor`, `gsm8k` from the hub.
 
-    A row's strings are joined, lists too; a .txt gives an item a line.
+    An item is a row with all its strings joined, those in lists too; in a .txt file it is a line.
 
     Raises:
-        ValueError: a name that is neither, or a benchmark without items.
+        ValueError: a name is neither a path nor a known benchmark, or a benchmark has no items.
     """
     for name in names:
         if Path(name).exists():

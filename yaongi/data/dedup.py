@@ -1,4 +1,4 @@
-"""Documents seen before: the same text exactly, or nearly (MinHash over runs of five words, datasketch's index)."""
+"""Deduplication: documents seen before, exactly or nearly (MinHash over runs of five words, datasketch's index)."""
 
 import hashlib
 from functools import cache
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 PERMUTATIONS = 64
 SHINGLE_WORDS = 5
 THRESHOLD = 0.8
-_BATCH = 1024  # its hashes stay in the cache
+_BATCH = 1024  # shingles hashed at once: their hashes fit into the processor's cache
 _LARGEST = 2**32 - 1
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that two texts share only when they are the same, blank edges aside."""
+    """Return 16 bytes that two texts share only if they are equal up to surrounding white space."""
     return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
 
 
 def signature(words: NDArray[np.uint64]) -> NDArray[Any] | None:
-    """The MinHash of a document from the hashes of its words: (64,), or None when it has fewer than five words.
+    """Return the MinHash of a document, (64,), from the hashes of its words; None for fewer than five words.
 
-    Each of the 64 orders of the shingles is multiply-shift hashing (Dietzfelbinger 1996), eight times as fast as
-    datasketch's update with its Python loop; the index takes either.
+    Each of the 64 hash functions on shingles is multiply-shift hashing (Dietzfelbinger 1996). This is eight times as
+    fast as datasketch's update with its Python loop, and the index accepts either.
     """
     shingles = ngram_hashes(words, SHINGLE_WORDS)
     if not shingles.size:
@@ -43,21 +43,25 @@ def signature(words: NDArray[np.uint64]) -> NDArray[Any] | None:
 
 @cache
 def _permutations() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """An odd multiplier and an offset for each hash: (64, 1) and (64, 1)."""
+    """Return an odd multiplier and an offset for each hash function: (64, 1) and (64, 1)."""
     drawn = np.random.default_rng(0).integers(1 << 64, size=(2, PERMUTATIONS, 1), dtype=np.uint64)
     return drawn[0] | np.uint64(1), drawn[1]
 
 
 class Seen:
-    """What came before. Documents must be offered in a fixed order for the choice to be the same again."""
+    """The documents seen so far. The first of several duplicates is kept, so a fixed order gives a fixed result."""
 
     def __init__(self, *, near: bool = True) -> None:
-        """`near`: look for near duplicates too; that costs about 2 kB of memory per document."""
+        """Start with no documents.
+
+        Args:
+            near: look for near duplicates too; that takes about 2 kB of memory per document.
+        """
         self._digests: set[bytes] = set()
         self._index = _new_index() if near else None
 
     def kind(self, key: bytes, sketch: NDArray[Any] | None) -> str | None:
-        """`"exact"` or `"near"` for a document seen before; None for a new one, which is then remembered."""
+        """Return "exact" or "near" for a document seen before; None for a new one, which is then remembered."""
         if key in self._digests:
             return "exact"
         self._digests.add(key)
@@ -73,7 +77,7 @@ class Seen:
 
 @cache
 def _blank() -> "MinHash":
-    """An empty MinHash to copy: making one draws permutations, which costs more than a signature."""
+    """Return an empty MinHash to copy: making one draws permutations, which takes longer than a signature."""
     from datasketch import MinHash
 
     return MinHash(num_perm=PERMUTATIONS)

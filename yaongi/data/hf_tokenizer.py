@@ -1,9 +1,10 @@
 """`tokenizer.json` and `tokenizer_config.json` for Hugging Face, with the ids of the SentencePiece model.
 
-SentencePiece's blank mark never enters these files: pieces are stored with real blanks, so that a typed U+2581 is an
-unknown character and falls back to its three bytes, as in `Tokenizer`. User-defined pieces are matched in the text
-by both. Control pieces are *special* tokens here, as every Hugging Face tool expects: their names inside a text are
-matched, unless it is called with `split_special_tokens=True`; `Tokenizer` always reads them as plain text.
+These files don't contain SentencePiece's blank mark, U+2581: pieces are stored with real blanks. So a typed U+2581 is
+an unknown character and falls back to its three bytes, as in `Tokenizer`. User-defined pieces are matched in the text
+here and in `Tokenizer`. Control pieces are *special* tokens here, as every Hugging Face tool expects: their names
+inside a text are matched, unless the tokenizer is called with `split_special_tokens=True`. `Tokenizer` always reads
+them as plain text.
 """
 
 import json
@@ -16,7 +17,12 @@ from yaongi.files import write_atomically
 
 
 def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: Path) -> None:
-    """Write both files into `folder`: `pieces` by id, `byte_pieces` those of them that stand for one byte."""
+    """Write both files into `folder`.
+
+    Args:
+        pieces: all pieces, by id.
+        byte_pieces: those pieces that stand for one byte.
+    """
     write_atomically(folder / "tokenizer.json", tokenizer_json(pieces, byte_pieces).encode())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -34,7 +40,7 @@ def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: 
 
 
 def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str]) -> str:
-    """The text of `tokenizer.json`."""
+    """Return the text of `tokenizer.json`."""
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as HfTokenizer
 
@@ -44,7 +50,7 @@ def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str]) -> str:
         raise ValueError(f"tokenizer: pieces must be {len(pieces)} different ones, got {len(vocab)}")
     model = models.BPE(vocab, _merges(vocab, byte_pieces), unk_token=CONTROL_PIECES[1], byte_fallback=True)
     result = HfTokenizer(model)
-    result.normalizer = normalizers.NFC()  # changes nothing on text that Python has normalised
+    result.normalizer = normalizers.NFC()  # changes nothing in text that Python has normalised
     result.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     result.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in CONTROL_PIECES])
     result.add_tokens([AddedToken(piece, normalized=False) for piece in USER_PIECES])
@@ -52,7 +58,7 @@ def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str]) -> str:
 
 
 def _merges(vocab: dict[str, int], byte_pieces: Collection[str]) -> list[tuple[str, str]]:
-    """Every way to make a learnt piece of two others, in the order of the piece's id, which is its rank."""
+    """Return every way to merge two learnt pieces into a third, in the order of the third's id, which is its rank."""
     learnt = set(vocab) - set(CONTROL_PIECES) - set(USER_PIECES) - set(byte_pieces)
     return [
         (piece[:cut], piece[cut:])

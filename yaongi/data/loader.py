@@ -1,13 +1,13 @@
-"""Batches of packed rows, as a pure function of (seed, sample number). Needs numpy and torch only.
+"""Batches of packed rows, as a pure function of (seed, sample number). Needs only numpy and torch.
 
-A row is `row_tokens` consecutive ids of the token stream of one domain; rows don't overlap, and the few tokens after
-the last whole row are not used. Sample `n` gets its domain from the mixture (`mix.Mixture`), and is the `k`-th of
-that domain: epoch `k // rows`, and within the epoch the row that a seeded permutation (`permute`) puts at
-`k % rows`. So what step 1200 trains on does not depend on how many processes, workers or micro-batches there are, nor
-on what was read before; the position of a run is one number.
+A packed row is `row_tokens` consecutive ids of one domain's token stream; rows don't overlap, and the few tokens after
+the last full row are not used. Sample `n` gets its domain from the mixture (`mix.Mixture`). As the `k`-th sample of
+that domain it belongs to epoch `k // rows`, and is the row that the epoch's seeded permutation (`permute`) puts at
+place `k % rows`. So the data of step 1200 does not depend on the number of processes, workers or micro-batches, nor on
+what was read before, and the position of a run is one number.
 
-Documents are cut at EOS, which belongs to the document it ends. `document_ids` count from 0 in each row; the model
-predicts a token from the one before it in the same document.
+Documents end with EOS, which belongs to the document that it ends. `document_ids` count from 0 in each row; the model
+predicts a token from the tokens before it in the same document.
 """
 
 import queue
@@ -30,7 +30,7 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for a step or a part of it."""
+    """Packed rows: a global batch or a part of it."""
 
     input_ids: torch.Tensor  # (B, L) int64
     document_ids: torch.Tensor  # (B, L) int32, not decreasing within a row, from 0
@@ -38,7 +38,7 @@ class Batch:
     samples: torch.Tensor  # (B,) int64, sample numbers
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, so that copies to a GPU run beside its work."""
+        """Return the same batch in page-locked memory, so that copies to the GPU overlap with its work."""
         return Batch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
 
 
@@ -48,7 +48,7 @@ class HeldOut:
 
     input_ids: torch.Tensor  # (R, L) int64
     document_ids: torch.Tensor  # (R, L) int32
-    predicted: torch.Tensor  # (R, L) bool: positions t whose token is predicted from t - 1 and counts (text, not EOS)
+    predicted: torch.Tensor  # (R, L) bool: whether the token counts, that is, is text predicted within its document
     text_bytes: torch.Tensor  # (R,) int64: UTF-8 bytes of the predicted tokens of a row
 
 
@@ -62,7 +62,7 @@ class TokenStream:
         self.tokens = int(self._starts[-1])
 
     def read(self, start: int, count: int) -> NDArray[np.uint16]:
-        """Ids `start` to `start + count`: (count,)."""
+        """Return the ids `start` to `start + count`: (count,)."""
         out = np.empty(count, TOKEN)
         filled = 0
         part = int(np.searchsorted(self._starts, start, "right")) - 1
@@ -92,14 +92,14 @@ class Loader:
 
         Args:
             row_tokens: L, the length of a row.
-            batch_rows: rows of a global batch: of one optimizer step, all processes and micro-batches together.
-            mix: shares per domain; `mix.DEFAULT_MIX` if None.
-            tokenizer_hash: what the shards must have been made with; not compared if None.
+            batch_rows: rows per global batch, that is per optimizer step over all processes and micro-batches.
+            mix: shares of the domains; `mix.DEFAULT_MIX` if None.
+            tokenizer_hash: hash of the tokenizer that the shards must have been made with; not checked if None.
 
         Raises:
-            FileNotFoundError: no manifest, or a file of it is missing.
-            ValueError: another tokenizer, a truncated or changed file, a domain of the mix that the shards lack or
-                that does not fill one row.
+            FileNotFoundError: there is no manifest, or a file that it lists is missing.
+            ValueError: the shards were made with another tokenizer, a file was truncated or changed, or a domain of the
+                mix is missing or does not fill one row.
         """
         if row_tokens < 2 or batch_rows < 1:
             raise ValueError(
@@ -116,7 +116,7 @@ class Loader:
         self.samples = 0  # consumed so far by `stream`
 
     def read(self, samples: Iterable[int]) -> Batch:
-        """The rows of the given sample numbers (B,), whatever was read before."""
+        """Read the rows of the given sample numbers (B,); the result does not depend on earlier reads."""
         numbers = np.fromiter(samples, np.int64)
         domains, places = self.mixture.locate(numbers)
         rows = np.empty((len(numbers), self.row_tokens), TOKEN)
@@ -128,10 +128,10 @@ class Loader:
     def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro: int = 0, micro_batch: int | None = None
     ) -> Batch:
-        """Micro-batch `micro` of process `rank` in optimizer step `step`, if every step has `batch_rows`.
+        """Read micro-batch `micro` of process `rank` in optimizer step `step`, when all steps have `batch_rows` rows.
 
         Raises:
-            ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`, or a number out of its range.
+            ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`, or a number is out of its range.
         """
         per_rank, micro_batch = self._shares(world_size, micro_batch)
         if not (0 <= rank < world_size and 0 <= micro < per_rank // micro_batch and step >= 0):
@@ -147,10 +147,9 @@ class Loader:
         micro_batch: int | None = None,
         pin_memory: bool = False,
     ) -> Iterator[Batch]:
-        """Micro-batches from the consumed position on, without end, by a thread that reads a whole step's ahead.
+        """Yield micro-batches from the current position on, without end; a thread reads at least one step ahead.
 
-        `state_dict` counts a step once its last micro-batch has been handed out. Closing the generator ends the
-        thread.
+        `state_dict` counts a step once its last micro-batch has been yielded. Closing the generator ends the thread.
         """
         per_rank, micro_batch = self._shares(world_size, micro_batch)
         micros = per_rank // micro_batch
@@ -169,7 +168,7 @@ class Loader:
             yield batch
 
     def held_out(self, domain: str, rows: int) -> HeldOut:
-        """`rows` rows spread evenly over the domain's held-out split, or all it has; always the same ones.
+        """Read `rows` rows spread evenly over the domain's held-out split, or all if it has fewer; always the same.
 
         Raises:
             ValueError: the split is missing or does not fill one row.
@@ -185,18 +184,19 @@ class Loader:
         return HeldOut(ids, documents, predicted, (sizes[ids] * predicted).sum(1))
 
     def consumed(self) -> dict[str, int]:
-        """Samples consumed so far of each domain."""
+        """Return the number of samples consumed so far per domain."""
         return self.mixture.counts(self.samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as a small dict that JSON can hold."""
+        """Return the position as a small dict that JSON can hold."""
         return {"samples": self.samples, "consumed": self.consumed(), **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`. It may come from another number of processes, micro-batch or batch size.
+        """Continue from `state`, which may come from another number of processes, micro-batch size or batch size.
 
         Raises:
-            ValueError: the state is of other data, another order or mixture; says what differs.
+            ValueError: the state belongs to other data, another order or another mixture; the message says what
+                differs.
         """
         identity = self._identity()
         differing = [key for key in identity if state.get(key) != identity[key]]
@@ -224,7 +224,7 @@ class Loader:
         return stream
 
     def _shares(self, world_size: int, micro_batch: int | None) -> tuple[int, int]:
-        """Rows of a step for each process, and of a micro-batch."""
+        """Return the rows per step and process, and the rows per micro-batch."""
         micro = self.batch_rows // world_size if micro_batch is None else micro_batch
         if micro < 1 or self.batch_rows % (world_size * micro):
             wanted = f"a multiple of {world_size} processes x {micro} rows"
@@ -232,7 +232,7 @@ class Loader:
         return self.batch_rows // world_size, micro
 
     def _rows_at(self, domains: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row numbers at `places` (B,) of the orders of `domains` (B,): (B,)."""
+        """Return the row numbers (B,) at `places` (B,) in the training orders of `domains` (B,)."""
         rows = np.empty_like(places)
         for domain, name in enumerate(self.domains):
             epochs, within = np.divmod(places, self.rows[name])
@@ -242,7 +242,7 @@ class Loader:
         return rows
 
     def _pack(self, rows: NDArray[np.uint16]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (B, L) int64 and document ids (B, L) int32 of rows of tokens (B, L)."""
+        """Return ids (B, L) int64 and document ids (B, L) int32 of rows of tokens (B, L)."""
         if int(rows.max()) >= self.vocab_size:
             raise ValueError(f"loader: token ids must be below {self.vocab_size}, got {int(rows.max())}")
         ends = np.zeros(rows.shape, np.int32)
@@ -251,7 +251,7 @@ class Loader:
 
 
 def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """The same items, made by a thread that runs `depth` ahead; its exceptions are raised here."""
+    """Yield the same items, made by a thread that runs up to `depth` items ahead; its exceptions are raised here."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, depth))
     stop = threading.Event()
 

@@ -1,10 +1,10 @@
-"""The mixture: which domain a sample comes from, so that every prefix holds the ratios within one row.
+"""The mixture: the domain of each sample, chosen so that every prefix has the configured ratios to within one row.
 
-Shares become integers that sum to W. One period of W samples is laid out by Tijdeman's solution of the chairman
-assignment problem (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980): error diffusion with
-deadlines, which keeps |n · share - count| ≤ 1 - 1/(2k-2) < 1 for k domains at every n, where plain error diffusion
-(largest deficit first) can exceed 1. Periods repeat, so the domain of sample n, and its place within that domain, are
-table look-ups: no state.
+The shares become integers that sum to W. One period of W samples is laid out by Tijdeman's solution of the chairman
+assignment problem (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980). This is error
+diffusion with deadlines: it keeps |n · share - count| ≤ 1 - 1/(2k-2) < 1 for k domains at every n, where plain error
+diffusion (largest deficit first) can exceed 1. The period repeats, so the domain of sample n and its place within that
+domain are table look-ups, and no state is needed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +21,10 @@ _FINEST = 10_000
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
-    """The positive shares of `mix` in the order of `DOMAINS`.
+    """Return the positive shares of `mix`, in the order of `DOMAINS`.
 
     Raises:
-        ValueError: an unknown domain, a negative or non-finite share, or nothing above zero.
+        ValueError: a domain is unknown, a share is negative or not finite, or no share is above 0.
     """
     for domain, share in mix.items():
         if domain not in DOMAINS:
@@ -38,7 +38,7 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """`"ko=40,en=20"` as shares. ValueError as in `check_mix`."""
+    """Parse shares from text such as `ko=40,en=20`. Raises ValueError as `check_mix` does."""
     shares: dict[str, float] = {}
     for part in text.split(","):
         domain, _, share = part.strip().partition("=")
@@ -50,7 +50,7 @@ def parse_mix(text: str) -> dict[str, float]:
 
 
 def integer_shares(mix: Mapping[str, float]) -> dict[str, int]:
-    """Shares as small whole numbers: exact where a common denominator up to 10,000 exists, else to 1 in 10,000."""
+    """Return the shares as integers: exact if they have a common denominator up to 10,000, else rounded to 1/10,000."""
     exact = {domain: Fraction(repr(share)) for domain, share in check_mix(mix).items()}
     total = sum(exact.values())
     shares = {domain: share / total for domain, share in exact.items()}
@@ -68,7 +68,14 @@ class Mixture:
     """The domain of every sample, and its place among the samples of that domain."""
 
     def __init__(self, mix: Mapping[str, float]) -> None:
-        """`mix`: shares per domain, on any scale. ValueError as in `check_mix`."""
+        """Lay out one period.
+
+        Args:
+            mix: shares of the domains, on any scale.
+
+        Raises:
+            ValueError: as in `check_mix`.
+        """
         self.shares = integer_shares(mix)
         self.domains = tuple(self.shares)
         self._size = np.array(list(self.shares.values()), np.int64)  # (domains,)
@@ -78,20 +85,20 @@ class Mixture:
         self._before = before  # (W + 1, domains): samples of each domain before a place in the period
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For sample numbers (n,): index into `domains` (n,), and how many of that domain came before (n,)."""
+        """Return for sample numbers (n,) the index into `domains` and the number of earlier samples of that domain."""
         period, place = np.divmod(samples, len(self._pattern))
         domain = self._pattern[place]
         return domain, period * self._size[domain] + self._before[place, domain]
 
     def counts(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` samples each domain gives."""
+        """Return how many of the first `samples` samples come from each domain."""
         period, place = divmod(samples, len(self._pattern))
         total = period * self._size + self._before[place]
         return dict(zip(self.domains, total.tolist(), strict=True))
 
 
 def _tijdeman(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One period of the domain pattern for whole-number shares `sizes` (domains,)."""
+    """Return one period of the domain pattern for integer shares `sizes` (domains,)."""
     shares = sizes.tolist()
     total, domains = sum(shares), len(shares)
     if domains == 1:
@@ -110,10 +117,12 @@ def _tijdeman(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 def mixed_documents(
     sources: Mapping[str, Callable[[], Iterator[str]]], mix: Mapping[str, float], total_bytes: int
 ) -> Iterator[str]:
-    """About `total_bytes` of documents, the domains at their ratios by bytes; a domain that runs out starts again.
+    """Yield about `total_bytes` of documents, with the domains at their ratios by bytes.
+
+    A domain that runs out starts from its first document again.
 
     Args:
-        sources: for each domain, a function that gives its documents from the start.
+        sources: for each domain, a function that iterates over its documents from the start.
 
     Raises:
         ValueError: a domain of the mix has no source, or no text.

@@ -1,8 +1,8 @@
-"""A shuffle without state: place `i` of an epoch to row number, computed for any `i` on its own.
+"""A stateless shuffle: the row number at place `i` of an epoch, computed for any `i` independently.
 
-A balanced Feistel network permutes the numbers below the next power of four; numbers that fall outside the wanted range
-are sent through again until they fall inside (cycle walking; J. Black and P. Rogaway, "Ciphers with arbitrary finite
-domains", CT-RSA 2002). Each step is a bijection, so the whole is one; no table is kept and any place costs the same.
+A balanced Feistel network permutes the numbers below the next power of four. Numbers outside the range are sent through
+again until they fall inside it (cycle walking; J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
+2002). Each step is a bijection, so the result is a permutation. No table is kept, and every place costs about the same.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ _ROUNDS = 6
 
 
 def permute(places: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]:
-    """The rows at `places` (n,) in the permutation of `range(size)` that `key` names: (n,).
+    """Return the rows (n,) at `places` (n,) in the permutation of `range(size)` that `key` determines.
 
     Raises:
-        ValueError: a place outside `range(size)`.
+        ValueError: a place is outside `range(size)`.
     """
     if places.size and not 0 <= int(places.min()) <= int(places.max()) < size:
         raise ValueError(f"permute: places must be 0 to {size - 1}, got {int(places.min())} to {int(places.max())}")
@@ -31,7 +31,7 @@ def permute(places: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]
 
 
 def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One pass over numbers of `2 * half` bits."""
+    """Send numbers of `2 * half` bits through the network once."""
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask
     for key in keys:
@@ -40,7 +40,7 @@ def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
 
 
 def scramble(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64, a bijection of 64-bit numbers."""
+    """Apply the finaliser of splitmix64, a bijection of 64-bit numbers."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

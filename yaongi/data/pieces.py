@@ -1,4 +1,4 @@
-"""The pieces that every tokenizer has, and SentencePiece's mark for a blank."""
+"""The fixed pieces that every tokenizer has, and SentencePiece's mark for a blank."""
 
 CONTROL_PIECES = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>")
 

@@ -4,10 +4,10 @@ A folder of shards holds `manifest.json`, `tokenizer/`, `token_bytes.npy` (UTF-8
 split and domain, pairs of files::
 
     train/ko-00000.bin   the ids of its documents one after another, each ending in EOS: uint16, little-endian
-    train/ko-00000.idx   for each document, where it ends and its UTF-8 bytes: uint64 (documents, 2)
+    train/ko-00000.idx   for each document, the end of its ids and its UTF-8 bytes: uint64 (documents, 2)
 
-The manifest gives SHA-256, tokens, bytes, documents, source and licence of each shard, and the tokenizer's hash. The
-folder is built under another name and renamed when whole, so a manifest always describes complete files.
+The manifest lists SHA-256, tokens, bytes, documents, source and licence of each shard, and the tokenizer's hash. The
+folder is built under another name and renamed when complete, so a manifest always describes complete files.
 """
 
 import errno
@@ -46,7 +46,7 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes the documents of one source into shards of about `shard_tokens` tokens."""
+    """A writer of one source's documents into shards of about `shard_tokens` tokens."""
 
     def __init__(self, folder: Path, stem: str, source: str, licence: str, shard_tokens: int, vocab_size: int) -> None:
         self._folder, self._stem, self._source, self._licence = folder, stem, source, licence
@@ -55,10 +55,14 @@ class ShardWriter:
         self.shards: list[Shard] = []
 
     def add(self, tokens: NDArray[np.int32], text_bytes: int) -> None:
-        """Append a document: its ids with EOS (n,), and the UTF-8 bytes of its text.
+        """Append a document.
+
+        Args:
+            tokens: (n,), its ids with EOS.
+            text_bytes: UTF-8 bytes of its text.
 
         Raises:
-            ValueError: an id outside the vocabulary or above 65,535.
+            ValueError: an id is outside the vocabulary or above 65,535.
         """
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= min(self._vocab_size, 1 << 16):
@@ -75,7 +79,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """End the shard that is open, if one is."""
+        """Complete the open shard, if there is one."""
         if self._file is None:
             return
         self._file.close()
@@ -99,12 +103,12 @@ class ShardWriter:
 
 
 def totals(shards: Sequence[Shard]) -> dict[str, int]:
-    """Tokens, bytes and documents of several shards."""
+    """Return the sums of tokens, bytes and documents over several shards."""
     return {key: sum(getattr(shard, key) for shard in shards) for key in ("tokens", "bytes", "documents")}
 
 
 def write_manifest(folder: Path, splits: dict[str, dict[str, list[Shard]]], **fields: Any) -> None:
-    """Write `manifest.json`; `fields` are added to it as they are."""
+    """Write `manifest.json`; `fields` are added to it unchanged."""
     described = {
         split: {domain: {**totals(shards), "shards": [asdict(s) for s in shards]} for domain, shards in domains.items()}
         for split, domains in splits.items()
@@ -119,18 +123,18 @@ class ShardSet:
 
     folder: Path
     manifest: dict[str, Any]
-    hash: str  # of manifest.json, so of all content
+    hash: str  # SHA-256 of manifest.json, which covers all content because the manifest lists every file's hash
 
     @classmethod
     def open(cls, folder: str | Path, *, tokenizer_hash: str | None = None) -> "ShardSet":
         """Read the manifest, and check every file against it.
 
-        SHA-256 is computed for files whose size and modification time are not those of the last check, so the first
-        start reads everything once (`tokenize` leaves the record of that, too) and later starts are instant.
+        SHA-256 is computed only for files whose size or modification time has changed since the last check. So the
+        first start after a copy reads everything once, and later starts are instant; `tokenize` records its check too.
 
         Raises:
-            FileNotFoundError: no manifest or no shard.
-            ValueError: another tokenizer's hash, or a truncated or changed file.
+            FileNotFoundError: there is no manifest, or a file that it lists is missing.
+            ValueError: the shards were made with another tokenizer, or a file was truncated or changed.
         """
         folder = Path(folder)
         path = folder / MANIFEST
@@ -152,20 +156,20 @@ class ShardSet:
         return cls(folder, manifest, hashlib.sha256(content).hexdigest())
 
     def shards(self, split: str, domain: str) -> list[Shard]:
-        """The shards of a domain, in order; none if it is missing."""
+        """Return the shards of a domain, in order; none if the domain is missing."""
         return [Shard(**s) for s in self.manifest["splits"].get(split, {}).get(domain, {}).get("shards", [])]
 
     def index(self, shard: Shard) -> NDArray[np.uint64]:
-        """Ends and UTF-8 bytes of the documents of a shard: (documents, 2)."""
+        """Return the ends and UTF-8 bytes of a shard's documents: (documents, 2)."""
         return np.fromfile(self.folder / shard.index, "<u8").reshape(-1, 2)
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """UTF-8 bytes that each id stands for: (vocab_size,)."""
+        """Return the UTF-8 bytes that each id stands for: (vocab_size,)."""
         return np.load(self.folder / TOKEN_BYTES)
 
 
 def described_files(manifest: dict[str, Any]) -> dict[str, tuple[str, int]]:
-    """Every file a manifest describes: its SHA-256 and its size in bytes."""
+    """Return the SHA-256 and the size in bytes of every file that a manifest describes."""
     files = {TOKEN_BYTES: (manifest["token_bytes_sha256"], manifest["token_bytes_size"])}
     for domains in manifest["splits"].values():
         for domain in domains.values():
@@ -197,7 +201,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _remember(record: Path, checked: dict[str, list[Any]]) -> None:
-    """Keep what was checked; in a folder that cannot be written, each start checks again."""
+    """Record the check. In a read-only folder that is impossible, so each start checks again."""
     try:
         write_atomically(record, json.dumps(checked).encode())
     except PermissionError:

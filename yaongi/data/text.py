@@ -1,4 +1,4 @@
-"""What every text goes through before it is used: NFC, and a check that it can be written as UTF-8."""
+"""Functions on text: NFC with a check that it can be written as UTF-8, batches, and hashes of words and n-grams."""
 
 import re
 import unicodedata
@@ -17,10 +17,10 @@ _kept_powers: dict[int, NDArray[np.uint64]] = {}
 
 
 def normalize(text: str) -> str:
-    """`text` in NFC (never NFKC: x² stays x²).
+    """Return `text` in NFC (never NFKC: x² stays x²).
 
     Raises:
-        ValueError: a lone surrogate stands in it; such text has no UTF-8 form.
+        ValueError: the text has a lone surrogate, and so no UTF-8 form.
     """
     found = _SURROGATE.search(text)
     if found:
@@ -29,7 +29,7 @@ def normalize(text: str) -> str:
 
 
 def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Texts in lists that end with the text that reaches `characters`; the last may be shorter."""
+    """Yield lists of texts; each list ends with the text that brings it to `characters`, the last may be shorter."""
     held: list[str] = []
     size = 0
     for text in texts:
@@ -43,15 +43,15 @@ def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def pieces(lines: Iterable[str], characters: int) -> Iterator[str]:
-    """Lines joined into pieces that end with the line that reaches `characters`; the last may be shorter."""
+    """Join lines into texts; each ends with the line that brings it to `characters`, the last may be shorter."""
     return map("".join, batches(lines, characters))
 
 
 def word_hashes(text: str) -> NDArray[np.uint64]:
-    """A 64-bit hash of each word (runs of letters, digits and marks, case folded): (words,).
+    """Return a 64-bit hash of each word (a run of letters, digits and marks, case-folded): (words,).
 
-    A word's hash is the polynomial of its code points in an odd base modulo 2^64, scrambled; with prefix sums over the
-    whole text, and the base's inverse to shift each word to the same place, that takes no loop over words.
+    A word's hash is a polynomial of its code points in an odd base modulo 2^64, scrambled. Prefix sums over the text,
+    and powers of the base's inverse that shift each word to exponent 0, avoid a loop over words.
     """
     points = np.frombuffer(text.casefold().encode("utf-32-le"), np.uint32)  # (characters,)
     inside = np.concatenate(([False], _word_table()[points], [False]))
@@ -63,13 +63,13 @@ def word_hashes(text: str) -> NDArray[np.uint64]:
 
 @cache
 def _word_table() -> NDArray[np.bool_]:
-    """Whether each code point belongs to words: (0x110000,)."""
+    """Return whether each code point belongs to words: (0x110000,)."""
     categories = map(unicodedata.category, map(chr, range(0x110000)))
     return np.fromiter((category[0] in "LNM" for category in categories), np.bool_, 0x110000)
 
 
 def _powers(base: int, count: int) -> NDArray[np.uint64]:
-    """`base ** i` modulo 2^64 for i below `count`: (count,). The longest so far is kept."""
+    """Return `base ** i` modulo 2^64 for i below `count`: (count,). The longest array so far is kept."""
     known = _kept_powers.get(base)
     if known is None or len(known) < count:
         known = np.full(max(count, 1 << 16), base, np.uint64)
@@ -79,7 +79,7 @@ def _powers(base: int, count: int) -> NDArray[np.uint64]:
 
 
 def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each run of `n` words, from the hashes of the words: (words - n + 1,) or empty."""
+    """Return a 64-bit hash of each run of `n` words, from the hashes of the words: (words - n + 1,) or empty."""
     count = len(words) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)

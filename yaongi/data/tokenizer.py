@@ -1,11 +1,11 @@
 """The tokenizer: SentencePiece BPE, lossless up to NFC.
 
-Two things are added to SentencePiece itself.
+It adds two things to SentencePiece.
 
-* Text is brought to NFC by Python first, so that a syllable costs the same whichever way it was typed.
+* Python first normalises text to NFC, so that a syllable takes the same tokens in composed and decomposed form.
 * SentencePiece writes a blank as U+2581 ("▁") and could not tell a typed U+2581 from a blank. A typed one is therefore
-  spelt by its three UTF-8 bytes, the pieces `<0xE2> <0x96> <0x81>`, and nothing merges across it. Decoding needs no
-  special case, and `tokenizer.json` (see `tokenizer_hf`) gives the same ids.
+  encoded as its three UTF-8 bytes, the pieces `<0xE2> <0x96> <0x81>`, and nothing merges across it. Decoding needs no
+  special case, and `tokenizer.json` (see `hf_tokenizer`) gives the same ids.
 """
 
 import hashlib
@@ -34,14 +34,21 @@ _MARK_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
 
 _MAX_SENTENCE_CHARACTERS = 1 << 20
 
-_TRAINER_THREADS = 16  # the model file records it, so it must not be the number of cores
+_TRAINER_THREADS = 16  # recorded in the model file, so fixed: with the number of cores the file would differ by machine
 
 
 class Tokenizer:
-    """Text to ids and back. Ids 0 to 3 are pad, unk, bos and eos; control names inside a text stay plain text."""
+    """Text to ids and back. Ids 0 to 3 are pad, unk, bos and eos; their names inside a text are plain text."""
 
     def __init__(self, model: bytes) -> None:
-        """`model`: the bytes of a SentencePiece model trained by `train_tokenizer`."""
+        """Load a model.
+
+        Args:
+            model: the bytes of a SentencePiece model trained by `train_tokenizer`.
+
+        Raises:
+            ValueError: the model has other control pieces.
+        """
         self.model = model
         self.hash = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -54,11 +61,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read `tokenizer.model`, or the folder that holds it.
+        """Read `tokenizer.model` at `path`, or in the folder `path`.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: the file is no SentencePiece model, or one with other control pieces.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a SentencePiece model, or one with other control pieces.
         """
         path = Path(path)
         file = path / MODEL_FILE if path.is_dir() else path
@@ -80,20 +87,20 @@ class Tokenizer:
         write_atomically(folder / MODEL_FILE, self.model)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text` in NFC. ValueError on lone surrogates."""
+        """Return the ids of `text`, normalised to NFC. Raises ValueError for a lone surrogate."""
         text = normalize(text)
         ids = self._encode_marks(text) if SPACE_MARK in text else self._processor.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Iterable[str], *, bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """`encode` of each text, on this thread; use processes to go faster, as `tokenize` does."""
+        """Encode each text, on this thread. Processes are faster: see `stages.tokenize_sources`."""
         return [self.encode(text, bos=bos, eos=eos) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Control pieces have none; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of `ids`. Control pieces give no text; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: an id outside the vocabulary.
+            ValueError: an id is outside the vocabulary.
         """
         plain = [int(i) for i in ids]
         if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
@@ -102,25 +109,25 @@ class Tokenizer:
         return self._processor.decode([i for i in plain if i > self.eos_id])
 
     def piece_to_id(self, piece: str) -> int:
-        """The id of a piece as SentencePiece writes it: `<|im_start|>`, `▁the`. KeyError if there is none."""
+        """Return the id of a piece as SentencePiece writes it: `<|im_start|>`, `▁the`. KeyError if there is none."""
         found = self._processor.piece_to_id(piece)
         if self._processor.id_to_piece(found) != piece:
             raise KeyError(f"tokenizer: no piece {piece!r}")
         return found
 
     def pieces(self) -> list[str]:
-        """All pieces in the order of their ids, as SentencePiece writes them."""
+        """Return all pieces in the order of their ids, as SentencePiece writes them."""
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
     def is_byte(self, token: int) -> bool:
-        """Whether `token` is one of the 256 byte pieces."""
+        """Return whether `token` is one of the 256 byte pieces."""
         return self._processor.is_byte(token)
 
     @property
     def byte_lengths(self) -> NDArray[np.int32]:
         """UTF-8 bytes of text that each id stands for: (vocab_size,). Control pieces stand for none.
 
-        The sum over a text's ids is the number of its UTF-8 bytes, which is what bits per byte divides by.
+        The sum over a text's ids is the number of its UTF-8 bytes, the divisor of bits per byte.
         """
         lengths = [
             1 if self.is_byte(i) else len(p.replace(SPACE_MARK, " ").encode()) for i, p in enumerate(self.pieces())
@@ -136,13 +143,13 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
-    """Train on `texts`, each a document; the caller mixes the domains (`mix.mixed_documents`).
+    """Train a tokenizer on documents; the caller mixes the domains (`mix.mixed_documents`).
 
     Args:
-        vocab_size: pieces in all, of which 367 are fixed (control, user-defined and byte pieces).
+        vocab_size: number of pieces; 367 of them are fixed (control, user-defined and byte pieces).
 
     Raises:
-        ValueError: more pieces asked for than the text supports, more than 65,536, or no text.
+        ValueError: `vocab_size` is out of range or larger than the text supports, or there is no text.
     """
     if not 512 <= vocab_size <= 65536:
         raise ValueError(f"tokenizer: vocab_size must be 512 to 65536, got {vocab_size}")
@@ -172,7 +179,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Documents in NFC, cut where they are longer than the trainer takes; it skips what holds a NUL."""
+    """Yield documents in NFC, cut to the trainer's largest length, without NUL: the trainer skips text that has one."""
     for text in texts:
         text = normalize(text).replace("\0", "")
         for start in range(0, len(text), _MAX_SENTENCE_CHARACTERS):

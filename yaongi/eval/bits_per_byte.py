@@ -1,7 +1,7 @@
-"""Bits per byte on held-out text, the measure that doesn't depend on the tokenizer.
+"""Bits per byte on held-out text, a measure that doesn't depend on the tokenizer.
 
-The nats of every predicted token of the text (the EOS that end documents are left out, and so is the first token of a
-row or document, which nothing predicts), over ln 2, over the UTF-8 bytes of those tokens.
+It is the sum of the nats of all predicted tokens, divided by ln 2 and by the UTF-8 bytes of these tokens. Not counted
+are the EOS tokens that end documents, and the first token of a row or document, which nothing predicts.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 from yaongi.data.loader import HeldOut
 
 Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and document ids (B, L) → logits (B, L, V)
-_POSITIONS_AT_ONCE = 1 << 14  # whose logits are brought to float32 together
+_POSITIONS_AT_ONCE = 1 << 14  # positions whose logits are cast to float32 together
 
 
 @torch.no_grad()
 def nats(model: Logits, rows: HeldOut, *, device: torch.device, rows_at_once: int = 1) -> float:
-    """The nats of all predicted tokens of `rows`, summed in float64."""
+    """Return the nats of all predicted tokens of `rows`, summed in float64."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(rows.input_ids), rows_at_once):
         part = slice(start, start + rows_at_once)
@@ -35,7 +35,7 @@ def nats(model: Logits, rows: HeldOut, *, device: torch.device, rows_at_once: in
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """`nats` over ln 2 over bytes. ValueError if there is no text."""
+    """Return `nats` / ln 2 / `text_bytes`. Raises ValueError if there is no text."""
     if text_bytes < 1:
         raise ValueError(f"bits_per_byte: text_bytes must be 1 or more, got {text_bytes}")
     return nats / math.log(2) / text_bytes

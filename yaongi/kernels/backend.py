@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: defines ops, knows what this machine can run, and picks.
+"""Definition of ops, and the choice of the implementation that runs.
 
 Every op has a plain torch `reference`, and may have a `triton` and a `cuda` implementation with the same signature.
-On a CPU tensor the reference runs; on a GPU tensor the first of cuda, triton, reference that the machine and the
-arguments allow. `use_backend` forces one, and then what it can't take is an error, never something else.
+CPU tensors take the reference. GPU tensors take the first of cuda, triton and reference that the machine and the
+arguments allow. `use_backend` forces one of them: a call that it can't take is then an error.
 """
 
 import functools
@@ -21,11 +21,10 @@ Backend = Literal["cuda", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in order of preference on a GPU
 LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_C.so"
 _library = torch.library.Library("yaongi", "DEF")
-# By op, None for every op; a plain dict, since the backward pass runs in another thread and would not see a context
-# variable.
+# The forced backend by op; the key None stands for every op. A plain dict, because the backward pass runs in another
+# thread and would not see a context variable.
 _forced: dict[str | None, Backend] = {}
-PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-PLAIN_ARGUMENTS = PLAIN_TENSORS | {type(None), float, int, bool, str}
+PLAIN_ARGUMENTS = frozenset((torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str))
 _value_checks = False
 _transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
 
@@ -39,22 +38,21 @@ class Op:
     refuses: dict[Backend, Callable[..., str | None]]
     value_check: Callable[..., None] | None
     overload: torch._ops.OpOverload
-    pure: bool  # changes none of its arguments
+    pure: bool  # modifies none of its arguments
     resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
-    direct: dict[tuple[object, ...] | None, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Call the op: through torch's dispatcher, or past it when nothing there would look at the call.
+        """Call the op through torch's dispatcher, or directly where the dispatcher would add nothing.
 
-        The dispatcher and its Python autograd layer cost as much host time as all the rest of a call (docs/LAB.md), so
-        a call on plain tensors that asks for no gradient, under no transform or mode, goes straight to a backend.
+        The dispatcher and its Python autograd layer cost as much host time as the rest of a call (docs/LAB.md). So a
+        call on plain tensors, without gradients, transforms or modes, goes straight to an implementation.
         """
         if not self.pure or _dispatcher_needed(args):
             return self.overload(*args)
         return self.run_on_gpu(*args) if args[0].is_cuda else self.run_on_cpu(*args)
 
     def implementation(self, backend: Backend) -> Callable[..., Any]:
-        """The function of a backend; a name such as `package.module:function` is imported at its first use."""
+        """Return a backend's function; a name such as `package.module:function` is imported at its first use."""
         if backend not in self.resolved:
             function = self.implementations[backend]
             if isinstance(function, str):
@@ -64,7 +62,7 @@ class Op:
         return self.resolved[backend]
 
     def unavailable(self, backend: Backend) -> str | None:
-        """Why this machine can't run the op on a backend, or None when it can."""
+        """Return why this machine can't run the op on a backend, or None if it can."""
         if backend not in self.implementations:
             return "not written"
         return unavailable(backend)
@@ -77,7 +75,7 @@ class Op:
         return self._run("reference", args)
 
     def run_on_gpu(self, *args: Any) -> Any:
-        """Run the forced implementation, or else the first that takes these arguments."""
+        """Run the forced implementation, or the first that takes these arguments."""
         forced = _forced.get(self.name) or _forced.get(None)
         if forced is not None:
             reason = self.unavailable(forced) or self._refusal(forced, args)
@@ -87,12 +85,12 @@ class Op:
         return self._run(self.pick(args), args)
 
     def pick(self, args: tuple[Any, ...]) -> Backend:
-        """The first backend that takes these arguments on a GPU, when none is forced; the reference takes all."""
+        """Return the first backend that takes these arguments on a GPU; the reference takes all."""
         return next(backend for backend, refuses in self.candidates if refuses is None or refuses(*args) is None)
 
     @functools.cached_property
     def candidates(self) -> list[tuple[Backend, Callable[..., str | None] | None]]:
-        """The backends that this machine's GPU can run, in order of preference, each with its `refuses`."""
+        """Return the backends that this machine's GPU can run, in order of preference, each with its `refuses`."""
         return [(backend, self.refuses.get(backend)) for backend in BACKENDS if self.unavailable(backend) is None]
 
     def _refusal(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
@@ -105,30 +103,8 @@ class Op:
         return self.implementation(backend)(*args)
 
 
-def layout(*tensors: Tensor | None) -> tuple[object, ...] | None:
-    """All that decides how a call on these tensors runs; None when it takes a closer look at the call.
-
-    Checks, the questions of torch's dispatcher and the choice of a backend cost more host time than a launch
-    (docs/LAB.md). So a CUDA op keeps in `Op.direct` the launcher that a layout led to, and asks no more.
-    """
-    if _forced or _value_checks or torch.compiler.is_compiling():
-        return None
-    if _transforms() is not None or _modes():
-        return None
-    recording = torch.is_grad_enabled()
-    found: list[object] = []
-    for t in tensors:
-        if t is None:
-            found.append(None)
-        elif type(t) not in PLAIN_TENSORS or (recording and t.requires_grad):
-            return None
-        else:
-            found.append((t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16))
-    return tuple(found)
-
-
 def _dispatcher_needed(args: tuple[Any, ...]) -> bool:
-    """Whether torch would look at the call; its tensors, of which the first argument is one, are on one device."""
+    """Return whether a call must go through torch's dispatcher. The first argument is a tensor."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return True
     if _transforms() is not None or _modes():
@@ -153,12 +129,14 @@ def define(
     cuda_refuses: Callable[..., str | None] | None = None,
     value_check: Callable[..., None] | None = None,
 ) -> Op:
-    """Define `torch.ops.yaongi.<name>` from a torch.library schema; call the result to call the op.
+    """Define `torch.ops.yaongi.<name>`; calling the returned object calls the op.
 
-    All implementations take the schema's arguments by position. `triton`, and `cuda` where it needs Triton too, is
-    `package.module:function`, imported when first picked. A `refuses` function gets the same arguments and returns why
-    its backend can't take them, or None.
-    `value_check` runs before the op in checked mode (`check_values(True)`) and raises ValueError.
+    Args:
+        schema: as for `torch.library`; every function below takes its arguments by position.
+        reference, fake: the op in plain torch, and its results' shapes on meta tensors.
+        triton, cuda: the fast implementations. A string `package.module:function` is imported at its first use.
+        triton_refuses, cuda_refuses: return why the backend can't take these arguments, or None.
+        value_check: runs before the op in checked mode (`check_values(True)`) and raises ValueError.
     """
     name = schema.partition("(")[0]
     implementations: dict[Backend, Callable[..., Any] | str] = {"reference": reference}
@@ -180,12 +158,12 @@ def define(
 
 
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Register the autograd formula of an op, as `torch.library.register_autograd`."""
+    """Register the autograd formula of an op; arguments as for `torch.library.register_autograd`."""
     torch.library.register_autograd(f"yaongi::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def define_no_autograd(name: str) -> None:
-    """Register that an op has no derivative: differentiating through it is an error, where torch only warns."""
+    """Make differentiating through an op an error; torch alone would only warn."""
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{name}: there is no derivative of this op")
@@ -194,7 +172,7 @@ def define_no_autograd(name: str) -> None:
 
 
 def refuses_float64(*args: Any) -> str | None:
-    """The `refuses` function of a backend that takes every call but those in float64."""
+    """Refuse calls with float64 tensors: the `refuses` function of a backend with no other limits."""
     if any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args):
         return "it takes no float64"
     return None
@@ -202,7 +180,7 @@ def refuses_float64(*args: Any) -> str | None:
 
 @functools.cache
 def unavailable(backend: Backend) -> str | None:
-    """Why this machine can't run a backend, in one line, or None when it can."""
+    """Return why this machine can't run a backend, in one line, or None if it can."""
     if backend == "reference":
         return None
     if not torch.cuda.is_available():
@@ -219,7 +197,7 @@ def unavailable(backend: Backend) -> str | None:
 
 @functools.cache
 def cuda_launcher(name: str) -> Callable[..., Any]:
-    """A launcher of `_C.so`, once `unavailable("cuda")` is None; below `OpOverload`, whose call is one more frame."""
+    """Return a launcher of `_C.so`, once `unavailable("cuda")` is None; `_op` skips a Python frame of `OpOverload`."""
     return getattr(torch.ops.yaongi_cuda, name).default._op
 
 
@@ -236,9 +214,11 @@ def _load_library() -> str | None:
 class use_backend:
     """Forces a backend, for every op or for one: `use_backend("triton")`, `use_backend("reference", op="moe")`.
 
-    Takes effect at once and for every thread; as a context manager it restores the former choice at its end.
-    `use_backend(None)` picks by itself again. Raises ValueError for an unknown name and RuntimeError, saying why, when
-    this machine can't run the backend.
+    It takes effect immediately and in every thread; as a context manager it restores the previous choice at its end.
+    `use_backend(None)` returns to the automatic choice.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: this machine can't run the backend; the message says why.
     """
 
     def __init__(self, backend: Backend | None, *, op: str | None = None) -> None:
@@ -267,14 +247,14 @@ def _force(op: str | None, backend: Backend | None) -> None:
 
 
 def check_values(enabled: bool) -> None:
-    """Turn checked mode on or off: ops then also refuse bad values, at the cost of a synchronisation per call."""
+    """Turn checked mode on or off: ops then also refuse bad values, which costs a synchronisation per call."""
     global _value_checks
     _value_checks = enabled
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether this machine can run one op on one backend; `reason` says why not."""
+    """Whether this machine can run one op on one backend; `reason` is None if it can."""
 
     op: str
     backend: Backend
@@ -282,5 +262,5 @@ class Availability:
 
 
 def info() -> list[Availability]:
-    """Every op on every backend: what this machine can run, and for what it can't, why."""
+    """Return for every op and backend whether this machine can run it, and if not, why."""
     return [Availability(op.name, backend, op.unavailable(backend)) for op in OPS.values() for backend in BACKENDS]

@@ -1,6 +1,6 @@
-"""Checks of an op's arguments: one form of message, `op: argument must be wanted, got what came`.
+"""Checks of an op's arguments. Every message has the form `op: argument must be WANTED, got GOT`.
 
-A call makes one `Arguments`; sizes named by the same letter must agree over all of its tensors, and so must devices.
+Each call of an op makes one `Arguments`. Its tensors must agree in the sizes of the same letter, and in their device.
 """
 
 import math
@@ -31,10 +31,14 @@ class Arguments:
         *,
         unit_stride: bool = False,
     ) -> None:
-        """Check a tensor's rank, sizes, dtype and device, and bind its letters to sizes.
+        """Check a tensor's rank, sizes, dtype and device, and record the size of each letter.
 
-        `dims` names its dimensions; a leading `"..."` stands for any number of them. With `unit_stride` the last
-        dimension must be contiguous. Raises TypeError for the kind, dtype and device, ValueError for shape and stride.
+        Args:
+            dims: a letter per dimension; a leading `"..."` stands for any number of dimensions.
+            unit_stride: the last dimension must be contiguous.
+
+        Raises:
+            TypeError: kind, dtype or device. ValueError: shape or stride.
         """
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor, got {type(value).__name__}")
@@ -54,7 +58,7 @@ class Arguments:
     def optional(
         self, name: str, value: object, dims: tuple[str, ...], dtypes: Collection[torch.dtype] = FLOAT_DTYPES
     ) -> None:
-        """As `tensor`, for an argument that may be None."""
+        """Check a tensor as `tensor` does, unless it is None."""
         if value is not None:
             self.tensor(name, value, dims, dtypes)
 
@@ -80,7 +84,7 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {got}")
 
     def integer(self, name: str, value: object, low: int, high: int | None = None, meaning: str = "") -> None:
-        """Check a whole number in low..high; `meaning` explains the upper bound, as in `64 (E)`."""
+        """Check an int from `low` to `high`; `meaning` explains the upper bound in the message, as in `64 (E)`."""
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{self.op}: {name} must be an int, got {type(value).__name__}")
         if value < low or (high is not None and value > high):
@@ -100,20 +104,20 @@ class Arguments:
             raise TypeError(f"{self.op}: {name} must be a bool, got {type(value).__name__}")
 
     def choice(self, name: str, value: object, choices: tuple[object, ...]) -> None:
-        """Check that a value is one of a few."""
+        """Check that a value is one of `choices`."""
         if value not in choices:
             wanted = " or ".join(repr(c) for c in choices)
             raise ValueError(f"{self.op}: {name} must be {wanted}, got {value!r}")
 
 
 def finite(op: str, **tensors: torch.Tensor | None) -> None:
-    """Checked mode: refuses non-finite values; synchronises."""
+    """Refuse non-finite values. For checked mode only, as it synchronises."""
     for name, value in tensors.items():
         if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{op}: {name} must be finite, got {int((~value.isfinite()).sum())} non-finite values")
 
 
 def documents(op: str, document_ids: torch.Tensor | None) -> None:
-    """Checked mode: refuses document ids that decrease along the sequence; synchronises."""
+    """Refuse document ids that decrease along the sequence. For checked mode only, as it synchronises."""
     if document_ids is not None and bool((document_ids[:, 1:] < document_ids[:, :-1]).any()):
         raise ValueError(f"{op}: document_ids must be non-decreasing along L, got a decreasing pair")

@@ -1,4 +1,4 @@
-"""`python -m yaongi.model count PRESET`: parameters and FLOPs per token, computed from shapes in a second."""
+"""`python -m yaongi.model count PRESET`: parameters and FLOPs per token, computed from shapes."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from yaongi.model.model import Yaongi
 
 @dataclass(frozen=True)
 class Count:
-    """Print the number of parameters, total, active and by part, and the FLOPs of training on a token."""
+    """Print the number of parameters (total, active and by part) and the training FLOPs per token."""
 
     preset: tyro.conf.Positional[str]  # name of a preset, or path of a TOML file with a [model] table
-    engram: bool = True  # --no-engram leaves the Engrams out
-    sequence_length: int = 4096  # tokens, for the attention's part of the FLOPs
+    engram: bool = True  # count the Engrams too
+    sequence_length: int = 4096  # tokens per row, which the FLOPs of attention depend on
 
     def run(self) -> None:
         config = load_preset(self.preset)
@@ -30,7 +30,7 @@ class Count:
 
 
 def main() -> None:
-    """Parse the command line and run the subcommand; a mistake is one line."""
+    """Run the subcommand; an error is one line."""
     cli.run(tyro.extras.subcommand_cli_from_dict({"count": Count}, prog="python -m yaongi.model").run)
 
 

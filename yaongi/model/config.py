@@ -1,7 +1,7 @@
-"""What a model is: `ModelConfig`, its validation, and the presets.
+"""The model's configuration: `ModelConfig`, its validation, and the presets.
 
-Letters of the documentation: d = hidden_size, V = vocab_size; H × P, G, N = heads × their width, groups and state of
-Mamba-2; E, K, F, S = experts, how many a token takes, their width and the shared expert's width.
+Letters in comments and docstrings: d = hidden_size, V = vocab_size. Mamba-2: H heads of width P, G groups, state of
+size N. Experts: E experts, K of them per token, each of width F; the shared expert has width S.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ LAYER_LETTERS = "ME*"  # Mamba-2, experts, attention
 class EngramConfig:
     """One Engram, added before the mixer of one layer."""
 
-    layer: int  # index in the pattern
-    heads: int  # hash heads of each order
+    layer: int  # index in the pattern of the layer that gets it
+    heads: int  # hash heads per n-gram order
     head_dim: int  # width of a table row
-    rows: int  # rows of a head are the next unused prime from here
+    rows: int  # table rows per head, rounded up to the next prime that no other head has
     orders: tuple[int, ...] = (2, 3)  # lengths of the n-grams
-    gate: Gate = "paper"  # "paper": sigmoid(s); "demo": sigmoid(sign(s)·sqrt(|s|))
-    kernel: int = 4  # taps of the convolution, its dilation is the longest order
-    seed: int = 0  # of the hash multipliers
-    sparse_gradients: bool = True  # the table's gradient holds only the rows that were read
+    gate: Gate = "paper"  # gate of a score s, paper: sigmoid(s); demo: sigmoid(sign(s)·sqrt(|s|))
+    kernel: int = 4  # taps of the convolution; its dilation is the longest order
+    seed: int = 0  # seed of the hash multipliers
+    sparse_gradients: bool = True  # give the table a sparse gradient: only the rows that were read
 
     def __post_init__(self) -> None:
         check = FieldChecks("engram")
@@ -42,40 +42,41 @@ class EngramConfig:
 
     @property
     def width(self) -> int:
-        """Width of what is looked up for a token: all heads of all orders."""
+        """Width of a token's looked-up vector: all heads of all orders."""
         return len(self.orders) * self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model to the parameter. `from_dict` and the constructor refuse what doesn't fit, in one line (ValueError)."""
+    """The model's architecture: its layers and every size."""
 
-    pattern: str  # a letter per layer: M Mamba-2, E experts, * attention
-    hidden_size: int
-    vocab_size: int
-    mamba_heads: int
-    mamba_head_dim: int
-    mamba_groups: int
-    mamba_state: int
-    attention_heads: int
-    attention_kv_heads: int
-    attention_head_dim: int
-    experts: int
-    experts_per_token: int
-    expert_size: int
-    shared_expert_size: int
-    mamba_conv: int = 4  # taps
-    routed_scale: float = 2.5  # on the routed sum alone
-    norm_eps: float = 1e-5
-    max_sequence_length: int = 4096  # of prompt and answer together; nothing in the model depends on a position
-    pad_token_id: int = 0
-    bos_token_id: int = 2
-    eos_token_id: int = 3
-    attention_backend: AttentionBackend = "auto"
-    compressed_vocab_size: int | None = None  # V_c of the Engram compression; None: ids are not compressed
-    engram: tuple[EngramConfig, ...] = ()
+    pattern: str  # one letter per layer: M Mamba-2, E experts, * attention
+    hidden_size: int  # width of the hidden state
+    vocab_size: int  # size of the vocabulary; in training the tokenizer sets it
+    mamba_heads: int  # heads of a Mamba-2 layer
+    mamba_head_dim: int  # width of a Mamba-2 head
+    mamba_groups: int  # groups of Mamba-2 heads that share B and C; divides mamba_heads
+    mamba_state: int  # state size of Mamba-2, per channel
+    attention_heads: int  # query heads of an attention layer
+    attention_kv_heads: int  # key and value heads; divides attention_heads
+    attention_head_dim: int  # width of an attention head
+    experts: int  # routed experts of an expert layer
+    experts_per_token: int  # routed experts that each token takes
+    expert_size: int  # hidden width of a routed expert
+    shared_expert_size: int  # hidden width of the shared expert
+    mamba_conv: int = 4  # taps of the Mamba-2 convolution
+    routed_scale: float = 2.5  # factor on the sum of the routed experts; the shared expert is not scaled
+    norm_eps: float = 1e-5  # epsilon of the RMS norms
+    max_sequence_length: int = 4096  # limit for generation, prompt and answer together; no weight depends on it
+    pad_token_id: int = 0  # id of the padding token; in training the tokenizer sets it
+    bos_token_id: int = 2  # id of the begin-of-text token; in training the tokenizer sets it
+    eos_token_id: int = 3  # id of the end-of-text token; in training the tokenizer sets it
+    attention_backend: AttentionBackend = "auto"  # auto: the fastest that is right for the device and data
+    compressed_vocab_size: int | None = None  # compressed ids for Engram (V_c); training sets it; None: no compression
+    engram: tuple[EngramConfig, ...] = ()  # the Engrams, by ascending layer
 
     def __post_init__(self) -> None:
+        """Check the fields. Raises ValueError, with a message of one line, for one that doesn't fit."""
         check = FieldChecks("config")
         check.types(self)
         bad = next((letter for letter in self.pattern if letter not in LAYER_LETTERS), None)
@@ -119,22 +120,22 @@ class ModelConfig:
         return self.mamba_width + 2 * self.mamba_groups * self.mamba_state
 
     def layers_of(self, letter: str) -> list[int]:
-        """The indices of the layers of one kind."""
+        """Return the indices of the layers of one kind."""
         return [i for i, kind in enumerate(self.pattern) if kind == letter]
 
     def without_engram(self) -> "ModelConfig":
-        """The same model with its Engrams left out."""
+        """Return the config of the same model without its Engrams."""
         return dataclasses.replace(self, engram=(), compressed_vocab_size=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of numbers, strings, lists and dicts, that `from_dict` reads back; what is None is left out."""
+        """Return a dict of numbers, strings, lists and dicts for `from_dict`; fields that are None are left out."""
         fields = dataclasses.asdict(self)
         fields["engram"] = [to_table(engram) for engram in fields["engram"]]
         return to_table(fields)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """The config of a dict such as a TOML `[model]` table. ValueError names an unknown or a missing key."""
+        """Make a config from a dict such as a TOML `[model]` table. A ValueError names an unknown or missing key."""
         engram = fields.get("engram", ())
         FieldChecks("config").require(isinstance(engram, (list, tuple)), "engram", "a list of tables", repr(engram))
         nested = {"engram": tuple(from_table(EngramConfig, table, "engram") for table in engram)}
@@ -142,9 +143,13 @@ class ModelConfig:
 
 
 def load_preset(name: str | Path, **overrides: Any) -> ModelConfig:
-    """The `[model]` table of a preset, or of a TOML file given by its path, with fields replaced.
+    """Load the `[model]` table of a preset, or of a TOML file given by its path.
+
+    Args:
+        overrides: fields that replace those of the table.
 
     Raises:
-        FileNotFoundError: there is no such preset or file; the message lists the presets. ValueError: a bad field.
+        FileNotFoundError: there is no such preset or file; the message lists the presets.
+        ValueError: a field is unknown, missing or has a wrong value.
     """
     return ModelConfig.from_dict(read_preset(name)["model"] | overrides)

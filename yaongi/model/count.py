@@ -1,4 +1,4 @@
-"""How large a model is and how much it computes, from its shapes alone."""
+"""The size of a model and its FLOPs, from shapes alone."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ from torch import nn
 
 from yaongi.model.config import ModelConfig
 
-SCAN_CHUNK = 128  # Q of the scan's FLOPs
-PARTS = (  # the first whose mark is in a parameter's name
+SCAN_CHUNK = 128  # Q, the chunk length of the scan
+PARTS = (  # (part, substring): a parameter belongs to the first part whose substring its name contains
     ("engram tables", "engram.table."),
     ("engram projections", "engram."),
     ("embedding", "embeddings."),
@@ -29,22 +29,22 @@ PARTS = (  # the first whose mark is in a parameter's name
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters; buffers such as the correction bias are none."""
+    """Numbers of parameters; buffers such as the correction bias are not counted."""
 
     total: int
-    active: int  # read for a token: without the input embedding, the Engram tables and the experts not chosen
+    active: int  # without the input embedding, the Engram tables and the experts that a token doesn't take
     engram_tables: int
     parts: dict[str, int]  # adds up to the total
 
     def without_engram(self) -> "ParameterCounts":
-        """Of the same model with its Engrams left out."""
+        """Return the counts of the same model without its Engrams."""
         parts = {part: number for part, number in self.parts.items() if not part.startswith("engram")}
         left_out = self.parts.get("engram projections", 0)
         return ParameterCounts(self.total - self.engram_tables - left_out, self.active - left_out, 0, parts)
 
 
 def count_parameters(model: nn.Module, config: ModelConfig) -> ParameterCounts:
-    """Count the parameters of a model, which may lie on the meta device: no memory then, whatever its size."""
+    """Count the parameters of a model; on the meta device that needs no memory, whatever the model's size."""
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = next(part for part, mark in PARTS if mark in name)
@@ -56,9 +56,9 @@ def count_parameters(model: nn.Module, config: ModelConfig) -> ParameterCounts:
 
 
 def flops_per_token(config: ModelConfig, active: int, sequence_length: int) -> float:
-    """Model FLOPs of training on one token, forward and backward, of a model with `active` parameters:
+    """Return the model FLOPs per token of training, forward and backward, for `active` parameters.
 
-    6 · active + 3 · (Mamba-2 layers · scan + attention layers · attention), with
+    They are 6 · active + 3 · (Mamba-2 layers · scan + attention layers · attention), with
     scan = 2·(G·N·Q/2 + H·P·Q/2 + 2·H·P·N), Q = 128, and causal attention = 2·L·(query heads)·(head width).
     """
     width, state = config.mamba_width, config.mamba_state

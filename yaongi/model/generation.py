@@ -1,7 +1,7 @@
-"""Text from the model: a prefill that fills the caches of every layer, steps of one token, and the choice of tokens.
+"""Text generation: a prefill that fills the caches of every layer, steps of one token, and sampling.
 
-Prompts of unequal length are padded on the left; the padding is a document of its own, so that attention, Mamba state,
-convolutions and n-grams start anew at each prompt and an answer does not depend on its neighbours in the batch.
+Prompts of unequal length are padded on the left. The padding is a separate document, so attention, Mamba state,
+convolutions and n-grams start from scratch at each prompt, and an answer does not depend on the rest of the batch.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class LayerCache:
-    """What one layer keeps between steps; an expert layer keeps nothing."""
+    """The state of one layer between steps; an expert layer has none."""
 
     mixer: MambaCache | AttentionCache | None
     engram: EngramCache | None
@@ -28,16 +28,16 @@ class LayerCache:
 
 @dataclass
 class Cache:
-    """What the model keeps between steps."""
+    """The state of the model between steps."""
 
     layers: list[LayerCache]
     visible: Tensor  # (B, capacity) bool, the positions that belong to each row's last document
-    position: int  # tokens so far
+    position: int  # tokens read so far, padding included
     tail: Tensor | None  # (B, n − 1) int64, the last compressed ids, newest first; None without Engram
 
     @property
     def capacity(self) -> int:
-        """Tokens that the attention layers have room for."""
+        """Tokens that the caches of the attention layers have room for."""
         return self.visible.shape[1]
 
 
@@ -45,13 +45,15 @@ class Cache:
 def prefill(
     model: Yaongi, input_ids: Tensor, document_ids: Tensor | None = None, *, capacity: int
 ) -> tuple[Tensor, Cache]:
-    """Read the prompts. The steps go on with the last document of each row.
+    """Read the prompts; `step` then continues the last document of each row.
 
     Args:
-        input_ids: (B, L). document_ids: (B, L) int32, as of the model's forward. capacity: tokens to make room for.
+        input_ids: (B, L).
+        document_ids: (B, L) int32, as in the model's `forward`.
+        capacity: tokens to make room for, prompts included.
 
     Returns:
-        Logits of the next token (B, V), and the cache for `step`.
+        The logits of the next token (B, V), and the cache for `step`.
     """
     check_tokens(input_ids, document_ids, model.config.vocab_size)
     length = input_ids.shape[1]
@@ -74,7 +76,7 @@ def prefill(
 
 @torch.no_grad()
 def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
-    """Read one more token of each row, (B,) whole numbers; logits of the one after it, (B, V)."""
+    """Read one more token of each row, (B,) integers, and return the logits of the token after it, (B, V)."""
     if cache.position >= cache.capacity:
         raise ValueError(f"step: position must be below {cache.capacity} (capacity), got {cache.position}")
     check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)
@@ -101,18 +103,19 @@ def generate(
     stop: Collection[int] | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """The continuation of each prompt, without the stop token that ended it.
+    """Return the continuation of each prompt, without the stop token that ended it.
 
     Args:
-        prompts: token ids, of any lengths from 1 on.
+        prompts: token ids; each prompt has at least one.
         temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
-        top_k: sample among the k likeliest. top_p: among the likeliest that together have this probability.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together have this probability.
         stop: tokens that end an answer; the end of text by default.
-        seed: of the sampling.
+        seed: seed of the sampling.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, prompt and answer longer than the model's
-            max_sequence_length, or a setting out of range.
+        ValueError: a prompt is empty, an id is outside the vocabulary, a prompt and its answer may exceed the model's
+            max_sequence_length, or a setting is out of range.
     """
     _check_settings(model, prompts, max_new_tokens, temperature, top_k, top_p)
     ends = {model.config.eos_token_id} if stop is None else set(stop)
@@ -137,7 +140,7 @@ def generate(
 def choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, random: torch.Generator
 ) -> Tensor:
-    """A token for each row of logits (B, V): (B,) int64."""
+    """Choose a token for each row of logits (B, V): (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -145,7 +148,7 @@ def choose(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None:
         ranked, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        beyond = ranked.cumsum(-1) - ranked >= top_p  # never the likeliest
+        beyond = ranked.cumsum(-1) - ranked >= top_p  # False for the likeliest token
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=random).squeeze(-1)
 
@@ -165,7 +168,7 @@ def _empty_cache(model: Yaongi, batch: int, capacity: int, device: torch.device)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as (B, L), padded on the left, and document ids that set the padding apart; None when there is none."""
+    """Return the prompts (B, L), padded on the left, and document ids: 0 for padding, 1 for text (None: no padding)."""
     longest = max(map(len, prompts))
     rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     input_ids = torch.tensor(rows, dtype=torch.int64, device=device)

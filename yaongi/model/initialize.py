@@ -1,7 +1,7 @@
-"""The initial weights: each parameter from a generator of its own, keyed by (seed, name).
+"""The initial weights: each parameter has its own random generator, seeded by (seed, name).
 
-So they do not depend on the order of parameters, on the number of devices, or on the dtype but for rounding: numbers
-are drawn in float32 on the CPU, in chunks, and then converted and moved. Several threads draw, a parameter each.
+So the weights do not depend on the order of the parameters or the number of devices, and on the dtype only by rounding:
+numbers are drawn in float32 on the CPU, in chunks, then converted and moved. Several threads draw, one parameter each.
 """
 
 import hashlib
@@ -24,11 +24,14 @@ DT_FLOOR = 1e-4
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw every parameter that is not on the meta device, by its role:
+    """Initialise every parameter that is not on the meta device, by its role.
 
-    normal with std sqrt(0.8/d), what a layer adds to the residual divided by sqrt(layers); norms and D one;
-    A ~ U(1, 16); dt log-uniform in 1e-3..0.1 (at least 1e-4) through the inverse softplus; the Mamba convolution
-    uniform within 1/sqrt(taps) as torch's own; Engram's convolution zero.
+    - Matrices: normal with std sqrt(0.8/d); those that write to the residual, divided by sqrt(layers).
+    - Norms and D: one.
+    - A: uniform in 1..16; `A_log` is its logarithm.
+    - dt: log-uniform in 1e-3..0.1 (at least 1e-4); `dt_bias` is its inverse softplus.
+    - Mamba convolution: uniform within ±1/sqrt(taps), as torch's own.
+    - Engram convolution: zero.
     """
     parameters = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -49,7 +52,7 @@ def _key(seed: int, name: str) -> int:
 
 
 def _draw(name: str, numbers: Tensor, generator: torch.Generator, config: ModelConfig) -> Tensor:
-    """Fill the numbers with what the parameter of this name starts from."""
+    """Fill `numbers` with initial values for the parameter `name`, and return them."""
     if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
         return numbers.fill_(1)
     if name.endswith("engram.conv.weight"):

@@ -1,4 +1,4 @@
-"""The loss: next-token cross entropy in chunks of tokens, so that the logits are never all alive at once."""
+"""The loss: next-token cross entropy in chunks of tokens, so that memory never holds all logits at once."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from yaongi.model.layers.accumulation import accumulate_product, accumulation_ta
 
 Tensor = torch.Tensor
 NO_TARGET = -1
-CHUNK_LOGITS = 2**27  # logits alive at once, in the model's dtype, beside as many gradients: 0.5 GB in bfloat16
+CHUNK_LOGITS = 2**27  # logits in memory at once, plus as many gradients: 0.5 GB together in bfloat16
 
 
 class Losses(NamedTuple):
@@ -18,12 +18,12 @@ class Losses(NamedTuple):
     cross_entropy_sum: Tensor  # scalar, nats, summed over the targets
     z_sum: Tensor  # scalar, Σ logsumexp² over the targets
     balance: Tensor  # scalar, the sequence balance loss, averaged over rows and summed over expert layers, unweighted
-    targets: Tensor  # scalar int64, how many tokens were predicted
-    loads: Tensor  # (expert layers, E) int32, tokens of each expert
+    targets: Tensor  # scalar int64, number of predicted tokens
+    loads: Tensor  # (expert layers, E) int32, tokens that each expert got
 
 
 def next_tokens(input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
-    """(B, L) to (B, L): the token after each one in its document, NO_TARGET where there is none."""
+    """Return the token after each one in its document, (B, L); NO_TARGET where there is none."""
     following = input_ids[:, 1:]
     if document_ids is not None:
         following = following.masked_fill(document_ids[:, 1:] != document_ids[:, :-1], NO_TARGET)
@@ -33,14 +33,18 @@ def next_tokens(input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
 def head_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Σ −log p(target) and Σ logsumexp² of the logits hidden·weightᵀ over the tokens that have a target.
+    """Return Σ −log p(target) and Σ logsumexp² of the logits hidden·weightᵀ over the tokens that have a target.
+
+    The backward pass recomputes the logits.
 
     Args:
-        hidden: (T, d). weight: (V, d). targets: (T) int64, NO_TARGET where there is none.
-        chunk: tokens whose logits are alive at once; by default as many as make CHUNK_LOGITS of them.
+        hidden: (T, d).
+        weight: (V, d).
+        targets: (T) int64, NO_TARGET where there is none.
+        chunk: tokens whose logits are in memory at once; by default as many as have CHUNK_LOGITS logits.
 
     Returns:
-        Two scalars in float32 (float64 for float64). The backward pass computes the logits again.
+        Two scalars in float32 (float64 for float64 inputs).
     """
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
     gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
@@ -48,7 +52,7 @@ def head_cross_entropy(
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Chunk after chunk; of the logits neither direction keeps any, so both take the product with the head."""
+    """The loss chunk by chunk. No logits are saved, so forward and backward both compute the product with the head."""
 
     @staticmethod
     def forward(

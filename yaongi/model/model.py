@@ -1,4 +1,4 @@
-"""The whole model: `Yaongi`, its layers, and what the trainer asks of it."""
+"""The complete model: `Yaongi`, its layers, and the losses and updates for training."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -32,19 +32,19 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {"M": Mamba2, "E": MoE, "*": Atten
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the layers of one forward pass share."""
+    """Inputs that all layers of one forward pass share."""
 
     document_ids: Tensor | None  # (B, L) int32
     attention: AttentionPlan | None  # None without attention layers
-    window: Tensor | None  # (B, n, L) int64, the compressed ids of each token's n-gram; None without Engram
+    window: Tensor | None  # (B, n, L) int64, compressed ids of the n-gram that ends at each token; None without Engram
     with_routing: bool = False
 
 
 class Layer(nn.Module):
-    """One mixer with one pre-norm and one residual; where the config says so, an Engram before it.
+    """One mixer with one pre-norm and one residual connection; where the config says so, an Engram before it.
 
-    The sum of the residual is left to the next norm, which reads both of its terms anyway: a layer takes and returns
-    the hidden state in two parts, `hidden` and what is still to be added to it.
+    The hidden state passes between layers as two tensors, `hidden` and `delta`, whose sum it is. The next norm does the
+    addition in its own kernel, which reads both tensors anyway.
     """
 
     def __init__(
@@ -59,7 +59,15 @@ class Layer(nn.Module):
     def forward(
         self, hidden: Tensor, delta: Tensor | None, context: Context, cache: Any = None
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """(B, L, d), (B, L, d) or None to the same two parts after this layer, and the routing's measures."""
+        """Apply the layer.
+
+        Args:
+            hidden: (B, L, d).
+            delta: (B, L, d), still to be added to `hidden`; None for zero.
+
+        Returns:
+            `hidden` and `delta` after this layer, and the routing's measures if the layer has experts.
+        """
         if self.engram is not None:
             hidden = hidden if delta is None else hidden + delta
             engram_cache = None if cache is None else cache.engram
@@ -75,7 +83,7 @@ class Layer(nn.Module):
     def step(
         self, hidden: Tensor, delta: Tensor | None, window: Tensor | None, cache: Any, position: int, visible: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One token: (B, d) and (B, d) or None to the same two parts; the layer's cache in place."""
+        """Apply the layer to one token, (B, d) for `hidden` and `delta`, and update the cache in place."""
         if self.engram is not None and window is not None:
             hidden = hidden if delta is None else hidden + delta
             delta = self.engram.step(hidden, window, cache.engram)
@@ -107,7 +115,7 @@ class Backbone(nn.Module):
             self.compression = None
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None, *, with_routing: bool = False) -> Context:
-        """What the layers share for these tokens."""
+        """Prepare the inputs that the layers share, for these tokens."""
         plan = None
         if "*" in self.config.pattern:
             dtype, device = self.embeddings.weight.dtype, input_ids.device
@@ -118,22 +126,22 @@ class Backbone(nn.Module):
         return Context(document_ids, plan, window, with_routing)
 
     def compress(self, ids: Tensor) -> Tensor:
-        """Engram's ids of token ids, int64: the compression map's, or the same ids without one."""
+        """Map token ids to Engram's ids, int64; without a compression map they stay the same."""
         return ids.long() if self.compression is None else self.compression[ids]
 
     @property
     def engram_pad(self) -> int:
-        """The compressed id before a document, V_c."""
+        """The compressed id that stands for positions before a document, V_c."""
         return self.config.compressed_vocab_size or self.config.vocab_size
 
     def forward(self, input_ids: Tensor, context: Context, recompute: Recompute) -> tuple[Tensor, list[Routing]]:
-        """(B, L) to hidden states (B, L, d), and the routing of each expert layer when the context wants it."""
+        """Turn ids (B, L) into hidden states (B, L, d); also return each expert layer's routing if `with_routing`."""
         hidden: Tensor = self.embeddings(input_ids)
         delta: Tensor | None = None
         routings: list[Routing] = []
         for i, layer in enumerate(self.layers):
             if recompute == "all" or (recompute != "none" and i in recompute):
-                hidden = hidden if delta is None else hidden + delta  # one tensor to keep, not two
+                hidden = hidden if delta is None else hidden + delta  # so that one tensor is saved, not two
                 hidden, delta, routing = checkpoint(
                     layer, hidden, None, context, use_reentrant=False, preserve_rng_state=False
                 )
@@ -148,18 +156,18 @@ class Yaongi(nn.Module):
     """The language model. `model(input_ids, document_ids=None)` gives logits.
 
     Args:
-        config: what to build.
-        seed: of the initial weights, which are the same on any number of devices (see init.py).
-        device: None for torch's default; on the meta device nothing is drawn.
-        dtype: of the weights, float32 by default. A_log, D, dt_bias and the correction bias are never narrower.
-        compression: (V,) whole numbers, `compression_map` of the tokenizer's pieces, for the Engrams; it sets the
+        config: the architecture.
+        seed: seed of the initial weights, which are the same on any number of devices (see initialize.py).
+        device: None for torch's default; on the meta device the weights get no values.
+        dtype: dtype of the weights, float32 by default. A_log, D, dt_bias and the correction bias are at least float32.
+        compression: (V,) integers, `compression_map` of the tokenizer's pieces, for the Engrams; it sets the
             config's `compressed_vocab_size`. Without it Engram hashes the token ids themselves (the identity map).
 
     Attributes:
-        recompute: the layers whose activations are computed again in the backward pass: "none", "all" or indices.
+        recompute: the layers whose activations are recomputed in the backward pass: "none", "all" or indices.
 
     Raises:
-        ValueError: a compression that does not fit the config, or none where the config wants one.
+        ValueError: the compression does not fit the config, or is missing although the config needs one.
     """
 
     def __init__(
@@ -190,30 +198,31 @@ class Yaongi(nn.Module):
         initialize(self, config, seed)
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits of the next token.
+        """Return the logits of the next token.
 
         Args:
             input_ids: (B, L) int64 or int32.
             document_ids: (B, L) int32, not decreasing within a row: attention, Mamba state, convolutions and n-grams
-                start anew where they change.
+                start from scratch where the id changes.
 
         Returns:
             (B, L, V) in the model's dtype.
 
         Raises:
-            TypeError: dtype. ValueError: shape; on the CPU also an id outside the vocabulary.
+            TypeError: an argument has a wrong dtype.
+            ValueError: an argument has a wrong shape; on the CPU also for an id outside the vocabulary.
         """
         return self.lm_head(self._hidden(input_ids, document_ids, with_routing=False)[0])
 
     def loss(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """The mean loss in nats over the tokens that have a next one in their document; 0 when none has."""
+        """Return the mean loss in nats over the tokens that have a next one in their document; 0 if none has."""
         hidden, _ = self._hidden(input_ids, document_ids, with_routing=False)
         targets = next_tokens(input_ids, document_ids).flatten()
         total, _ = head_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
         return total / (targets != NO_TARGET).sum().clamp(min=1)
 
     def losses(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Losses:
-        """What a training step sums over its micro-batches; arguments and errors as `forward`."""
+        """Return the sums that a training step accumulates over micro-batches; arguments and errors as in `forward`."""
         hidden, routings = self._hidden(input_ids, document_ids, with_routing=True)
         targets = next_tokens(input_ids, document_ids).flatten()
         total, squares = head_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
@@ -228,16 +237,17 @@ class Yaongi(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> "Yaongi":
-        """The model of a folder: Hugging Face's `nemotron_h`, or what `save_pretrained` wrote.
+        """Load the model of a folder: Hugging Face's `nemotron_h`, or one that `save_pretrained` wrote.
 
-        The weights are read shard by shard: at most one is in memory beside the model.
+        The weights are read shard by shard: besides the model, memory holds at most one shard.
 
         Args:
-            dtype: of the model's weights; None for that of the folder.
+            dtype: dtype of the model's weights; None for that of the folder.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: a config that is not of this model; a missing, extra or
-                misshapen tensor; a damaged file.
+            FileNotFoundError: a file is missing.
+            ValueError: the config is not one of this model, a tensor is missing, extra or has a wrong shape, or a file
+                is damaged.
         """
         config, stored = hub.read_config(Path(folder))
         model = cls(config, device="meta", dtype=dtype or stored).to_empty(device=device)
@@ -249,21 +259,23 @@ class Yaongi(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model into a folder, in its own dtype: the `nemotron_h` layout of the hub when it has no Engram,
-        and otherwise our own `yaongi`, which keeps everything and which transformers loads with trust_remote_code.
+        """Write the model into a folder, in its own dtype.
+
+        Without Engram this is the hub's `nemotron_h` layout. With Engram it is our own `yaongi` layout, which keeps
+        everything and which transformers loads with trust_remote_code.
         """
         hub.save(self, self.config, self.count_parameters(), Path(folder))
 
     def count_parameters(self) -> ParameterCounts:
-        """Numbers of parameters, total, active and by part; on the meta device too."""
+        """Count the parameters: total, active and by part; works on the meta device too."""
         return count_parameters(self, self.config)
 
     @torch.no_grad()
     def update_router_bias(self, loads: Tensor, rate: float = 1e-3) -> None:
-        """correction bias += rate · sign(mean load − load), once an optimizer step.
+        """Do correction bias += rate · sign(mean load − load); call it once per optimizer step.
 
         Args:
-            loads: (expert layers, E), whole numbers: the tokens of each expert in the whole global batch.
+            loads: (expert layers, E), integers: the tokens that each expert got in the global batch.
         """
         layers = [layer.mixer for layer in self.backbone.layers if isinstance(layer.mixer, MoE)]
         if tuple(loads.shape) != (len(layers), self.config.experts):
@@ -283,7 +295,7 @@ class Yaongi(nn.Module):
 
 
 def check_tokens(input_ids: Tensor, document_ids: Tensor | None, vocab_size: int) -> None:
-    """Refuse ids of another shape or dtype, and on the CPU those outside the vocabulary."""
+    """Check the shape and dtype of the ids, and on the CPU that they are in the vocabulary."""
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"model: input_ids must be int64 or int32, got {str(input_ids.dtype).removeprefix('torch.')}")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
@@ -303,7 +315,7 @@ def check_tokens(input_ids: Tensor, document_ids: Tensor | None, vocab_size: int
 
 
 def _compression_table(compression: ArrayLike, config: ModelConfig) -> Tensor:
-    """The map as a tensor on the CPU, checked against the config."""
+    """Return the compression map as a tensor on the CPU, checked against the config."""
     table = torch.as_tensor(compression, dtype=torch.int64, device="cpu")
     if table.shape != (config.vocab_size,) or int(table.min()) < 0:
         wanted = f"({config.vocab_size},) whole numbers from 0"

@@ -1,4 +1,4 @@
-"""The presets, one TOML file each beside this one, and how a preset or a file of one's own is read."""
+"""The presets, one TOML file each in this folder, and the reader of presets and of users' own files."""
 
 import tomllib
 from importlib.resources import files
@@ -7,18 +7,18 @@ from typing import Any
 
 
 def preset_names() -> list[str]:
-    """All presets, by name."""
+    """Return the names of all presets, sorted."""
     return sorted(
         entry.name.removesuffix(".toml") for entry in files(__name__).iterdir() if entry.name.endswith(".toml")
     )
 
 
 def read_preset(name: str | Path) -> dict[str, Any]:
-    """The tables of a preset, or of a TOML file given by its path: `model`, and perhaps `train`.
+    """Read the tables of a preset, or of a TOML file given by its path: `model`, and perhaps `train`.
 
     Raises:
         FileNotFoundError: there is no such preset or file; the message lists the presets.
-        ValueError: it is no TOML, or has no [model] table.
+        ValueError: the file is not TOML, or has no [model] table.
     """
     path = Path(name) if str(name).endswith(".toml") else files(__name__).joinpath(f"{name}.toml")
     if not path.is_file():

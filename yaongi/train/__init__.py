@@ -1,11 +1,12 @@
 """The trainer: `python -m yaongi.train`.
 
-The rooms, in the order of a run: `command_line`, `config`; `plan`; `session`, which holds the run together; `step`,
-`optimizer`, `schedule`; `metrics`, `evaluation`, `checkpoint`, `report`; and `distributed`, which is all of it on many
-devices.
+Its modules, in the order in which a run uses them: `command_line` and `config`; `plan`; `session`, which ties the run
+together; `step`, `optimizer` and `schedule`; `metrics`, `evaluation`, `checkpoint` and `report`. `distributed` holds
+what several processes need.
 """
 
 import os
 
-# Before torch is loaded. Threads that wait for each other in a loop make a busy machine five times slower.
+# Set before torch is loaded. By default OpenMP threads wait in a busy loop, which makes a loaded machine five times
+# slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,6 +1,6 @@
 """`python -m yaongi.train --preset yaongi-tiny`: pretraining, on one device or under `torchrun`.
 
-It resumes by itself when its output folder holds a run of the same configuration and data.
+It resumes by itself when the output folder holds a run of the same configuration and data.
 """
 
 import sys
@@ -19,7 +19,7 @@ from yaongi.train.step.guard import BadStepError
 
 
 def train(config: Config, world: World, arguments: Sequence[str]) -> int:
-    """Train to the end, or until a signal; returns the exit code."""
+    """Train to the end, or until a signal, and return the exit code."""
     session = Session(config, world)
     session.display.say(session.plan.lines())
     if config.run.dry_run:
@@ -55,7 +55,11 @@ def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse the command line and train; returns the exit code. A mistake is a ValueError, TypeError or OSError."""
+    """Parse the command line, train, and return the exit code.
+
+    Raises:
+        ValueError, TypeError, OSError, MemoryError: the user made a mistake or the machine is too small.
+    """
     config = parse(arguments)
     world = init_world(config.run.device)
     try:
@@ -73,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The command; what goes wrong is one line on standard error."""
+    """Run the command; an error is one line on standard error."""
     cli.run(lambda: run(sys.argv[1:]), interrupted="interrupted before the first step")
 
 

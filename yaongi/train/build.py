@@ -1,4 +1,4 @@
-"""From a configuration to what trains: the loader, the model, its optimizer."""
+"""From a configuration to the loader and the model."""
 
 import dataclasses
 
@@ -13,11 +13,12 @@ from yaongi.train.recompute import recomputed_layers
 
 
 def open_data(config: Config) -> tuple[Loader, Tokenizer]:
-    """The training order, and the tokenizer that lies with the shards.
+    """Open the token shards, and the tokenizer stored with them.
 
     Raises:
-        FileNotFoundError: no shards or no tokenizer there.
-        ValueError: a changed or truncated shard, another tokenizer than the shards', a domain that is missing.
+        FileNotFoundError: there are no shards or no tokenizer.
+        ValueError: a shard was changed or truncated, the shards were made with another tokenizer, or a domain is
+            missing.
     """
     train = config.train
     tokenizer = Tokenizer.load(config.run.data / "tokenizer")
@@ -33,7 +34,7 @@ def open_data(config: Config) -> tuple[Loader, Tokenizer]:
 
 
 def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """`config` with a model of the tokenizer's vocabulary and control ids."""
+    """Return `config` with the model's vocabulary size and control ids set to the tokenizer's."""
     model = dataclasses.replace(
         config.model,
         vocab_size=tokenizer.vocab_size,
@@ -45,7 +46,7 @@ def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 def build_model(config: Config, tokenizer: Tokenizer, device: torch.device | str, *, dtype: torch.dtype) -> Yaongi:
-    """The model with its initial weights; on the meta device without any."""
+    """Build the model with its initial weights; on the meta device it has none."""
     compression = compression_map(tokenizer.pieces()) if config.model.engram else None
     model = Yaongi(config.model, seed=config.train.seed, device=device, dtype=dtype, compression=compression)
     model.recompute = recomputed_layers(config.run.recompute, config.model.pattern)

@@ -1,4 +1,4 @@
-"""The command line: a preset or a file gives the defaults, and every field of it is an option."""
+"""The command line: a preset or a TOML file gives the defaults, and every field of the config is an option."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,10 +11,11 @@ DEFAULT_PRESET = "yaongi-tiny"
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that `arguments` ask for; ends the program for `--help` or an unknown option.
+    """Parse `arguments` into a configuration; `--help` or an unknown option ends the program.
 
     Raises:
-        FileNotFoundError: no such preset or file. ValueError: a value that doesn't fit, or no tyro.
+        FileNotFoundError: there is no such preset or file.
+        ValueError: a value doesn't fit, or tyro is not installed.
     """
     try:
         import tyro

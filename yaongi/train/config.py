@@ -1,4 +1,4 @@
-"""What a run is: the model, what decides its weights (`Training`), and what doesn't (`Running`).
+"""The configuration of a run: the model, the settings that decide its weights (`Training`), and the rest (`Running`).
 
 A preset is a TOML file with a `[model]` and a `[train]` table; every field can be overridden on the command line.
 """
@@ -21,34 +21,34 @@ from yaongi.train.schedule import Kind
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that decides the weights: a run resumes only with the same values."""
+    """Settings that decide the weights: a run resumes only with the same values."""
 
-    seed: int = 0  # of the initial weights and the order of the data
-    mix: str = DEFAULT_MIX_TEXT  # shares of the domains
-    tokens: float = 15e9  # to train on; the steps follow
-    batch_tokens: int = 1 << 20  # a global batch: one optimizer step
-    row_tokens: int = 4096  # a row, the sequence the model sees
-    schedule: Kind = "wsd"  # warm-up, then stable and decay, or cosine
-    warmup: float = 0.01  # share of the steps
-    decay: float = 0.2  # share of the steps (wsd)
+    seed: int = 0  # seed of the initial weights and of the data order
+    mix: str = DEFAULT_MIX_TEXT  # shares of the domains in the training data
+    tokens: float = 15e9  # tokens to train on; the number of steps is tokens / batch_tokens
+    batch_tokens: int = 1 << 20  # tokens per global batch, that is per optimizer step
+    row_tokens: int = 4096  # tokens per packed row, the sequence length of training
+    schedule: Kind = "wsd"  # learning rate after the warm-up: wsd (stable, then linear decay) or cosine
+    warmup: float = 0.01  # share of the steps spent on the linear warm-up
+    decay: float = 0.2  # share of the steps spent on the final decay (wsd only)
     final_lr: float = 1e-5  # learning rate of the last step
-    matrix_lr: float = 0.02  # Teon and Muon
-    adam_lr: float = 3e-3  # AdamW: embedding, head, router, norms, vectors
-    table_lr_scale: float = 5.0  # Engram tables: this times adam_lr
-    weight_decay: float = 0.1  # decoupled
-    momentum: float = 0.95  # of the matrices, Nesterov
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    matrix_optimizer: Literal["teon", "adamw"] = "teon"  # adamw, with matrix_lr: the baseline; the rest stays as it is
-    stack: int = 2  # consecutive layers whose matrices are orthogonalised jointly; 1 is Muon
-    stacked: str = "qkv"  # which, by commas: qkv (attention), mamba (in_proj's parts, out_proj), shared (experts)
-    clip: float = 1.0  # largest gradient norm; 0: no clipping
-    z_loss: float = 0.0  # weight of the squared log of the softmax's normaliser
-    balance_loss: float = 1e-4  # weight of the experts' sequence balance loss
-    bias_rate: float = 1e-3  # step of the router's balancing bias
-    bad_steps: int = 3  # non-finite steps skipped in a row before the run stops
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of the weights; auto: bfloat16 on a GPU
-    momentum_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of the matrices' momentum; auto: dtype
+    matrix_lr: float = 0.02  # peak learning rate of the matrices (Teon and Muon)
+    adam_lr: float = 3e-3  # peak learning rate of AdamW: embedding, head, router, norms, vectors
+    table_lr_scale: float = 5.0  # Engram tables learn at adam_lr times this
+    weight_decay: float = 0.1  # decoupled weight decay
+    momentum: float = 0.95  # Nesterov momentum of the matrices
+    beta1: float = 0.9  # AdamW: decay of the first moment
+    beta2: float = 0.95  # AdamW: decay of the second moment
+    matrix_optimizer: Literal["teon", "adamw"] = "teon"  # adamw: a baseline, AdamW at matrix_lr for the matrices
+    stack: int = 2  # consecutive layers whose matrices are orthogonalised jointly (Teon); 1: each alone (Muon)
+    stacked: str = "qkv"  # what stack applies to, comma-separated: qkv, mamba (in_proj, out_proj), shared (experts)
+    clip: float = 1.0  # clip the gradient to this norm; 0: no clipping
+    z_loss: float = 0.0  # weight of the z loss, the squared logsumexp of the logits; 0: none
+    balance_loss: float = 1e-4  # weight of the experts' sequence balance loss; 0: none
+    bias_rate: float = 1e-3  # step size of the router's balancing bias
+    bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient to skip before the run stops
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # weights; auto: bfloat16 on a GPU, else float32
+    momentum_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # matrices' momentum buffer; auto: dtype
 
     @property
     def stacked_kinds(self) -> set[str]:
@@ -57,26 +57,26 @@ class Training:
 
     @property
     def batch_rows(self) -> int:
-        """Rows of a global batch."""
+        """Rows per global batch."""
         return self.batch_tokens // self.row_tokens
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that `tokens` fill, at least one."""
+        """Optimizer steps of the run: `tokens / batch_tokens`, rounded, at least one."""
         return max(1, round(self.tokens / self.batch_tokens))
 
     def weight_dtype(self, device: torch.device) -> torch.dtype:
-        """Of the weights: as configured, or bfloat16 on a GPU and float32 on a CPU."""
+        """Return the dtype of the weights: as configured; for "auto" bfloat16 on a GPU and float32 on a CPU."""
         if self.dtype == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return getattr(torch, self.dtype)
 
     def matrix_momentum_dtype(self, device: torch.device) -> torch.dtype:
-        """Of the matrices' momentum: as configured, or that of the weights."""
+        """Return the dtype of the matrices' momentum buffers: as configured; for "auto" that of the weights."""
         return self.weight_dtype(device) if self.momentum_dtype == "auto" else getattr(torch, self.momentum_dtype)
 
     def __post_init__(self) -> None:
-        """ValueError for values that don't fit."""
+        """Check the values. Raises ValueError for one that doesn't fit."""
         FieldChecks("config").types(self)
         if self.row_tokens < 2 or self.batch_tokens < self.row_tokens or self.batch_tokens % self.row_tokens:
             got = f"{self.batch_tokens}, {self.row_tokens}"
@@ -93,33 +93,33 @@ class Training:
 
 @dataclass(frozen=True)
 class Running:
-    """Where and how a run happens; free to change when it is resumed."""
+    """Settings of where and how a run happens; they may change when it is resumed."""
 
-    data: Path = Path("data/tokens")  # folder of token shards
+    data: Path = Path("data/tokens")  # folder of the token shards
     out: Path = Path("runs/train")  # folder of the run: checkpoints, metrics, report, model
-    fresh: bool = False  # start anew, and remove the run that the folder holds
+    fresh: bool = False  # remove the run in the output folder and start from scratch
     dry_run: bool = False  # print the plan and stop
-    stop_after: int = 0  # save and stop after this step, to go on another time; 0: at the end
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    micro_rows: int = 0  # rows a forward pass; 0: what fits
-    recompute: str = "none"  # layers computed again in the backward pass: all, or mamba, experts, 7, 0-25 with commas
-    deterministic: bool = True  # the same bits every time, also on a GPU
-    cuda_graph: bool = True  # micro-batches recorded once as a CUDA graph and replayed, on one GPU
-    log_every: int = 10  # steps between lines; every step goes to metrics.jsonl
+    stop_after: int = 0  # save a checkpoint after this step and stop; 0: run to the end
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU, else cpu
+    micro_rows: int = 0  # rows per micro-batch and process; 0: as many as fit into memory
+    recompute: str = "none"  # layers recomputed in the backward pass: none, all, or a list like mamba,experts,7,0-25
+    deterministic: bool = True  # give bit-identical results every time, also on a GPU
+    cuda_graph: bool = True  # on one GPU, record a micro-batch as a CUDA graph and replay it
+    log_every: int = 10  # steps between printed lines; metrics.jsonl records every step
     evaluate_every: int = 500  # steps between evaluations; also before the first and after the last step
-    evaluate_rows: int = 32  # held-out rows per domain
-    sample_tokens: int = 64  # length of the three samples; 0: none
+    evaluate_rows: int = 32  # held-out rows per domain and evaluation
+    sample_tokens: int = 64  # tokens in each of the three samples of an evaluation; 0: no samples
     checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
-    keep_last: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # and every checkpoint whose step is a multiple of this; 0: none
-    dollars_per_hour: float = 0.0  # price of the machine
+    keep_last: int = 2  # how many of the newest checkpoints to keep
+    keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0: none
+    dollars_per_hour: float = 0.0  # price of the machine, for the plan's cost; 0: no cost
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with WANDB_API_KEY, else offline
-    project: str = "open-yaongi"  # of wandb
-    tensorboard: bool = True
-    benchmarks: Path | None = None  # JSON of pytest-benchmark to show in the report
+    project: str = "open-yaongi"  # name of the wandb project
+    tensorboard: bool = True  # write TensorBoard event files to OUT/tensorboard
+    benchmarks: Path | None = None  # JSON file of pytest-benchmark to show in the report
 
     def __post_init__(self) -> None:
-        """ValueError for numbers out of range."""
+        """Check the values. Raises ValueError for a number out of range."""
         FieldChecks("config").types(self)
         least = {"log_every": 1, "evaluate_every": 1, "evaluate_rows": 1, "keep_last": 1}
         for name in ("micro_rows", "stop_after", "sample_tokens", "checkpoint_every", "keep_every", "dollars_per_hour"):
@@ -131,7 +131,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """The configuration of a run."""
 
     preset: str
     model: ModelConfig
@@ -139,16 +139,16 @@ class Config:
     run: Running = field(default_factory=Running)
 
     def __post_init__(self) -> None:
-        """ValueError for layers to recompute that the model doesn't have."""
+        """Check `recompute`. Raises ValueError if it names layers that the model doesn't have."""
         recomputed_layers(self.run.recompute, self.model.pattern)
 
 
 def load_config(name: str) -> Config:
-    """The preset `name`, or the TOML file at the path `name`.
+    """Load the preset `name`, or the TOML file at the path `name`.
 
     Raises:
         FileNotFoundError: there is no such preset or file.
-        ValueError: it can't be read, or an unknown field or a wrong value stands in it.
+        ValueError: it can't be read, or it has an unknown field or a wrong value.
     """
     tables, preset = read_preset(name), Path(name).name.removesuffix(".toml")
     train = tables.get("train", {})
@@ -166,5 +166,5 @@ def load_config(name: str) -> Config:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """The whole of `config` as plain values that JSON can hold."""
+    """Return all of `config` as plain values that JSON can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -1,4 +1,4 @@
-"""What a run measures as it goes: bits per byte on fixed held-out rows of each domain, and three fixed samples."""
+"""The evaluations of a run: bits per byte on fixed held-out rows of each domain, and samples for three prompts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +20,15 @@ PROMPTS = {
 
 
 class Evaluator:
-    """Holds the held-out rows, which are the same at every evaluation and for any number of processes."""
+    """The held-out rows, which are the same at every evaluation and for any number of processes."""
 
     def __init__(self, loader: Loader, rows: int, world: World, warn: Callable[[str], None]) -> None:
-        """`rows`: of each domain. A domain whose held-out text doesn't fill one row is left out, with a warning."""
+        """Read the held-out rows.
+
+        Args:
+            rows: held-out rows per domain. A domain whose held-out text doesn't fill one row is left out, with a
+                warning.
+        """
         self._world = world
         self._held_out: dict[str, HeldOut] = {}
         for domain in loader.domains:
@@ -33,7 +38,7 @@ class Evaluator:
                 warn(f"no bits per byte of {domain}: {error}")
 
     def bits_per_byte(self, model: Yaongi, rows_at_once: int) -> dict[str, float]:
-        """Of each domain."""
+        """Return the bits per byte of each domain."""
         device = self._world.device
         with evaluating(model):
             sums = [
@@ -45,7 +50,7 @@ class Evaluator:
         return {domain: bits_per_byte(total, int(rows.text_bytes.sum())) for (domain, rows), total in held_out}
 
     def _share(self, rows: HeldOut) -> HeldOut:
-        """This process's rows, as many as every other's: the last ones may be there to fill up and don't count."""
+        """Return this process's rows. Every process gets the same number; rows added as padding don't count."""
         size, rank = self._world.size, self._world.rank
         count = -(-len(rows.input_ids) // size)
         wanted = torch.arange(count) * size + rank
@@ -58,7 +63,7 @@ class Evaluator:
 
 @contextmanager
 def evaluating(model: Yaongi) -> Iterator[None]:
-    """The model in evaluation mode, without gradients."""
+    """Put the model into evaluation mode, without gradients, within the block."""
     former = model.training
     model.eval()
     try:
@@ -69,15 +74,15 @@ def evaluating(model: Yaongi) -> Iterator[None]:
 
 
 def draw_samples(model: Yaongi, tokenizer: Tokenizer, tokens: int, device: torch.device) -> dict[str, str]:
-    """What the model makes of the three prompts: prompt and continuation, the same every time for the same weights."""
+    """Return each of the three prompts with its continuation; the same weights always give the same text."""
     return {name: prompt + continue_text(model, tokenizer, prompt, tokens, device) for name, prompt in PROMPTS.items()}
 
 
 def continue_text(model: Yaongi, tokenizer: Tokenizer, prompt: str, tokens: int, device: torch.device) -> str:
-    """Up to `tokens` tokens after `prompt`, until the document ends.
+    """Return the continuation of `prompt`: up to `tokens` tokens, or until the document ends.
 
-    Tokens are drawn from the likeliest few with a generator of their own. Every token is a whole forward pass, which
-    needs nothing but `model.forward` and so works sharded too.
+    Tokens are sampled from the likeliest few with a separate random generator. Each token takes a full forward pass
+    over the context: this needs only `model.forward`, so it also works on a sharded model.
     """
     generator = torch.Generator().manual_seed(0)
     ids = tokenizer.encode(prompt)

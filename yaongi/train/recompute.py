@@ -1,18 +1,20 @@
-"""Which layers give up their activations and compute them again in the backward pass: the policy of a config."""
+"""The `recompute` policy: which layers discard their activations and recompute them in the backward pass."""
 
 KINDS = {"mamba": "M", "experts": "E", "attention": "*"}
-CHEAPEST, MOST = "mamba", "all"  # 2.2 ms per GB on an H100, experts and attention 6.1 (benchmarks/bench_layers.py)
+# Time per GB saved on an H100: Mamba layers 2.2 ms, experts and attention 6.1 ms (benchmarks/bench_layers.py).
+CHEAPEST, MOST = "mamba", "all"
 
 
 def recomputed_layers(policy: str, pattern: str) -> tuple[int, ...]:
-    """The indices of the layers that a policy names.
+    """Return the indices of the layers that a policy names.
 
     Args:
-        policy: "none", "all", or by commas kinds of layers (mamba, experts, attention), layers (7) and ranges (0-25).
+        policy: "none", "all", or a comma-separated list of kinds of layers (mamba, experts, attention), layers (7) and
+            ranges (0-25).
         pattern: one letter per layer, as in the model's config.
 
     Raises:
-        ValueError: something else stands in it, or a layer that the model doesn't have.
+        ValueError: the policy has another word, or names a layer that the model doesn't have.
     """
     layers = range(len(pattern))
     chosen: set[int] = set()

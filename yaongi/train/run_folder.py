@@ -1,4 +1,4 @@
-"""What lies in the folder of a run."""
+"""The folder of a run: its files and its lock."""
 
 import fcntl
 import json
@@ -21,10 +21,10 @@ RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT_HTML, REPORT_PNG, TEN
 
 
 class Lock:
-    """Held by the process that trains in a folder, and given back when it ends, however it ends."""
+    """A file lock held by the process that trains in a folder; it is released however that process ends."""
 
     def __init__(self, folder: Path) -> None:
-        """ValueError if another process holds it."""
+        """Take the lock. Raises ValueError if another process holds it."""
         self._file: IO[str] = (folder / LOCK).open("w")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -33,12 +33,12 @@ class Lock:
             raise ValueError(f"train: another process trains in {folder}") from error
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock."""
         self._file.close()
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run has left in `folder`, and nothing else."""
+    """Remove the files of a run from `folder`, and nothing else."""
     for name in RUN_ENTRIES:
         path = folder / name
         if path.is_dir():
@@ -48,12 +48,12 @@ def remove_run(folder: Path) -> None:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Record the resolved configuration."""
+    """Write the resolved configuration to `config.json`."""
     write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder`. OSError if it can't be made or written."""
+    """Make `folder` if it is missing. Raises OSError if it can't be made or written to."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"train: {folder} can't be written")

@@ -1,4 +1,4 @@
-"""The learning rate of every step: warm-up, then WSD (warm-up, stable, decay) or cosine."""
+"""The learning rate of every step: WSD (warm-up, stable, decay), or warm-up and cosine."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Kind = Literal["wsd", "cosine"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A pure function of the step, so that nothing of it needs saving."""
+    """The learning rate as a pure function of the step, so checkpoints need no scheduler state."""
 
     steps: int
     kind: Kind = "wsd"
@@ -18,7 +18,7 @@ class Schedule:
     final: float = 1e-5  # learning rate of the last step
 
     def __post_init__(self) -> None:
-        """ValueError for shares that don't fit into one another or into 0 to 1."""
+        """Check the values. Raises ValueError, for instance when `warmup + decay` is not within 0 to 1."""
         if self.steps < 1:
             raise ValueError(f"schedule: steps must be 1 or more, got {self.steps}")
         if self.kind not in ("wsd", "cosine"):
@@ -30,24 +30,24 @@ class Schedule:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of the linear rise; at least one if any was asked for."""
+        """Steps of the linear warm-up; at least one if `warmup` is above 0."""
         return min(self.steps, math.ceil(self.steps * self.warmup))
 
     @property
     def decay_steps(self) -> int:
-        """Steps of the descent: the last `decay` for WSD, all that follow the warm-up for cosine."""
+        """Steps of the decay: the last share `decay` for WSD, all steps after the warm-up for cosine."""
         if self.kind == "cosine":
             return self.steps - self.warmup_steps
         return min(self.steps - self.warmup_steps, math.ceil(self.steps * self.decay))
 
     def phase(self, step: int) -> str:
-        """`warmup`, `stable` or `decay`, for a step counted from 0."""
+        """Return "warmup", "stable" or "decay", for a step counted from 0."""
         if step < self.warmup_steps:
             return "warmup"
         return "decay" if step >= self.steps - self.decay_steps else "stable"
 
     def lr(self, step: int, peak: float) -> float:
-        """The learning rate of `step`, counted from 0, whose highest value is `peak`."""
+        """Return the learning rate of `step`, counted from 0, for a schedule whose highest value is `peak`."""
         phase = self.phase(step)
         if phase == "warmup":
             return peak * (step + 1) / self.warmup_steps

@@ -1,4 +1,4 @@
-"""A run under way: data, model, optimizer, checkpoints and log of one configuration, and what can be done with them."""
+"""A run in progress: data, model, optimizer, checkpoints and logs of one configuration, and the operations on them."""
 
 import contextlib
 import time
@@ -29,17 +29,17 @@ from yaongi.train.schedule import Schedule
 from yaongi.train.step.guard import Guard
 from yaongi.train.step.stepper import Stepper
 
-PATIENCE = 3.0  # seconds that a checkpoint may hold training up before that is said
+PATIENCE = 3.0  # seconds that training may wait for the previous checkpoint before a message is printed
 
 
 class Session:
-    """Opened by `start`; a context that puts everything away at its end."""
+    """A training run: `start` opens it, and leaving its context closes it."""
 
     def __init__(self, config: Config, world: World) -> None:
         """Open the data and work out the plan; nothing is written yet.
 
         Raises:
-            ValueError, FileNotFoundError: the data or the configuration don't fit; one line says how.
+            ValueError, FileNotFoundError: the data or the configuration doesn't fit; the message is one line.
         """
         self.world = world
         self.loader, self.tokenizer = open_data(config)
@@ -54,11 +54,11 @@ class Session:
         self._sinks: list[Sink] = []
 
     def start(self) -> None:
-        """Build the model, go on from the folder's newest checkpoint if there is one, and open the logs.
+        """Build the model, resume from the folder's newest checkpoint if there is one, and open the logs.
 
         Raises:
-            ValueError: the folder holds a run of another configuration or of other data, or a damaged checkpoint.
-            OSError: the folder can't be written.
+            ValueError: the folder holds a run with another configuration or other data, or a damaged checkpoint.
+            OSError: the folder can't be written to.
         """
         config, world, out = self.config, self.world, self.config.run.out
         check_writable(out)
@@ -134,11 +134,11 @@ class Session:
         for sink in self._sinks:
             sink.close()
         if error is not None and self.world.size == 1:
-            self.checkpoints.wait()  # what had been saved before the trouble counts
+            self.checkpoints.wait()  # finish writing a checkpoint that was begun before the error
         self._resources.close()
 
     def batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of this process, a list for each step that is left."""
+        """Yield the micro-batches of this process, one list per remaining step."""
         world, rows = self.world, self.plan.micro_rows
         stream = self.loader.stream(
             rank=world.rank, world_size=world.size, micro_batch=rows, pin_memory=world.device.type == "cuda"
@@ -150,11 +150,11 @@ class Session:
                 yield batches
 
     def train_step(self, batches: list[Batch]) -> None:
-        """One optimizer step, recorded.
+        """Do one optimizer step and record it.
 
         Raises:
             BadStepError: too many steps in a row had a loss or gradient that isn't finite.
-            OSError: the checkpoint being written failed.
+            OSError: the checkpoint in progress could not be written.
         """
         self.checkpoints.poll()
         lr = {kind: self.schedule.lr(self.step, peak) for kind, peak in self.optimizer.peak_lr.items()}
@@ -174,7 +174,7 @@ class Session:
         self._report_step(values, result.loads)
 
     def _report_step(self, values: dict[str, Any], loads: torch.Tensor) -> None:
-        """Record a step; every so often with the experts' load and a line."""
+        """Record a step; every `log_every` steps also record the expert load and print a line."""
         due = self.step % self.config.run.log_every == 0 or self.step in (1, self.schedule.steps)
         if due:
             values |= self.meter.summary(loads, self.schedule.steps - self.step)
@@ -185,7 +185,7 @@ class Session:
             self._log({k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"})
 
     def evaluate(self) -> None:
-        """Bits per byte and samples, recorded and shown."""
+        """Measure bits per byte and draw samples; record and print both."""
         with self.meter.paused():
             bits = self.evaluator.bits_per_byte(self.model, self.plan.micro_rows)
             self.metrics.write("evaluation", self.step, bpb=bits, tokens=self._tokens())
@@ -199,9 +199,13 @@ class Session:
                     self.display.say(f"  {name}: {' '.join(sample.split())}")
 
     def save(self, *, wait: bool = False) -> None:
-        """Begin a checkpoint; `wait` until it is in place. How long training stood still for it is recorded.
+        """Begin a checkpoint, and record how long training stood still for it.
 
-        One is written at a time: where the one before isn't on the disk yet, training waits, and is told so.
+        Checkpoints are written one at a time: if the previous one isn't on disk yet, training waits for it, and a
+        message says so.
+
+        Args:
+            wait: return only when the checkpoint is complete.
 
         Raises:
             OSError: it can't be written.
@@ -227,7 +231,7 @@ class Session:
         self.metrics.write("checkpoint", self.step, seconds=time.perf_counter() - began, waited=waited)
 
     def finish(self) -> None:
-        """Wait for the last checkpoint, then write the model for use without the trainer, and the report."""
+        """Wait for the last checkpoint, then write the model folder and the report."""
         self.checkpoints.wait()
         out = self.config.run.out
         save_model(self.model, self.tokenizer, out / MODEL, self.world)
@@ -239,11 +243,11 @@ class Session:
         self.world.barrier()
 
     def due(self, every: int) -> bool:
-        """Whether something that happens each `every` steps, and after the last one, happens now."""
+        """Return whether something that happens every `every` steps, and after the last one, is due now."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def _tensors(self) -> dict[str, Any]:
-        """What a checkpoint holds; weights that have a master are left out, as its casts."""
+        """Return the tensors of a checkpoint; a weight with a master copy is left out, for it is that copy's cast."""
         state = self.optimizer.tensors()
         weights = {
             name: p.detach() for name, p in self.model.state_dict().items() if "master" not in state.get(name, {})

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, say how to resume. A second one ends the program at once."""
+"""SIGTERM and Ctrl-C: finish the step, save, print how to resume. A second signal ends the program at once."""
 
 import shlex
 import signal
@@ -10,7 +10,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which the two signals only raise a flag; the first one restores the usual handlers."""
+    """A context in which SIGTERM and SIGINT only set a flag; the first signal restores the former handlers."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -25,7 +25,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal ended; 0 if none came."""
+        """The exit code that shells expect of a program ended by a signal (128 + its number); 0 if none came."""
         return 0 if self.signal is None else 128 + self.signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -35,12 +35,12 @@ class StopRequest:
 
     def _restore(self) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+            signal.signal(number, handler)  # type: ignore[arg-type]  # signal.signal returned it
         self._former = {}
 
 
 def resume_command(arguments: Sequence[str]) -> str:
-    """The command line that goes on with this run: the same one without `--fresh` and `--stop-after`."""
+    """Return the command that resumes this run: the same command line without `--fresh` and `--stop-after`."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:

@@ -1,1 +1,1 @@
-"""Where documents come from: the embedded corpus, files, the hub."""
+"""The sources of documents: the embedded corpus, files, the hub."""

@@ -1,4 +1,4 @@
-"""The public data sets of the 15 B-token mix, and where their files are read from: the hub, or a mirror folder."""
+"""The public data sets of the 15 B-token mix, and access to their files on the hub or in a mirror folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import IO, Protocol
 
 from yaongi.data.sources.readers import file_format
 
-BYTES_PER_TOKEN: Mapping[str, float] = {"ko": 4.8, "en": 4.1, "code": 3.3, "math": 3.4}  # to turn a budget into bytes
+BYTES_PER_TOKEN: Mapping[str, float] = {"ko": 4.8, "en": 4.1, "code": 3.3, "math": 3.4}  # to convert a budget
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class HubSource:
 
     Attributes:
         share: percent of the mix's tokens.
-        files: glob patterns of its files (`*` crosses folders).
-        fields: where a row's text is; only these columns are read, so that drifting types elsewhere don't matter.
-        revision: branch, tag or commit; the first download resolves it to a commit, and goes on from that one.
-        fallback: name of another source in `FALLBACKS`, taken when this one cannot be had.
-        blobs: rows hold no text but a `blob_id`, whose content lies in Software Heritage's bucket.
+        files: glob patterns of its files (`*` also matches `/`).
+        fields: columns that may hold a row's text; only these are read, so changing types in others don't matter.
+        revision: branch, tag or commit; the first download resolves it to a commit, and later ones use that commit.
+        fallback: name of the source in `FALLBACKS` to take if this one is unavailable.
+        blobs: rows hold no text but a `blob_id`; the content is in Software Heritage's bucket.
     """
 
     domain: str
@@ -67,17 +67,17 @@ class Repository(Protocol):
     licence: str
 
     def names(self) -> list[str]:
-        """All files in it."""
+        """Return the names of all files."""
 
     def open(self, name: str) -> IO[bytes]:
-        """A file, seekable; only what is read is transferred."""
+        """Open a file, seekable; only what is read is transferred."""
 
 
 class HubRepository:
     """A data set on the Hugging Face hub, at a commit."""
 
     def __init__(self, source: HubSource, revision: str | None = None) -> None:
-        """Resolve `revision` (or the source's) to a commit. OSError or HfHubHTTPError when that fails."""
+        """Resolve `revision` (or the source's) to a commit. Raises OSError or HfHubHTTPError if that fails."""
         from huggingface_hub import HfApi, HfFileSystem
 
         info = HfApi().dataset_info(source.id, revision=revision or source.revision)
@@ -88,39 +88,39 @@ class HubRepository:
         self.licence = str(licence) if licence else "not stated"
 
     def names(self) -> list[str]:
-        """All files in it."""
+        """Return the names of all files."""
         return self._names
 
     def open(self, name: str) -> IO[bytes]:
-        """A file, read in ranges."""
+        """Open a file that is read in ranges."""
         return self._fs.open(f"datasets/{self._id}@{self.revision}/{name}", "rb")
 
 
 class MirrorRepository:
-    """The same files in a local folder, `MIRROR/owner/name/…`."""
+    """A local copy of a data set, in `MIRROR/owner/name/…`."""
 
     def __init__(self, mirror: Path, source: HubSource) -> None:
-        """FileNotFoundError if the mirror lacks the data set."""
+        """Find the data set. Raises FileNotFoundError if the mirror lacks it."""
         self._folder = mirror / source.id
         if not self._folder.is_dir():
             raise FileNotFoundError(f"download: {source.id} is not in the mirror {mirror}")
         self.revision, self.licence = "mirror", "as on its card"
 
     def names(self) -> list[str]:
-        """All files in it."""
+        """Return the names of all files."""
         files = (path for path in self._folder.rglob("*") if path.is_file())
         return [path.relative_to(self._folder).as_posix() for path in files]
 
     def open(self, name: str) -> IO[bytes]:
-        """A file."""
+        """Open a file."""
         return (self._folder / name).open("rb")
 
 
 def data_names(source: HubSource, repository: Repository) -> list[str]:
-    """The files to read, in an order by the hash of their names, so that a budget doesn't take one folder only.
+    """Return the files to read, ordered by the hash of their names so that a budget isn't spent on one folder.
 
     Raises:
-        ValueError: none matches.
+        ValueError: no file matches.
     """
     found = [
         name
@@ -133,10 +133,10 @@ def data_names(source: HubSource, repository: Repository) -> list[str]:
 
 
 class BlobStore(Protocol):
-    """Contents by blob id."""
+    """A store of contents by blob id."""
 
     def get(self, blob_id: str) -> bytes | None:
-        """The gzip-compressed content, or None if it isn't there."""
+        """Return the gzip-compressed content, or None if there is none."""
 
 
 class SoftwareHeritage:
@@ -145,7 +145,7 @@ class SoftwareHeritage:
     url = "https://softwareheritage.s3.amazonaws.com/content/"
 
     def get(self, blob_id: str) -> bytes | None:
-        """The gzip-compressed content, or None if it isn't there. OSError if the bucket can't be reached."""
+        """Return the gzip-compressed content, or None if there is none. Raises OSError if the bucket is unreachable."""
         from urllib.error import HTTPError
         from urllib.request import urlopen
 
@@ -159,12 +159,12 @@ class SoftwareHeritage:
 
 
 class MirrorBlobs:
-    """The same in a local folder, `MIRROR/softwareheritage/content/BLOB_ID`."""
+    """A local copy of the bucket, in `MIRROR/softwareheritage/content/BLOB_ID`."""
 
     def __init__(self, mirror: Path) -> None:
         self._folder = mirror / "softwareheritage" / "content"
 
     def get(self, blob_id: str) -> bytes | None:
-        """The gzip-compressed content, or None if it isn't there."""
+        """Return the gzip-compressed content, or None if there is none."""
         path = self._folder / blob_id
         return path.read_bytes() if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Documents out of files: .txt, .jsonl (each plain or .xz, .zst, .gz) and .parquet, from disk or any binary stream."""
+"""Reading documents from .txt and .jsonl (plain or .xz, .zst, .gz) and .parquet, on disk or in any binary stream."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ _TXT_DOCUMENT_CHARACTERS = 1 << 16
 
 
 def file_format(name: str) -> str | None:
-    """`.txt`, `.jsonl`, `.json` or `.parquet` for a name that can be read, compressed or not, else None."""
+    """Return `.txt`, `.jsonl`, `.json` or `.parquet` for a file that can be read, compressed or not; else None."""
     stem = name.lower()
     for ending in COMPRESSIONS:
         stem = stem.removesuffix(ending)
@@ -30,10 +30,10 @@ def file_format(name: str) -> str | None:
 
 
 def data_files(path: Path) -> list[Path]:
-    """`path` itself, or every readable file below it, sorted.
+    """Return `path` itself, or every readable file below it, sorted.
 
     Raises:
-        FileNotFoundError: nothing there, or nothing in a known format.
+        FileNotFoundError: there is nothing, or nothing in a known format.
     """
     if path.is_file():
         found = [path] if file_format(path.name) else []
@@ -46,10 +46,11 @@ def data_files(path: Path) -> list[Path]:
 
 
 def read_documents(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[str]:
-    """The documents of one file. A .txt is one document, or several of about 64k characters when it is longer.
+    """Yield the documents of one file. A .txt is one document, or several of about 64k characters if it is longer.
 
     Raises:
-        ValueError: broken compression, not UTF-8, not JSON, or a row with none of `fields`; names file and row.
+        ValueError: compression, UTF-8 or JSON is broken, or a row has none of `fields`; the message names the file and,
+            where known, the row.
     """
     with path.open("rb") as file:
         for row, record in enumerate(read_rows(file, path.name, fields)):
@@ -57,10 +58,10 @@ def read_documents(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[
 
 
 def document(record: Mapping[str, Any], fields: Sequence[str], where: str) -> str:
-    """The text of a row: its first field among `fields`; a list of chat messages is rendered.
+    """Return the text of a row: the first of `fields` that holds text, or chat messages, which are rendered.
 
     Raises:
-        ValueError: no such field, or one that is neither text nor messages.
+        ValueError: none of the fields holds text or messages.
     """
     for field in fields:
         value = record.get(field)
@@ -72,10 +73,14 @@ def document(record: Mapping[str, Any], fields: Sequence[str], where: str) -> st
 
 
 def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of a file from number `start` on; `name` gives the format. Parquet reads only `fields`.
+    """Yield the rows of a file from number `start` on.
+
+    Args:
+        name: its ending gives the format.
+        fields: columns to read of a parquet file; other formats give all fields.
 
     Raises:
-        ValueError: the content is not what the name says; names the row.
+        ValueError: the content does not have the format; the message names the file and, where known, the row.
     """
     kind = file_format(name)
     if kind == ".parquet":
@@ -92,7 +97,7 @@ def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0)
 
 
 def _broken() -> tuple[type[Exception], ...]:
-    """What decompressors and UTF-8 raise on content that is not theirs."""
+    """Return the errors that decompressors and UTF-8 decoding raise for broken content."""
     import zlib
 
     import zstandard

@@ -9,17 +9,17 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of one domain and origin. `split` None: to be divided by `is_held_out`."""
+    """Documents of one domain and origin; if `split` is None, `is_held_out` divides them into both splits."""
 
     domain: str
     split: str | None
     name: str
     licence: str
     documents: Callable[[], Iterator[str]]
-    fingerprint: Callable[[], str]  # changes when a document does
+    fingerprint: Callable[[], str]  # changes if a document changes
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a fixed choice by the hash of its text."""
+    """Return whether a document belongs to the held-out split, a fixed choice by the hash of its text."""
     key = hashlib.blake2b(text.strip().encode(), digest_size=8, person=b"held-out").digest()
     return int.from_bytes(key, "big") < fraction * 2.0**64

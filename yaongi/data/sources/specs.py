@@ -1,11 +1,11 @@
-"""Sources as a user writes them, opened: `embedded`, `DOMAIN=PATH`, or a folder with `train/` and perhaps `val/`.
+"""Opening sources from the specs that users write:
 
 * `embedded`: the corpus inside the package;
 * `DOMAIN=PATH`: a file or a folder of .txt, .jsonl (also .xz, .zst, .gz) or .parquet, for ko, en, code or math;
-* `PATH`: a folder that holds `train/` and perhaps `val/` with `ko.jsonl.xz` or `ko/…` in each, as
+* `PATH`: a folder that holds `train/` and perhaps `val/`, with `ko.jsonl.xz` or `ko/…` in each, as
   `python -m yaongi.data download` writes it.
 
-Where a domain has no `val` of its own, documents are held out of it by the hash of their text.
+If a domain has no `val` of its own, some of its documents are held out, chosen by the hash of their text.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from yaongi.files import sha256_file
 
 
 def open_sources(specs: Sequence[str]) -> list[Source]:
-    """The sources that `specs` name, in order.
+    """Open the sources that `specs` name, in order.
 
     Raises:
-        FileNotFoundError: a path without readable files.
-        ValueError: an unknown domain, or no spec at all.
+        FileNotFoundError: a path has no readable files.
+        ValueError: a domain is unknown, or there is no spec.
     """
     if not specs:
         raise ValueError("data: --source must be given: embedded, DOMAIN=PATH or a folder with train/")
@@ -49,7 +49,7 @@ def open_sources(specs: Sequence[str]) -> list[Source]:
 
 
 def _folder_sources(folder: Path) -> list[Source]:
-    """`train/DOMAIN…` and `val/DOMAIN…`; a subfolder of `train/DOMAIN/` is a source of its own."""
+    """Return the sources in `train/DOMAIN…` and `val/DOMAIN…`; each subfolder of `train/DOMAIN/` is a source."""
     found = []
     for domain in DOMAINS:
         parts = {split: _domain_paths(folder / split, domain) for split in (TRAIN, VAL)}

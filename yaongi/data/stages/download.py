@@ -1,8 +1,8 @@
-"""Bring the hub's data sets to disk: resumable by (file, row), within a budget, counted, licences recorded.
+"""Download data sets from the hub, up to a budget: resumable by (file, row), with counts and licences recorded.
 
-A source becomes a folder `train/DOMAIN/NAME/` of `part-00000.jsonl.zst`, … and `source.json`, which `sources`
-reads as it stands. A part is written under a temporary name and renamed, then `source.json` takes note of it and of
-the next (file, row): an interruption costs the part under way, never a duplicate or a gap.
+A source becomes a folder `train/DOMAIN/NAME/` with `part-00000.jsonl.zst`, … and `source.json`, which `sources` can
+read directly. A part is written under a temporary name and renamed; then `source.json` records it and the next
+(file, row). So an interruption loses the unfinished part, but never leaves a duplicate or a gap.
 """
 
 import gzip
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """What is on disk of a source, and where to go on: the content of `source.json`."""
+    """What is on disk of a source, and where to continue: the content of `source.json`."""
 
     id: str
     revision: str
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are read from; tests and offline machines give a mirror."""
+    """Where data sets are read from; for tests and offline machines a local mirror."""
 
     repository: Callable[[HubSource, str | None], Repository]
     blobs: BlobStore
@@ -68,7 +68,7 @@ class Places:
 
     @classmethod
     def of(cls, mirror: Path | None) -> "Places":
-        """The hub, or a local mirror of it."""
+        """Return the places of the hub, or of a local mirror of it."""
         if mirror is None:
             return cls(HubRepository, SoftwareHeritage())
         return cls(lambda source, _: MirrorRepository(mirror, source), MirrorBlobs(mirror))
@@ -77,11 +77,11 @@ class Places:
 def download(
     out: Path, total_tokens: float, places: Places, *, names: tuple[str, ...] = (), say: Callable[[str], None] = print
 ) -> dict[str, Progress]:
-    """Bring every source of `HUB_SOURCES` (or those in `names`) up to its share of `total_tokens`.
+    """Download every source of `HUB_SOURCES` (or those in `names`) up to its share of `total_tokens`.
 
     Raises:
-        ValueError: an unknown name, a source that gives no rows.
-        OSError: a source that cannot be reached after several tries, and has no fallback that can.
+        ValueError: a name is unknown, or a source gives no rows.
+        OSError: a source could not be reached after several tries, and no fallback could replace it.
     """
     for name in names:
         if name not in HUB_SOURCES:
@@ -99,7 +99,7 @@ def download(
 def download_source(
     source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None] = print
 ) -> Progress:
-    """One source up to `budget_bytes` of UTF-8 text, or its end; its fallback if it cannot be had at all."""
+    """Download one source up to `budget_bytes` of UTF-8 text or its end; if it is unavailable, its fallback."""
     try:
         return _Download(source, folder, budget_bytes, places, say).run()
     except _unavailable() as error:
@@ -111,7 +111,7 @@ def download_source(
 
 
 class _Download:
-    """The work on one source."""
+    """The download of one source."""
 
     def __init__(
         self, source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None]
@@ -128,7 +128,7 @@ class _Download:
         self.progress.budget_bytes = max(budget_bytes, self.progress.budget_bytes)
 
     def run(self) -> Progress:
-        """Write parts until the budget or the end; then say so in `source.json`."""
+        """Write parts until the budget is reached or the source ends, and record each in `source.json`."""
         progress = self.progress
         texts = iter(()) if progress.done else self._texts()
         while not progress.done:
@@ -140,7 +140,7 @@ class _Download:
         return progress
 
     def _write_part(self, texts: Iterator[tuple[int, int, str]], start: Progress) -> Progress:
-        """Write one part, and return the progress that holds once it is recorded."""
+        """Write one part, and return the progress to record with it."""
         import zstandard
 
         path = self.folder / f"part-{start.parts:05d}.jsonl.zst"
@@ -180,7 +180,7 @@ class _Download:
         write_atomically(self.folder / "source.json", json.dumps(asdict(progress), indent=1).encode())
 
     def _texts(self) -> Iterator[tuple[int, int, str]]:
-        """Texts from where the progress stands, each with the (file, row) that follows it."""
+        """Yield texts from the recorded progress on, each with the (file, row) after it."""
         rows = self._rows()
         if not self.source.blobs:
             for file, row, record in rows:
@@ -197,7 +197,7 @@ class _Download:
                     yield file, row, text
 
     def _blob(self, record: dict[str, Any]) -> str:
-        """The content a row names, or nothing when it is missing or not in the encoding it claims."""
+        """Return the content that a row names; an empty text if it is missing or not in the encoding that it claims."""
         packed = self.places.blobs.get(record["blob_id"])
         if packed is None:
             return ""
@@ -207,7 +207,7 @@ class _Download:
             return ""
 
     def _rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Rows, each with the (file, row) that follows it; a broken connection goes on at the row it broke at."""
+        """Yield rows, each with the (file, row) after it; after a broken connection continue at the same row."""
         names = data_names(self.source, self.repository)
         file, row, failures = self.progress.file, self.progress.row, 0
         while file < len(names):
@@ -231,7 +231,7 @@ class _Download:
                 self._wait(failures, error)
 
     def _wait(self, failures: int, error: Exception) -> None:
-        """Sleep before the next try, doubling; raise when there have been enough, or when trying is no use."""
+        """Sleep before the next try, twice as long each time; raise after `TRIES` failures or a permanent error."""
         if isinstance(error, _hopeless_errors()):
             raise FileNotFoundError(f"download: {self.source.id} is not to be had: {error}") from error
         if failures >= TRIES:
@@ -252,7 +252,7 @@ def _unavailable() -> tuple[type[Exception], ...]:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """`HTTPError` is the base of all that the hub's HTTP client raises, whichever client its version uses."""
+    """Return the errors worth another try; `HTTPError` is the base of all errors of the hub's HTTP client."""
     from huggingface_hub.errors import HTTPError
 
     return OSError, HTTPError

@@ -1,4 +1,4 @@
-"""Show what a folder of token shards holds."""
+"""Check a folder of token shards and show its contents."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _SHOWN_CHARACTERS = 300
 
 
 def inspect_shards(folder: Path, samples: int = 1, console: Console | None = None) -> None:
-    """Check every file, then print counts a domain, what was dropped, and the first held-out documents.
+    """Check every file, then print counts per domain, dropped documents, and the first held-out documents.
 
     Raises:
         ValueError, FileNotFoundError: as in `ShardSet.open`.

@@ -1,4 +1,4 @@
-"""Sources to token shards, on all cores: NFC, duplicates and benchmark texts out, ids on disk."""
+"""Sources to token shards, on all cores: normalise to NFC, drop duplicates and benchmark texts, write ids."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ _BATCH_CHARACTERS = 1 << 19
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the result of `tokenize_sources`."""
+    """Options that affect the result of `tokenize_sources`."""
 
     held_out: float = 0.005
     near_duplicates: bool = True
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Document:
-    """What a worker says of a document: everything but the decision, which needs all that came before."""
+    """A worker's result for a document: all but the decision to keep it, which depends on the documents before it."""
 
     tokens: NDArray[np.int32]
     text_bytes: int
@@ -51,7 +51,7 @@ class _Document:
 
 
 class _Worker:
-    """Reads a document once and says all there is to say of it. One per process."""
+    """A function from texts to `_Document`s; one per process."""
 
     def __init__(self, model: bytes, benchmarks: Benchmarks, options: Options) -> None:
         self.tokenizer, self.benchmarks, self.options = Tokenizer(model), benchmarks, options
@@ -81,19 +81,19 @@ def tokenize_sources(
     workers: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write the token shards of `specs` (see `sources`) into `out`; nothing is done when they are there already.
+    """Write the token shards of `specs` (see `sources.specs`) into `out`; do nothing if they are up to date.
 
-    Held-out documents are taken first, so that a training document that repeats one is dropped as a duplicate.
+    Sources that are held out as a whole come first, so a training document that repeats one is dropped as a duplicate.
 
     Args:
-        workers: processes; 0 means one for each core. The result does not depend on it.
+        workers: processes; 0: one per core. The result does not depend on it.
 
     Returns:
         The manifest.
 
     Raises:
-        ValueError: a source without documents, unreadable content, a lone surrogate, a benchmark without items.
-        FileNotFoundError: a source or benchmark that is not there.
+        ValueError: a source has no documents, unreadable content or a lone surrogate, or a benchmark has no items.
+        FileNotFoundError: a source or benchmark does not exist.
     """
     sources = open_sources(specs)
     plan = _plan(sources, tokenizer, options)
@@ -137,7 +137,7 @@ def _build(
 
 
 def _plan(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
-    """All that decides the content, so that a second run can tell that nothing has changed."""
+    """Return everything that decides the shards' content, so that a second run can see that nothing has changed."""
     inputs = [[s.domain, s.split, s.name, s.fingerprint()] for s in sources]
     benchmarks = [sha256_file(Path(b)) if Path(b).is_file() else b for b in options.benchmarks]
     plan = {"inputs": inputs, "tokenizer": tokenizer.hash, **asdict(options), "benchmarks": benchmarks}
@@ -150,7 +150,7 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     try:
         manifest = ShardSet.open(out).manifest
     except (ValueError, FileNotFoundError):
-        return None  # damaged: made anew
+        return None  # damaged: write it again
     return manifest if manifest.get("plan") == plan else None
 
 
@@ -239,7 +239,7 @@ def _run_worker(texts: list[str]) -> list[_Document]:
 
 @contextmanager
 def _pool(worker: _Worker, count: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[_Document]]]:
-    """A function from batches of texts to their documents, in order, computed on `count` processes."""
+    """Give a function from batches of texts to their documents, in order, computed on `count` processes."""
     if count == 1:
         yield lambda batches: chain.from_iterable(map(worker, batches))
         return

@@ -1,4 +1,4 @@
-"""Train the tokenizer on sources, and leave it be when it is up to date."""
+"""Train the tokenizer on sources, unless it is up to date."""
 
 import hashlib
 import json
@@ -25,9 +25,9 @@ def train_on_sources(
     *,
     say: Callable[[str], None] = print,
 ) -> Tokenizer:
-    """Train on about `total_bytes` of `specs` (see `sources`), at the ratios of `mix`, and save into `out`.
+    """Train on about `total_bytes` of `specs` (see `sources.specs`), at the ratios of `mix`, and save into `out`.
 
-    Nothing is done when `out` holds the tokenizer of the same text and settings.
+    Do nothing if `out` already holds the tokenizer of the same text and settings.
 
     Raises:
         ValueError, FileNotFoundError: as in `open_sources`, `mixed_documents` and `train_tokenizer`.

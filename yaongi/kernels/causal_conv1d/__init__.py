@@ -1,1 +1,1 @@
-"""Depthwise causal convolution over short windows, with its activation, its document boundaries and its state."""
+"""Depthwise causal convolution over short windows, with activation, document boundaries and state."""

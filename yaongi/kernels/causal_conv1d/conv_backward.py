@@ -1,7 +1,7 @@
-"""The causal convolution's gradients: strips walked as in conv_forward.py, each with a halo of three rows.
+"""The causal convolution's gradients: programs walk strips as in conv_forward.py, each with a halo of three rows.
 
-x, dy and dx cross memory once, and the halos. Gradients of weight and bias leave as one partial sum per program and are
-added in a fixed order: same bits always.
+x, dy and dx each cross memory once, and x and dy once more in the halos. Each program writes one partial sum of the
+gradients of weight and bias; these are added in a fixed order, so the result is bitwise reproducible.
 """
 
 import torch
@@ -46,7 +46,7 @@ def _store_dx(
     HAS_STATE: tl.constexpr,
     HAS_DFINAL: tl.constexpr,
 ):
-    """Add the final state's gradient to a finished row of dx, and store it where it belongs."""
+    """Add the final state's gradient to a completed row of dx; store it in dx, or in dstate where row < 0."""
     if HAS_DFINAL:
         i = row - (L - (W - 1))
         reached = (i >= 0) & (row < L)
@@ -91,7 +91,7 @@ def _causal_conv1d_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Row r gives dp_r, which goes to the weight's gradient and to dx of rows r − 3 … r; row r − 3 is then finished."""
+    """Compute dp_r row by row: it adds to dw and to dx of rows r − 3 … r, and completes row r − 3."""
     start = tl.program_id(1) * ROWS
     batch = tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -131,7 +131,7 @@ def _causal_conv1d_backward_kernel(
         document_1, document_2 = load_document(document_ptr, start - 1, L), load_document(document_ptr, start - 2, L)
         document_3, next_document = load_document(document_ptr, start - 3, L), load_document(document_ptr, start, L)
     for step in tl.range(0, ROWS + 4, loop_unroll_factor=4):  # four steps rotate the rows without moving registers
-        row = start + step  # from `last` on, dy is loaded as zero and rows only finish those before them
+        row = start + step  # from `last` on dy is loaded as zero; these steps only complete earlier rows
         x_0, dp = next_x0.to(tl.float32), next_dy0.to(tl.float32)
         next_x0, next_x1, next_x2 = next_x1, next_x2, next_x3
         next_dy0, next_dy1, next_dy2 = next_dy1, next_dy2, next_dy3
@@ -190,7 +190,7 @@ def causal_conv1d_backward_triton(
     activation: str | None,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `causal_conv1d_backward_reference`; W is 2, 3 or 4. Fills `dx`, a slice perhaps, where it is given."""
+    """Compute what `causal_conv1d_backward_reference` does, for W of 2 to 4; `dx`, if given, may be a slice."""
     (batch, length, channels), width = x.shape, weight.shape[1]
     config = strip_config(BACKWARD, batch, length, channels)
     strips = triton.cdiv(length, config.rows)

@@ -1,9 +1,9 @@
-"""The causal convolution, forward: a program walks down a strip of channels and keeps the last inputs in registers.
+"""The causal convolution's forward: each program walks down a strip and keeps the last inputs in registers.
 
-A program owns BLOCK_C channels of ROWS consecutive positions. It reads every input once, four rows ahead of use, and
-carries the W − 1 earlier inputs along, so the traffic is the floor's. All arithmetic is fp32. Names: `x_1` is the row
-one before the current one, `same_1` says whether it is in the current row's document. Weights are padded to four taps:
-`w_0` meets the current row, `w_1` the one before.
+A strip is BLOCK_C channels of ROWS consecutive positions. Each input is read once, four rows before its use, and the
+W − 1 earlier inputs stay in registers, so memory traffic is minimal. All arithmetic is fp32. Names: `x_1` is the row
+before the current one, `same_1` says whether it is in the current row's document. Weights are padded to four taps:
+`w_0` multiplies the current row, `w_1` the row before it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """ROWS positions and BLOCK_C channels per program."""
+    """Strip size, in positions and channels per program, and warps per program."""
 
     rows: int
     block_c: int
@@ -31,7 +31,7 @@ FORWARD = {"long": Config(rows=64, block_c=256, num_warps=2), "short": Config(ro
 
 
 def strip_config(table: dict[str, Config], batch: int, length: int, channels: int) -> Config:
-    """The long strips once they fill the GPU's 132 multiprocessors several times over, else the short ones."""
+    """Return the long strips if they fill the GPU's 132 multiprocessors several times over, else the short ones."""
     long = table["long"]
     programs = batch * triton.cdiv(length, long.rows) * triton.cdiv(channels, long.block_c)
     return long if programs >= 1024 else table["short"]
@@ -44,7 +44,7 @@ def load_input(x_ptr, row, stride_l, c, mask):
 
 @triton.jit
 def load_earlier(x_ptr, state_ptr, row, stride_l, c, mask, C, W: tl.constexpr, HAS_STATE: tl.constexpr):
-    """A row before the strip: an input, or where row < 0 the initial state or zero."""
+    """Load a row before the strip, (BLOCK_C,): an input, or where row < 0 the initial state or zero."""
     value = load_input(x_ptr, row, stride_l, c, mask & (row >= 0)).to(tl.float32)
     if HAS_STATE:
         place = row + (W - 1)
@@ -56,20 +56,20 @@ def load_earlier(x_ptr, state_ptr, row, stride_l, c, mask, C, W: tl.constexpr, H
 
 @triton.jit
 def load_document(document_ptr, row, L):
-    """The document of a row; rows before the sequence are in the first document, rows after it in none."""
+    """Load a row's document id. Rows before the sequence belong to the first document, rows after it to none (−1)."""
     inside = tl.maximum(row, 0)
     return tl.load(document_ptr + inside, mask=inside < L, other=-1)
 
 
 @triton.jit
 def load_tap(weight_ptr, c, mask, back: tl.constexpr, W: tl.constexpr):
-    """The weight of the row `back` rows before the current one, (BLOCK_C,); zero where the filter is shorter."""
+    """Load the weight of the row `back` rows before the current one, (BLOCK_C,); zero where the filter is shorter."""
     return tl.load(weight_ptr + c * W + (W - 1 - back), mask=mask & (back < W), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def keep_in_document(value, same, W: tl.constexpr, back: tl.constexpr):
-    """A tap's input, or zero in another document or beyond the filter: by selection, so that no NaN leaks."""
+    """Zero a tap's input in another document or beyond the filter; `where`, not a product, so that no NaN leaks."""
     if back < W:
         return tl.where(same, value, 0.0)
     return tl.zeros_like(value)
@@ -77,8 +77,10 @@ def keep_in_document(value, same, W: tl.constexpr, back: tl.constexpr):
 
 @triton.jit
 def fast_sigmoid(value):
-    """1 / (1 + 2^(−log2(e)·value)) by the fast exponential and reciprocal, flushing denormals: 2 ulp, a third of the
-    instructions of `tl.sigmoid`, which the kernel would be bound by."""
+    """Return 1 / (1 + 2^(−log2(e)·value)) from the approximate exponential and reciprocal, flushing denormals.
+
+    The error is 2 ulp, with a third of the instructions of `tl.sigmoid`, which would make the kernel instruction-bound.
+    """
     if INTERPRETED:
         return tl.sigmoid(value)
     return tl.inline_asm_elementwise(
@@ -188,7 +190,7 @@ def causal_conv1d_triton(
     activation: str | None,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `causal_conv1d_reference`; W is 2, 3 or 4."""
+    """Compute what `causal_conv1d_reference` does, for W of 2 to 4."""
     (batch, length, channels), width = x.shape, weight.shape[1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = x.new_empty((batch, channels, width - 1) if return_final_state else (0,))

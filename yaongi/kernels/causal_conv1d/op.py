@@ -160,18 +160,18 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Depthwise causal convolution over the last W inputs of each channel, then the activation.
+    """Apply a depthwise causal convolution over the last W inputs of each channel, then the activation.
 
     No tap crosses a document boundary; the initial state belongs to the first document of its row.
 
     Args:
         x: (B, L, C), any float, L ≥ 1, unit stride along C: a slice of a wider projection is read in place.
-        weight: (C, W), any float, W ≥ 1; the last tap meets the newest input.
+        weight: (C, W), any float, W ≥ 1; the last tap multiplies the newest input.
         bias: (C), weight's dtype.
         activation: "silu" or None.
         document_ids: (B, L), int32, non-decreasing along L.
         initial_state: (B, C, W − 1), x's dtype, the inputs before the sequence; zeros when None.
-        return_final_state: also return the last W − 1 inputs of the last document, zeros where it is shorter.
+        return_final_state: also return the last W − 1 inputs of the last document, zero-padded if it is shorter.
 
     Returns:
         y (B, L, C) in x's dtype, contiguous; with return_final_state (y, final state (B, C, W − 1) in x's dtype).
@@ -194,7 +194,7 @@ def causal_conv1d(
 def causal_conv1d_step(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "silu"
 ) -> Tensor:
-    """The next output of `causal_conv1d` after the inputs that `state` holds; no gradient flows through it.
+    """Return the next output of `causal_conv1d`, given the last inputs in `state`; it has no gradient.
 
     Args:
         x: (B, C), any float, unit stride along C.

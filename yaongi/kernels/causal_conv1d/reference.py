@@ -1,4 +1,4 @@
-"""The causal convolution in plain torch: see README.md beside this file for the mathematics.
+"""The causal convolution in plain torch; README.md in this folder has the mathematics.
 
 The sequence is extended to the left by its W − 1 earlier inputs (the initial state, or zeros), so that tap k of output
 l reads the extended position l + k; the final state is the extended sequence's last W − 1 positions.
@@ -21,7 +21,7 @@ def causal_conv1d_reference(
     activation: str | None,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:  # (B, L, C), (B, C, W − 1) or empty
-    """y = activation(bias + Σ_k weight_k · x_{l−W+1+k}) within documents, and the last W − 1 inputs."""
+    """Return y = activation(bias + Σ_k weight_k · x_{l−W+1+k}) within documents, and the last W − 1 inputs."""
     wide = compute_dtype(x, weight)
     extended = _extended(x, initial_state, weight.shape[1]).to(wide)
     masks = _masks(document_ids, weight.shape[1])
@@ -42,8 +42,8 @@ def causal_conv1d_backward_reference(
     document_ids: Tensor | None,
     initial_state: Tensor | None,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # like x, weight, bias, initial_state; empty for what is None
-    """The gradients; the value before the activation is computed again."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # like x, weight, bias, initial_state; empty for a None
+    """Return the gradients; the pre-activation value is recomputed."""
     wide, length, width = compute_dtype(x, weight), x.shape[1], weight.shape[1]
     extended = _extended(x, initial_state, width).to(wide)
     masks = _masks(document_ids, width)
@@ -74,7 +74,7 @@ def causal_conv1d_step_reference(
     bias: Tensor | None,  # (C)
     activation: str | None,
 ) -> Tensor:  # (B, C)
-    """One output of the convolution; the state forgets its oldest input and takes x."""
+    """Return one output; the state drops its oldest input and appends x."""
     wide = compute_dtype(x, weight)
     window = torch.cat([state, x.unsqueeze(-1)], dim=-1)  # (B, C, W)
     pre = (window.to(wide) * weight.to(wide)).sum(-1)
@@ -85,18 +85,18 @@ def causal_conv1d_step_reference(
 
 
 def _extended(x: Tensor, initial_state: Tensor | None, width: int) -> Tensor:
-    """The W − 1 inputs before the sequence, then the sequence: (B, W − 1 + L, C)."""
+    """Return the W − 1 inputs before the sequence, then the sequence: (B, W − 1 + L, C)."""
     before = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if initial_state is None else initial_state.mT
     return torch.cat([before, x], dim=1)
 
 
 def _as_state(positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, W − 1, C) as a state of its own memory, (B, C, W − 1)."""
+    """Copy positions (B, W − 1, C) into a new contiguous state, (B, C, W − 1)."""
     return positions.mT.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _masks(document_ids: Tensor | None, width: int) -> list[Tensor | None]:
-    """For each tap where it reads its own document, (B, L, 1), or None for everywhere."""
+    """Return for each tap where it reads its own document, (B, L, 1); None means everywhere."""
     if document_ids is None:
         return [None] * width
     ids, length = _extended_ids(document_ids, width), document_ids.shape[1]
@@ -104,7 +104,7 @@ def _masks(document_ids: Tensor | None, width: int) -> list[Tensor | None]:
 
 
 def _final_mask(document_ids: Tensor | None, width: int) -> Tensor | None:
-    """Which of the last W − 1 extended positions belong to the last document: (B, W − 1, 1)."""
+    """Return which of the last W − 1 extended positions belong to the last document: (B, W − 1, 1)."""
     if document_ids is None:
         return None
     tail = _extended_ids(document_ids, width)[:, document_ids.shape[1] :]
@@ -112,17 +112,17 @@ def _final_mask(document_ids: Tensor | None, width: int) -> Tensor | None:
 
 
 def _extended_ids(document_ids: Tensor, width: int) -> Tensor:
-    """The initial state belongs to the first document: (B, W − 1 + L)."""
+    """Return the extended sequence's ids, (B, W − 1 + L); the initial state belongs to the first document."""
     return torch.cat([document_ids[:, :1].expand(-1, width - 1), document_ids], dim=1)
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero where another document is; by selection, so that nothing of a neighbour leaks, not even a NaN."""
+    """Zero positions of other documents; `where`, not a product, so that not even a NaN of theirs leaks."""
     return values if mask is None else torch.where(mask, values, 0)
 
 
 def _pre_activation(extended: Tensor, weight: Tensor, bias: Tensor | None, masks: list[Tensor | None]) -> Tensor:
-    """bias + Σ_k weight_k · extended_{l+k}: (B, L, C)."""
+    """Return bias + Σ_k weight_k · extended_{l+k}, (B, L, C)."""
     length = extended.shape[1] - len(masks) + 1
     taps = [_masked(extended[:, k : k + length], mask) * weight[:, k] for k, mask in enumerate(masks)]
     pre = torch.stack(taps).sum(0)

@@ -1,1 +1,1 @@
-"""What several ops share: the compute dtype, TMA descriptors, sums in a fixed order."""
+"""Helpers that several ops share: the compute dtype, TMA descriptors, and sums in a fixed order."""

@@ -1,4 +1,4 @@
-"""Sums of partial sums in Triton: many programs leave a row each of a parameter's gradient, and one pass adds them."""
+"""Column sums in Triton: many programs each write one row of a parameter's gradient, and one pass adds the rows."""
 
 import torch
 import triton
@@ -18,7 +18,7 @@ def _column_sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program adds all rows of BLOCK_D columns, in the same order always."""
+    """Add all rows of BLOCK_D columns per program, always in the same order."""
     partial_ptr += tl.program_id(1).to(tl.int64) * N * D
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -29,7 +29,7 @@ def _column_sums_kernel(
 
 
 def column_sums(partial: Tensor) -> Tensor:
-    """(S, D) from partial sums (S, N, D), contiguous, fp32; zeros where N is 0."""
+    """Return the sums over N, (S, D), of partial sums (S, N, D), contiguous and fp32; zeros where N is 0."""
     S, N, D = partial.shape
     sums = torch.empty(S, D, dtype=torch.float32, device=partial.device)
     block_n = min(BLOCK_N, triton.next_power_of_2(max(1, N)))

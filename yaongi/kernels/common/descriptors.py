@@ -7,17 +7,20 @@ Tensor = torch.Tensor
 
 
 def descriptor(t: Tensor, *box: int) -> TensorDescriptor:
-    """For boxes of the last dimensions of a tensor."""
+    """Return a TMA descriptor whose box covers the last dimensions of a tensor, and 1 along the others."""
     return TensorDescriptor.from_tensor(t, [*(1 for _ in t.shape[len(box) :]), *box])
 
 
 def matrix_descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """For boxes of rows × columns of a tensor seen as a matrix: all but its last dimension are rows."""
+    """Return a TMA descriptor for boxes of rows × columns; all dimensions but the last are flattened into rows."""
     return descriptor(t.view(-1, t.shape[-1]), rows, columns)
 
 
 def addressable(t: Tensor) -> Tensor:
-    """The tensor, or a copy where TMA can't read it: it wants unit stride along the last dimension and 16-byte rows."""
+    """Return the tensor, or a contiguous copy where TMA can't read it.
+
+    TMA needs unit stride along the last dimension, and an address and other strides that are multiples of 16 bytes.
+    """
     strides = all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
     if t.stride(-1) == 1 and strides and t.data_ptr() % 16 == 0:
         return t

@@ -1,1 +1,1 @@
-"""Cross entropy over a vocabulary, one pass over the logits each way."""
+"""Cross entropy over a vocabulary, with one pass over the logits in each direction."""

@@ -1,11 +1,11 @@
-"""Cross entropy in Triton: one pass over the logits a direction, bound by bytes."""
+"""Cross entropy in Triton: one memory-bound pass over the logits per direction."""
 
 import torch
 import triton
 import triton.language as tl
 
 Tensor = torch.Tensor
-BLOCK = 4096  # logits a program holds in its registers, 16 per thread
+BLOCK = 4096  # logits per program, in registers: 16 per thread
 NUM_WARPS = 8
 
 
@@ -19,7 +19,7 @@ def _cross_entropy_kernel(
     stride,
     BLOCK: tl.constexpr,
 ):
-    """A row: largest logit and Σ e^(l − largest), rescaled where a block has a larger one."""
+    """Walk one row per program, keeping the largest logit and Σ e^(l − largest), rescaled when a larger one comes."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     largest = tl.full((), float("-inf"), tl.float32)
@@ -28,7 +28,7 @@ def _cross_entropy_kernel(
         i = start + tl.arange(0, BLOCK)
         logits = tl.load(logits_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)
         new = tl.maximum(largest, tl.max(logits, 0))
-        shift = tl.where(new == float("-inf"), 0.0, new)  # nothing but −∞ so far: the sum stays 0
+        shift = tl.where(new == float("-inf"), 0.0, new)  # if all logits so far are −∞, the sum stays 0
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift), 0)
         largest = new
     normalizer = largest + tl.log(total)
@@ -51,7 +51,7 @@ def _cross_entropy_backward_kernel(
     stride,
     BLOCK: tl.constexpr,
 ):
-    """A block of a row: dl = (dloss + dn)·e^(l − n) − dloss·[v = target]."""
+    """Compute dl = (dloss + dn)·e^(l − n) − dloss·[v = target] for one block of a row per program."""
     blocks = tl.cdiv(V, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -64,7 +64,7 @@ def _cross_entropy_backward_kernel(
 
 
 def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy_reference`."""
+    """Compute what `cross_entropy_reference` does."""
     T, V = logits.shape
     losses, normalizers = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(2))
     if T:
@@ -85,7 +85,7 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 def cross_entropy_backward_triton(
     dlosses: Tensor, dnormalizers: Tensor, logits: Tensor, targets: Tensor, normalizers: Tensor
 ) -> Tensor:
-    """As `cross_entropy_backward_reference`."""
+    """Compute what `cross_entropy_backward_reference` does."""
     T, V = logits.shape
     dlogits = torch.empty(T, V, dtype=logits.dtype, device=logits.device)
     if T:

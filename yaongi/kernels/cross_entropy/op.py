@@ -53,18 +53,18 @@ backend.define_no_autograd("cross_entropy_backward")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """−log softmax(logits)[target] of each token, and the logarithm of its softmax's normaliser.
+    """Return −log softmax(logits)[target] of each token, and the logarithm of its softmax's normalizer.
 
     Args:
         logits: (T, V), V ≥ 1, any float, unit stride along V.
-        targets: (T) int32 or int64; below 0 where a token has none, and its loss is 0.
+        targets: (T) int32 or int64; below 0 where a token has no target: its loss is 0.
 
     Returns:
-        losses (T) and normalizers (T), in float32, for float64 logits in float64. Both have gradients.
+        losses (T) and normalizers (T), float32, or float64 for float64 logits. Both have gradients.
 
     Raises:
-        TypeError: kind, dtype or device. ValueError: shape or stride. On the CPU IndexError or RuntimeError for a
-            target of V or more, which gives NaN on a GPU.
+        TypeError: kind, dtype or device. ValueError: shape or stride. IndexError or RuntimeError: on the CPU, a
+            target of V or more; on a GPU its loss is NaN.
     """
     args = check.Arguments("cross_entropy")
     args.tensor("logits", logits, ("T", "V"), unit_stride=True)

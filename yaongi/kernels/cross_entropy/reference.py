@@ -1,4 +1,4 @@
-"""Cross entropy in plain torch: see README.md beside this file for the mathematics."""
+"""Cross entropy in plain torch; README.md in this folder has the mathematics."""
 
 import torch
 
@@ -7,9 +7,9 @@ Tensor = torch.Tensor
 
 def cross_entropy_reference(
     logits: Tensor,  # (T, V)
-    targets: Tensor,  # (T), below 0 where there is none
+    targets: Tensor,  # (T), below 0 where a token has no target
 ) -> tuple[Tensor, Tensor]:  # (T), (T), at least float32
-    """The losses, and the normalizers n."""
+    """Return the losses and the normalizers n."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normalizers = wide.logsumexp(-1)
     picked = wide.gather(-1, targets.long().clamp(min=0)[:, None])[:, 0]
@@ -23,7 +23,7 @@ def cross_entropy_backward_reference(
     targets: Tensor,  # (T)
     normalizers: Tensor,  # (T)
 ) -> Tensor:  # (T, V) in the logits' dtype
-    """The gradient of the logits."""
+    """Return the gradient of the logits."""
     dlosses = torch.where(targets < 0, 0, dlosses.to(normalizers.dtype))
     softmax = (logits.to(normalizers.dtype) - normalizers[:, None]).exp()
     dlogits = softmax * (dlosses + dnormalizers)[:, None]

@@ -1,1 +1,1 @@
-"""What lies between the two projections of a Mamba-2 mixer."""
+"""The part of a Mamba-2 mixer between its two projections, as one op."""

@@ -1,4 +1,4 @@
-"""The core of a Mamba-2 mixer from the Triton kernels of its three parts, which read and write slices in place."""
+"""The core of a Mamba-2 mixer from the Triton kernels of its three ops, which read and write slices in place."""
 
 import torch
 
@@ -30,7 +30,7 @@ def mamba_core_backward_triton(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `mamba_core_backward_reference`; every gradient of a column is written where it belongs."""
+    """Compute what `mamba_core_backward_reference` does, writing each gradient into its columns of dprojected."""
     if not projected.numel():
         dtaps, dtaps_bias, dweight = (t.new_zeros(t.shape, dtype=torch.float32) for t in (taps, taps_bias, weight))
         dprojected, dA, dD, ddt_bias = (torch.zeros_like(t) for t in (projected, A, D, dt_bias))

@@ -35,7 +35,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.groups, ctx.eps = inputs
     _, xbc, scanned = output
     ctx.mark_non_differentiable(xbc, scanned)
-    ctx.set_materialize_grads(False)  # or autograd would make zeros for the gradients of those two
+    ctx.set_materialize_grads(False)  # else autograd would allocate zeros for the gradients of xbc and scanned
     ctx.save_for_backward(xbc, scanned, *tensors)
 
 
@@ -104,17 +104,17 @@ def mamba_core(
     eps: float = 1e-5,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """A Mamba-2 mixer between its projections: causal_conv1d with silu, mamba_scan, gated_rms_norm.
+    """Apply a Mamba-2 mixer without its projections: causal_conv1d with silu, mamba_scan, gated_rms_norm.
 
-    Reads in_proj's output in place, and writes its gradient in place.
+    The columns of in_proj's output are read in place, and their gradients are written in place.
 
     Args:
-        projected: (B, L, 2·H·P + 2·G·N + H), any float, L ≥ 1, unit stride along the last: columns of z, x, b, c, dt.
+        projected: (B, L, 2·H·P + 2·G·N + H), any float, L ≥ 1, unit stride along columns: z, x, b, c, dt.
         taps, taps_bias: (H·P + 2·G·N, W) and (H·P + 2·G·N), any float, of one dtype.
         A: (H), float32 (or float64), not positive.
         D, dt_bias: (H), any float.
-        weight: (H·P), any float, of the norm.
-        groups: G, which divides H: heads share b and c by groups, and the norm has as many.
+        weight: (H·P), any float, the norm's weight.
+        groups: G, divides H; the heads of a group share b and c, and the norm has as many groups.
         eps: a positive number.
         document_ids: (B, L), int32, non-decreasing along L.
 

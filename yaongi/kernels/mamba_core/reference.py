@@ -1,4 +1,4 @@
-"""The core of a Mamba-2 mixer, composed of the references of its three ops: see README.md beside this file."""
+"""The core of a Mamba-2 mixer, composed of the references of its three ops; README.md explains it."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ Tensor = torch.Tensor
 
 
 def split_projected(projected: Tensor, A: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns of z, of x, b, c together, and of dt."""
+    """Return the columns of z, of x, b and c together, and of dt."""
     heads, width = A.shape[0], weight.shape[0]
     return projected.split([width, projected.shape[-1] - width - heads, heads], dim=-1)
 
 
 def split_convolved(xbc: Tensor, A: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, L, H, P), b and c (B, L, G, N)."""
+    """Return x (B, L, H, P), and b and c (B, L, G, N)."""
     heads, width = A.shape[0], weight.shape[0]
     projection = (xbc.shape[-1] - width) // 2
     x, b, c = xbc.split([width, projection, projection], dim=-1)
@@ -28,7 +28,7 @@ def split_convolved(xbc: Tensor, A: Tensor, weight: Tensor, groups: int) -> tupl
 def composed(
     conv: Callable[..., tuple[Tensor, Tensor]], scan: Callable[..., tuple[Tensor, Tensor]], norm: Callable[..., Tensor]
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The forward of the op from its parts: all of them references, or all of them launchers."""
+    """Return the op's forward, composed of three parts that are all references or all kernel launchers."""
 
     def forward(
         projected: Tensor,  # (B, L, 2·H·P + 2·G·N + H)
@@ -42,7 +42,7 @@ def composed(
         groups: int,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H·P); the convolution's output; (B, L, H·P), the scan's
-        """Convolution, scan, gated norm; the last two results are what backward wants."""
+        """Run convolution, scan and gated norm; the last two results are saved for the backward."""
         z, xbc, dt = split_projected(projected, A, weight)
         xbc, _ = conv(xbc, taps, taps_bias, document_ids, None, "silu", False)
         x, b, c = split_convolved(xbc, A, weight, groups)
@@ -71,7 +71,7 @@ def mamba_core_backward_reference(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of projected, taps, taps_bias, A, D, dt_bias and weight; of taps and weight not rounded."""
+    """Return the gradients of projected, taps, taps_bias, A, D, dt_bias and weight; taps' and weight's unrounded."""
     z, conv_in, dt = split_projected(projected, A, weight)
     x, b, c = split_convolved(xbc, A, weight, groups)
     dscanned, dz, dweight = gated_rms_norm_backward_reference(dy, scanned, z, weight, eps, groups)

@@ -1,7 +1,7 @@
-"""The states that enter each chunk of the Mamba-2 scan, carried along the sequence, forwards or backwards.
+"""The state at each chunk's entry in the Mamba-2 scan, carried along the sequence, forwards or backwards.
 
-states   walks along the sequence with the state in registers                               one launch
-chain    where few heads would leave the GPU idle: from totals of segments to their entries     two launches before
+states   walks along the sequence with the state in registers                                   one launch
+chain    if few heads would leave the GPU idle: each segment's entry state, from their totals   two launches before it
 """
 
 import torch
@@ -27,13 +27,13 @@ STATES = {2: Config(num_warps=4, num_stages=3), 4: Config(num_warps=8, num_stage
 
 @triton.jit
 def _mamba_scan_states_kernel(
-    x_desc,  # x (B, H, L, P); in reverse dy
-    b_desc,  # b (B, G, L, N); in reverse c
+    x_desc,  # x (B, H, L, P); dy in reverse
+    b_desc,  # b (B, G, L, N); c in reverse
     steps_desc,  # (B·H·4, padded)
     steps_ptr,
-    entry_desc,  # (S·B·H, P, N), fp32: the state with which each segment begins
-    states_desc,  # (B·H·chunks, N, P), the state at each chunk's entry; in reverse the gradient of that at its end
-    end_desc,  # (S·B·H, P, N), fp32: totals of the segments; else (B·H, P, N), the last state
+    entry_desc,  # (S·B·H, P, N), fp32: the state at each segment's start
+    states_desc,  # (B·H·chunks, N, P): the state at each chunk's entry; in reverse, the gradient at its end
+    end_desc,  # fp32: with TOTALS segments' totals, (S·B·H, P, N), else the last state, (B·H, P, N)
     H,
     P,
     padded,
@@ -48,12 +48,12 @@ def _mamba_scan_states_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """h ← t·h + Σ_j o_j·δ_j·x_j ⊗ b_j over the chunks; in reverse g ← t·g + Σ_i e_i·dy_i ⊗ c_i; transposed, (N, P)."""
+    """Walk h ← t·h + Σ_j o_j·δ_j·x_j ⊗ b_j, or in reverse g ← t·g + Σ_i e_i·dy_i ⊗ c_i, both transposed: (N, P)."""
     blocks_p = tl.cdiv(P, BLOCK_P)
     row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
     batch, head, segment = row // H, row % H, tl.program_id(1)
     if TOTALS and REVERSE:
-        segment += 1  # of the first segment in the walk's order a total is needed, of the last one none
+        segment += 1  # no total is needed of the walk's last segment, in reverse segment 0
     segment_row = segment * (tl.num_programs(0) // blocks_p) + row
     steps_ptr += row.to(tl.int64) * PLANES * padded
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
@@ -77,7 +77,7 @@ def _mamba_scan_states_kernel(
         weighted = x.to(tl.float32) * weight[:, None]
         rounded = weighted.to(x.dtype)
         state = tl.dot(b.T, rounded, state * through, input_precision="ieee")
-        if x.dtype != tl.float32:  # what rounding left out is most of dA's error, and the bytes leave time for it
+        if x.dtype != tl.float32:  # add the rounding error, most of dA's error; memory-bound, so it is free
             state = tl.dot(b.T, (weighted - rounded.to(tl.float32)).to(x.dtype), state, input_precision="ieee")
     if TOTALS:
         store_state(end_desc, segment_row, column, state, BLOCK_P, BLOCK_N)
@@ -87,7 +87,7 @@ def _mamba_scan_states_kernel(
 
 @triton.jit
 def _mamba_scan_chain_kernel(
-    totals_ptr,  # (S, B, H, P·N): each segment's own contribution; becomes the state with which it begins
+    totals_ptr,  # (S, B, H, P·N): each segment's own contribution, overwritten by the state at its start
     first_ptr,  # (B, H, P·N)
     steps_ptr,  # (B, H, 4, padded)
     size,
@@ -122,7 +122,7 @@ def _mamba_scan_chain_kernel(
 def _walk(
     scan: Scan, x: Tensor, b: Tensor, entry: Tensor | None, states: Tensor | None, end: Tensor | None, reverse: bool
 ) -> None:
-    """Launch the states kernel: where `states` is None the totals of all segments but the walk's last."""
+    """Launch the states kernel; without `states` it writes the totals of all segments but the walk's last to `end`."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
     config = STATES[x.element_size()]
@@ -154,7 +154,7 @@ def _walk(
 
 
 def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, reverse: bool = False) -> Tensor | None:
-    """The state with which each segment begins, (S, B, H, P, N); with one segment just the first of all."""
+    """Return the state at each segment's start, (S, B, H, P, N); with one segment that is `first`."""
     if scan.segments == 1:
         return first
     (B, _, H, P), N = x.shape, b.shape[3]
@@ -180,9 +180,9 @@ def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, r
 def scan_states(
     scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, end: Tensor | None, *, reverse: bool = False
 ) -> Tensor:
-    """The state at each chunk's entry (B·H·chunks, N, P) in x's dtype; in reverse the gradient of that at its end.
+    """Return the state at each chunk's entry, (B·H·chunks, N, P) in x's dtype; the walk's last state goes to `end`.
 
-    In reverse x is dy, b is c and `first` the final state's gradient; `end` receives the last state of the walk.
+    In reverse, return the gradient of the state at each chunk's end; x is dy, b is c, `first` dfinal_state.
     """
     B, _, H, P = x.shape
     states = torch.empty(B * H * scan.chunks, b.shape[3], P, dtype=x.dtype, device=x.device)

@@ -1,10 +1,10 @@
 """Step sizes and decays of the Mamba-2 scan: δ = softplus(dt + dt_bias), and the sum of δ·A since each chunk's entry.
 
-One launch for all that follows. Four numbers per token are kept: S, the sum of δ·A·log2(e) since the entry of its
-chunk; s, what rounding S to fp32 left out; s − log2(δ); and o·δ. Then E_ij·δ_j = 2^((S_i − S_j) + (s_i − (s_j −
-log2(δ_j)))) keeps small differences even after a decay of e^−100000, costs one exponential, and needs no product with
-δ. The first token of a document has the exponent ZERO_DECAY: every decay across it is then zero by itself, and no
-kernel but the first sees documents.
+One launch computes them for all later kernels. It stores four numbers per token: S, the sum of δ·A·log2(e) since the
+entry of its chunk; s, the rounding error of S in fp32; s − log2(δ); and o·δ. Then E_ij·δ_j = 2^((S_i − S_j) + (s_i −
+(s_j − log2(δ_j)))) keeps small differences even after a decay of e^−100000, costs one exponential, and needs no product
+with δ. The first token of a document gets the exponent ZERO_DECAY, so every decay across it is zero, and only this
+kernel needs the document ids.
 """
 
 from dataclasses import dataclass
@@ -26,44 +26,44 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 ZERO_DECAY = tl.constexpr(-256.0)  # log2 of a decay that is zero in fp32
 
-PLANES = tl.constexpr(4)  # numbers kept per token
+PLANES = tl.constexpr(4)  # numbers stored per token
 
-# By bytes of an operand's element: 64 rows are the tensor core's tile; fp32 goes without it, and takes few registers.
+# By bytes per element: 64 rows are one tensor-core tile; fp32 doesn't use tensor cores, and 16 rows save registers.
 CHUNK = {2: 64, 4: 16}
 
-RESIDENT_PROGRAMS = 264  # that fill an H100: two per multiprocessor
+RESIDENT_PROGRAMS = 264  # programs that fill an H100: two per multiprocessor
 
-UNSEGMENTED_FROM = 128  # from this many programs on a backward pass keeps the sequence in one segment
+UNSEGMENTED_FROM = 128  # with at least this many programs, the backward uses one segment
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The step sizes of one call, and how its sequence is cut."""
+    """Step sizes and decays of one call, and how its sequence is cut into chunks and segments."""
 
-    steps: Tensor  # (B, H, 4, padded), fp32: S, its remainder s, s − log2(δ), o·δ
+    steps: Tensor  # (B, H, 4, padded), fp32: S, its rounding error s, s − log2(δ), o·δ
     length: int
     chunk: int
     segments: int
 
     @property
     def padded(self) -> int:
-        """L rounded up to whole chunks; steps of size 0 fill the rest."""
+        """L rounded up to a multiple of the chunk; the padding has step size 0."""
         return self.steps.shape[3]
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are."""
+        """Number of chunks."""
         return self.padded // self.chunk
 
     @property
     def chunks_per_segment(self) -> int:
-        """The last segment may have fewer."""
+        """Chunks per segment; the last segment may have fewer."""
         return triton.cdiv(self.chunks, self.segments)
 
 
 @triton.jit
 def exp2(value):
-    """2^value by the one instruction, flushing denormals: `tl.exp2` spends three more on them."""
+    """Return 2^value with one instruction that flushes denormals; `tl.exp2` needs three more to keep them."""
     if INTERPRETED:
         return tl.exp2(value)
     return tl.inline_asm_elementwise(
@@ -73,7 +73,7 @@ def exp2(value):
 
 @triton.jit
 def softplus(value):
-    """log(1 + e^value), exact to rounding where the result is tiny too."""
+    """Return log(1 + e^value), accurate to rounding also where the result is tiny."""
     if INTERPRETED:
         small = tl.exp(-tl.abs(value))
         return tl.maximum(value, 0.0) + tl.where(small < 1e-4, small * (1 - small / 2), tl.log(1 + small))
@@ -82,7 +82,7 @@ def softplus(value):
 
 @triton.jit
 def load_delta(dt_ptr, bias_ptr, batch, token, head, inside, stride_b, stride_l, stride_h, HAS_BIAS: tl.constexpr):
-    """δ = softplus(dt + dt_bias) of tokens × heads, 0 beyond the sequence's end."""
+    """Load dt and return δ = softplus(dt + dt_bias) of tokens × heads, 0 beyond the sequence's end."""
     place = dt_ptr + batch * stride_b + token.to(tl.int64) * stride_l + head * stride_h
     raw = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -92,31 +92,31 @@ def load_delta(dt_ptr, bias_ptr, batch, token, head, inside, stride_b, stride_l,
 
 @triton.jit
 def load_row(desc, row, start, CHUNK: tl.constexpr):
-    """CHUNK tokens of a row of the steps, through TMA like the tiles, since many layouts want them."""
+    """Load CHUNK tokens of a row of the steps, through TMA like the tiles: several register layouts need the values."""
     return desc.load([row, start]).reshape(CHUNK)
 
 
 @triton.jit
 def load_into(steps_desc, row, start, CHUNK: tl.constexpr):
-    """e, the decay from the chunk's entry to each token."""
+    """Load e, the decay from the chunk's entry to each token."""
     return exp2(load_row(steps_desc, row * PLANES, start, CHUNK))
 
 
 @triton.jit
 def load_out(steps_desc, row, start, CHUNK: tl.constexpr):
-    """o·δ, the decay from each token to the chunk's end times its step size."""
+    """Load o·δ, the decay from each token to the chunk's end times the token's step size."""
     return load_row(steps_desc, row * PLANES + 3, start, CHUNK)
 
 
 @triton.jit
 def load_through(steps_ptr, start, CHUNK: tl.constexpr):
-    """t, the decay from the chunk's entry to its end; `steps_ptr` is that of the head."""
+    """Load t, the decay from the chunk's entry to its end; `steps_ptr` points to the head's steps."""
     return exp2(tl.load(steps_ptr + start + (CHUNK - 1)))
 
 
 @triton.jit
 def load_decays(steps_desc, row, start, CHUNK: tl.constexpr):
-    """E ∘ δ (CHUNK, CHUNK), from input j to output i, 0 where j is later: selected, since there it may be infinite."""
+    """Return E ∘ δ (CHUNK, CHUNK) from input j to output i; `where` zeroes j > i, where it may be infinite."""
     high = load_row(steps_desc, row * PLANES, start, CHUNK)
     low = load_row(steps_desc, row * PLANES + 1, start, CHUNK)
     low_and_step = load_row(steps_desc, row * PLANES + 2, start, CHUNK)
@@ -127,7 +127,7 @@ def load_decays(steps_desc, row, start, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_step(steps_desc, row, start, CHUNK: tl.constexpr):
-    """δ of a chunk's tokens."""
+    """Return δ of a chunk's tokens."""
     low = load_row(steps_desc, row * PLANES + 1, start, CHUNK)
     return exp2(low - load_row(steps_desc, row * PLANES + 2, start, CHUNK))
 
@@ -175,7 +175,7 @@ def _mamba_scan_decays_kernel(
 
 
 def row_descriptor(scan: Scan) -> TensorDescriptor:
-    """Chunks of the rows of the steps."""
+    """Return a TMA descriptor for chunks of the steps' rows."""
     return descriptor(scan.steps.view(-1, scan.padded), scan.chunk)
 
 
@@ -188,7 +188,7 @@ def scan_decays(
     *,
     backward: bool = False,
 ) -> Scan:
-    """The step sizes of a call, cut into chunks and, where heads are few, segments."""
+    """Compute the step sizes and decays of a call; cut it into chunks and, if heads are few, into segments."""
     (B, L, H, P), chunk = x.shape, CHUNK[x.element_size()]
     chunks = triton.cdiv(L, chunk)
     steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)

@@ -1,4 +1,4 @@
-"""`mamba_step` in Triton: reads and writes the state once, which is all that it costs."""
+"""`mamba_step` in Triton, bound by reading and writing the state once."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """BLOCK_P rows of one head's state per program."""
+    """Rows of one head's state per program, and warps."""
 
     block_p: int
     num_warps: int
 
 
-STEP = Config(block_p=64, num_warps=8)  # the fastest at 1 and at 64 rows of 64 heads; H100, 2026-11-24 (docs/LAB.md)
+STEP = Config(block_p=64, num_warps=8)  # fastest for batches of 1 and 64 with 64 heads; H100, 2026-11-24 (docs/LAB.md)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _mamba_step_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """h ← exp(δ·A)·h + δ·x ⊗ b, y = h·c + D·x."""
+    """Compute h ← exp(δ·A)·h + δ·x ⊗ b and y = h·c + D·x."""
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // heads_per_group
     p, n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -86,7 +86,7 @@ def mamba_step_triton(
     D: Tensor | None,
     dt_bias: Tensor | None,
 ) -> Tensor:
-    """As `mamba_step_reference`; N is 1 to 1024."""
+    """Compute what `mamba_step_reference` does, for N of 1 to 1024."""
     B, H, P, N = state.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not state.numel():

@@ -198,10 +198,10 @@ def mamba_scan(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2's recurrence h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, y_t = h_t·c_t + D·x_t, δ = softplus(dt + dt_bias).
+    """Run Mamba-2's recurrence h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t and return y_t = h_t·c_t + D·x_t.
 
-    Head h reads group h // (H / G) of b and c. The state starts from zero in each document; the initial state belongs
-    to the first document of its row.
+    δ = softplus(dt + dt_bias), not clamped (arXiv 2405.21060). Head h reads group h // (H / G) of b and c. Every
+    document starts with a zero state; the initial state belongs to the first document of its row.
 
     Args:
         x: (B, L, H, P), any float, L ≥ 1, unit stride along P.
@@ -211,7 +211,7 @@ def mamba_scan(
         D, dt_bias: (H), any float.
         document_ids: (B, L), int32, non-decreasing along L.
         initial_state: (B, H, P, N), float32 (or float64), the state before the first token; zeros when None.
-        return_final_state: also return the state after the last token, that of the last document.
+        return_final_state: also return the state after the last token, which belongs to the last document.
 
     Returns:
         y (B, L, H, P) in x's dtype, contiguous; with return_final_state (y, final state (B, H, P, N) in float32,
@@ -240,7 +240,7 @@ def mamba_step(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
 ) -> Tensor:
-    """The next token of `mamba_scan` after those that `state` holds; no gradient flows through it.
+    """Advance `mamba_scan` by one token from the state after the tokens so far; it has no gradient.
 
     Args:
         state: (B, H, P, N), float32 or float16 (or float64); updated in place.
@@ -273,7 +273,7 @@ def _check_operands(
     D: Tensor | None,
     dt_bias: Tensor | None,
 ) -> None:
-    """The checks that scan and step share; `lead` names the dimensions before the heads."""
+    """Check the arguments that scan and step share; `lead` names the dimensions before the heads."""
     args.tensor("x", x, (*lead, "H", "P"), unit_stride=True)
     args.require(args.sizes.get("L") != 0, "x", "(B, L, H, P) with L >= 1", tuple(x.shape))
     args.tensor("dt", dt, (*lead, "H"))

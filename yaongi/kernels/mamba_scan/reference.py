@@ -1,9 +1,9 @@
 """The Mamba-2 scan in plain torch, chunked and vectorised: see README.md beside this file for the mathematics.
 
 Letters of the einsums: b batch, z chunk, i output and j input position in the chunk, g group, r head of the group,
-p head dimension, n state dimension. Where x has 16 bits, factors of a product of matrices are rounded to its dtype, as
-tensor cores want them (README.md, Precision). Every exponent is a sum of non-positive numbers; it is summed and
-subtracted in float64, where long decays keep their small differences, and only its exponential is rounded.
+p head dimension, n state dimension. Where x has 16 bits, the operands of matrix products are rounded to its dtype, as
+tensor cores take them (README.md, Precision). Every exponent is a sum of non-positive numbers. Sums and differences of
+exponents are in float64, which keeps the small differences of long decays; only their exponentials are rounded.
 """
 
 from dataclasses import dataclass
@@ -19,33 +19,33 @@ CHUNK = 64  # the fastest on two CPU cores at L = 1024, H = 8, P = N = 64; any l
 
 @dataclass(frozen=True)
 class _Chunked:
-    """The inputs cut into chunks, and every decay that the forward and the backward need."""
+    """The inputs cut into chunks, and the decays that the forward and the backward pass use."""
 
     x: Tensor  # (B, Z, Q, G, R, P)
     delta: Tensor  # (B, Z, Q, G, R), the step sizes
     u: Tensor  # (B, Z, Q, G, R, P) = delta · x
     b: Tensor  # (B, Z, Q, G, N)
     c: Tensor  # (B, Z, Q, G, N)
-    within: Tensor  # (B, Z, G, R, Q, Q), the decay from input j to output i, 0 if later or in another document
+    within: Tensor  # (B, Z, G, R, Q, Q), the decay from input j to output i; 0 where j > i or documents differ
     carry_in: Tensor  # (B, Z, Q, G, R), from the chunk's entry to output i
     carry_out: Tensor  # (B, Z, Q, G, R), from input j to the chunk's end
-    dtype: torch.dtype  # that of the factors of products of matrices
+    dtype: torch.dtype  # of the operands of matrix products
 
     def factor(self, value: Tensor) -> Tensor:
-        """A factor of a product of matrices."""
+        """Round an operand of a matrix product to `dtype`."""
         return value.to(self.dtype).to(value.dtype)
 
     @property
     def through(self) -> Tensor:
-        """The decay over the whole chunk, (B, Z, G, R)."""
+        """Return the decay over a whole chunk, (B, Z, G, R)."""
         return self.carry_in[:, :, -1]
 
     def scores(self) -> Tensor:
-        """c_i · b_j, (B, Z, G, 1, Q, Q)."""
+        """Return c_i · b_j, (B, Z, G, 1, Q, Q)."""
         return torch.einsum("bzign,bzjgn->bzgij", self.c, self.b).unsqueeze(3)
 
     def entering_states(self, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The state at each chunk's entry (B, Z, G, R, P, N), and the final state (B, G, R, P, N)."""
+        """Return the state at each chunk's entry (B, Z, G, R, P, N), and the final state (B, G, R, P, N)."""
         kept = self.factor(self.carry_out.unsqueeze(-1) * self.u)
         gained = torch.einsum("bzjgrp,bzjgn->bzgrpn", kept, self.b)
         entering, final = _carry(gained, self.through, initial_state)
@@ -65,7 +65,7 @@ def mamba_scan_reference(
     return_final_state: bool,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:  # (B, L, H, P), (B, H, P, N) or empty
-    """y_t = h_t·c_t + D·x_t of h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, δ = softplus(dt + dt_bias)."""
+    """Return y_t = h_t·c_t + D·x_t, with h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, δ = softplus(dt + dt_bias)."""
     wide = compute_dtype(x, dt, A, b, c, D, dt_bias, initial_state)
     parts = _chunked(x, _step_sizes(dt, dt_bias, wide), A.to(wide), b, c, document_ids, chunk)
     entering, final = parts.entering_states(initial_state)
@@ -92,7 +92,7 @@ def mamba_scan_backward_reference(
     initial_state: Tensor | None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, dt, A, b, c, D, dt_bias and initial_state, empty for what is None."""
+    """Return the gradients of x, dt, A, b, c, D, dt_bias and initial_state; empty for an argument that is None."""
     wide = compute_dtype(x, dt, A, b, c, D, dt_bias, initial_state)
     delta = _step_sizes(dt, dt_bias, wide)
     parts = _chunked(x, delta, A.to(wide), b, c, document_ids, chunk)
@@ -128,7 +128,7 @@ def mamba_step_reference(
     D: Tensor | None,  # (H)
     dt_bias: Tensor | None,  # (H)
 ) -> Tensor:  # (B, H, P)
-    """One step of the recurrence; the state is rounded after y has been read from it."""
+    """Do one step of the recurrence; y is computed from the state before the state is rounded."""
     wide = compute_dtype(state, x, dt, A, b, c, D, dt_bias)
     delta = _step_sizes(dt, dt_bias, wide)  # (B, H)
     heads = x.shape[1] // b.shape[1]
@@ -148,18 +148,18 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, wide: torch.dtype) -> Tensor
 
 
 def _cut(value: Tensor, chunk: int) -> Tensor:
-    """(B, L, …) padded with zeros to whole chunks, (B, Z, Q, …); a step of size 0 changes nothing."""
+    """Pad (B, L, …) with zeros to full chunks (B, Z, Q, …); a step of size 0 changes no state."""
     padding = (0, 0) * (value.dim() - 2) + (0, -value.shape[1] % chunk)
     return F.pad(value, padding).unflatten(1, (-1, chunk))
 
 
 def _by_group(value: Tensor, groups: int) -> Tensor:
-    """(B, Z, Q, H, …) to (B, Z, Q, G, R, …): head h uses group h // R."""
+    """Reshape (B, Z, Q, H, …) to (B, Z, Q, G, R, …): head h reads group h // R."""
     return value.unflatten(3, (groups, -1))
 
 
 def _joined(value: Tensor, like: Tensor) -> Tensor:
-    """Chunks (B, Z, Q, …) back to the shape of the uncut tensor, without the padding."""
+    """Reshape chunks (B, Z, Q, …) to the shape of the uncut tensor, without the padding."""
     return value.flatten(1, 2)[:, : like.shape[1]].reshape(like.shape)
 
 
@@ -199,7 +199,11 @@ def _decay(exponents: Tensor, connected: Tensor | None, wide: torch.dtype) -> Te
 
 
 def _document_masks(document_ids: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Which inputs j reach which outputs i, which outputs the chunk's entry reaches, which inputs reach its end."""
+    """Return three masks: which inputs j reach output i, which outputs the entry reaches, which inputs reach the end.
+
+    The first is (Q, Q) without documents, else (B, Z, 1, 1, Q, Q). The others are None without documents, else
+    (B, Z, Q, 1, 1).
+    """
     chunks, chunk = x.shape[1:3]
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     if document_ids is None:
@@ -208,12 +212,12 @@ def _document_masks(document_ids: Tensor | None, x: Tensor) -> tuple[Tensor, Ten
     ids = torch.cat([document_ids, padding], dim=1).unflatten(1, (-1, chunk))  # (B, Z, Q)
     same = causal & (ids.unsqueeze(-1) == ids.unsqueeze(-2))
     last = ids[:, :, -1:]
-    before = torch.cat([ids[:, :1, :1], last[:, :-1]], dim=1)  # (B, Z, 1), the initial state is of the first document
+    before = torch.cat([ids[:, :1, :1], last[:, :-1]], dim=1)  # (B, Z, 1); the initial state is of the first document
     return same[:, :, None, None], (ids == before)[..., None, None], (ids == last)[..., None, None]
 
 
 def _carry(gained: Tensor, through: Tensor, state: Tensor | None, *, backward: bool = False) -> tuple[Tensor, Tensor]:
-    """Run state ← through_z · state + gained_z over the chunks; the state before each chunk, and the last one."""
+    """Run state ← through_z · state + gained_z over the chunks; return the state before each chunk, and the last."""
     batch, chunks, *rest = gained.shape
     state = gained.new_zeros(batch, *rest) if state is None else state.to(gained.dtype).reshape(batch, *rest)
     before = [state] * chunks
@@ -229,7 +233,7 @@ def _chunk_gradients(
     dfinal_state: Tensor | None,  # (B, H, P, N)
     initial_state: Tensor | None,  # (B, H, P, N)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of u, of the exponents δ·A, of b, c and the initial state, without the skip D."""
+    """Return the gradients of u, of the exponents δ·A, and of b, c and the initial state, without the skip D·x."""
     b, c, u, carry_in, carry_out = (
         parts.b,
         parts.c,
@@ -263,9 +267,10 @@ def _chunk_gradients(
 
 
 def _exponent_gradients(within: Tensor, carry_in: Tensor, carry_out: Tensor, through: Tensor) -> Tensor:
-    """Exponent k is in every decay whose interval spans k; each argument is dL/d(log decay): (B, Z, Q, G, R).
+    """Return the gradients of the exponents, (B, Z, Q, G, R); each argument is dL/d(log decay) of one kind of decay.
 
-    Sums of just those terms: the shorter dy·y − u·du, summed from the end, subtracts large equal numbers.
+    Exponent k is part of every decay over an interval that contains k, so its gradient is the sum of theirs. The
+    shorter formula, dy·y − u·du summed from the end, would subtract large equal numbers.
     """
     spanning = within.flip(-2).cumsum(-2).flip(-2).tril(-1).sum(-1)  # Σ_{i ≥ k} Σ_{j < k}, (B, Z, G, R, Q)
     from_entry = carry_in.flip(2).cumsum(2).flip(2)  # Σ_{i ≥ k}

@@ -1,13 +1,13 @@
-"""The Mamba-2 scan in Triton, backwards: the gradients by chunks from stored states.
+"""The Mamba-2 scan's backward in Triton: the gradients of each chunk from stored states.
 
-    states     the state h that enters each chunk, then backwards the gradient g' of the state that leaves it, rounded
-               to x's dtype                                                                     chunk_states.py
-    gradients  a program takes one chunk of one group and goes through the group's heads: db and dc are summed in its
-               registers, never written by head
-    steps'     the gradients of the exponents, summed along each chunk, become those of dt, A and dt_bias
+    states     the state h at each chunk's entry, then, walking backwards, the gradient g' of the state at its end;
+               both rounded to x's dtype                                                        chunk_states.py
+    gradients  each program takes one chunk of one group and loops over the group's heads: db and dc are summed over
+               the heads in its registers
+    steps'     the gradients of the exponents, summed along each chunk, give those of dt, A and dt_bias
 
-The heads come in slices, so that the states of all of them never exist at once. Names as in README.md: `scores`
-K = c·bᵀ, `into` e, `out` o·δ, `through` t, `decay` E∘δ. Every sum has one order: same bits always.
+The heads are processed in slices, so that the states of all heads never exist at once. Names for README.md's symbols:
+`scores` K = c·bᵀ, `into` e, `out` o·δ, `through` t, `decay` E∘δ. Sums have a fixed order: results are reproducible.
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ from yaongi.kernels.mamba_scan.decays import (
 from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, state_block, store_tile
 
 Tensor = torch.Tensor
-# log2 of the smallest decay through which a gradient flows: below, only rounding errors would.
+# log2 of the smallest decay through which a gradient flows; below it, the gradient would only be rounding error.
 UNDERFLOW = tl.constexpr(-126.0)
 
-# By bytes of an operand's element; those for 2 found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
+# By bytes per element; the 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
 GRADIENTS = {2: Config(num_warps=8, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
-WIDE_GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: GRADIENTS[4]}  # N > 128: a third stage has no room
-STATES_BYTES = 600e6  # of states and their gradients that a backward pass keeps at a time
+WIDE_GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: GRADIENTS[4]}  # N > 128: a third stage doesn't fit
+STATES_BYTES = 600e6  # most bytes of states and their gradients that a backward holds at a time
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _add_four(a, b, c, d, e, f, g, h):
 
 @triton.jit
 def sum_rows(a, b, c, d):
-    """The sums of the rows of four tiles, at the cost of one exchange between warps."""
+    """Return the row sums of four tiles with a single exchange between warps."""
     return tl.reduce((a, b, c, d), 1, _add_four)
 
 
@@ -70,7 +70,7 @@ def _mamba_scan_gradients_kernel(
     dx_desc,  # (B, H, L, P)
     db_desc,  # (B, G, L, N)
     dc_desc,  # (B, G, L, N)
-    sums_ptr,  # (B, H, BLOCKS_P, padded, 4): x·du·δ, da's terms from tokens on, before, dy·x
+    sums_ptr,  # (B, H, BLOCKS_P, padded, 4): x·du·δ, da_k's terms for tokens ≥ k, those for tokens < k, dy·x
     H,
     N,
     padded,
@@ -82,12 +82,12 @@ def _mamba_scan_gradients_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One chunk of one group, head after head; products of the diagonal apart, in fp32."""
+    """Process one chunk of one group, head after head; the diagonal's terms are computed separately, in fp32."""
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = chunk * CHUNK
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    # A loop of one iteration: without it Triton lays all warps along the rows of a product that feeds another, and each
-    # row is computed twice.
+    # Without this loop of one iteration, Triton lays all warps along the rows of a product that feeds another one, and
+    # each row is computed twice.
     for n in range(0, N, BLOCK_N):
         c = load_tile(c_desc, batch, start, group, n, CHUNK, BLOCK_N)
         b = load_tile(b_desc, batch, start, group, n, CHUNK, BLOCK_N)
@@ -96,7 +96,7 @@ def _mamba_scan_gradients_kernel(
     c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     diagonal = tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
     own_score = tl.sum(tl.where(diagonal, scores, 0.0), 1)
-    scores = tl.where(diagonal, 0.0, scores)  # no decay's gradient comes from the diagonal, whose terms may be largest
+    scores = tl.where(diagonal, 0.0, scores)  # no decay is on the diagonal; its terms, maybe the largest, cancel in da
     db = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dc = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -111,7 +111,7 @@ def _mamba_scan_gradients_kernel(
         through = load_through(steps_ptr + row.to(tl.int64) * PLANES * padded, start, CHUNK)
         passing = through * tl.sum(h.to(tl.float32) * g.to(tl.float32))
         products = tl.dot(dy, x.T, input_precision="ieee")
-        # Nothing needs these two sums before the next head: they are added while what follows is computed.
+        # These two products aren't needed before the next head, so they overlap with the computation below.
         dc = tl.dot(scaled(dy, into), h.T, dc, input_precision="ieee")
         db = tl.dot(scaled(x, out), g.T, db, input_precision="ieee")
         decay = load_decays(steps_desc, row, start, CHUNK)
@@ -149,7 +149,7 @@ def _mamba_scan_decays_backward_kernel(
     A_ptr,  # (H)
     bias_ptr,  # (H)
     ddt_ptr,  # (B, L, H)
-    partial_ptr,  # (3, B · chunks, H): of A, D and dt_bias
+    partial_ptr,  # (3, B · chunks, H): gradients of A, D and dt_bias
     L,
     H,
     padded,
@@ -165,7 +165,7 @@ def _mamba_scan_decays_backward_kernel(
     CHUNK: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """da_k = Σ_{i ≥ k} (…) + Σ_{j < k} (…) along a chunk; dδ = A·da + x·du; d(dt) = dδ·(1 − e^−δ)."""
+    """Compute da_k = Σ_{i ≥ k} (…) + Σ_{j < k} (…) per chunk, dδ = A·da + x·du, and d(dt) = dδ·(1 − e^−δ)."""
     token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[:, None]
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     batch = tl.program_id(2).to(tl.int64)
@@ -184,7 +184,7 @@ def _mamba_scan_decays_backward_kernel(
     A = tl.load(A_ptr + head, mask=known, other=0.0)
     dexponent = tl.cumsum(after, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier)
     dexponent = tl.where(delta * A * LOG2E < UNDERFLOW, 0.0, dexponent)
-    # σ = 1 − e^−δ, the derivative of softplus, and σ/δ, never divided by a δ so small that it would be flushed to zero.
+    # σ = 1 − e^−δ is softplus' derivative. σ/δ isn't a division for small δ, which may be flushed to zero.
     small = delta < 1e-3
     sigmoid = tl.where(small, delta * (1.0 - delta / 2), 1.0 - tl.exp(-delta))
     ratio = tl.where(small, 1.0 - delta / 2, sigmoid / tl.maximum(delta, 1e-3))
@@ -202,7 +202,7 @@ def _mamba_scan_decays_backward_kernel(
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward pass fills, or the part of it that belongs to some heads."""
+    """The tensors that a backward pass writes, or their slices for some heads."""
 
     dx: Tensor  # (B, L, H, P)
     ddt: Tensor  # (B, L, H)
@@ -221,7 +221,7 @@ def scan_gradients(
     states: Tensor,
     dstates: Tensor,
 ) -> Tensor:
-    """Fill dx, db and dc; returns the sums along P, N and the chunk that the step sizes' gradients are made from."""
+    """Write dx, db and dc; return the sums along P, N and the chunk from which `decay_gradients` computes ddt."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
     blocks_p = triton.cdiv(P, block_p)
@@ -256,7 +256,7 @@ def scan_gradients(
 def decay_gradients(
     scan: Scan, ddt: Tensor, sums: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, *, has_d: bool
 ) -> Tensor:
-    """Fill ddt; returns the gradients of A, D and dt_bias, (3, H) in fp32."""
+    """Write ddt; return the gradients of A, D and dt_bias, (3, H) in fp32."""
     B, H, blocks_p = sums.shape[:3]
     partial = torch.empty(3, B * scan.chunks, H, dtype=torch.float32, device=dt.device)
     block_h = min(4, triton.next_power_of_2(H))
@@ -296,7 +296,7 @@ def _slice_gradients(
     document_ids: Tensor | None,
     first: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One slice of heads: fills its gradients; returns those of A, D and dt_bias (3, H), and of the initial state."""
+    """Write the gradients of one slice of heads; return those of A, D and dt_bias, (3, H), and the initial state's."""
     dlast, first = (None if t is None else addressable(t.contiguous()) for t in (dlast, first))
     dfirst = None if first is None else torch.empty_like(first)
     scan = scan_decays(x, dt, A, dt_bias, document_ids, backward=True)
@@ -307,9 +307,12 @@ def _slice_gradients(
 
 
 def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice, slice, int]]:
-    """The heads, the groups, and which part of a group's heads, of slices whose states stay within bounds.
+    """Cut the heads into slices whose states take at most STATES_BYTES each, or into single heads.
 
-    A slice is some whole groups, or where that is still too much a part of one group's heads.
+    A slice is one or more complete groups, or, if one group is still too large, a part of one group's heads.
+
+    Returns:
+        For each slice its heads, its groups, and the index of its part within the group.
     """
     wanted, heads_per_group = states_bytes / STATES_BYTES, heads // groups
     pieces = next((n for n in range(1, groups) if groups % n == 0 and n >= wanted), groups)
@@ -338,13 +341,13 @@ def fill_gradients(
     document_ids: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fill dx, ddt, db and dc, which TMA must reach; returns dA, dD, ddt_bias and dinitial_state."""
+    """Write dx, ddt, db and dc, which TMA must be able to address; return dA, dD, ddt_bias and dinitial_state."""
     (B, L, H, P), (G, N) = x.shape, b.shape[2:]
     dy, x, b, c = (addressable(t) for t in (dy, x, b, c))
     slices = slices_of(2 * B * H * L * P * N * x.element_size() / CHUNK[x.element_size()], H, G)
     parts = 1 + slices[-1][2]
     db, dc = out.db[None], out.dc[None]
-    if parts > 1:  # of a group's sum; each is kept in fp32, and their sum is rounded
+    if parts > 1:  # parts of a group's sum stay in fp32, and only their sum is rounded
         db, dc = (torch.empty(parts, *b.shape, dtype=torch.float32, device=b.device) for _ in range(2))
     parameters, dfirsts = [], []
     for heads, groups, part in slices:
@@ -382,7 +385,7 @@ def mamba_scan_backward_triton(
     c: Tensor,
     *rest: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `mamba_scan_backward_reference`; the states are computed again, slice by slice of the heads."""
+    """Compute what `mamba_scan_backward_reference` does; the states are recomputed for one slice of heads at a time."""
     if not x.numel():
         inputs = (x, dt, A, b, c, *rest[:2], rest[3])
         return tuple(x.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs)

@@ -1,9 +1,9 @@
-"""The Mamba-2 scan in Triton, forwards: the output in one walk along the sequence.
+"""The Mamba-2 scan's forward in Triton: the output in one walk along the sequence.
 
-    steps      step sizes and decays, once for all that follows                                 decays.py
-    output     a program walks along one head's sequence: scores, decay, output, next state; no state leaves the chip
+    steps      step sizes and decays, in one launch                                             decays.py
+    output     each program walks along one head's sequence: scores, decay, output, next state; no state is stored
 
-Names as in README.md: `scores` K = c·bᵀ, `into` e, `through` t, `decay` E∘δ. Backwards: scan_backward.py.
+Names for README.md's symbols: `scores` K = c·bᵀ, `into` e, `through` t, `decay` E∘δ. The backward: scan_backward.py.
 """
 
 import torch
@@ -35,7 +35,7 @@ from yaongi.kernels.mamba_scan.tiles import (
 
 Tensor = torch.Tensor
 
-# By bytes of an operand's element; those for 2 found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
+# By bytes per element; the 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
 OUTPUT = {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
 
 
@@ -63,7 +63,7 @@ def _mamba_scan_output_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = (K ∘ E ∘ δ)·x + e·(c·hᵀ) + D·x, then h ← t·h + Σ_j o_j·δ_j·x_j ⊗ b_j, chunk after chunk."""
+    """Compute y = (K ∘ E ∘ δ)·x + e·(c·hᵀ) + D·x and h ← t·h + Σ_j o_j·δ_j·x_j ⊗ b_j, chunk after chunk."""
     blocks_p = tl.cdiv(P, BLOCK_P)
     row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
     batch, head, segment = row // H, row % H, tl.program_id(1)
@@ -109,7 +109,7 @@ def mamba_scan_triton(
     initial_state: Tensor | None,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `mamba_scan_reference`; P and N are multiples of 8."""
+    """Compute what `mamba_scan_reference` does, for P and N in multiples of 8."""
     (B, L, H, P), (G, N) = x.shape, b.shape[2:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty((B, H, P, N) if return_final_state else 0, dtype=torch.float32, device=x.device)

@@ -1,7 +1,7 @@
-"""Dispatch and combine: the routed pairs sorted by expert with a counting sort on the device, and their sum per token.
+"""Dispatch and combine: a counting sort of the routed pairs by expert on the device, and the sum of rows per token.
 
-Row tiles of BLOCK_M never cross an expert: tile i of the whole grid finds its expert from the running counts of tiles,
-so a grid of ⌈T·K / BLOCK_M⌉ + E programs covers any routing without the host ever knowing it.
+A tile of BLOCK_M rows never spans two experts. Row tile i finds its expert from the running counts of tiles, so a grid
+of ⌈T·K / BLOCK_M⌉ + E row tiles covers any routing, and the host needn't know the routing.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ import triton.language as tl
 
 Tensor = torch.Tensor
 
-BLOCK_M = 128  # rows of a tile of the experts' products: dispatch counts tiles of this height
+BLOCK_M = 128  # rows per tile of the experts' products; dispatch counts tiles of this height
 
 
 @triton.jit
 def _moe_dispatch_count_kernel(ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """How many of a block's pairs each expert has."""
+    """Count the pairs of each expert in a block of pairs."""
     block = tl.program_id(0)
     p = block * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + p, mask=p < pairs, other=-1)
@@ -30,14 +30,14 @@ def _moe_dispatch_count_kernel(ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr
 def _moe_dispatch_offset_kernel(
     count_ptr,  # (blocks, E): counts in, then the first row of each block's pairs
     offset_ptr,  # (E + 1): the first row of each expert, then the end
-    tile_end_ptr,  # (E): tiles of the experts up to and with this one
+    tile_end_ptr,  # (E): number of tiles of the experts up to and including this one
     blocks,
     E,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: running sums of the counts over experts, and over blocks within an expert."""
+    """Sum the counts over experts, and over blocks within an expert, in one program."""
     e = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
     for first in range(0, blocks, BLOCK):
@@ -79,18 +79,18 @@ def _moe_dispatch_place_kernel(
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Where the routed pairs lie when sorted by expert."""
+    """The routed pairs sorted by expert: permutation, inverse, and row ranges."""
 
     order: Tensor  # (T·K) int32: the pair of each row
     token: Tensor  # (T·K) int32: the token of each row
-    row: Tensor  # (T·K) int32: the row of each pair, −1 for one with a bad id
+    row: Tensor  # (T·K) int32: the row of each pair, −1 for a pair with a bad id
     offset: Tensor  # (E + 1) int32: first row of each expert
-    tile_end: Tensor  # (E) int32: tiles of BLOCK_M rows up to and with each expert
-    tiles: int  # an upper bound of all tiles
+    tile_end: Tensor  # (E) int32: tiles of BLOCK_M rows up to and including each expert
+    tiles: int  # an upper bound on the number of tiles
 
 
 def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
-    """Sort the pairs of expert_ids (T, K) by expert, stable, on the device."""
+    """Sort the pairs of expert_ids (T, K) by expert, stably, on the device."""
     pairs, top_k, device = expert_ids.numel(), expert_ids.shape[1], expert_ids.device
     block_e = triton.next_power_of_2(experts)
     block = max(16, min(512, 16384 // block_e))
@@ -115,7 +115,7 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _moe_combine_kernel(part_ptr, row_ptr, y_ptr, T, D, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """y_t = Σ_k part[row of (t, k)], k ascending; a pair without a row adds nothing."""
+    """Compute y_t = Σ_k part[row of (t, k)], k ascending; a pair without a row adds nothing."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -128,7 +128,7 @@ def _moe_combine_kernel(part_ptr, row_ptr, y_ptr, T, D, K: tl.constexpr, BLOCK_T
 
 
 def moe_combine(parts: Tensor, plan: Dispatch, tokens: int, top_k: int) -> Tensor:
-    """(T, D): the sum of each token's K rows of parts (T·K, D)."""
+    """Return the sum of each token's K rows of parts (T·K, D), as (T, D)."""
     width = parts.shape[1]
     y = torch.empty(tokens, width, dtype=parts.dtype, device=parts.device)
     block_t, block_d = 4, min(512, triton.next_power_of_2(width))

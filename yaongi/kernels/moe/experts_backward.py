@@ -1,4 +1,4 @@
-"""The squared-ReLU experts in Triton, backwards: as experts_forward.py, over the same sorted rows.
+"""The squared-ReLU experts' backward in Triton, over the same sorted rows as experts_forward.py.
 
 dh         gathers dy, writes dH and g·A, and dg in partial sums                           (T·K, D) → (T·K, F)
 dw         dW_up = Σ dH ⊗ x and dW_down = Σ dy ⊗ g·A over the rows of each expert          one launch each
@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """The tile of a weight's gradient (of the side by row × the gathered side), its inner rows, and how it is run."""
+    """Launch options of a weight gradient; its tile: columns of the sorted and the gathered operand, rows per step."""
 
     block_r: int
     block_g: int
@@ -67,7 +67,7 @@ def _moe_dh_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dA′ = dy·W_down with dy gathered; then dg = ⟨dA′, A⟩, dH = 2·sqrt(A)·g·dA′, and g·A for the weight's gradient."""
+    """Compute dA′ = dy·W_down with dy gathered, dg = ⟨dA′, A⟩, dH = 2·sqrt(A)·g·dA′, and g·A for dW_down."""
     columns = tl.cdiv(F, BLOCK_N)
     tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
@@ -85,7 +85,7 @@ def _moe_dh_kernel(
         dh_ptr += start.to(tl.int64) * F
         halves = tl.split(accumulator.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
         dg = tl.zeros((BLOCK_M,), tl.float32)
-        for half in tl.static_range(2):  # by halves: all of A beside the accumulator would spill
+        for half in tl.static_range(2):  # in two halves: a full tile of A next to the accumulator would spill
             n = column * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
             mask = (rows < end)[:, None] & (n < F)[None, :]
@@ -99,7 +99,7 @@ def _moe_dh_kernel(
 
 @triton.jit
 def _moe_dg_kernel(dg_ptr, row_ptr, out_ptr, pairs, columns, BLOCK: tl.constexpr):
-    """dexpert_weights of each pair: the sum of its row's partial sums, in order."""
+    """Compute dexpert_weights of each pair: the sum of its row's partial sums, in order."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_ptr + p, mask=p < pairs, other=-1)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -115,7 +115,7 @@ def _moe_dw_kernel(
     token_ptr,
     offset_ptr,
     out_ptr,  # (E, G, R), or (E, R, G)
-    sum_desc,  # the same in float32, to which is added; else None
+    sum_desc,  # the same shape in float32, added to; None unless ACCUMULATE
     R,
     G,
     stride_g,
@@ -126,9 +126,9 @@ def _moe_dw_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[e] = Σ over the rows of e of gathered ⊗ row (or row ⊗ gathered); rows past the expert's end are masked.
+    """Compute out[e] = Σ gathered ⊗ row (or row ⊗ gathered) over the rows of expert e; rows past its end are masked.
 
-    To add, the tile leaves by TMA, which adds in L2: read into registers, the old one would not fit there.
+    With ACCUMULATE, TMA adds the tile to the sum in L2: the old sum would not fit in registers next to the tile.
     """
     tiles_r, tiles_g = tl.cdiv(R, BLOCK_R), tl.cdiv(G, BLOCK_G)
     expert = tl.program_id(0) // (tiles_r * tiles_g)
@@ -174,7 +174,7 @@ def _moe_dw_kernel(
 
 
 def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dH and g·A (T·K, F), and dexpert_weights by pair (T·K) fp32."""
+    """Return dH and g·A, (T·K, F), and dexpert_weights by pair, (T·K) fp32."""
     (E, D, F), blocks, pairs = w_down.shape, launch_options(DH, w_down.shape[2]), plan.order.numel()
     columns = triton.cdiv(F, blocks["BLOCK_N"])
     dh, ga = torch.empty_like(a), torch.empty_like(a)
@@ -207,7 +207,7 @@ def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tenso
 def moe_dw(
     rows: Tensor, gathered: Tensor, out: Tensor, plan: Dispatch, *, gather_left: bool, accumulate: bool = False
 ) -> None:
-    """out = Σ, or out += Σ, over each expert's rows of gathered ⊗ row (E, G, R), or of row ⊗ gathered (E, R, G)."""
+    """Write, or add to out, each expert's Σ gathered ⊗ row, (E, G, R), or Σ row ⊗ gathered, (E, R, G)."""
     R, G = rows.shape[1], gathered.shape[1]
     block_r, block_g = fit_block(DW.block_r, R), fit_block(DW.block_g, G)
     box = [1, block_g, block_r] if gather_left else [1, block_r, block_g]
@@ -235,15 +235,15 @@ def moe_dw(
 def moe_backward_triton(
     dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, *rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `moe_backward_reference`; the dispatch is computed again rather than saved."""
-    make = torch.empty if len(x) else torch.zeros  # without tokens no kernel writes them
+    """Compute what `moe_backward_reference` does; the dispatch is recomputed rather than saved."""
+    make = torch.empty if len(x) else torch.zeros  # without tokens no kernel writes the gradients
     dw_up, dw_down = (make(w.shape, dtype=w.dtype, device=w.device) for w in (w_up, w_down))
     dx, dweights = _backward(dy, x, w_up, w_down, *rest, dw_up, dw_down, accumulate=False)
     return dx, dw_up, dw_down, dweights
 
 
 def moe_backward_accumulate_triton(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-    """As `moe_backward_accumulate_reference`."""
+    """Compute what `moe_backward_accumulate_reference` does."""
     return _backward(*arguments, accumulate=True)
 
 
@@ -260,7 +260,7 @@ def _backward(
     *,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Fill, or adds to, the weights' gradients; returns dx and dexpert_weights."""
+    """Write, or add to, the weights' gradients; return dx and dexpert_weights."""
     T, K = expert_ids.shape
     if not T:
         return x.new_empty(x.shape), expert_weights.new_empty(T, K)
@@ -269,6 +269,6 @@ def _backward(
     dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
     moe_dw(dh, x, dw_up, plan, gather_left=False, accumulate=accumulate)
     moe_dw(ga, dy, dw_down, plan, gather_left=True, accumulate=accumulate)
-    del ga  # the rows of dx are the peak of the step
+    del ga  # memory peaks with the rows of dx
     dx = moe_combine(moe_grouped_gemm(dh, w_up.contiguous(), plan, None), plan, T, K)
     return dx, dweights.view(T, K)

@@ -1,8 +1,8 @@
-"""The squared-ReLU experts, forward: a chain of fused stages over rows sorted by expert, without host synchronisation.
+"""The squared-ReLU experts' forward: fused stages over rows sorted by expert, without host synchronisation.
 
 dispatch   counting sort of the routed pairs: rows by expert, and their inverse            3 launches
-up         gathers x in the load of its operand, writes A = relu(H)²                       (T·K, D) → (T·K, F)
-down       multiplies by the expert weight in the accumulator, writes rows                 (T·K, F) → (T·K, D)
+up         gathers x as it loads the operand, writes A = relu(H)²                          (T·K, D) → (T·K, F)
+down       scales the accumulator by the expert weight, writes rows                        (T·K, F) → (T·K, D)
 combine    y_t = Σ_k of the token's rows, in order                                         (T·K, D) → (T, D)
 """
 
@@ -45,7 +45,7 @@ def _moe_up_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A = relu(x·W_upᵀ)², rows of x gathered."""
+    """Compute A = relu(x·W_upᵀ)² with gathered rows of x."""
     columns = tl.cdiv(F, BLOCK_N)
     tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
@@ -57,7 +57,7 @@ def _moe_up_kernel(
             x_rows, w_desc, expert, column, D, F, TRANSPOSED=False, EVEN=EVEN_D,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
-        hidden = tl.maximum(accumulator, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a bad weight must show in the loss
+        hidden = tl.maximum(accumulator, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN must reach the loss
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
         mask = (rows < end)[:, None] & (n < F)[None, :]
@@ -66,7 +66,7 @@ def _moe_up_kernel(
 
 
 def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
-    """A (T·K, F) = relu(H)², rows sorted by expert."""
+    """Return A = relu(H)², (T·K, F), with rows sorted by expert."""
     (E, F, D), blocks = w_up.shape, launch_options(UP, w_up.shape[1])
     a = torch.empty(plan.order.numel(), F, dtype=x.dtype, device=x.device)
     _moe_up_kernel[(plan.tiles * triton.cdiv(F, blocks["BLOCK_N"]),)](
@@ -90,7 +90,7 @@ def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
 def moe_triton(
     x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `moe_reference`, in float16 or bfloat16; D and F are multiples of 16."""
+    """Compute what `moe_reference` does, in float16 or bfloat16, for D and F in multiples of 16."""
     T, K = expert_ids.shape
     if not T:
         return x.new_empty(x.shape), x.new_empty(0, w_up.shape[1])

@@ -1,8 +1,8 @@
-"""Products of rows sorted by expert with each expert's matrix, and what all stages of the experts share.
+"""Products of rows sorted by expert with each expert's matrix, and helpers that all stages of the experts share.
 
-A tile behind the last one leaves at once. What a tile reads behind its expert's end belongs to other rows, and is never
-stored. Operands in memory order come through TMA descriptors, gathered ones through pointers. All sums are fp32, in one
-order: same bits always.
+Programs beyond the last tile return at once. A tile may read rows past its expert's end; their results are not stored.
+Contiguous operands are loaded through TMA descriptors, gathered ones through pointers. All sums are fp32 in a fixed
+order, so results are bitwise reproducible.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """Columns and inner elements of a tile, and how it is run."""
+    """Columns and inner elements of a tile, and launch options."""
 
     block_n: int
     block_k: int
@@ -27,7 +27,7 @@ class Config:
     num_stages: int
 
 
-ROWS = {  # by the inner dimension: when it is short, two small tiles at a time hide each other's first and last steps
+ROWS = {  # by the inner dimension's length; if short, two small tiles per SM hide each other's prologue and epilogue
     "short": Config(block_n=128, block_k=64, num_warps=4, num_stages=3),
     "long": Config(block_n=256, block_k=64, num_warps=8, num_stages=3),
 }
@@ -37,7 +37,7 @@ LONG = 1024
 
 @triton.jit
 def find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The expert of a row tile (E when there is none), its first row, and the expert's end."""
+    """Return the expert of a row tile (E beyond the last tile), the tile's first row, and the expert's end."""
     e = tl.arange(0, BLOCK_E)
     ends = tl.load(tile_end_ptr + e, mask=e < E, other=2147483647)
     expert = tl.sum((ends <= tile).to(tl.int32))
@@ -51,9 +51,10 @@ def find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E:
 def expert_dot(
     left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Add left (BLOCK_M, BLOCK_K), the inner elements from k on, times a tile of columns of the expert's matrix.
+    """Add the product of `left` and a column tile of the expert's matrix to the accumulator.
 
-    The matrices are (E·width, inner), or with TRANSPOSED (E·inner, width).
+    `left` (BLOCK_M, BLOCK_K) holds the inner elements from k on. The matrices are (E·width, inner), or with TRANSPOSED
+    (E·inner, width).
     """
     if TRANSPOSED:
         accumulator = tl.dot(left, w_desc.load([expert * inner + k, column * BLOCK_N]), accumulator)
@@ -64,7 +65,7 @@ def expert_dot(
 
 @triton.jit
 def gathered_expert_dot(
-    rows_ptr,  # (BLOCK_M, 1), where each gathered row starts
+    rows_ptr,  # (BLOCK_M, 1), the start of each gathered row
     w_desc,
     expert,
     column,
@@ -76,7 +77,7 @@ def gathered_expert_dot(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gathered rows times a tile of columns of the expert's matrix, (BLOCK_M, BLOCK_N) fp32."""
+    """Return gathered rows times a column tile of the expert's matrix, (BLOCK_M, BLOCK_N) fp32."""
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, inner, BLOCK_K):
         i = k + tl.arange(0, BLOCK_K)[None, :]
@@ -88,7 +89,7 @@ def gathered_expert_dot(
 @triton.jit
 def _moe_grouped_gemm_kernel(
     left_desc,  # (T·K, inner)
-    w_desc,  # (E·D, F) as it is, or (E·F, D) transposed
+    w_desc,  # (E·width, inner), or with TRANSPOSED (E·inner, width)
     order_ptr,
     weight_ptr,  # (T·K), by pair
     offset_ptr,
@@ -104,7 +105,7 @@ def _moe_grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Rows times the expert's matrix: down (g·A·W_downᵀ) and, with the matrix transposed, dx (dH·W_up)."""
+    """Compute rows times the expert's matrix: down (g·A·W_downᵀ), or with TRANSPOSED the rows of dx (dH·W_up)."""
     columns = tl.cdiv(width, BLOCK_N)
     tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
@@ -125,12 +126,12 @@ def _moe_grouped_gemm_kernel(
 
 
 def fit_block(block: int, width: int) -> int:
-    """A narrow matrix takes a narrower tile."""
+    """Return the tile width: at most `block`, less for a narrow matrix."""
     return max(16, min(block, triton.next_power_of_2(width)))
 
 
 def launch_options(config: Config, width: int) -> dict[str, int]:
-    """The constants of a launch."""
+    """Return the constants and options of a launch."""
     return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": fit_block(config.block_n, width),
@@ -141,12 +142,12 @@ def launch_options(config: Config, width: int) -> dict[str, int]:
 
 
 def block_e(experts: int) -> int:
-    """Experts as the kernels are compiled for: few variants."""
+    """Return BLOCK_E: a power of two, so that few variants are compiled."""
     return max(16, triton.next_power_of_2(experts))
 
 
 def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None) -> Tensor:
-    """Rows (T·K, inner) times each expert's matrix: w (E, width, inner), or with no weights (E, inner, width)."""
+    """Return rows (T·K, inner) times their experts' w: (E, width, inner), or without `weights` (E, inner, width)."""
     transposed = weights is None
     E, inner, width = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
     blocks = launch_options(ROWS["long" if inner >= LONG else "short"], width)

@@ -82,7 +82,7 @@ def _accumulate_fake(dy: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tens
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, a = output
     ctx.mark_non_differentiable(a)
-    ctx.set_materialize_grads(False)  # or autograd would make zeros for the gradient of A
+    ctx.set_materialize_grads(False)  # else autograd would allocate zeros for the gradient of A
     ctx.save_for_backward(*inputs, a)
 
 
@@ -150,7 +150,7 @@ backend.define_no_autograd("moe_backward")
 
 
 class _Accumulating(torch.autograd.Function):
-    """The experts, whose weights' gradients don't go through autograd."""
+    """The experts with weight gradients that are accumulated outside autograd."""
 
     @staticmethod
     def forward(
@@ -176,12 +176,12 @@ class _Accumulating(torch.autograd.Function):
 def moe_route(logits: Tensor, bias: Tensor, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Choose each token's experts and weigh them.
 
-    scores = sigmoid(logits). A token takes the K experts with the largest score + bias, ties to the lowest index, in
-    that order; it weighs them by the score alone, divided by their sum + 1e-20, times `scale`.
+    With scores = sigmoid(logits), a token takes the K experts with the largest score + bias, in descending order, ties
+    to the lowest index. Its weights are their scores without bias, divided by the scores' sum + 1e-20, times `scale`.
 
     Args:
         logits: (T, E), float32 (float64 too, for tests of gradients).
-        bias: (E), dtype of logits; it steers the choice and gets no gradient.
+        bias: (E), dtype of logits; it affects only the choice and gets no gradient.
         top_k: K, 1 to E.
         scale: a finite number.
 
@@ -209,10 +209,10 @@ def moe(
     *,
     weight_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Squared-ReLU experts: y_t = Σ_k g_tk · W_down[e]·relu(W_up[e]·x_t)², with e = expert_ids[t, k].
+    """Apply squared-ReLU experts: y_t = Σ_k g_tk · W_down[e]·relu(W_up[e]·x_t)², with e = expert_ids[t, k].
 
-    A pair whose expert id is not in 0..E − 1 is skipped; checked mode refuses it, and an expert twice in one token.
-    The backward pass keeps the arguments and one activation, relu(H)² of (T·K, F) in x's dtype.
+    A pair whose expert id is not in 0..E − 1 is skipped. Checked mode refuses such a pair, and a token with the same
+    expert twice. For the backward the arguments and one activation are saved: relu(H)², (T·K, F) in x's dtype.
 
     Args:
         x: (T, D), float16, bfloat16, float32 or float64.

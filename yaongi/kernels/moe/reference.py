@@ -1,6 +1,6 @@
-"""Routing and the squared-ReLU experts in plain torch: see README.md beside this file for the mathematics.
+"""Routing and the squared-ReLU experts in plain torch; README.md in this folder has the mathematics.
 
-T tokens, D model width, E experts, F expert width, K experts per token; R the rows of one expert.
+Sizes: T tokens, D model width, E experts, F expert width, K experts per token, R rows of one expert.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def moe_route_reference(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (T, K), (T, K), (E)
-    """The K experts of each token by score + bias, their weights by the score alone, and the load of each expert."""
+    """Return each token's K experts by score + bias, their weights by the score alone, and each expert's load."""
     scores = logits.sigmoid()
     ranked = (scores + bias).sort(dim=-1, descending=True, stable=True)  # stable: ties go to the lowest index
     expert_ids = ranked.indices[:, :top_k].contiguous()
@@ -35,7 +35,7 @@ def moe_route_backward_reference(
     expert_ids: Tensor,  # (T, K)
     scale: float,
 ) -> Tensor:  # (T, E)
-    """dlogits from the gradient of the weights; an expert that was not chosen gets none."""
+    """Return dlogits from the gradient of the weights; zero for experts that were not chosen."""
     ids = expert_ids.long()
     chosen = logits.gather(-1, ids)
     scores = chosen.sigmoid()
@@ -66,17 +66,17 @@ def moe_reference(
     expert_ids: Tensor,  # (T, K)
     expert_weights: Tensor,  # (T, K)
 ) -> tuple[Tensor, Tensor]:  # (T, D), (T·K, F)
-    """y_t = Σ_k g_tk · W_down·relu(W_up·x_t)², and A = relu(H)² with its rows sorted by expert."""
+    """Return y_t = Σ_k g_tk · W_down·relu(W_up·x_t)², and A = relu(H)² with its rows sorted by expert."""
     wide = torch.promote_types(x.dtype, torch.float32)
     T, K = expert_ids.shape
     a = x.new_zeros(T * K, w_up.shape[1])
     weights = expert_weights.flatten()
-    parts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # g·Y of each pair; a skipped pair contributes zero
+    parts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # g·W_down·A of each pair; a skipped pair contributes zero
     for expert, rows, pairs in _experts_with_rows(expert_ids, w_up.shape[0]):
         hidden = x[pairs // K].to(wide) @ w_up[expert].to(wide).T  # (R, F)
         a[rows] = hidden.relu().square().to(x.dtype)
         part = weights[pairs, None] * (a[rows].to(wide) @ w_down[expert].to(wide).T)  # (R, D)
-        parts[pairs] = part.to(x.dtype).to(wide)  # rounded as it is stored
+        parts[pairs] = part.to(x.dtype).to(wide)  # rounded as the kernels store it
     return parts.view(T, K, x.shape[1]).sum(1).to(x.dtype), a
 
 
@@ -89,7 +89,7 @@ def moe_backward_reference(
     expert_weights: Tensor,  # (T, K)
     a: Tensor,  # (T·K, F), as the forward saved it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw_up, dw_down and dexpert_weights."""
+    """Return dx, dw_up, dw_down and dexpert_weights."""
     wide = torch.promote_types(x.dtype, torch.float32)
     T, K = expert_ids.shape
     dw_up, dw_down = w_up.new_zeros(w_up.shape), w_down.new_zeros(w_down.shape)
@@ -101,7 +101,7 @@ def moe_backward_reference(
         dy_rows = dy[tokens].to(wide)  # (R, D)
         dact = dy_rows @ w_down[expert].to(wide)  # (R, F), dA′: not yet weighted by g
         dweights[pairs] = (dact * act).sum(-1)
-        dhidden = (2 * act.sqrt() * (g * dact)).to(x.dtype).to(wide)  # relu(H) = sqrt(A); rounded as it is stored
+        dhidden = (2 * act.sqrt() * (g * dact)).to(x.dtype).to(wide)  # relu(H) = sqrt(A); rounded as stored
         dparts[pairs] = (dhidden @ w_up[expert].to(wide)).to(x.dtype).to(wide)
         dw_up[expert] = (dhidden.T @ x[tokens].to(wide)).to(w_up.dtype)
         dw_down[expert] = (dy_rows.T @ (g * act).to(x.dtype).to(wide)).to(w_down.dtype)
@@ -115,7 +115,7 @@ def moe_backward_accumulate_reference(
     w_down: Tensor,  # (E, D, F)
     *rest: Tensor,  # expert_ids, expert_weights, a; dw_up and dw_down, like the weights, at least float32
 ) -> tuple[Tensor, Tensor]:
-    """dx and dexpert_weights; the weights' gradients, unrounded, are added to dw_up and dw_down."""
+    """Return dx and dexpert_weights; add the weights' gradients, unrounded, to dw_up and dw_down."""
     *saved, dw_up, dw_down = rest
     dx, up, down, dweights = moe_backward_reference(dy, x, w_up.to(dw_up.dtype), w_down.to(dw_down.dtype), *saved)
     dw_up.add_(up)

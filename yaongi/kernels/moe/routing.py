@@ -1,4 +1,4 @@
-"""Which experts a token takes, and with what weights: the router's op in both directions."""
+"""The router in Triton: the experts of each token and their weights, forward and backward."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ def _moe_route_kernel(
     bias_ptr,  # (E)
     ids_ptr,  # (T, K)
     weights_ptr,  # (T, K)
-    load_ptr,  # (E), zeros in
+    load_ptr,  # (E), zero-initialised
     T,
     E,
     scale,
@@ -25,7 +25,7 @@ def _moe_route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """K times the largest score + bias, ties to the lowest index; weights from the scores alone."""
+    """Pick the largest score + bias K times, ties to the lowest index; weights come from the scores alone."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     k_index = tl.arange(0, BLOCK_K)
@@ -66,7 +66,7 @@ def _moe_route_backward_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dlogit = scale·p·(1 − σ)·(dg − Σ p·dg) at the chosen experts, zero elsewhere."""
+    """Compute dlogit = scale·p·(1 − σ)·(dg − Σ p·dg) at the chosen experts, zero elsewhere."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     k_index = tl.arange(0, BLOCK_K)
@@ -99,7 +99,7 @@ def _route_blocks(experts: int, top_k: int) -> dict[str, int]:
 
 
 def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `moe_route_reference`, in float32."""
+    """Compute what `moe_route_reference` does, in float32."""
     T, E = logits.shape
     ids = torch.empty(T, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(T, top_k, dtype=torch.float32, device=logits.device)
@@ -112,7 +112,7 @@ def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> 
 
 
 def moe_route_backward_triton(dweights: Tensor, logits: Tensor, expert_ids: Tensor, scale: float) -> Tensor:
-    """As `moe_route_backward_reference`, in float32."""
+    """Compute what `moe_route_backward_reference` does, in float32."""
     (T, E), top_k = logits.shape, expert_ids.shape[1]
     dlogits = torch.empty(T, E, dtype=torch.float32, device=logits.device)
     if T:

@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 GPU = "yaongi.kernels.newton_schulz.passes"
 TEON_ON_GPU = "yaongi.kernels.newton_schulz.teon"
 Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each step: σ ← aσ + bσ³ + cσ⁵
-SAFETY = 1.05  # the steps expect σ ≤ 1 and see σ/SAFETY: rounding errors above 1 then stay in their domain
+SAFETY = 1.05  # the steps hold for σ ≤ 1 and are evaluated at σ/SAFETY, in case rounding puts σ above 1
 POLAR_EXPRESS: Coefficients = tuple(
     (a / SAFETY, b / SAFETY**3, c / SAFETY**5)
     for a, b, c in (
@@ -42,7 +42,7 @@ def _cuda_refuses(x: Tensor, coefficients: list[float], form: str) -> str | None
 
 
 def _refuses_tensors(tensors: list[Tensor], elements: int) -> str | None:
-    """Why the kernels can't take tensors, or matrices of so many elements; they do everything around the products."""
+    """Return why the kernels around the products can't take these tensors, or matrices of so many elements."""
     if any(t.dtype == torch.float64 for t in tensors):
         return "it takes no float64"
     return "it takes matrices of less than 2³¹ elements" if elements >= 2**31 else None
@@ -108,7 +108,7 @@ _teon_op = backend.define(
 
 
 def _check_coefficients(args: check.Arguments, coefficients: object) -> list[float]:
-    """Check the coefficients and lay their triples end to end; the usual ones, of every step, are known to fit."""
+    """Check the coefficients and flatten their triples; the default, POLAR_EXPRESS, needs no check."""
     if coefficients is POLAR_EXPRESS:
         return [value for triple in POLAR_EXPRESS for value in triple]
     if not isinstance(coefficients, (list, tuple)):
@@ -134,13 +134,13 @@ def newton_schulz(
 ) -> Tensor:
     """Orthogonalise matrices: U·p(Σ)·Vᵀ for X/‖X‖_F = U·Σ·Vᵀ, where the odd polynomial p takes Σ close to 1.
 
-    For optimizers: it has no gradient, and refuses an x that requires one while gradients are recorded. A zero matrix
-    gives zeros; a matrix with a NaN or an infinity gives NaN and leaves the others of the batch alone.
+    The op is for optimizers: it has no gradient, and refuses an x that requires one while gradients are recorded. A
+    zero matrix gives zeros; a matrix with a NaN or an infinity gives NaN, without effect on the rest of the batch.
 
     Args:
         x: (…, m, n), float16, bfloat16, float32 or float64, any layout, tall or wide.
         coefficients: (a, b, c) of each step.
-        form: "gram" iterates on the Gram matrix of the short side and is the cheaper one for m ≠ n; "standard" on X.
+        form: "gram" iterates on the short side's Gram matrix, which is cheaper for m ≠ n; "standard" iterates on X.
 
     Returns:
         The result, x's shape and dtype, contiguous. The reference computes in x's dtype but at least float32.
@@ -165,13 +165,13 @@ def _check_tensors(
     *,
     written: bool = True,
 ) -> list[Tensor]:
-    """Check a list of tensors of one shape and dtype; those written to must be contiguous."""
+    """Check a list of tensors of one shape and dtype; if `written`, they must be contiguous."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{args.op}: {name} must be a list of tensors, got {type(values).__name__}")
     args.require(len(values) == count, name, f"{count} tensors like params", f"{len(values)}")
     for i, value in enumerate(values):
         if i and _is_like(value, values[0], written):
-            continue  # and as right as that one; a step has hundreds, and each check costs the host 4 µs
+            continue  # a step has hundreds of tensors, and the full check costs the host 4 µs each
         args.tensor(f"{name}[{i}]", value, dims, dtypes if i == 0 else (values[0].dtype,))
         if written:
             _refuse_grad(args, f"{name}[{i}]", value)
@@ -180,7 +180,7 @@ def _check_tensors(
 
 
 def _is_like(value: object, first: Tensor, written: bool) -> bool:
-    """Whether a tensor is all that was asked of the first of its list, which is right."""
+    """Return whether a tensor has the properties of the first of its list, which has been checked."""
     if not isinstance(value, torch.Tensor):
         return False
     alike = value.dtype == first.dtype and value.shape == first.shape and value.device == first.device
@@ -200,18 +200,18 @@ def teon_update(
     weight_decay: float = 0.0,
     coefficients: Coefficients = POLAR_EXPRESS,
 ) -> None:
-    """One step of Teon (Muon for stack = 1) on matrices of one shape, in place.
+    """Take one step of Teon (Muon for stack = 1) on matrices of one shape, in place.
 
     M ← μM + G and U = G + μM (Nesterov) or M. Each `stack` consecutive entries are orthogonalised jointly,
-    [O₁|…|O_K] = newton_schulz([U₁|…|U_K]); then W_k ← (1 − lr·λ)·W_k − lr·sqrt(m/n)·O_k. Nothing is changed unless
-    every argument is right. Call it under torch.no_grad().
+    [O₁|…|O_K] = newton_schulz([U₁|…|U_K]); then W_k ← (1 − lr·λ)·W_k − lr·sqrt(m/n)·O_k. Nothing is written unless
+    every argument is valid. Call it under torch.no_grad().
 
     Args:
-        params: tensors (m, n), or (E, m, n) with every one of the E matrices on its own; one dtype, contiguous.
-        grads: as many of that shape; any float dtype and layout.
-        momenta: as many of that shape; any float dtype, contiguous.
-        masters: as many of that shape, float32 (float64 for params in float64), contiguous: they take the update and
-            each parameter becomes its master's cast. Without them the parameters take it themselves.
+        params: tensors (m, n), or (E, m, n) as E independent matrices; of one dtype, contiguous.
+        grads: one per parameter, of its shape; any float dtype and layout.
+        momenta: one momentum buffer per parameter, of its shape; any float dtype, contiguous.
+        masters: one master weight per parameter, of its shape, float32 (float64 for params in float64), contiguous: it
+            takes the update, and the parameter becomes its cast. If None, the parameters take the update.
         stack: K, divides len(params).
         lr, weight_decay: ≥ 0. momentum: ≥ 0 and < 1. nesterov: a bool.
         coefficients: (a, b, c) of each Newton-Schulz step.

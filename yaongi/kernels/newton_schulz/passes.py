@@ -1,11 +1,11 @@
 """The passes around the products: norm, normalisation, last product; each reads and writes its tensors once.
 
-A batch of B matrices X is stored wide, (B, m, n) with m ≤ n, in float16, both sizes padded with zeros to multiples of
-8, which changes nothing: zero rows and columns stay zero. A tall matrix is transposed as it is normalised, and back as
-its result is used, so no pass is spent on that.
+A batch of B matrices X is stored wide, (B, m, n) with m ≤ n, in float16. Both sizes are padded with zeros to multiples
+of 8; zero rows and columns stay zero, so this doesn't change the result. A tall matrix is transposed in the pass that
+normalises it, and back in the pass that uses its result, so transposing needs no pass of its own.
 
-A norm is taken in two steps, for the same bits each time and without overflow: every tile leaves its largest |u| and
-Σ (u / largest)²; then a program a matrix makes of them the two numbers by which the matrix is divided.
+A norm takes two steps, which makes it reproducible and free of overflow: each tile stores its largest |u| and
+Σ (u / largest)²; then one program per matrix computes from them the two numbers by which the matrix is divided.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from yaongi.kernels.newton_schulz.iteration import STORAGE, Product, bytes_per_m
 from yaongi.kernels.newton_schulz.reference import triples
 
 Tensor = torch.Tensor
-WORKSPACE = 1_500_000_000  # bytes at most, but for a single matrix that needs more
+WORKSPACE = 1_500_000_000  # most bytes, unless a single matrix needs more
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Config:
 
 # `across` where a pass transposes, `along` elsewhere.
 CONFIGS = {"along": Config(rows=8, columns=512, num_warps=4), "across": Config(rows=64, columns=64, num_warps=4)}
-REDUCTION = 1024  # partial norms a program reads at a time
+REDUCTION = 1024  # partial norms that a program reads at a time
 
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """A tile of the last product, and how it is run."""
+    """Tile and launch options of the last product."""
 
     rows: int
     columns: int
@@ -49,18 +49,18 @@ class ProductConfig:
     num_stages: int
 
 
-# What the last product writes: a result, or weights, whose tile lies in registers beside the product's.
+# By what the last product writes: a result, or weights, whose tile takes registers next to the accumulator.
 LAST_PRODUCT = {
     "result": ProductConfig(rows=128, columns=128, inner=64, num_warps=8, num_stages=3),
     "weights": ProductConfig(rows=128, columns=64, inner=64, num_warps=4, num_stages=3),
 }
-# Short edge up to which a Triton kernel takes the last product and writes in place; beyond, cuBLAS is faster.
+# Largest short edge for which a Triton kernel fuses the last product with its use; above it cuBLAS is faster.
 FUSED_UP_TO = 1024
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a matrix is cut into tiles."""
+    """Tiles of a matrix: their size and number."""
 
     rows: int
     columns: int
@@ -77,13 +77,13 @@ def tiling_of(m: int, n: int, *, across: bool) -> Tiling:
 
 
 def _padded(size: int) -> int:
-    """Rows start on 16 bytes then."""
+    """Round up to a multiple of 8, so that float16 rows start at multiples of 16 bytes."""
     return -(-size // 8) * 8
 
 
 @triton.jit
 def tile_places(tile, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The rows and columns of a tile of a matrix with n columns."""
+    """Return the rows (ROWS, 1) and columns (1, COLUMNS) of a tile of a matrix with n columns."""
     across = tl.cdiv(n, COLUMNS)
     row = tile // across * ROWS + tl.arange(0, ROWS)[:, None]
     column = tile % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -92,7 +92,7 @@ def tile_places(tile, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def store_partial_norm(value, partial_ptr):
-    """The largest |value| and Σ (value / largest)², (2,); a NaN or an infinity makes the sum NaN."""
+    """Store the largest |value| and Σ (value / largest)²; a NaN or an infinity makes the sum NaN."""
     largest = tl.max(tl.max(tl.abs(value), 1), 0)
     scaled = value / tl.where(largest > 0, largest, 1.0)
     tl.store(partial_ptr, largest)
@@ -136,14 +136,14 @@ def _newton_schulz_divisors_kernel(
         total += tl.load(partial_ptr + 2 * (start + i) + 1, mask=start + i < P, other=0.0) * ratio * ratio
     norm = tl.sqrt(tl.sum(total, 0))
     tl.store(divisor_ptr + 2 * matrix, whole)
-    tl.store(divisor_ptr + 2 * matrix + 1, tl.where(norm < 1, 1.0, norm))  # a NaN stays one
+    tl.store(divisor_ptr + 2 * matrix + 1, tl.where(norm < 1, 1.0, norm))  # a NaN stays NaN
 
 
 @triton.jit
 def _newton_schulz_normalise_kernel(
     x_ptr,  # (B, m, n), contiguous
     divisor_ptr,  # (B, 2)
-    wide_ptr,  # (B, rows, columns), padded, float16; of the transposed matrix with TRANSPOSED
+    wide_ptr,  # (B, rows, columns), padded, float16; the transposed matrix if TRANSPOSED
     m,
     n,
     rows,
@@ -153,7 +153,7 @@ def _newton_schulz_normalise_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Tiles cover the padded matrix, so that the padding is written too."""
+    """Divide by the norm and store in float16; the tiles cover the padded matrix, so the padding is written too."""
     tile, matrix = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     if TRANSPOSED:
         row, column = tile_places(tile, rows, ROWS, COLUMNS)
@@ -172,7 +172,7 @@ def _newton_schulz_normalise_kernel(
 
 @triton.jit
 def load_result(wide_ptr, row, column, inside, columns, TRANSPOSED: tl.constexpr):
-    """A tile of a wide result, in the layout of the matrix it belongs to; row (ROWS, 1), column (1, COLUMNS)."""
+    """Load a tile of a wide result in the original matrix's orientation; row (ROWS, 1), column (1, COLUMNS)."""
     if TRANSPOSED:
         place = tl.trans(column) * columns + tl.trans(row)
         return tl.trans(tl.load(wide_ptr + place, mask=tl.trans(inside), other=0.0)).to(tl.float32)
@@ -212,7 +212,7 @@ def result_tile(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """The tile of Q·X, or of (Q·X)ᵀ = Xᵀ·Q, that starts at (row, column)."""
+    """Compute the tile of Q·X, or of (Q·X)ᵀ = Xᵀ·Q, that starts at (row, column)."""
     result = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, inner, INNER):
         if TRANSPOSED:
@@ -240,7 +240,7 @@ def _newton_schulz_last_product_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Q·X in the result's own layout and dtype."""
+    """Compute Q·X in the result's own orientation and dtype."""
     tile, matrix = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     across = tl.cdiv(n, COLUMNS)
     first_row, first_column = tile // across * ROWS, tile % across * COLUMNS
@@ -252,7 +252,7 @@ def _newton_schulz_last_product_kernel(
 
 @dataclass(frozen=True)
 class WideLayout:
-    """The stored form of matrices m × n: of the transposed one if m > n, and padded."""
+    """Storage layout of m × n matrices: transposed if m > n, and padded."""
 
     m: int
     n: int
@@ -270,7 +270,7 @@ class WideLayout:
         return _padded(max(self.m, self.n))
 
     def batches(self, count: int) -> list[slice]:
-        """Batches of equal size, but for the last one, as large as the workspace allows."""
+        """Return batches as large as the workspace allows, equal in size except for the last."""
         most = max(1, WORKSPACE // bytes_per_matrix(self.rows, self.columns))
         size = triton.cdiv(count, triton.cdiv(count, most))
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
@@ -279,7 +279,7 @@ class WideLayout:
         return torch.empty(count, self.rows, self.columns, dtype=STORAGE, device=like.device)
 
     def normalise(self, x: Tensor, partial: Tensor, wide: Tensor) -> None:
-        """X/‖X‖_F from x, (B, m, n) in any dtype, and the partial norms of its tiles, (B, P, 2)."""
+        """Write X/‖X‖_F to `wide` from x, (B, m, n) in any dtype, and the partial norms of its tiles, (B, P, 2)."""
         count = x.shape[0]
         divisors = torch.empty(count, 2, dtype=torch.float32, device=x.device)
         _newton_schulz_divisors_kernel[(count,)](
@@ -294,11 +294,11 @@ class WideLayout:
 
     @property
     def fused(self) -> bool:
-        """Whether the last product writes what its result is for."""
+        """Whether the last product and the use of its result run as one kernel."""
         return self.rows <= FUSED_UP_TO
 
     def factors(self, q: Tensor, x: Tensor, config: ProductConfig) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Q and X as TMA reads them for a tile of the last product."""
+        """Return TMA descriptors of Q and X for a tile of the last product."""
         if self.transposed:
             boxes = [1, config.inner, config.columns], [1, config.inner, config.rows]
         else:
@@ -306,7 +306,7 @@ class WideLayout:
         return TensorDescriptor.from_tensor(q, boxes[0]), TensorDescriptor.from_tensor(x, boxes[1])
 
     def last_product(self, q: Tensor, x: Tensor, out: Tensor) -> None:
-        """out = Q·X, (B, m, n) in any dtype."""
+        """Compute out = Q·X, (B, m, n) in any dtype."""
         config = LAST_PRODUCT["result"]
         tiles = triton.cdiv(self.m, config.rows) * triton.cdiv(self.n, config.columns)
         _newton_schulz_last_product_kernel[(out.shape[0] * tiles,)](
@@ -316,7 +316,7 @@ class WideLayout:
         )  # fmt: skip
 
     def result(self, wide: Tensor, out: Tensor) -> None:
-        """Write what lies in `wide` to out, (B, m, n) in any dtype."""
+        """Copy the results in `wide` to out, (B, m, n) in any dtype."""
         tiling = tiling_of(self.m, self.n, across=self.transposed)
         _newton_schulz_result_kernel[(out.shape[0] * tiling.count,)](
             wide, out, self.m, self.n, self.rows, self.columns, tiling.count, TRANSPOSED=self.transposed,
@@ -325,7 +325,7 @@ class WideLayout:
 
 
 def _partial_norms(x: Tensor) -> Tensor:
-    """(B, tiles, 2) of contiguous matrices (B, m, n)."""
+    """Return the partial norms, (B, tiles, 2), of contiguous matrices (B, m, n)."""
     count, m, n = x.shape
     tiling = tiling_of(m, n, across=False)
     partial = torch.empty(count, tiling.count, 2, dtype=torch.float32, device=x.device)
@@ -336,17 +336,17 @@ def _partial_norms(x: Tensor) -> Tensor:
 
 
 def newton_schulz_triton(x: Tensor, coefficients: list[float], form: str) -> Tensor:
-    """As `newton_schulz_reference` with float16 as its storage; products by torch."""
+    """Compute what `newton_schulz_reference` does with float16 storage; torch computes the products."""
     return _newton_schulz(torch_product, x, coefficients, form)
 
 
 def newton_schulz_cuda(x: Tensor, coefficients: list[float], form: str) -> Tensor:
-    """The same with symmetric products by the CUDA kernel, past the checks of its op."""
+    """Compute the same with the CUDA kernel's symmetric products, skipping the checks of its op."""
     return _newton_schulz(backend.cuda_launcher("symmetric_product"), x, coefficients, form)
 
 
 def _newton_schulz(product: Product, x: Tensor, coefficients: list[float], form: str) -> Tensor:
-    """Newton-Schulz with one way to take symmetric products."""
+    """Run Newton-Schulz, with `product` for the symmetric products."""
     if not x.numel():
         return x.new_empty(x.shape)
     m, n = x.shape[-2:]

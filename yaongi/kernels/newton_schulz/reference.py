@@ -1,8 +1,8 @@
-"""Newton-Schulz and the Teon update in plain torch: see README.md beside this file for the mathematics.
+"""Newton-Schulz and the Teon update in plain torch; README.md in this folder has the mathematics.
 
-m rows, n columns; the iteration works on wide matrices, m ≤ n, and transposes tall ones on the way in and out. With
-`storage` the matrices that a GPU keeps in memory between two products are rounded and mirrored as it does that: with
-float16 this is the plain computation that the kernels are held to.
+A matrix has m rows and n columns. The iteration works on wide matrices, m ≤ n; tall ones are transposed before and
+after it. With `storage`, the matrices that a GPU stores between two products are rounded and mirrored as the kernels do
+it; with float16 this is the computation that the kernels are tested against.
 """
 
 import math
@@ -12,37 +12,37 @@ import torch
 
 Tensor = torch.Tensor
 Steps = list[tuple[float, float, float]]  # (a, b, c) of each
-RESTART = 2  # the Gram form builds the Gram matrix anew after this many steps
-GRAM_SCALE = 2.0**12  # of the stored Gram matrix: its entries reach 4, and its small ones would be subnormal
-DIRECTION = torch.bfloat16  # what a GPU stores U in before its norm is known: float32's range in half the bytes
+RESTART = 2  # the Gram form recomputes the Gram matrix from X after this many steps
+GRAM_SCALE = 2.0**12  # of the stored Gram matrix: its entries reach 4, and unscaled small ones would be subnormal
+DIRECTION = torch.bfloat16  # dtype of U on a GPU until its norm is known: float32's range in half the bytes
 
 
 def triples(coefficients: list[float]) -> Steps:
-    """(a, b, c) of each step from a flat list."""
+    """Return (a, b, c) of each step from a flat list."""
     return list(zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True))
 
 
 def rounding(storage: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """Round to `storage` and back; nothing for None."""
+    """Return a function that rounds to `storage` and back, or does nothing for None."""
     return lambda t: t if storage is None else t.to(storage).to(t.dtype)
 
 
 def symmetric_rounding(storage: torch.dtype | None, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """As `rounding` of the scaled matrix, of which only the lower triangle is computed, and mirrored."""
+    """Return a function that mirrors the lower triangle and rounds `scale` times the matrix, as `rounding` does."""
     if storage is None:
         return lambda t: t
     return lambda t: (scale * (t.tril() + t.tril(-1).mT)).to(storage).to(t.dtype) / scale
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """X/‖X‖_F without overflow or underflow of the squares; a zero matrix stays zero."""
+    """Return X/‖X‖_F without overflow or underflow of the squares; a zero matrix stays zero."""
     largest = x.abs().amax((-2, -1), keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
     return x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1)  # the norm is ≥ 1 unless X = 0
 
 
 def _standard(x: Tensor, steps: Steps, storage: torch.dtype | None) -> Tensor:
-    """X ← (aI + bA + cA²)·X with A = XXᵀ."""
+    """Compute X ← (aI + bA + cA²)·X with A = XXᵀ in each step."""
     stored, stored_z = rounding(storage), symmetric_rounding(storage)
     stored_gram = symmetric_rounding(storage, GRAM_SCALE)
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
@@ -53,7 +53,7 @@ def _standard(x: Tensor, steps: Steps, storage: torch.dtype | None) -> Tensor:
 
 
 def _gram(x: Tensor, steps: Steps, storage: torch.dtype | None) -> Tensor:
-    """The same polynomials on the m × m matrices alone: X is touched before and after each part."""
+    """Compute the same polynomials on m × m matrices; X enters only at the start and end of each part."""
     stored, stored_zq = rounding(storage), symmetric_rounding(storage)
     stored_gram = symmetric_rounding(storage, GRAM_SCALE)
     for part in (steps[:RESTART], steps[RESTART:]):
@@ -74,7 +74,7 @@ def newton_schulz_reference(
     form: str,
     storage: torch.dtype | None = None,
 ) -> Tensor:
-    """The steps applied to X/‖X‖_F, in x's dtype but at least float32; rounded once, at the end."""
+    """Apply the steps to X/‖X‖_F in x's dtype but at least float32; round once, at the end."""
     if not x.numel():
         return x.new_empty(x.shape)
     tall = x.shape[-2] > x.shape[-1]
@@ -87,7 +87,7 @@ def teon_update_reference(
     params: list[Tensor],  # (m, n) or (E, m, n) each
     grads: list[Tensor],
     momenta: list[Tensor],
-    masters: list[Tensor],  # empty: the parameters are their own masters
+    masters: list[Tensor],  # float32 master weights; empty: the parameters take the update
     stack: int,
     lr: float,
     momentum: float,
@@ -96,7 +96,7 @@ def teon_update_reference(
     coefficients: list[float],
     storage: torch.dtype | None = None,
 ) -> None:
-    """M ← μM + G, O = NewtonSchulz([U₁|…|U_K]), W_k ← (1 − ηλ)·W_k − η·sqrt(m/n)·O_k, in place."""
+    """Update in place: M ← μM + G, O = NewtonSchulz([U₁|…|U_K]), W_k ← (1 − ηλ)·W_k − η·sqrt(m/n)·O_k."""
     if not params[0].numel():
         return
     m, n = params[0].shape[-2:]
@@ -114,7 +114,7 @@ def teon_update_reference(
 
 
 def teon_direction(grad: Tensor, buffer: Tensor, momentum: float, nesterov: bool = True) -> Tensor:
-    """Move one momentum M ← μM + G in place, and return the direction U: G + μM with Nesterov, else M."""
+    """Update one momentum buffer M ← μM + G in place; return the direction U: G + μM with Nesterov, else M."""
     wide = torch.promote_types(torch.promote_types(grad.dtype, buffer.dtype), torch.float32)
     grad = grad.to(wide)
     accumulated = momentum * buffer.to(wide) + grad
@@ -123,6 +123,6 @@ def teon_direction(grad: Tensor, buffer: Tensor, momentum: float, nesterov: bool
 
 
 def teon_weight(weight: Tensor, o: Tensor, shape: tuple[int, int], lr: float, weight_decay: float) -> Tensor:
-    """(1 − ηλ)·W − η·sqrt(m/n)·O of all rows of W or some; `shape` (m, n) is that of the whole matrix."""
+    """Return (1 − ηλ)·W − η·sqrt(m/n)·O for some or all rows of W; `shape` (m, n) is that of the full matrix."""
     m, n = shape
     return (1 - lr * weight_decay) * weight - lr * math.sqrt(m / n) * o

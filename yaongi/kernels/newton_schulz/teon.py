@@ -1,7 +1,7 @@
 """The Teon update on a GPU: a pass over gradients and momenta before the Newton-Schulz steps, and over weights after.
 
-Tensors that lie apart come as a table of their addresses. Of the matrices of a step, number b is the e-th of each of
-the K tensors of stack u, b = u·E + e; its K layers lie side by side in the direction U, (B, m, K·n).
+The kernels read separately allocated tensors through a table of their addresses. Joint matrix number b = u·E + e of a
+step consists of the e-th matrix of each of the K tensors of stack u; these K lie side by side in U, (B, m, K·n).
 """
 
 import functools
@@ -31,7 +31,7 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 @triton.jit
 def _address(table_ptr, i, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The i-th pointer of a table."""
+    """Load the i-th pointer of a table."""
     pointer = tl.load(table_ptr + i).to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -40,7 +40,7 @@ def _address(table_ptr, i, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _teon_momentum_kernel(
-    grad_table,  # (K · U) addresses of (E, m, n)
+    grad_table,  # (stacks · K) addresses of tensors (E, m, n)
     momentum_table,
     direction_ptr,  # (B, m, K · n)
     partial_ptr,  # (B, K · tiles, 2)
@@ -97,7 +97,7 @@ def _update(
     HAS_MASTERS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """W ← decay·W − change on a tile of the k-th layer of a stack, and the parameter's cast."""
+    """Compute W ← decay·W − change on a tile of the k-th layer of a stack, and the parameter's cast."""
     i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
     inside, place = (row < m) & (column < n), row * n + column
     weight_ptr = _address(weight_table, i, WEIGHT, ALIGNED) + e * m * n
@@ -111,8 +111,8 @@ def _update(
 @triton.jit
 def _teon_weight_kernel(
     wide_ptr,  # (B, rows, columns): the orthogonalised directions
-    weight_table,  # (K · U) addresses of (E, m, n): what takes the update
-    param_table,  # the same, of the casts
+    weight_table,  # (stacks · K) addresses of tensors (E, m, n): the master weights, else the parameters
+    param_table,  # the same, of the parameters
     first,
     E,
     m,
@@ -147,8 +147,8 @@ def _teon_weight_kernel(
 def _teon_last_product_kernel(
     q_desc,
     x_desc,
-    weight_table,  # (K · U) addresses of (E, m, n): what takes the update
-    param_table,  # the same, of the casts
+    weight_table,  # (stacks · K) addresses of tensors (E, m, n): the master weights, else the parameters
+    param_table,  # the same, of the parameters
     first,
     E,
     m,
@@ -167,7 +167,7 @@ def _teon_last_product_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """W ← decay·W − scale·Q·X, without Q·X ever being stored."""
+    """Compute W ← decay·W − scale·Q·X without storing Q·X."""
     tile, layer = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     local, k = layer // K, layer % K
     across = tl.cdiv(n, COLUMNS)
@@ -181,11 +181,11 @@ def _teon_last_product_kernel(
 
 
 class PointerTables:
-    """Tables of the addresses of tensors, on the GPU.
+    """Tables of tensor addresses on the GPU, cached.
 
-    Training meets the same tensors each step, and then pays nothing; a new table is copied from pinned memory, without
-    waiting, and belongs to the stream that copied it. In a graph that is being captured the copy is the graph's own and
-    happens at every replay: such a table is for that graph alone, and its source is kept for good.
+    Training passes the same tensors each step, which then costs no copy. A new table is copied from pinned memory
+    without waiting; it is valid on the stream that copied it. During graph capture the copy becomes part of the graph
+    and runs at every replay, so that table is used by this graph alone, and its host source is kept forever.
     """
 
     KEPT = 256
@@ -195,7 +195,7 @@ class PointerTables:
         self._captured: list[Tensor] = []
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
-        """(len(tensors)) int64."""
+        """Return the addresses, (len(tensors)) int64 on the tensors' device."""
         device, pointers = tensors[0].device, tuple(t.data_ptr() for t in tensors)
         if device.type != "cuda":
             return self._known(pointers, device, 0)[0]
@@ -207,7 +207,7 @@ class PointerTables:
 
     @staticmethod
     def _copied(pointers: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-        """The table and its source in host memory."""
+        """Return the table and its source in host memory."""
         source = torch.tensor(pointers, dtype=torch.int64, pin_memory=device.type == "cuda")
         return source.to(device, non_blocking=True), source
 
@@ -216,10 +216,10 @@ pointer_tables = PointerTables()
 
 
 class ScatteredTensors:
-    """Tensors of one shape and dtype that lie apart, as a kernel takes them."""
+    """Separately allocated tensors of one shape and dtype, as a kernel takes them."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors  # keeps copies alive until the kernel has run
+        self._tensors = tensors  # keeps contiguous copies alive until the kernel has run
         self.table = pointer_tables(tensors)
         self.type = TYPES[tensors[0].dtype]
         self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
@@ -238,10 +238,10 @@ class TeonCall:
         self._has_masters = bool(masters)
         self._grads, self._momenta = ScatteredTensors([g.contiguous() for g in grads]), ScatteredTensors(momenta)
         self._weights, self._params = ScatteredTensors(masters or params), ScatteredTensors(params)
-        self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # TMA's boxes start on 16 bytes
+        self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # TMA boxes start at multiples of 16 bytes
 
     def directions(self, first: int, u: Tensor, momentum: float, nesterov: bool) -> Tensor:
-        """Move the momenta of the matrices first … and write U, (B, m, K·n); returns its partial norms."""
+        """Update the momenta of the B matrices from `first` on and write U, (B, m, K·n); return its partial norms."""
         K, count = self.stack, u.shape[0]
         tiling = tiling_of(self.m, self.n, across=False)
         partial = torch.empty(count, K * tiling.count, 2, dtype=torch.float32, device=u.device)
@@ -253,7 +253,7 @@ class TeonCall:
         return partial
 
     def apply(self, first: int, q: Tensor, x: Tensor, scratch: Tensor, decay: float, scale: float) -> None:
-        """W ← decay·W − scale·Q·X for the matrices first …, and the parameters' casts."""
+        """Compute W ← decay·W − scale·Q·X for the matrices from `first` on, and the parameters' casts."""
         weights, params, layout = self._weights, self._params, self.layout
         tables = weights.table, params.table
         types = {
@@ -278,12 +278,12 @@ class TeonCall:
 
 
 def teon_update_triton(*args: Any) -> None:
-    """As `teon_update_reference` with float16 as its storage; products by torch."""
+    """Compute what `teon_update_reference` does with float16 storage; torch computes the products."""
     _teon_update(torch_product, *args)
 
 
 def teon_update_cuda(*args: Any) -> None:
-    """The same with symmetric products by the CUDA kernel."""
+    """Compute the same with the CUDA kernel's symmetric products."""
     _teon_update(backend.cuda_launcher("symmetric_product"), *args)
 
 
@@ -300,7 +300,7 @@ def _teon_update(
     weight_decay: float,
     coefficients: list[float],
 ) -> None:
-    """The update with one way to take symmetric products, in batches that fit the workspace."""
+    """Run the update in batches that fit the workspace, with `product` for the symmetric products."""
     if not params[0].numel():
         return
     step = TeonCall(params, grads, momenta, masters, stack)

@@ -1,1 +1,1 @@
-"""RMS norms around the mixers: after the residual sum, and over groups of gated channels."""
+"""RMS norms around the mixers: one after the residual sum, one over groups of gated channels."""

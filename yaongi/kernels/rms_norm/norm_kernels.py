@@ -1,8 +1,9 @@
-"""The RMS norms in Triton: one kernel per direction, bound by bytes.
+"""The RMS norms in Triton: one memory-bound kernel per direction.
 
-A program takes a block of rows of one group of channels; `rms_norm` has one group. Forward reads each input once and
-writes each output once. Backward computes again what forward computed, and a program walks over many blocks with its
-part of the weight's gradient in registers; those parts are added in a fixed order: same bits always.
+Each program takes a block of rows of one group of channels; `rms_norm` has one group. The forward reads each input once
+and writes each output once. The backward recomputes the forward; each program walks over many blocks and keeps its
+partial sum of the weight's gradient in registers. The partial sums are added in a fixed order, so the result is bitwise
+reproducible.
 """
 
 from dataclasses import dataclass
@@ -18,18 +19,18 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """A block of rows × one group has ELEMENTS elements at least, a row at least; each warp has some of them."""
+    """Size of a program's block, rows × one group: about `elements` elements, but at least one row."""
 
     elements: int
-    elements_per_warp: int  # of a block; of a row longer than `elements`, LONG_ROW: more would spill
+    elements_per_warp: int  # LONG_ROW instead for a row longer than `elements`: more would spill registers
 
 
 LONG_ROW = 512
 FORWARD = Config(elements=2048, elements_per_warp=512)
 BACKWARD = Config(elements=2048, elements_per_warp=1024)
-# Pipeline stages by bytes per element: 16-bit rows are loaded while the rows before are computed.
+# Pipeline stages by bytes per element: 16-bit rows are prefetched while the previous rows are computed.
 STAGES = {2: 2, 4: 1}
-PROGRAMS = 528  # of the backward kernel: four per multiprocessor of an H100
+PROGRAMS = 528  # of the backward kernel: four for each of an H100's 132 multiprocessors
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = u·r·w of u = x, x + residual (stored too), or x·silu(z)."""
+    """Compute y = u·r·w, where u is x, x + residual (also stored), or x·silu(z)."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     i = tl.arange(0, BLOCK)[None, :]
     mask, channel = (row < T) & (i < size), tl.program_id(1) * size + i
@@ -77,7 +78,7 @@ def _norm_kernel(
 def _norm_backward_kernel(
     dy_ptr,  # (T, D)
     extra_ptr,  # (T, D), the returned sum's gradient
-    u_ptr,  # (T, D), what was normalised; x where gated
+    u_ptr,  # (T, D), the normalised input; x where gated
     z_ptr,  # (T, D)
     weight_ptr,  # (D)
     du_ptr,  # (T, D), contiguous; dx where gated
@@ -98,7 +99,10 @@ def _norm_backward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """du = r·(g − n·mean(g·n)) of g = dy·w, n = u·r; through the gate dx = du·z·σ, dz = du·x·σ·(1 + z·(1 − σ))."""
+    """Compute du = r·(g − n·mean(g·n)) with g = dy·w and n = u·r.
+
+    With a gate also dx = du·z·σ and dz = du·x·σ·(1 + z·(1 − σ)).
+    """
     i = tl.arange(0, BLOCK)[None, :]
     channel = tl.program_id(1) * size + i
     weight = _load(weight_ptr, channel, i < size)
@@ -132,7 +136,7 @@ def _norm_backward_kernel(
 
 
 def _blocks(config: Config, size: int) -> dict[str, int]:
-    """The constants of a launch for groups of `size` channels."""
+    """Return the launch constants for groups of `size` channels."""
     block = triton.next_power_of_2(size)
     rows = max(1, config.elements // block)
     per_warp = config.elements_per_warp if block <= config.elements else LONG_ROW
@@ -140,14 +144,14 @@ def _blocks(config: Config, size: int) -> dict[str, int]:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(…, D) as (T, D), in place where the strides allow."""
+    """Return (…, D) as (T, D), a view where the strides allow."""
     return t.reshape(-1, t.shape[-1])
 
 
 def _forward(
     x: Tensor, other: Tensor | None, weight: Tensor, eps: float, groups: int, y: Tensor, total: Tensor | None
 ) -> None:
-    """Fill y, and the sum with the residual where `total` is given; else `other` is the gate."""
+    """Write y. With `total`, `other` is the residual and their sum is written to `total`; else `other` is the gate."""
     if not x.numel():
         return
     rows, size = _rows(x), x.shape[-1] // groups
@@ -182,7 +186,7 @@ def fill_gradients(
     du: Tensor,
     dz: Tensor | None,
 ) -> Tensor:
-    """Fill du, contiguous, and through the gate z dz, a slice perhaps; returns the weight's gradient."""
+    """Write du (contiguous) and, with a gate z, dz (which may be a slice); return the weight's gradient."""
     width = u.shape[-1]
     if not u.numel():
         return torch.zeros(width, dtype=torch.float32, device=u.device)
@@ -218,7 +222,7 @@ def fill_gradients(
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """As `rms_norm_reference`."""
+    """Compute what `rms_norm_reference` does."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     _forward(x, residual, weight, eps, 1, y, total)
@@ -228,13 +232,13 @@ def rms_norm_triton(x: Tensor, weight: Tensor, residual: Tensor | None, eps: flo
 def rms_norm_backward_triton(
     dy: Tensor, dsum: Tensor | None, u: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `rms_norm_backward_reference`."""
+    """Compute what `rms_norm_backward_reference` does."""
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     return du, fill_gradients(dy, dsum, u, None, weight, eps, 1, du, None)
 
 
 def gated_rms_norm_triton(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """As `gated_rms_norm_reference`."""
+    """Compute what `gated_rms_norm_reference` does."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _forward(x, z, weight, eps, groups, y, None)
     return y
@@ -243,6 +247,6 @@ def gated_rms_norm_triton(x: Tensor, z: Tensor, weight: Tensor, eps: float, grou
 def gated_rms_norm_backward_triton(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `gated_rms_norm_backward_reference`."""
+    """Compute what `gated_rms_norm_backward_reference` does."""
     dx, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, z))
     return dx, dz, fill_gradients(dy, None, x, z, weight, eps, groups, dx, dz)

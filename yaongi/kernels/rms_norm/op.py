@@ -67,7 +67,7 @@ def _gated_value_check(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups:
     check.finite("gated_rms_norm", x=x, z=z, weight=weight)
 
 
-LARGEST = 16384  # channels of a group that a Triton program holds in its registers
+LARGEST = 16384  # channels per group: a Triton program holds a whole group in its registers
 
 
 def _triton_refuses(x: Tensor, *rest: object) -> str | None:
@@ -138,7 +138,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[T
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(x + residual) / sqrt(mean((x + residual)²) + eps) · weight over the last dimension.
+    """Return (x + residual) / sqrt(mean((x + residual)²) + eps) · weight, with the mean over the last dimension.
 
     Args:
         x: (…, D), any float, unit stride along D.
@@ -147,8 +147,8 @@ def rms_norm(
         residual: x's shape, any float, unit stride along D.
 
     Returns:
-        y (…, D) in x's dtype, contiguous; with a residual (y, x + residual), the sum in the residual's dtype: it is
-        rounded first and then normalised.
+        y (…, D) in x's dtype, contiguous; with a residual (y, x + residual), with the sum in the residual's dtype:
+        the sum is rounded before it is normalised.
 
     Raises:
         TypeError: kind, dtype or device. ValueError: shape, stride or value.
@@ -165,14 +165,14 @@ def rms_norm(
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, groups: int = 1) -> Tensor:
-    """x·silu(z), divided by its root mean square over each of `groups` groups of channels, times the weight.
+    """Return x·silu(z) divided by its root mean square over each group of channels, times the weight.
 
     Args:
         x: (…, D), any float, unit stride along D.
         z: x's shape and dtype, unit stride along D: a slice of a wider projection is read in place.
         weight: (D), any float.
         eps: a positive number.
-        groups: how many groups of D / groups neighbouring channels; divides D.
+        groups: number of groups, of D / groups neighbouring channels each; divides D.
 
     Returns:
         y (…, D) in x's dtype, contiguous.

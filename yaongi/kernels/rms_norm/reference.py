@@ -1,4 +1,4 @@
-"""The RMS norms in plain torch: see README.md beside this file for the mathematics."""
+"""The RMS norms in plain torch; README.md in this folder has the mathematics."""
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ def rms_norm_reference(
     residual: Tensor | None,  # (…, D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # (…, D), (…, D) or empty
-    """The normalised x + residual, and that sum when there is a residual."""
+    """Return the normalised x + residual, and the sum itself when there is a residual."""
     wide = compute_dtype(x, weight)
     if residual is None:
         return _rounded(_normalised(x.to(wide), eps) * weight.to(wide), x.dtype), x.new_empty(0)
@@ -26,11 +26,11 @@ def rms_norm_reference(
 def rms_norm_backward_reference(
     dy: Tensor,  # (…, D)
     dsum: Tensor | None,  # (…, D)
-    u: Tensor,  # (…, D), what was normalised: x or the sum
+    u: Tensor,  # (…, D), the normalised input: x or the sum
     weight: Tensor,  # (D)
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # (…, D) like u, (D) float32 or float64
-    """The gradients of u, that of the returned sum included, and of the weight."""
+    """Return the gradients of u, including that of the returned sum, and of the weight."""
     wide = compute_dtype(u, weight)
     du, dweight = _norm_gradients(dy.to(wide), u.to(wide), weight.to(wide), eps, groups=1)
     if dsum is not None:
@@ -45,7 +45,7 @@ def gated_rms_norm_reference(
     eps: float,
     groups: int,
 ) -> Tensor:  # (…, D)
-    """x·silu(z), normalised over each group of channels."""
+    """Return x·silu(z), normalised over each group of channels and scaled by the weight."""
     wide = compute_dtype(x, weight)
     gated = x.to(wide) * F.silu(z.to(wide))
     normalised = _normalised(gated.unflatten(-1, (groups, -1)), eps).flatten(-2)
@@ -55,7 +55,7 @@ def gated_rms_norm_reference(
 def gated_rms_norm_backward_reference(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # like x, like z, (D) float32 or float64
-    """The gradients of x, z and the weight."""
+    """Return the gradients of x, z and the weight."""
     wide = compute_dtype(x, weight)
     x, z = x.to(wide), z.to(wide)
     sigmoid = torch.sigmoid(z)
@@ -78,7 +78,7 @@ def _inverse_rms(u: Tensor, eps: float) -> Tensor:
 
 
 def _norm_gradients(dy: Tensor, u: Tensor, weight: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor]:
-    """du (…, D) and dweight (D) of y = u·r·weight, r over each group."""
+    """Return du (…, D) and dweight (D) of y = u·r·weight, with r computed per group."""
     u = u.unflatten(-1, (groups, -1))  # (…, J, D / J)
     inverse_rms = _inverse_rms(u, eps)
     normalised = u * inverse_rms

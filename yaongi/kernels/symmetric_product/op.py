@@ -1,7 +1,5 @@
 """`symmetric_product`: registration, the CUDA launcher, and the public function."""
 
-from math import isfinite
-
 import torch
 
 from yaongi.kernels import backend, check
@@ -31,10 +29,10 @@ def _cuda_refuses(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, b
 
 
 def _aligned(t: Tensor) -> bool:
-    """Whether TMA can address it: 16-byte rows, and a batch that is one dimension in memory."""
+    """Return whether TMA can address a tensor: rows start on 16 bytes, and the batch has one stride."""
     if t.data_ptr() % 16:
         return False
-    if t.is_contiguous():  # its rows are of a multiple of 8 elements
+    if t.is_contiguous():  # m and n are multiples of 8
         return True
     if any(stride % 8 for stride in t.stride()[:-1]):
         return False
@@ -51,7 +49,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
-    """dX = α·dS·Y, dY = α·dSᵀ·X, dC = β·dS; with Y = X both halves reach X."""
+    """Return dX = α·dS·Y, dY = α·dSᵀ·X and dC = β·dS; where Y is X the first two are added."""
     x, y = ctx.saved_tensors
     needs_x, needs_y, needs_c = ctx.needs_input_grad[:3]
     dx = dy = None
@@ -81,14 +79,14 @@ backend.define_autograd("symmetric_product", _backward, _setup_context)
 def symmetric_product(
     x: Tensor, y: Tensor | None = None, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
-    """α·X·Yᵀ + β·C for results known to be symmetric; on an H100 half of it is computed and mirrored.
+    """Return α·X·Yᵀ + β·C for results known to be symmetric; on an H100 one half is computed and mirrored.
 
-    The caller promises that X·Yᵀ and C are symmetric: the CUDA kernel reads and computes only their lower triangle.
+    The caller must ensure that X·Yᵀ and C are symmetric: the CUDA kernel computes and reads only their lower triangle.
 
     Args:
         x: (…, m, n), float16, bfloat16, float32 or float64, unit stride along n.
         y: like x; X itself when None.
-        c: (…, m, m), x's dtype, unit stride along its last dimension; no addend when None.
+        c: (…, m, m), x's dtype, unit stride along its last dimension; None: no addend.
         alpha, beta: finite numbers.
 
     Returns:
@@ -97,17 +95,6 @@ def symmetric_product(
     Raises:
         TypeError: dtype or device. ValueError: shape or stride.
     """
-    layout = backend.layout(x, y, c)
-    launch = _op.direct.get(layout)
-    if launch and type(alpha) is float and type(beta) is float and isfinite(alpha) and isfinite(beta):
-        return launch(x, y, c, alpha, beta)
-    _check(x, y, c, alpha, beta)
-    if layout and x.is_cuda and x.numel() and _op.pick((x, y, c, alpha, beta)) == "cuda":
-        _op.direct[layout] = backend.cuda_launcher("symmetric_product_new")
-    return _op(x, y, c, alpha, beta)
-
-
-def _check(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> None:
     args = check.Arguments("symmetric_product")
     args.tensor("x", x, ("...", "m", "n"), unit_stride=True)
     for name, value, dims in (("y", y, ("...", "m", "n")), ("c", c, ("...", "m", "m"))):
@@ -117,3 +104,4 @@ def _check(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: fl
             args.require(got == batch, name, f"batched as x, {batch}", got)
     args.number("alpha", alpha)
     args.number("beta", beta)
+    return _op(x, y, c, alpha, beta)

@@ -1,4 +1,4 @@
-"""The symmetric product in plain torch: see README.md beside this file for the mathematics."""
+"""The symmetric product in plain torch; README.md in this folder has the mathematics."""
 
 import torch
 
@@ -10,7 +10,7 @@ def symmetric_product_reference(
     alpha: float,
     beta: float,
 ) -> torch.Tensor:  # (…, m, m)
-    """α·X·Yᵀ + β·C, the sum rounded once to x's dtype; Y defaults to X."""
+    """Return α·X·Yᵀ + β·C, rounded once to x's dtype; Y defaults to X."""
     wide = torch.promote_types(x.dtype, torch.float32)
     product = alpha * (x.to(wide) @ (x if y is None else y).to(wide).mT)
     if c is not None:

@@ -1,1 +1,1 @@
-"""Engram (arXiv 2601.07372): memory looked up by hashed n-grams."""
+"""Engram (arXiv 2601.07372): a table of vectors looked up by hashed n-grams."""

@@ -1,8 +1,8 @@
-"""Engram's compression of token ids: pieces that are the same text but for case, accents and blanks share one id.
+"""Engram's compression of token ids: pieces whose text differs only in case, accents and blanks share one id.
 
 Measured on tokenizers trained by `python -m yaongi.data tokenizer`: of 32,768 pieces (60 MB of Korean, English, code
-and mathematics) "paper" leaves 22,525 (31 % fewer) and "korean" 28,897 (12 %); of 4,096 pieces (the embedded corpus)
-3,222 and 3,931.
+and mathematics) "paper" leaves 22,525 ids (31 % fewer) and "korean" 28,897 (12 % fewer); of 4,096 pieces (the embedded
+corpus) 3,222 and 3,931.
 """
 
 import re
@@ -20,16 +20,18 @@ _BLANKS = re.compile(r"\s+")
 
 
 def compression_map(pieces: Sequence[str | bytes], variant: Variant = "paper") -> NDArray[np.int64]:
-    """The compressed id of each token, (V,): numbered by first appearance, so the largest is V_c − 1.
+    """Return the compressed id of each token, (V,), numbered by first appearance: the largest is V_c − 1.
+
+    A byte piece keeps an id of its own. A piece of which normalisation leaves nothing is compared unnormalised.
 
     Args:
         pieces: the text of each id in order, as SentencePiece writes it ("▁the", "<0xE2>") or decoded; bytes for what
-            is no text. A byte piece keeps its raw form, and so does one of which normalisation leaves nothing.
-        variant: "paper": NFKC, NFD, without marks, lower case, blanks collapsed and stripped. "korean" keeps a leading
-            blank, and strips only the marks that Latin, Greek and Cyrillic letters combine with (U+0300 to U+036F).
+            is not text.
+        variant: "paper": NFKC, NFD, marks removed, lower case, blanks collapsed and stripped. "korean" keeps a leading
+            blank, and removes only the marks that Latin, Greek and Cyrillic letters combine with (U+0300 to U+036F).
 
     Raises:
-        ValueError: an unknown variant, or no pieces.
+        ValueError: the variant is unknown, or there are no pieces.
     """
     if variant not in ("paper", "korean"):
         raise ValueError(f"compression_map: variant must be 'paper' or 'korean', got {variant!r}")

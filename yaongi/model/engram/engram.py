@@ -1,4 +1,4 @@
-"""Engram (arXiv 2601.07372): a gated look-up of hashed n-grams, added to the hidden state before a layer's mixer."""
+"""Engram (arXiv 2601.07372): gated table rows of hashed n-grams, added to the hidden state before a layer's mixer."""
 
 from dataclasses import dataclass
 
@@ -15,17 +15,17 @@ from yaongi.model.layers.linear import DepthwiseConv, Embedding, Linear
 from yaongi.model.layers.norm import RMSNorm
 
 Tensor = torch.Tensor
-SMALLEST = 1e-6  # keeps the gradient of the demo's square root finite
+SMALLEST = 1e-6  # keeps the gradient of the square root in the "demo" gate finite
 
 
 @dataclass
 class EngramCache:
-    """The convolution's earlier inputs of one layer, (dilation, B, d, kernel − 1); filled by the prefill.
+    """The last inputs of one layer's convolution, by phase of its dilation; the prefill fills it.
 
-    A step at position t uses and moves phase t % dilation, counted from the first step.
+    Step t, counted from 0 after the prefill, reads and updates phase t % dilation.
     """
 
-    phases: list[Tensor]
+    phases: list[Tensor]  # `dilation` tensors of (B, d, kernel − 1), that of the next step first
 
 
 class Engram(nn.Module):
@@ -57,7 +57,7 @@ class Engram(nn.Module):
         self.starts: Tensor
 
     def reset_constants(self) -> None:
-        """Compute the constants of the hash again, where `to_empty` has left them unset."""
+        """Set the hash constants again, which `to_empty` leaves undefined."""
         primes, starts = self.plan.constants(self.primes.device)
         self.primes.copy_(primes)
         self.starts.copy_(starts)
@@ -65,11 +65,13 @@ class Engram(nn.Module):
     def forward(
         self, hidden: Tensor, window: Tensor, document_ids: Tensor | None, cache: EngramCache | None = None
     ) -> Tensor:
-        """What to add to the hidden state.
+        """Return what to add to the hidden state, (B, L, d).
 
         Args:
-            hidden: (B, L, d). window: (B, n, L) int64, `ngram_window` of the compressed ids, n ≥ the longest order.
-            document_ids: (B, L) int32 or None. cache: filled with the convolution's last inputs.
+            hidden: (B, L, d).
+            window: (B, n, L) int64, `ngram_window` of the compressed ids, n ≥ the longest order.
+            document_ids: (B, L) int32 or None.
+            cache: filled with the convolution's last inputs.
         """
         value = self._gated_value(hidden, self.look_up(window))
         normed = self.value_norm(value)
@@ -78,14 +80,14 @@ class Engram(nn.Module):
         return value + self._convolved(normed, document_ids)
 
     def step(self, hidden: Tensor, window: Tensor, cache: EngramCache) -> Tensor:
-        """The next token: hidden (B, d), window (B, n, 1) to (B, d); the cache in place."""
+        """Return what to add to the next token, (B, d), and update the cache; hidden (B, d), window (B, n, 1)."""
         value = self._gated_value(hidden, self.look_up(window)[:, 0])
         state = cache.phases.pop(0)
         cache.phases.append(state)
         return value + causal_conv1d_step(self.value_norm(value), state, self.conv.taps)
 
     def look_up(self, window: Tensor) -> Tensor:
-        """e (B, L, orders·heads·head_dim). The table may lie on another device, such as the host's memory."""
+        """Return e (B, L, orders·heads·head_dim). The table may be on another device, for instance in host memory."""
         rows = hash_rows(window, self.plan, self.primes, self.starts)
         table = self.table.weight
         there = rows.to(table.device)
@@ -99,21 +101,22 @@ class Engram(nn.Module):
         return found.to(rows.device, non_blocking=True).flatten(-2)
 
     def _gated_value(self, hidden: Tensor, found: Tensor) -> Tensor:
-        """αv, (…, d)."""
+        """Return αv, (…, d)."""
         query, key = self.hidden_norm(hidden), self.key_norm(self.key_proj(found))
         return compiled(_gated, hidden.device.type)(query, key, self.value_proj(found), self.gate)
 
     def _convolved(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
-        """SiLU of the dilated convolution: each of `dilation` interleaved phases of the sequence is a sequence."""
+        """Return SiLU of the dilated convolution, computed as a plain one on each of `dilation` interleaved phases."""
         length = x.shape[1]
         documents = None if document_ids is None else self._phases(document_ids.unsqueeze(-1)).squeeze(-1)
         y = causal_conv1d(self._phases(x), self.conv.taps, document_ids=documents)
         return y.unflatten(0, (-1, self.dilation)).transpose(1, 2).flatten(1, 2)[:, :length]
 
     def _phases(self, x: Tensor) -> Tensor:
-        """(B, L, C) to (B·dilation, L / dilation rounded up, C): position t goes to phase t % dilation.
+        """Rearrange (B, L, C) to (B·dilation, L / dilation rounded up, C): position t goes to phase t % dilation.
 
-        What fills the end repeats the last position: it comes after everything and is cut off again.
+        The end is padded with copies of the last position. The convolution is causal, so they affect nothing before
+        them, and the caller cuts them off.
         """
         short = -x.shape[1] % self.dilation
         if short:
@@ -121,7 +124,7 @@ class Engram(nn.Module):
         return x.unflatten(1, (-1, self.dilation)).transpose(1, 2).flatten(0, 1).contiguous()
 
     def _last_inputs(self, x: Tensor, document_ids: Tensor | None) -> list[Tensor]:
-        """The state of each phase after (B, L, d), in the order in which the next tokens need them."""
+        """Return each phase's last inputs after x (B, L, d), in the order in which the next tokens need them."""
         if document_ids is not None:
             x = torch.where((document_ids == document_ids[:, -1:]).unsqueeze(-1), x, 0)
         history = (self.taps - 1) * self.dilation
@@ -131,7 +134,7 @@ class Engram(nn.Module):
 
 
 def _gated(query: Tensor, key: Tensor, value: Tensor, gate: str) -> Tensor:
-    """α·value of normalised query and key, all (…, d); α in float32."""
+    """Return α·value for normalised query and key, all (…, d); α is computed in float32."""
     wide = torch.promote_types(query.dtype, torch.float32)
     score = (query.to(wide) * key.to(wide)).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
     if gate == "demo":

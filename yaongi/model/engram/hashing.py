@@ -1,7 +1,8 @@
-"""Engram's addresses: which table rows a token's n-grams hash to.
+"""Engram's hash: the n-gram table rows of each token.
 
-Order n hashes x_t, x_{t−1}, …, x_{t−n+1} (compressed ids; a place before the document holds the pad id V_c) to
-XOR_k x_{t−k}·m_k with odd int64 multipliers m of the layer, and head j reads row (that mod p(n, j)), p its own prime.
+The n-gram of order n at position t is x_t, x_{t−1}, …, x_{t−n+1}, as compressed ids; positions before the document hold
+the pad id V_c. Its hash is h = XOR_k x_{t−k}·m_k with the layer's odd int64 multipliers m_k. Head j reads row
+h mod p(n, j) of its part of the table; p(n, j) is a prime that no other head has.
 """
 
 from collections.abc import Sequence
@@ -22,23 +23,23 @@ class HashPlan:
     """The constants of one layer's hash."""
 
     orders: tuple[int, ...]
-    multipliers: tuple[int, ...]  # one a place of the longest n-gram
-    primes: tuple[tuple[int, ...], ...]  # (orders, heads): rows of each head's part of the table
+    multipliers: tuple[int, ...]  # one per position of the longest n-gram
+    primes: tuple[tuple[int, ...], ...]  # (orders, heads): number of rows in each head's part of the table
 
     @property
     def rows(self) -> int:
-        """Rows of the whole table."""
+        """Rows of the table, all heads together."""
         return sum(map(sum, self.primes))
 
     def constants(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Primes (orders, heads) and where each head's part of the table starts (orders, heads), int64."""
+        """Return the primes and the first row of each head's part of the table, both (orders, heads) int64."""
         primes = np.array(self.primes, np.int64)
         starts = (primes.cumsum() - primes.ravel()).reshape(primes.shape)
         return torch.tensor(primes, device=device), torch.tensor(starts, device=device)
 
 
 def hash_plans(engrams: Sequence[EngramConfig], compressed_vocab_size: int) -> list[HashPlan]:
-    """The constants of every Engram of a model; no prime is used twice."""
+    """Return the constants of every Engram of a model; no prime is used twice."""
     used: set[int] = set()
     plans = []
     for engram in engrams:
@@ -51,7 +52,7 @@ def hash_plans(engrams: Sequence[EngramConfig], compressed_vocab_size: int) -> l
 
 
 def ngram_window(ids: Tensor, document_ids: Tensor | None, longest: int, pad: int) -> Tensor:
-    """(B, L) to (B, longest, L): x_{t−k} for k = 0, 1, …; the pad id where t − k is before t's document."""
+    """Return x_{t−k} for k = 0, 1, …, (B, longest, L), from ids x (B, L); the pad id if t − k precedes the document."""
     places = [ids]
     for k in range(1, longest):
         shifted = torch.nn.functional.pad(ids, (k, 0), value=pad)[:, : ids.shape[1]]
@@ -63,7 +64,7 @@ def ngram_window(ids: Tensor, document_ids: Tensor | None, longest: int, pad: in
 
 
 def hash_rows(window: Tensor, plan: HashPlan, primes: Tensor, starts: Tensor) -> Tensor:
-    """The table rows of each token: window (B, at least the longest order, L) int64 to (B, L, orders·heads) int64."""
+    """Return the table rows of each token, (B, L, orders·heads) int64, from a window (B, ≥ longest order, L) int64."""
     mixes, mix = [], window[:, 0] * plan.multipliers[0]
     for k, multiplier in enumerate(plan.multipliers[1:], 1):
         mix = mix ^ (window[:, k] * multiplier)
@@ -73,7 +74,7 @@ def hash_rows(window: Tensor, plan: HashPlan, primes: Tensor, starts: Tensor) ->
 
 
 def _next_primes(start: int, count: int, used: set[int]) -> list[int]:
-    """The first `count` primes from `start` on that are not used yet; marks them used."""
+    """Return the first `count` primes from `start` on that are not in `used`, and add them to it."""
     found: list[int] = []
     candidate = max(start, 2)
     while len(found) < count:

@@ -1,1 +1,1 @@
-"""Model folders in and out: Hugging Face's `nemotron_h`, and our own `yaongi` where there is an Engram."""
+"""Reading and writing model folders: Hugging Face's `nemotron_h` layout, or our own `yaongi` for models with Engram."""

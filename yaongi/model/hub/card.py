@@ -1,4 +1,4 @@
-"""The model card, README.md of a model folder."""
+"""The model card: README.md of a model folder."""
 
 from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts
@@ -12,7 +12,12 @@ model = Yaongi.from_pretrained(folder)"""
 
 
 def model_card(config: ModelConfig, counts: ParameterCounts, dtype: str, *, hub: bool, lost: str | None = None) -> str:
-    """The card; `lost` says what an export left out."""
+    """Return the text of the card.
+
+    Args:
+        hub: whether the folder has the hub's `nemotron_h` layout.
+        lost: what an export left out, if anything.
+    """
     letters = {"Mamba-2": "M", "expert": "E", "attention": "*"}
     layers = ", ".join(f"{len(config.layers_of(letter))} {kind}" for kind, letter in letters.items())
     rows = [

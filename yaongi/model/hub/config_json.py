@@ -1,4 +1,4 @@
-"""`config.json` of a model folder: the hub's `nemotron_h`, and our own `yaongi` that holds Engram too."""
+"""`config.json` of a model folder: the hub's `nemotron_h`, and our own `yaongi`, which can also describe Engram."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from yaongi.model.config import ModelConfig
 
 NEMOTRON_H = "nemotron_h"
 YAONGI = "yaongi"
-REMOTE_CODE = "modeling_yaongi"  # the module that a folder of our own type carries for transformers
+REMOTE_CODE = "modeling_yaongi"  # the module for transformers that a `yaongi` folder contains
 SIZES = {  # our field: the hub's
     "hidden_size": "hidden_size",
     "vocab_size": "vocab_size",
@@ -24,7 +24,7 @@ SIZES = {  # our field: the hub's
     "expert_size": "moe_intermediate_size",
     "shared_expert_size": "moe_shared_expert_intermediate_size",
 }
-SETTINGS: dict[str, tuple[str, Any]] = {  # our field: the hub's, and what it means there when it is left out
+SETTINGS: dict[str, tuple[str, Any]] = {  # our field: the hub's field and its default there
     "mamba_conv": ("conv_kernel", 4),
     "routed_scale": ("routed_scaling_factor", 1.0),
     "norm_eps": ("layer_norm_epsilon", 1e-5),
@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {  # our field: the hub's, and what it me
     "bos_token_id": ("bos_token_id", 1),
     "eos_token_id": ("eos_token_id", 2),
 }
-FIXED: dict[str, Any] = {  # what nemotron_h could vary and this model does not; left out it means the same
+FIXED: dict[str, Any] = {  # settings of nemotron_h that this model fixes; the values are the defaults there
     "attention_bias": False,
     "mamba_hidden_act": "silu",
     "mamba_proj_bias": False,
@@ -48,13 +48,13 @@ FIXED: dict[str, Any] = {  # what nemotron_h could vary and this model does not;
     "use_bias": False,
     "use_conv_bias": True,
 }
-UNSUPPORTED = {"moe_latent_size": None}  # as FIXED, but older readers don't know the key, so it is not written
+UNSUPPORTED = {"moe_latent_size": None}  # like FIXED, but not written, because older readers don't know the key
 LETTERS = {"mamba": "M", "linear_attention": "M", "moe": "E", "attention": "*", "full_attention": "*", "mlp": "-"}
-TIME_STEP_MIN = 1e-30  # transformers clamps dt there in prefill; the model doesn't, and 0 is refused by its constructor
+TIME_STEP_MIN = 1e-30  # in effect no clamp: transformers clamps dt to this in prefill, and its constructor refuses 0
 
 
 def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `nemotron_h` config of a model, without what that can't hold: Engram and backends."""
+    """Return the `nemotron_h` config of a model; it has no place for Engram and backends."""
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": NEMOTRON_H,
@@ -81,7 +81,7 @@ def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def yaongi_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `yaongi` config of a model: everything, under the key `model`."""
+    """Return the `yaongi` config of a model: all of it is under the key `model`."""
     tokens = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return {
         "architectures": ["YaongiForCausalLM"],
@@ -100,7 +100,7 @@ def yaongi_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
-    """The config of either kind of folder. ValueError names what is missing or is no part of this model."""
+    """Read the config of either kind of folder. A ValueError names what is missing or not supported."""
     kind = fields.get("model_type")
     if kind == YAONGI:
         if not isinstance(fields.get("model"), Mapping):
@@ -120,14 +120,14 @@ def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _first(value: Any, default: Any) -> Any:
-    """A list's first item, as the hub's configs may list several ends of text; the default for null."""
+    """Return the value, the first item of a list (the hub's configs may list several ends of text), or the default."""
     if isinstance(value, list) and value:
         value = value[0]
     return default if value is None else value
 
 
 def _pattern(fields: Mapping[str, Any]) -> str:
-    """The layers' letters, from the list that transformers saves or from the pattern of the older configs."""
+    """Return the layers' letters, from the list that transformers saves or from the pattern of older configs."""
     kinds = fields.get("layers_block_type")
     if kinds is None:
         if not isinstance(fields.get("hybrid_override_pattern"), str):

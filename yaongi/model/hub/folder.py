@@ -1,4 +1,4 @@
-"""Model folders in and out: Hugging Face's `nemotron_h` layout, and our own `yaongi` where there is an Engram."""
+"""Reading and writing model folders: Hugging Face's `nemotron_h` layout, or our own `yaongi` for models with Engram."""
 
 import shutil
 from pathlib import Path
@@ -13,14 +13,15 @@ from yaongi.model.hub.card import model_card
 from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, nemotron_h_config, yaongi_config
 from yaongi.model.hub.weights import SHARD_BYTES, staged, write_shards
 
-ENGRAM_TENSORS = (".engram.", "backbone.compression")  # what a name holds that nemotron_h has no place for
+ENGRAM_TENSORS = (".engram.", "backbone.compression")  # substrings of the tensor names that nemotron_h can't hold
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
-    """The config of a model folder, and the dtype of its weights.
+    """Read the config of a model folder and the dtype of its weights.
 
     Raises:
-        FileNotFoundError: no config.json. ValueError: what it says is no part of this model.
+        FileNotFoundError: there is no config.json.
+        ValueError: the config has something that this model does not support.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"from_pretrained: folder must hold config.json, got {folder}")
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
 def save(
     model: nn.Module, config: ModelConfig, counts: ParameterCounts, folder: Path, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the whole model: as `nemotron_h` when it has no Engram, as `yaongi` otherwise."""
+    """Write the complete model: as `nemotron_h` if it has no Engram, else as `yaongi`."""
     with staged(folder) as temporary:
         if config.engram:
             _write_yaongi(model, config, counts, temporary, shard_bytes)
@@ -55,7 +56,7 @@ def export_nemotron_h(
     """Write the model as `nemotron_h`, which transformers, vLLM and llama.cpp read.
 
     Raises:
-        ValueError: the model has an Engram, which that layout can't hold, and `drop_engram` is not set.
+        ValueError: the model has an Engram, which this layout can't hold, and `drop_engram` is not set.
     """
     lost = _lost(config, counts)
     if lost and not drop_engram:
@@ -68,7 +69,7 @@ def export_nemotron_h(
 
 
 def _lost(config: ModelConfig, counts: ParameterCounts) -> str | None:
-    """What nemotron_h has no place for, or None."""
+    """Describe what nemotron_h can't hold of this model; None if nothing."""
     if not config.engram:
         return None
     layers = " and ".join(str(engram.layer) for engram in config.engram)
@@ -96,7 +97,7 @@ def _write_yaongi(
 
 
 def _write_rest(config: ModelConfig, folder: Path, card: str) -> None:
-    """The generation config and the model card."""
+    """Write the generation config and the model card."""
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", tokens)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Lets `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` load a model with Engram.
+"""Code with which `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads a model with Engram.
 
-A copy of this file lies in every folder of model_type "yaongi". The model itself is the yaongi package, which must be
-installed; this is transformers' view of it: logits, loss and generation.
+Every folder of model_type "yaongi" contains a copy of this file. The model itself comes from the yaongi package, which
+must be installed; these classes wrap it for transformers: logits, loss and generation.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from yaongi.model.generation import generate
 
 
 class YaongiConfig(PreTrainedConfig):
-    """transformers' config around a `yaongi.model.ModelConfig`, kept as a dict in `model`."""
+    """A transformers config that keeps a `yaongi.model.ModelConfig` as a dict in `model`."""
 
     model_type = "yaongi"
 
@@ -27,7 +27,7 @@ class YaongiConfig(PreTrainedConfig):
 
 
 class YaongiForCausalLM(PreTrainedModel):
-    """A `yaongi.model.Yaongi` with transformers' calls."""
+    """A `yaongi.model.Yaongi` with the interface of transformers."""
 
     config_class = YaongiConfig
 
@@ -39,7 +39,7 @@ class YaongiForCausalLM(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, folder: str | Path, *args: Any, **kwargs: Any
     ) -> "YaongiForCausalLM":
-        """The model of a local folder or of a repository of the hub (revision, cache_dir and token are passed on)."""
+        """Load a local folder or a repository of the hub (revision, cache_dir and token are passed on)."""
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if kwargs.get(key) is not None}
         path = Path(folder) if Path(folder).is_dir() else Path(snapshot_download(str(folder), **hub))
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
@@ -49,12 +49,15 @@ class YaongiForCausalLM(PreTrainedModel):
         return cls(config, model).eval()
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
-        """Logits (B, L, V) in float32; with labels, which must be the input_ids, the mean loss too."""
+        """Return logits (B, L, V) in float32, and the mean loss if `labels` are given; they must be the input_ids."""
         loss = None if labels is None else self.model.loss(labels)
         return CausalLMOutput(loss=loss, logits=self.model(input_ids).float())
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 128, **kwargs: Any) -> torch.Tensor:
-        """Prompts (B, L) with their continuations (B, L + the longest); see `yaongi.model.generation.generate`."""
+        """Return prompts (B, L) and their continuations in one tensor (B, L + the longest continuation).
+
+        Keyword arguments are those of `yaongi.model.generation.generate`.
+        """
         answers = generate(self.model, input_ids.tolist(), max_new_tokens=max_new_tokens, **kwargs)
         longest, pad = max(map(len, answers)), self.model.config.pad_token_id
         rows = [answer + [pad] * (longest - len(answer)) for answer in answers]

@@ -1,6 +1,6 @@
-"""A model's tensors in safetensors files, under the hub's names: one per expert, where the model has one for all.
+"""A model's tensors in safetensors files, under the hub's names: one tensor per expert; the model has one for all.
 
-Reading checks every name and shape in the files' headers first, and then copies shard by shard.
+Reading first checks every name and shape in the files' headers, then copies shard by shard.
 """
 
 import os
@@ -26,25 +26,25 @@ SINGLE_FILE = "model.safetensors"
 
 SHARD_BYTES = 5_000_000_000
 
-WRITTEN = ("model*.safetensors", "modeling_yaongi.py")  # what one save writes and the next may not
+WRITTEN = ("model*.safetensors", "modeling_yaongi.py")  # files that one save writes and the next may not: removed then
 
 _EXPERT = re.compile(r"(.*\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 _ALL_EXPERTS = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
 
-_ELSEWHERE = "mtp."  # a head for speculative decoding, which transformers leaves out as well
+_ELSEWHERE = "mtp."  # prefix of a head for speculative decoding, which is ignored, as transformers does
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stored tensor goes: a tensor of the model, or one expert of it."""
+    """The destination of a stored tensor: a tensor of the model, or one expert's part of it."""
 
     name: str
     expert: int | None = None
 
     @classmethod
     def of(cls, stored: str) -> "Place":
-        """The place of a stored name; transformers' own prefix is taken too."""
+        """Return the place of a stored name; transformers' prefix `model.` is accepted too."""
         if stored.startswith("model."):
             stored = "backbone." + stored.removeprefix("model.")
         found = _EXPERT.fullmatch(stored)
@@ -60,7 +60,7 @@ def _expert_name(name: str, expert: int) -> str:
 
 
 def hub_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The stored tensors of a state dict, in order; experts as views."""
+    """Yield the tensors to store of a state dict, in order; experts are views."""
     for name, tensor in state.items():
         if _ALL_EXPERTS.fullmatch(name):
             yield from ((_expert_name(name, expert), part) for expert, part in enumerate(tensor.unbind()))
@@ -69,7 +69,7 @@ def hub_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model-0000i-of-0000n.safetensors` of at most so many bytes (or one tensor), and the index."""
+    """Write `model-0000i-of-0000n.safetensors`, each of at most `shard_bytes` bytes or one tensor, and the index."""
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in hub_tensors(state):
@@ -83,7 +83,7 @@ def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = S
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
         save_file({n: t.cpu().contiguous() for n, t in shard.items()}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it private
+        (folder / file).chmod(0o644)  # safetensors makes it readable for the owner only
     weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -92,14 +92,15 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill the targets, which may be on any device and of any floating dtype, from the folder's weights.
 
     Raises:
-        FileNotFoundError: no weights. ValueError: a missing, extra or misshapen tensor, or a file that is damaged; no
-            target has been touched then, unless a file changes while it is read.
+        FileNotFoundError: there are no weights.
+        ValueError: a tensor is missing, extra or has a wrong shape, or a file is damaged. No target has changed then,
+            unless a file changes while it is read.
     """
     files = _weight_files(folder)
     stored: dict[Place, Path] = {}
     for file in files:
         with _opened(file) as shard:
-            for name in shard.keys():  # noqa: SIM118 (it is no dict)
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
                 if not name.startswith(_ELSEWHERE):
                     place = Place.of(name)
                     _check_shape(place, tuple(shard.get_slice(name).get_shape()), targets, file)
@@ -124,7 +125,7 @@ def _check_shape(place: Place, shape: tuple[int, ...], targets: Mapping[str, Ten
 
 
 def _check_complete(stored: Mapping[Place, Path], targets: Mapping[str, Tensor], folder: Path) -> None:
-    """Every target is stored, whole or by experts."""
+    """Check that every target is stored, as one tensor or by experts."""
     for name, target in targets.items():
         wanted = [Place(name)]
         if Place(name) not in stored and _ALL_EXPERTS.fullmatch(name):
@@ -154,7 +155,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; its own errors become ValueError with the file's name."""
+    """Open a safetensors file; its own errors become ValueError with the file's name."""
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard
@@ -166,9 +167,9 @@ def _opened(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` when the block ends well; else `folder` stays as it was.
+    """Give a temporary folder whose files move into `folder` at the end; after an error `folder` stays as it was.
 
-    Files of an earlier save that are not written again are removed then; others, as a tokenizer's, stay.
+    Files of an earlier save that were not written again are removed; other files, such as a tokenizer's, stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:

@@ -1,1 +1,1 @@
-"""What the mixers are built of: projections, norms, and gradients that accumulate in place."""
+"""Building blocks of the mixers: projections, norms, and gradient accumulation in place."""

@@ -1,10 +1,11 @@
-"""Gradient accumulation fused into the backward pass: products add to the weight's float32 gradient themselves.
+"""Gradient accumulation fused into the backward pass: matrix products add directly to the weight's float32 gradient.
 
-Autograd would write each micro-batch's gradient in the weight's dtype, cast it, and add the cast: 20 bytes per
-parameter in bfloat16. Within `fused_accumulation` the backward pass of projections, head, experts and Engram's tables
-adds to the gradient that the weight has already, and hands autograd none. Where an input has two readers
-(`ForkedLinear`, `RouterProduct`), the second reader's gradient is an addend of the product, in place: it must belong to
-nobody else, as the results of products do.
+Autograd would write each micro-batch's gradient in the weight's dtype, cast it, and add the cast: 20 bytes of memory
+traffic per parameter in bfloat16. Within `fused_accumulation` the backward pass of projections, head, experts and
+Engram tables adds to the existing gradient of the weight, and returns none to autograd.
+
+If an input is used twice (`ForkedLinear`, `RouterProduct`), the product also adds the gradient of the other use, in
+place. That gradient must not alias another tensor; a fresh result of a product does not.
 """
 
 import contextlib
@@ -22,10 +23,10 @@ _in_place = False
 
 @contextlib.contextmanager
 def fused_accumulation(enabled: bool = True) -> Iterator[None]:
-    """Within the block, forward and backward pass, weights that have a gradient add to it themselves.
+    """Accumulate in place within the block, which must hold the forward and the backward pass.
 
-    For training loops alone: `torch.autograd.grad` finds no gradient of these weights there, and hooks on them are not
-    called.
+    It applies to weights that have a gradient already. It is for training loops only: `torch.autograd.grad` finds no
+    gradient of these weights in the block, and hooks on them are not called.
     """
     global _in_place
     before, _in_place = _in_place, enabled
@@ -36,14 +37,14 @@ def fused_accumulation(enabled: bool = True) -> Iterator[None]:
 
 
 def accumulation_target(weight: nn.Parameter) -> Tensor | None:
-    """The weight's gradient, at least float32, within `fused_accumulation`; None outside, or where it has none yet."""
+    """Return the gradient to accumulate into; None outside `fused_accumulation` or if the weight has none yet."""
     if not _in_place or not torch.is_grad_enabled() or not weight.requires_grad:
         return None
     return weight.grad
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a·b; a total wider than a and b takes the sum before it is rounded, where torch has such a product."""
+    """Do total += a·b. On a GPU a `total` wider than a and b takes the product before it is rounded to their dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -53,7 +54,7 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class AccumulatingLinear(torch.autograd.Function):
-    """x · weightᵀ, added to `into` if that is given; the backward pass adds the weight's gradient to `gradient`."""
+    """x · weightᵀ, added to `into` if given; the backward pass adds the weight's gradient to `gradient`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor, into: Tensor | None) -> Tensor:
@@ -76,9 +77,9 @@ def linear_product(x: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
 
 
 class ForkedLinear(torch.autograd.Function):
-    """x · weightᵀ, and x itself for its other readers, whose gradient takes this one's as an addend of the product.
+    """x · weightᵀ, and x again for its other uses; the backward pass adds both gradients of x within one product.
 
-    The addition is in place: what the other readers hand back must belong to nobody else, as products' results do.
+    The addition is in place: the gradient from the other uses must not alias another tensor.
     """
 
     @staticmethod
@@ -96,7 +97,7 @@ class ForkedLinear(torch.autograd.Function):
 
 
 class AccumulatingEmbedding(torch.autograd.Function):
-    """Rows of a table, (…) to (…, width), whose backward pass adds to these rows of `gradient`, which is dense."""
+    """Rows of a table, (…) to (…, width); the backward pass adds to the same rows of the dense `gradient`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, gradient: Tensor) -> Tensor:

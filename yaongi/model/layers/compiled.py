@@ -1,4 +1,4 @@
-"""Passes over memory that torch.compile makes one of."""
+"""Elementwise functions that torch.compile fuses on a GPU."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,5 +9,5 @@ import torch
 
 @cache
 def compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """The function; on a GPU compiled into a few passes."""
+    """Return the function, on a GPU compiled into a few passes over memory."""
     return torch.compile(function) if device_type == "cuda" else function

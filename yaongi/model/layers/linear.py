@@ -17,16 +17,21 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        """(…, inputs) to (…, outputs); from (T, inputs) also added to `into` (T, outputs), in place, rounded once."""
+        """Map (…, inputs) to (…, outputs).
+
+        Args:
+            into: (T, outputs) for x (T, inputs): add the result to it in place, with one rounding.
+        """
         gradient = accumulation_target(self.weight)
         if gradient is None:
             return linear_product(x, self.weight, into)
         return AccumulatingLinear.apply(x, self.weight, gradient, into)
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, inputs) to (…, outputs), and x for another product or kernel that reads it.
+        """Map (…, inputs) to (…, outputs), and return x again for another product or kernel that reads it.
 
-        Within `fused_accumulation` the two gradients of x are added in this product, not by a pass over both.
+        Within `fused_accumulation` the backward pass of this product adds the two gradients of x; that saves a separate
+        pass over both.
         """
         gradient = accumulation_target(self.weight)
         if gradient is None or not x.requires_grad:
@@ -42,7 +47,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(…) whole numbers to (…, width)."""
+        """Map integers (…) to rows (…, width)."""
         return F.embedding(ids, self.weight)
 
 
@@ -58,5 +63,5 @@ class DepthwiseConv(nn.Module):
 
     @property
     def taps(self) -> Tensor:
-        """The weight as the ops take it: (channels, taps)."""
+        """The weight in the shape that the ops take: (channels, taps)."""
         return self.weight.squeeze(1)

@@ -17,11 +17,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, width) to the same shape."""
+        """Normalise (…, width)."""
         return rms_norm(x, self.weight, self.eps)
 
     def add_and_norm(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden + delta, and its norm, in one pass; hidden itself when there is nothing to add."""
+        """Return hidden + delta and its norm, in one pass; for no delta, hidden itself and its norm."""
         if delta is None:
             return hidden, self(hidden)
         normed, total = rms_norm(delta, self.weight, self.eps, hidden)
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """x·silu(z), over its root mean square in each of `groups` groups of channels, times the weight."""
+    """x·silu(z), divided by its root mean square in each of `groups` groups of channels, times the weight."""
 
     def __init__(self, width: int, groups: int, eps: float, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -37,5 +37,5 @@ class GatedRMSNorm(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x and z (…, width) to the same shape."""
+        """Gate and normalise x with z, both (…, width)."""
         return gated_rms_norm(x, z, self.weight, self.eps, self.groups)

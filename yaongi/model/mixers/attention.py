@@ -1,4 +1,4 @@
-"""Grouped-query attention without positions."""
+"""Grouped-query attention without position embeddings."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class AttentionCache:
 
 
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√D)·v, each key and value head shared by heads / kv heads query heads; no RoPE, no QK norm."""
+    """softmax(q·kᵀ/√D)·v; (heads / kv heads) query heads share a key and value head; no RoPE, no QK norm."""
 
     def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * head, width, device, dtype)
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: AttentionCache | None = None) -> Tensor:
-        """(B, L, d) to (B, L, d); writes keys and values to the start of the cache."""
+        """Map (B, L, d) to (B, L, d), and write keys and values to the start of the cache."""
         q, k, v = self._project(x)
         if cache is not None:
             cache.keys[:, :, : x.shape[1]] = k.transpose(1, 2)
@@ -41,7 +41,12 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, plan).flatten(-2))
 
     def step(self, x: Tensor, cache: AttentionCache, position: int, visible: Tensor) -> Tensor:
-        """The token at `position` of the cache: (B, d) to (B, d); `visible` (B, capacity) says which keys count."""
+        """Map one token (B, d) to (B, d), and write its key and value to the cache.
+
+        Args:
+            position: the token's position in the cache.
+            visible: (B, capacity) bool, the cache positions that the token may attend to.
+        """
         q, k, v = self._project(x.unsqueeze(1))
         cache.keys[:, :, position], cache.values[:, :, position] = k[:, 0], v[:, 0]
         mask = visible[:, None, None, : position + 1]

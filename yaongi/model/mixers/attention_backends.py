@@ -1,13 +1,13 @@
-"""Attention masked to documents, on the fastest backend that is right.
+"""Causal attention within documents, on the fastest backend that is right.
 
-| backend | when `attention_backend` is "auto" |
+| backend | chosen by `attention_backend = "auto"` for |
 |---|---|
-| sdpa, causal | no documents: cuDNN first, then flash, then the plain ones |
+| sdpa, causal | rows without document ids: cuDNN first, then flash, then torch's other kernels |
 | flex | packed documents on a GPU in float16 or bfloat16, with gradients: deterministic, no synchronisation |
-| varlen | the same without gradients: `torch.nn.attention.varlen` |
+| varlen | the same, but without gradients: `torch.nn.attention.varlen` |
 | sdpa, masked | packed documents elsewhere: a boolean mask (B, 1, L, L) |
 
-"flash" (the flash-attn package) is used when asked for by name.
+"flash" (the flash-attn package) is used only if the config names it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
-# On an H100 cuDNN is the fastest causal kernel, which torch does not prefer by itself.
+# On an H100 cuDNN has the fastest causal kernel, but torch does not prefer it by itself.
 SDPA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -38,7 +38,8 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 
-# Tiles of flex_attention's backward pass: 1.31 ms for its own choice's 1.46 (2 × 4096, 32 and 8 heads of 64, H100).
+# Tiles of flex_attention's backward pass: 1.31 ms instead of 1.46 ms with its own choice (2 × 4096, 32 query and 8
+# key-value heads of 64, H100).
 FLEX_OPTIONS = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")} | {
     "bwd_num_warps": 4,
     "bwd_num_stages": 3,
@@ -47,11 +48,11 @@ FLEX_OPTIONS = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")} | 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How the attention layers of one forward pass see each other's tokens; made once for all of them."""
+    """The backend and mask of attention, made once per forward pass for all attention layers."""
 
     backend: Literal["sdpa", "varlen", "flex", "flash"]
     mask: Any = None  # sdpa: (B, 1, L, L) bool or None for causal; flex: a BlockMask
-    cu_seqlens: Tensor | None = None  # varlen, flash: (documents + 1) int32, where documents start in the B·L tokens
+    cu_seqlens: Tensor | None = None  # varlen, flash: (documents + 1,) int32, starts of documents in the B·L tokens
     max_seqlen: int = 0  # varlen, flash: tokens of the largest document
 
 
@@ -62,12 +63,12 @@ def plan_attention(
     device: torch.device,
     dtype: torch.dtype,
 ) -> AttentionPlan:
-    """Choose the backend for tokens of shape (B, L) and prepare what it needs.
+    """Choose the backend for tokens of shape (B, L) and prepare its mask.
 
-    For varlen and flash it synchronises with the GPU, twice a forward pass.
+    For varlen and flash this synchronises with the GPU twice per forward pass.
 
     Raises:
-        ValueError: a backend asked for by name can't run on this device or dtype. ImportError: it is not installed.
+        ValueError: the backend that the config names can't run on this device or dtype.
     """
     fast = device.type == "cuda" and dtype in HALF_DTYPES
     if wanted == "auto":
@@ -88,7 +89,11 @@ def plan_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """q (B, L, heads, D), k and v (B, L, kv heads, D) to (B, L, heads, D)."""
+    """Attend from q (B, L, heads, D) to k and v (B, L, kv heads, D): (B, L, heads, D).
+
+    Raises:
+        ImportError: the backend is not installed.
+    """
     if plan.backend in ("varlen", "flash"):
         flat = [t.flatten(0, 1) for t in (q, k, v)]
         function = _varlen() if plan.backend == "varlen" else _flash()
@@ -100,7 +105,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 def scaled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """SDPA over (B, heads, L, D), causal without a mask."""
+    """Run SDPA over (B, heads, L, D), causal if there is no mask."""
     if q.is_meta:
         return _ShapesOfAttention.apply(q, k, v, mask)
     order = sdpa_kernel(SDPA_ORDER, set_priority=True) if q.device.type == "cuda" else contextlib.nullcontext()
@@ -110,12 +115,12 @@ def scaled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """(B, L) to (B, 1, L, L): which keys (last) a query may see, those before it in its document."""
+    """Return the mask (B, 1, L, L) of the keys (last dimension) that a query sees: up to itself, in its document."""
     return (document_ids[:, :, None] == document_ids[:, None, :]).tril().unsqueeze(1)
 
 
 def document_cu_seqlens(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
-    """Where each document begins among the B·L tokens and where the last one ends, int32; and the largest length."""
+    """Return where each document begins in the B·L tokens, then their end, int32; and the longest document's length."""
     batch, length = shape
     if document_ids is None:
         return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device), length
@@ -127,13 +132,13 @@ def document_cu_seqlens(shape: torch.Size, document_ids: Tensor | None, device: 
 
 @functools.cache
 def has_varlen() -> bool:
-    """Whether this torch has `torch.nn.attention.varlen` (2.10 or newer)."""
+    """Return whether this torch has `torch.nn.attention.varlen` (2.10 or newer)."""
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 @functools.cache
 def _varlen() -> Callable[..., Tensor]:
-    """torch's varlen attention, whose arguments for causal masks and grouped heads differ between versions."""
+    """Return torch's varlen attention; its arguments for causal masks and grouped heads differ between versions."""
     if not has_varlen():
         raise ImportError(f"attention: torch must have nn.attention.varlen (2.10 or newer), got {torch.__version__}")
     from torch.nn.attention.varlen import varlen_attn
@@ -169,7 +174,7 @@ def _flash() -> Callable[..., Tensor]:
 
 
 def _flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """As `attend`. Compiled with the transposes: a later one costs a copy of the gradient."""
+    """Do what `attend` does. The transposes are compiled too: outside they would cost a copy of the gradient."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     options: Any = FLEX_OPTIONS if q.device.type == "cuda" else None
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options).transpose(1, 2)
@@ -186,8 +191,10 @@ def _flex_mask(shape: torch.Size, document_ids: Tensor | None, device: torch.dev
 
 
 class _ShapesOfAttention(torch.autograd.Function):
-    """On the meta device: what the fused kernels keep, output and log-sum of each query, where torch's own formula
-    would keep every probability."""
+    """Attention on the meta device that saves what fused kernels save, the output and each query's log-sum.
+
+    torch's own formula would save every probability there, and so inflate the count of activations.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class MambaCache:
-    """What one layer remembers between steps; filled by the prefill."""
+    """The state of one layer between generation steps; the prefill fills it."""
 
     conv: Tensor | None = None  # (B, H·P + 2·G·N, taps − 1)
     state: Tensor | None = None  # (B, H, P, N), float32
@@ -24,7 +24,7 @@ class MambaCache:
 class Mamba2(nn.Module):
     """h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, y_t = h_t·c_t + D·x_t, δ = softplus(dt + dt_bias) without a clamp.
 
-    The rows of `in_proj` are z, x, B, C, dt. `A_log`, `D` and `dt_bias` are float32 in a model of any narrower dtype.
+    The rows of `in_proj` are z, x, B, C, dt, in this order. `A_log`, `D` and `dt_bias` are at least float32.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
@@ -42,7 +42,7 @@ class Mamba2(nn.Module):
         self.out_proj = Linear(width, config.hidden_size, device, dtype)
 
     def forward(self, x: Tensor, document_ids: Tensor | None, cache: MambaCache | None = None) -> Tensor:
-        """(B, L, d) to (B, L, d); fills the cache with the state after the last token."""
+        """Map (B, L, d) to (B, L, d), and fill the cache with the state after the last token."""
         projected, taps, bias = self.in_proj(x), self.conv1d.taps, self.conv1d.bias
         if cache is None:
             y = mamba_core(
@@ -64,7 +64,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
-        """The next token: (B, d) to (B, d); the cache in place."""
+        """Map the next token (B, d) to (B, d), and update the cache in place."""
         z, xbc, dt = self.in_proj(x).split(self.splits, dim=-1)
         if cache.conv is None or cache.state is None:
             raise ValueError("mamba2: cache must be one that a prefill has filled, got an empty one")
@@ -73,7 +73,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _operands(self, xbc: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
-        """x, dt, A, b, c, D, dt_bias as the scan takes them."""
+        """Return x, dt, A, b, c, D and dt_bias in the shapes that the scan takes."""
         group_width = self.groups * self.state
         x, b, c = xbc.split([self.splits[0], group_width, group_width], dim=-1)
         heads, groups = (self.heads, -1), (self.groups, -1)
@@ -81,5 +81,5 @@ class Mamba2(nn.Module):
         return x, dt, rates, b.unflatten(-1, groups), c.unflatten(-1, groups), self.D, self.dt_bias
 
     def _rates(self) -> Tensor:
-        """A (H), negative, float32 or wider."""
+        """Return A (H,), negative, at least float32."""
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()

@@ -16,9 +16,9 @@ Tensor = torch.Tensor
 
 
 class Routing(NamedTuple):
-    """What the trainer learns about one layer's routing."""
+    """Measures of one layer's routing, for the trainer."""
 
-    load: Tensor  # (E) int32, tokens of each expert
+    load: Tensor  # (E,) int32, tokens that each expert got
     balance: Tensor  # scalar, the sequence balance loss averaged over the rows, unweighted
 
 
@@ -33,7 +33,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """down(relu(up(x))²) of every token, added to what the routed experts say."""
+    """down(relu(up(x))²) for every token, added to the output of the routed experts."""
 
     def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -42,20 +42,20 @@ class SharedExpert(nn.Module):
         self.down_proj = Linear(hidden, width, device, dtype)
 
     def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """up(x) of (T, d), and x for the routed experts."""
+        """Return up(x) for x (T, d), and x again for the routed experts; see `Linear.fork`."""
         return self.up_proj.fork(x)
 
     def down(self, h: Tensor, into: Tensor) -> Tensor:
-        """down(relu(h)²), added to `into` (T, d)."""
+        """Return down(relu(h)²), added to `into` (T, d) in place."""
         return self.down_proj(compiled(_squared_relu, h.device.type)(h), into)
 
 
-def _squared_relu(h: Tensor) -> Tensor:  # compiled it is the fastest of three ways (docs/LAB.md)
+def _squared_relu(h: Tensor) -> Tensor:  # compiled, the fastest of three variants (docs/LAB.md)
     return h.relu().square()
 
 
 class MoE(nn.Module):
-    """Σ over a token's K experts of their weighted answers, plus the shared expert's."""
+    """The weighted sum of the outputs of a token's K experts, plus the output of the shared expert."""
 
     def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config, device, dtype)
 
     def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
-        """(B, L, d) to (B, L, d), and the routing's measures when they are wanted."""
+        """Map (B, L, d) to (B, L, d); also return the routing's measures if `with_routing`."""
         rows = x.reshape(-1, x.shape[-1])
         logits, rows = self.gate.fork(rows)
         h, rows = self.shared_experts.up(rows)

@@ -1,4 +1,4 @@
-"""The router's logits in float32 on tensor cores, and the measure of balance."""
+"""The router: float32 logits computed on tensor cores, and the sequence balance loss."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 
 class Router(nn.Module):
-    """Logits of the experts in float32, and the correction bias that steers the choice alone."""
+    """The experts' logits in float32, and the correction bias, which affects only the choice of experts."""
 
     def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -23,14 +23,14 @@ class Router(nn.Module):
         self.e_score_correction_bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, d) to logits (T, E)."""
+        """Map (T, d) to logits (T, E)."""
         if self._on_tensor_cores(x):
             return RouterProduct.apply(x, self.weight)[0]
         wide = torch.promote_types(x.dtype, torch.float32)
         return nn.functional.linear(x.to(wide), self.weight.to(wide))
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and x for the experts; see `Linear.fork`."""
+        """Return the logits, and x again for the experts; see `Linear.fork`."""
         if self._on_tensor_cores(x) and accumulation_target(self.weight) is not None:
             return RouterProduct.apply(x, self.weight)
         return self(x), x
@@ -40,11 +40,13 @@ class Router(nn.Module):
 
 
 class RouterProduct(torch.autograd.Function):
-    """x·Wᵀ of bfloat16 operands in float32, on tensor cores both ways: bf16 products are exact there, sums float32.
+    """x·Wᵀ of bfloat16 operands with a float32 result, on tensor cores in both directions.
 
-    The gradient is float32. It goes through the same products as the sum of three bfloat16 parts, 24 bits in all, laid
-    side by side: one product over three times the experts. x is returned too: a gradient that comes back through it,
-    which must belong to nobody else, is added in the product, in place.
+    Tensor cores multiply bfloat16 exactly and add in float32. The backward pass splits the float32 gradient into three
+    bfloat16 parts (24 bits in all) side by side, so that each of its products is one product over 3·E.
+
+    x is returned too. The gradient that comes back through this output is added within the product, in place, so it
+    must not alias another tensor.
     """
 
     @staticmethod
@@ -65,9 +67,10 @@ class RouterProduct(torch.autograd.Function):
 
 
 def split_into_bf16(t: Tensor) -> Tensor:
-    """(T, E) float32 to (T, 3·E) bfloat16: three parts of eight bits each, which add up to it exactly.
+    """Split (T, E) float32 into (T, 3·E) bfloat16: three parts of eight bits each that add up to it exactly.
 
-    Cut off by a mask, not rounded by a cast: torch.compile drops a cast to bfloat16 and back, and with it what is left.
+    A mask cuts the bits off. Rounding by a cast would not do: torch.compile removes a cast to bfloat16 and back, so the
+    remainder would be zero.
     """
     rest, parts = t, []
     for _ in range(3):
@@ -77,12 +80,14 @@ def split_into_bf16(t: Tensor) -> Tensor:
 
 
 def sequence_balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
-    """Σ_e f_e·P_e of each row, averaged over the rows: 1 when balanced. Its gradient flows through P.
+    """Return the sequence balance loss: Σ_e f_e·P_e of each row, averaged over the rows; 1 when balanced.
+
+    f_e is E/(K·L) times the number of the row's tokens that chose expert e. P_e is the row's mean of the scores,
+    normalised over E. The gradient flows through P only.
 
     Args:
-        logits: (B, L, E). expert_ids: (B, L, K) int32, the experts of each token.
-
-    f_e = E/(K·L) · the tokens of a row that chose e; P_e the mean over the row of the scores, normalised over E.
+        logits: (B, L, E).
+        expert_ids: (B, L, K) int32, the experts of each token.
     """
     _, length, experts = logits.shape
     top_k = expert_ids.shape[-1]

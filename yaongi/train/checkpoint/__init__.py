@@ -1,1 +1,1 @@
-"""Checkpoints, resuming from them, and the model at the end."""
+"""Checkpoints, resuming from them, and the model folder at the end."""

@@ -1,7 +1,7 @@
-"""Checkpoints: written beside the training by torch.distributed.checkpoint, and whole or not there.
+"""Checkpoints: written in the background by torch.distributed.checkpoint, and either complete or absent.
 
-`checkpoints/` holds `step-00001200/` folders and `latest`, a file with the name of the newest. A folder is
-written as `….tmp` and renamed once every byte of it is on disk; `latest` follows, and only then are old ones
+`checkpoints/` holds `step-00001200/` folders and `latest`, a file with the name of the newest one. A folder is
+written as `….tmp` and renamed when all of it is on disk; then `latest` is updated, and only then are old checkpoints
 removed. So the program may be killed at any moment.
 """
 
@@ -32,7 +32,7 @@ LATEST = "latest"
 META = "run.json"
 _NAME = re.compile(r"step-(\d{8,})")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
-_MARGIN = 1.05  # free space that must be there, as a multiple of a checkpoint's bytes
+_MARGIN = 1.05  # free disk space that a save needs, as a multiple of the checkpoint's bytes
 
 
 class Checkpoints:
@@ -46,7 +46,7 @@ class Checkpoints:
         self._stager = PinnedStaging(world.device)
 
     def prepare(self) -> None:
-        """Make the folder, and remove what an interrupted save has left in it."""
+        """Make the folder, and remove the leftovers of an interrupted save."""
         if self._world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in self.folder.glob("*.tmp"):
@@ -54,29 +54,29 @@ class Checkpoints:
         self._world.barrier()
 
     def reserve(self, tensors: dict[str, Any]) -> None:
-        """Begin to make room on the host for copies of such tensors, so that no save waits for that."""
+        """Begin to allocate the host memory for copies of such tensors, so that no save waits for it."""
         self._stager.reserve(tensors)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, if there is one."""
+        """Return the newest complete checkpoint, if there is one."""
         pointer = self.folder / LATEST
         if pointer.is_file() and (named := self.folder / pointer.read_text().strip()).is_dir():
             return named
         return max(self._whole().values(), default=None, key=lambda path: path.name)
 
     def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> float:
-        """Copy `tensors` and begin to write them; waits for the save before, if it is still under way.
+        """Copy `tensors` and begin to write them; wait first for the previous save, if it is still in progress.
 
         Args:
-            tensors: nested dicts of tensors; may change as soon as this returns.
-            meta: all else, as JSON can hold it.
+            tensors: nested dicts of tensors; they may change as soon as this returns.
+            meta: everything else, as values that JSON can hold.
 
         Returns:
-            Seconds that it waited for the save before.
+            Seconds that it waited for the previous save.
 
         Raises:
-            OSError: not enough space on the disk, or the save before failed; earlier checkpoints stay as they are.
-            ValueError: a tensor is not finite; likewise.
+            OSError: the disk has too little space, or the previous save failed; earlier checkpoints stay as they are.
+            ValueError: a tensor is not finite; earlier checkpoints stay as they are.
         """
         began = time.perf_counter()
         self.wait()
@@ -85,7 +85,7 @@ class Checkpoints:
         self._check_space(tensors)
         path = self._temporary(step)
         single = self._world.size == 1
-        writer = dcp.FileSystemWriter(path)  # one thread: with more, the failure of one may go unseen
+        writer = dcp.FileSystemWriter(path)  # one thread: with more, an error in one may go unnoticed
         future = dcp.async_save(
             tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager, no_dist=single
         )
@@ -95,13 +95,13 @@ class Checkpoints:
         return waited
 
     def poll(self) -> Path | None:
-        """Put the checkpoint under way in its place once it is written. Call it every step.
+        """Complete the checkpoint in progress if its files are written. Call it every step.
 
         Returns:
-            The checkpoint that has just been finished, if one was.
+            The checkpoint completed by this call, if any.
 
         Raises:
-            OSError: writing failed; the unfinished folder is removed, earlier checkpoints stay as they are.
+            OSError: writing failed; the unfinished folder is removed, and earlier checkpoints stay as they are.
         """
         if self._writing is None or not self._writing[1].done():
             return None
@@ -116,7 +116,7 @@ class Checkpoints:
         return self._finish(step, meta) if self._world.is_main else self._path(step)
 
     def wait(self) -> Path | None:
-        """As `poll`, after waiting for the save under way. Every process returns once the folder is in place."""
+        """Wait for the save in progress, then `poll`. All processes return only when the checkpoint is complete."""
         if self._writing is None:
             return None
         self._writing[1].exception()
@@ -125,10 +125,10 @@ class Checkpoints:
         return finished
 
     def load(self, path: Path, tensors: dict[str, Any]) -> None:
-        """Fill `tensors` from a checkpoint, whatever number of processes wrote it.
+        """Fill `tensors` from a checkpoint, which any number of processes may have written.
 
         Raises:
-            ValueError: it is damaged, or of another model.
+            ValueError: the checkpoint is damaged, or of another model.
         """
         try:
             dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._world.size == 1)
@@ -167,7 +167,7 @@ class Checkpoints:
         if self._world.is_main:
             shutil.rmtree(
                 self._temporary(step), ignore_errors=True
-            )  # the disk may be the trouble; prepare() cleans too
+            )  # errors are ignored, for the disk itself may have failed; `prepare` cleans up too
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
         return OSError(number, f"checkpoint: step {step} could not be saved: {_line(cause)}; {self._intact()}")
 
@@ -195,7 +195,7 @@ class Checkpoints:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What `save` was given as `meta`. ValueError if the file is damaged."""
+    """Return the `meta` that `save` was given. Raises ValueError if the file is damaged."""
     try:
         return json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
@@ -203,7 +203,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def _flat(tensors: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in nested dicts, their keys joined by dots."""
+    """Yield the tensors in nested dicts, with their keys joined by dots."""
     for key, value in tensors.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -212,12 +212,12 @@ def _flat(tensors: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torc
 
 
 def state_bytes(tensors: dict[str, Any]) -> int:
-    """Bytes of all tensors in nested dicts, over all processes."""
+    """Return the bytes of all tensors in nested dicts; a sharded tensor counts with its full size."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in _flat(tensors))
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The random generators' states."""
+    """Return the states of torch's random generators."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -225,14 +225,14 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore the states that `rng_state` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """The first process's own exception."""
+    """Return the exception of the first process that failed."""
     return next(iter(error.failures.values()))[0]
 
 
@@ -241,7 +241,7 @@ def _line(error: BaseException) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Bring a rename to disk."""
+    """Flush a rename within `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

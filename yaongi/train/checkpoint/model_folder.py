@@ -13,7 +13,7 @@ from yaongi.train.distributed.world import World
 
 
 def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) -> None:
-    """Write weights, configuration and tokenizer; the folder is whole or as it was before. All processes call it."""
+    """Write weights, configuration and tokenizer; `folder` never holds half a model. All processes must call it."""
     whole = model if world.size == 1 else _gathered(model, world)
     if whole is not None:
         building = folder.with_name(folder.name + ".tmp")
@@ -27,7 +27,7 @@ def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) 
 
 
 def _gathered(model: Yaongi, world: World) -> Yaongi | None:
-    """An unsharded copy on the first process's CPU; None on the others."""
+    """Return an unsharded copy on the CPU of the first process; None on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     if not world.is_main:
@@ -41,7 +41,7 @@ def _gathered(model: Yaongi, world: World) -> Yaongi | None:
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put `tensor` where the parameter or buffer `name` is."""
+    """Replace the parameter or buffer `name` by `tensor`."""
     owner, _, leaf = name.rpartition(".")
     parent = module.get_submodule(owner)
     if leaf in parent._parameters:

@@ -1,4 +1,4 @@
-"""Where a run goes on from, and whether it may."""
+"""Which checkpoint a run resumes from, and whether its configuration allows that."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,10 @@ from yaongi.train.checkpoint.checkpoints import Checkpoints, read_meta
 
 
 def find_run(folder: Path, checkpoints: Checkpoints, config: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of the run in `folder` and its `meta`; None if there is none yet.
+    """Return the newest checkpoint of the run in `folder` and its `meta`; None if there is no checkpoint.
 
     Raises:
-        ValueError: the run there has another configuration; the message shows what differs.
+        ValueError: that run has another configuration; the message shows what differs.
     """
     latest = checkpoints.latest()
     if latest is None:
@@ -26,7 +26,7 @@ def find_run(folder: Path, checkpoints: Checkpoints, config: dict[str, Any]) -> 
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What differs in `model` and `train` of two `as_dict`s, a line each."""
+    """Return the differences between two configs (from `as_dict`) in `model` and `train`, one line each."""
     lines = []
     for part in ("model", "train"):
         old, new = saved.get(part, {}), asked.get(part, {})

@@ -1,1 +1,1 @@
-"""One process or many: the same calls, which do nothing where there is only one."""
+"""Training with several processes; with one process the same calls do nothing."""

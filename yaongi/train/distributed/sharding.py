@@ -1,8 +1,8 @@
-"""Parameters sharded over the processes by FSDP2, and what stays whole.
+"""Parameters sharded over the processes by FSDP2, and parameters that stay unsharded.
 
-Under `torchrun` each process holds a part of every parameter, sharded along its first dimension, and gradients come out
-averaged. What FSDP can't hold stays whole on every process: parameters of another dtype than the rest, and tables with
-sparse gradients. Their gradients are averaged here.
+Under `torchrun` each process holds a shard of every parameter, split along its first dimension, and FSDP averages the
+gradients. Parameters that FSDP can't hold stay unsharded on every process: those of another dtype than the rest, and
+tables with sparse gradients. Their gradients are averaged here.
 """
 
 import warnings
@@ -22,17 +22,17 @@ TABLES = "engram.table.weight"  # how the names of Engram's tables end
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module], methods: Iterable[str], world: World) -> None:
-    """Shard each of `layers` and then the rest of `model` over the processes; with one process, nothing.
+    """Shard each of `layers` and then the rest of `model` over the processes; with one process do nothing.
 
-    Weights in bfloat16 become float32 where they are sharded, and bfloat16 again where they are gathered to compute
-    with: the shards are the master weights. Gradients are reduced and kept in float32.
+    The shards of bfloat16 weights are float32: they are the master weights. FSDP gathers them as bfloat16 for the
+    forward and backward pass. Gradients are reduced and kept in float32.
 
     Args:
-        methods: those of `model` that are called beside `forward`.
+        methods: names of the methods of `model`, other than `forward`, that run the model.
     """
     if world.mesh is None:
         return
-    # Nothing changes that view in place.
+    # The warning is about changing such a view in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     usual, whole = _kept_whole(model)
     wide = torch.promote_types(usual, torch.float32)
@@ -47,7 +47,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], methods: Iterable[str],
 
 
 def _kept_whole(model: nn.Module) -> tuple[torch.dtype, set[nn.Parameter]]:
-    """The dtype of most parameters; those of another, and tables with sparse gradients, which FSDP can't hold."""
+    """Return the dtype of most weights, and the parameters to leave unsharded: other dtypes and Engram tables."""
     sizes = Counter[torch.dtype]()
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
@@ -56,25 +56,25 @@ def _kept_whole(model: nn.Module) -> tuple[torch.dtype, set[nn.Parameter]]:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether each process holds a part of it."""
+    """Return whether the tensor is sharded over the processes."""
     return isinstance(tensor, DTensor)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor; the tensor itself if it isn't sharded."""
+    """Return this process's shard of a sharded tensor; the tensor itself if it isn't sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
 class LocalRows:
-    """Where a range of rows and the rows of this process meet."""
+    """The intersection of a range of rows with the rows of this process."""
 
-    of_local: slice  # counted in this process's part
-    of_rows: slice  # counted in the range
+    of_local: slice  # counted from the first row of this process's shard
+    of_rows: slice  # counted from the first row of the range
 
 
 def local_rows(tensor: torch.Tensor, rows: slice | None) -> LocalRows:
-    """The part of `rows` (None: all) of a tensor sharded by rows that lies on this process; may be empty."""
+    """Return which of `rows` (None: all) of a tensor sharded by rows lie on this process; may be empty."""
     if not isinstance(tensor, DTensor):
         raise TypeError(f"distributed: tensor must be a DTensor, got {type(tensor).__name__}")
     total, size = tensor.shape[0], tensor.device_mesh.size()
@@ -89,7 +89,7 @@ def local_rows(tensor: torch.Tensor, rows: slice | None) -> LocalRows:
 
 @torch.no_grad()
 def average_unsharded_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Average the gradients of unsharded parameters over the processes, as FSDP does; of sparse ones, the rows."""
+    """Average the gradients of unsharded parameters, dense or sparse, over the processes, as FSDP does for shards."""
     if world.size == 1:
         return
     for parameter in parameters:
@@ -101,7 +101,7 @@ def average_unsharded_gradients(parameters: Iterable[nn.Parameter], world: World
 
 
 def _gathered(gradient: torch.Tensor, world: World) -> torch.Tensor:
-    """The sum over the processes of a coalesced sparse gradient."""
+    """Return the sum of a coalesced sparse gradient over the processes."""
     count = torch.tensor([gradient._nnz()], device=gradient.device)
     counts = [torch.empty_like(count) for _ in range(world.size)]
     dist.all_gather(counts, count)

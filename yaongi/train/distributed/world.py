@@ -1,4 +1,4 @@
-"""This process's place among all, and what it asks of torch."""
+"""This process's rank, device and collectives, and torch's determinism settings."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all."""
+    """This process's rank among the data-parallel processes, its device, and their collectives."""
 
     rank: int
     size: int
@@ -23,33 +23,33 @@ class World:
         return self.rank == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the processes, in place."""
+        """Sum `tensor` over the processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any process."""
+        """Return whether `flag` is set on any process."""
         if self.size == 1:
             return flag
         return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)).item())
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """End the communication."""
+        """Destroy the process group."""
         if self.size > 1:
             dist.destroy_process_group()
 
 
 def init_world(device: str) -> World:
-    """Join the processes that `torchrun` started, if it did, and choose the device.
+    """Join the processes that `torchrun` started, if any, and choose the device.
 
     Raises:
-        ValueError: `cuda` was asked for and there is no GPU.
+        ValueError: `device` is "cuda" and there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train: --device cuda must have a GPU, got a machine where torch sees none")
@@ -65,9 +65,10 @@ def init_world(device: str) -> World:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Ask torch for the same bits every time; what can't give them on this device raises RuntimeError when it runs.
+    """Make torch's results bit-identical; an operation that can't do that on this device raises RuntimeError.
 
-    With a warning instead, flash attention's backward pass takes its other form, silently but for one line.
+    An error, not a warning: with `warn_only`, flash attention's backward pass would take its non-deterministic form
+    after one line of warning.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

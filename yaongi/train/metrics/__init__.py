@@ -1,1 +1,1 @@
-"""What a run says as it goes."""
+"""What a run measures, records and prints."""

@@ -1,4 +1,4 @@
-"""A line or a progress bar for people."""
+"""Printed lines and the progress bar."""
 
 import sys
 from typing import Any
@@ -13,7 +13,11 @@ class Display:
     """Lines on standard output; on a terminal also a progress bar below them."""
 
     def __init__(self, steps: int, *, quiet: bool = False, console: Console | None = None) -> None:
-        """`quiet`: say nothing, as all processes but the first."""
+        """Prepare the bar, which only a terminal gets.
+
+        Args:
+            quiet: print nothing, as in all processes but the first.
+        """
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._bar: Progress | None = None
@@ -23,7 +27,7 @@ class Display:
             self._task = self._bar.add_task("training", total=steps)
 
     def start(self, step: int) -> None:
-        """Show the bar, `step` steps of it done."""
+        """Show the bar with `step` steps done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             self._bar.start()
@@ -52,13 +56,13 @@ class Display:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def console_line(record: dict[str, Any], steps: int) -> str:
-    """A step's record in one line."""
+    """Format a step's record as one line."""
     done = record["step"]
     parts = [
         f"step {done}/{steps} ({100 * done / steps:.1f}%)",

@@ -1,4 +1,4 @@
-"""Speed, memory and time of the steps, and the experts' load."""
+"""Speed, memory and time of the steps, and the expert load."""
 
 import math
 import time
@@ -12,15 +12,19 @@ from yaongi.train.plan.memory import resident_bytes
 from yaongi.train.plan.run_plan import Plan
 from yaongi.train.step.stepper import StepResult
 
-_H100_FLOPS = 989e12  # dense bf16
+_H100_FLOPS = 989e12  # peak, dense bfloat16
 _HOPPER = (9, 0)
 
 
 class Meter:
-    """Times what lies between its calls; evaluations and saves, within `paused`, don't count as training."""
+    """A stopwatch for steps: a step lasts from one `measure` to the next, without the time within `paused`."""
 
     def __init__(self, plan: Plan, device: torch.device, seconds: float) -> None:
-        """`seconds`: that the run took before it was resumed."""
+        """Start the first step.
+
+        Args:
+            seconds: duration of the run's earlier sessions, 0 for a new run.
+        """
         self._plan, self._device = plan, device
         self._before, self._began = seconds, time.perf_counter()
         self._mark = self._began
@@ -29,25 +33,25 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, all sessions together."""
+        """Duration of the run so far, over all its sessions."""
         return self._before + time.perf_counter() - self._began
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for data."""
+        """Time the wait for data within the block."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training."""
+        """Don't count the time within the block as training: for evaluations and saves."""
         began = time.perf_counter()
         yield
         self._idle += time.perf_counter() - began
 
     def measure(self, step: int, result: StepResult) -> dict[str, Any]:
-        """What a step's record holds; ends the step's time."""
+        """End a step and return the values for its record."""
         elapsed = self._lap()
         self._steps += 1
         self._seconds += elapsed
@@ -71,7 +75,12 @@ class Meter:
         return values
 
     def summary(self, loads: torch.Tensor, left: int) -> dict[str, Any]:
-        """Means since the last summary, time to go for `left` steps, and the last step's load (layers, E)."""
+        """Return means since the last summary, the estimated time to the end, and the last step's expert load.
+
+        Args:
+            loads: (MoE layers, E), tokens that each expert got in the last step.
+            left: steps left to the end of the run.
+        """
         per_step = self._seconds / self._steps
         speed = self._plan.batch_rows * self._plan.row_tokens / per_step
         values: dict[str, Any] = {
@@ -89,7 +98,7 @@ class Meter:
         return values
 
     def skip(self) -> None:
-        """End the time of a step that was not applied."""
+        """End a step that was not applied."""
         self._lap()
 
     def _lap(self) -> float:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, which is the truth: written, cut back and read."""
+"""`metrics.jsonl`, the authoritative record of a run: appended to, truncated at a resume, and read."""
 
 import json
 from pathlib import Path
@@ -8,21 +8,25 @@ from yaongi.files import write_atomically
 
 
 class Metrics:
-    """Appends records, each with its `event` and the number of steps done, one JSON object per line."""
+    """A file of records, one JSON object per line, each with its `event` and the number of steps done."""
 
     def __init__(self, path: Path, *, enabled: bool = True) -> None:
-        """`enabled`: False where another process writes; then nothing is."""
+        """Open nothing yet.
+
+        Args:
+            enabled: False in processes that must not write, because the first process does.
+        """
         self.path, self._enabled = path, enabled
         self._file: IO[str] | None = None
 
     def cut(self, step: int) -> None:
-        """Drop what was recorded after `step`, and a last line that was never finished. Call it before `write`."""
+        """Drop the records after `step`, and an incomplete last line. Call it before `write`."""
         if self._enabled and self.path.is_file():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step]
             write_atomically(self.path, "".join(kept).encode())
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
-        """Append a record; it is with the system, if not on disk, when this returns."""
+        """Append a record and return it; it is flushed to the system, though perhaps not to disk."""
         record = {"event": event, "step": step, **values}
         if self._enabled:
             self._file = self._file or self.path.open("a")
@@ -31,16 +35,16 @@ class Metrics:
         return record
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line without its end is left out.
+    """Read all records; an incomplete last line is left out.
 
     Raises:
-        ValueError: a line in between is no JSON.
+        ValueError: another line is not JSON.
     """
     records = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
@@ -54,5 +58,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plan_record(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plan's record; empty if there is none."""
+    """Return the plan's record, or an empty one if there is none."""
     return next((r for r in records if r["event"] == "plan"), {})

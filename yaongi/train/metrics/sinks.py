@@ -1,4 +1,4 @@
-"""Where metrics go beside `metrics.jsonl`: wandb and TensorBoard, each only if it is installed and asked for."""
+"""Where metrics go besides `metrics.jsonl`: wandb and TensorBoard, each only if it is installed and configured."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ _CONNECT_SECONDS = 5
 
 
 class Sink(Protocol):
-    """Takes numbers by name."""
+    """A destination for numbers by name."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` after `step` steps."""
@@ -27,7 +27,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in `OUT/tensorboard`."""
+    """A TensorBoard writer of event files in `OUT/tensorboard`."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +45,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """One wandb run an output folder, the same one after a resume; offline without a key or a connection."""
+    """The wandb run of an output folder, continued after a resume; offline without a key or a connection."""
 
     def __init__(
         self, folder: Path, mode: str, project: str, config: dict[str, Any], say: Callable[[str], None]
@@ -87,7 +87,7 @@ def open_sinks(
     first_step: int,
     say: Callable[[str], None],
 ) -> list[Sink]:
-    """The sinks that were asked for; what isn't installed is left out, with a line."""
+    """Open the configured sinks; one that isn't installed is left out, and a message says so."""
     sinks: list[Sink] = []
     for name, wanted in (("wandb", wandb != "off"), ("tensorboard", tensorboard)):
         if not wanted:
@@ -102,7 +102,7 @@ def open_sinks(
 
 
 def _reachable(url: str) -> bool:
-    """Whether the server at `url` takes connections."""
+    """Return whether the server at `url` accepts connections."""
     address = urlsplit(url)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:

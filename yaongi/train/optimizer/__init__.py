@@ -1,1 +1,1 @@
-"""Teon, Muon and AdamW by role."""
+"""The optimizer: Teon, Muon or AdamW, by a parameter's role."""

@@ -1,4 +1,4 @@
-"""What is updated together: the roles of a model's parameters, laid out for the optimizer."""
+"""A model's parameters grouped for the optimizer, by role and by what is updated together."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from yaongi.train.config import Training
 from yaongi.train.optimizer.roles import Role, parameter_roles
 
 MATRIX, VECTOR, TABLE = "matrix", "vector", "table"  # kinds of parameter groups
-STACKS = {  # the stacks of the config by the matrices' part
+STACKS = {  # a matrix's part: the word of the config's `stacked` that includes it
     "q": "qkv",
     "k": "qkv",
     "v": "qkv",
@@ -23,26 +23,27 @@ STACKS = {  # the stacks of the config by the matrices' part
 
 @dataclass(frozen=True)
 class TeonStack:
-    """Matrices that are orthogonalised jointly; more than one is Teon, one is Muon."""
+    """Matrices that are orthogonalised jointly: Teon for more than one, Muon for one."""
 
-    parameters: tuple[nn.Parameter, ...]  # (m, n), or (E, m, n) with every one of the E on its own
-    rows: slice | None = None  # of each; None for all
+    parameters: tuple[nn.Parameter, ...]  # each (m, n), or (E, m, n): E matrices, each orthogonalised alone
+    rows: slice | None = None  # the rows of each parameter that belong to the stack; None for all
 
 
 @dataclass(frozen=True)
 class AdamwPart:
-    """A parameter, or a range of a matrix's rows, that takes AdamW."""
+    """A parameter, or a range of a matrix's rows, that AdamW updates."""
 
     parameter: nn.Parameter
     rows: slice | None
     decay: bool
-    kind: str = VECTOR  # whose learning rate: that of the vectors, or for a whole matrix that of the matrices
+    kind: str = VECTOR  # the group whose learning rate it takes; MATRIX for the matrices of the AdamW baseline
 
 
 def partition_parameters(model: Yaongi, train: Training) -> tuple[list[TeonStack], list[AdamwPart], list[nn.Parameter]]:
-    """The matrices in units of up to `train.stack` consecutive layers, what takes AdamW, and Engram's tables.
+    """Return the stacks of matrices, the parts that AdamW updates, and the Engram tables.
 
-    Of a pair of which one is frozen the other is a unit of its own.
+    A stack holds a part's matrices in up to `train.stack` consecutive layers that have it. Frozen matrices are left
+    out, so the partner of a frozen one may be alone in its stack.
     """
     joint: dict[tuple[str, int, int], list[nn.Parameter]] = defaultdict(list)
     rows_of: dict[tuple[str, int, int], slice | None] = {}
@@ -73,7 +74,7 @@ def partition_parameters(model: Yaongi, train: Training) -> tuple[list[TeonStack
 
 
 def _parts(role: Role) -> list[tuple[slice | None, bool, bool]]:
-    """The rows of a matrix that are matrices of their own, whether they decay, and whether they take AdamW."""
+    """Return a matrix's row ranges that are updated separately: (rows, weight decay or not, AdamW or not) of each."""
     if not role.splits:
         return [(None, role.decay, False)]
     return [(slice(s.start, s.stop), s.decay, s.kind == "adamw") for s in role.splits]

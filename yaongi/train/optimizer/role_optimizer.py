@@ -1,11 +1,15 @@
 """Teon, Muon and AdamW by role, as one `torch.optim.Optimizer`.
 
-Each parameter has a role (`roles.py`). Matrices take Teon (Q, K, V of consecutive attention layers jointly) or Muon,
-or for a baseline AdamW with a learning rate of their own; a projection that is several matrices in one takes Teon for
-each range of rows; vectors, embedding, head, router take AdamW; Engram's tables take Adam on rows that were
-read. Parameters narrower than float32 have a float32 master, which takes the update and whose cast they are. Under FSDP
-the state is sharded like the parameters. Frozen parameters, which require no gradient, are left out. A step doesn't
-wait for the GPU, but for the tables' rows.
+Each parameter has a role (`roles.py`):
+
+- Matrices take Teon (Q, K and V of consecutive attention layers jointly) or Muon; in the baseline, AdamW with a
+  learning rate of their own. A projection that holds several matrices is updated by ranges of rows.
+- Vectors, embedding, head and router take AdamW.
+- Engram tables take Adam on the rows that have a gradient.
+
+A parameter narrower than float32 has a float32 master copy: the update changes the master copy, and the parameter is
+its cast. Under FSDP the state is sharded like the parameters. Frozen parameters, which require no gradient, are left
+out. A step doesn't synchronise with the GPU, except to find the tables' rows.
 """
 
 from collections import defaultdict
@@ -31,10 +35,14 @@ State = dict[str, torch.Tensor]
 
 
 class RoleOptimizer(torch.optim.Optimizer):
-    """The optimizer of a `Yaongi` model, sharded or not. Its groups have a `kind`: matrix, vector or table."""
+    """The optimizer of a `Yaongi` model, sharded or not. Each group has a `kind`: matrix, vector or table."""
 
     def __init__(self, model: Yaongi, train: Training, momentum_dtype: torch.dtype) -> None:
-        """`momentum_dtype`: of the matrices' momentum."""
+        """Make the groups and the state.
+
+        Args:
+            momentum_dtype: dtype of the matrices' momentum buffers.
+        """
         self._train = train
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._units, self._vectors, self._tables = partition_parameters(model, train)
@@ -54,12 +62,12 @@ class RoleOptimizer(torch.optim.Optimizer):
         self._make_state(momentum_dtype)
 
     def set_lr(self, lr: dict[str, float]) -> None:
-        """The learning rates of the next step by kind."""
+        """Set the learning rate of each kind of group for the next step."""
         for group in self.param_groups:
             group["lr"] = lr[group["kind"]]
 
     def _lr(self, kind: str) -> float:
-        """The learning rate of a kind, as it was set or as a scheduler left it in the groups."""
+        """Return the learning rate of a kind, as it stands in the groups: a torch scheduler may have changed it."""
         return next(g["lr"] for g in self.param_groups if g["kind"] == kind)
 
     @torch.no_grad()
@@ -67,7 +75,8 @@ class RoleOptimizer(torch.optim.Optimizer):
         """Apply the gradients.
 
         Raises:
-            ValueError: a closure was given. RuntimeError: a parameter has no gradient; then nothing has changed.
+            ValueError: a closure was given.
+            RuntimeError: a parameter has no gradient; nothing has changed then.
         """
         if closure is not None:
             raise ValueError("optimizer: closure must be None, got one")
@@ -86,26 +95,26 @@ class RoleOptimizer(torch.optim.Optimizer):
             self._step_table(parameter)
 
     def tensors(self) -> dict[str, State]:
-        """The state by parameter name: the very tensors that `step` changes."""
+        """Return the state by parameter name: the tensors that `step` changes in place, not copies."""
         return {name: dict(self.state[p]) for p, name in self._names.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the values of a `state_dict`, each in its own dtype and on its own device, and the learning rates.
+        """Copy the values of a `state_dict` into the state, which keeps its dtypes and devices, and the learning rates.
 
         Raises:
-            ValueError: it is the state of another model, or of other stacks; then nothing has changed.
+            ValueError: it is the state of another model or of other stacks; nothing has changed then.
         """
         load_state(self.param_groups, self.state, state_dict)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make every parameter with a master its master's cast; after the masters were loaded."""
+        """Cast every master copy into its parameter; call it after the master copies were loaded."""
         self._cast((parameter, None) for parameter in self._names)
 
     def _cast(self, parts: Iterable[tuple[nn.Parameter, slice | None]]) -> None:
-        """Bring the masters' values to the parameters that have one, or to some rows of them."""
+        """Cast the master copies into their parameters, or into some rows of them."""
         casts, masters = [], []
         for parameter, rows in parts:
             if "master" in self.state[parameter]:
@@ -118,12 +127,12 @@ class RoleOptimizer(torch.optim.Optimizer):
         for parameter in self._names:
             if parameter.dtype not in WIDE:
                 self.state[parameter]["master"] = parameter.detach().float()
-                parameter.grad_dtype = torch.float32  # what micro-batches add up in
+                parameter.grad_dtype = torch.float32  # for gradient accumulation
         for parameter in self._matrices:
             self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=momentum_dtype)
         for vector in self._vectors:
             like = self._weight(vector.parameter)
-            if vector.rows is not None:  # a few rows of a sharded matrix: whole on every process
+            if vector.rows is not None:  # a few rows, so under FSDP every process holds their moments unsharded
                 shape = vector.rows.stop - vector.rows.start, *like.shape[1:]
                 like = torch.empty(shape, dtype=like.dtype, device=like.device)
             self._make_moments(vector.parameter, like, like.device)
@@ -131,7 +140,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             self._make_moments(table, self._weight(table), torch.device("cpu"))
 
     def _make_moments(self, parameter: nn.Parameter, like: torch.Tensor, counter: torch.device) -> None:
-        """Adam's state; its counter of steps lies where it is read."""
+        """Make Adam's state; its step counter lies on the device `counter`, where it is read."""
         self.state[parameter] |= {
             "exp_avg": torch.zeros_like(like),
             "exp_avg_sq": torch.zeros_like(like),
@@ -139,15 +148,15 @@ class RoleOptimizer(torch.optim.Optimizer):
         }
 
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
-        """What takes the update: the master, or the parameter itself."""
+        """Return the tensor to update: the master copy, or the parameter itself if it has none."""
         return self.state[parameter].get("master", parameter.detach())
 
     def _split_rows(self) -> dict[nn.Parameter, slice]:
-        """The rows of matrices that take AdamW."""
+        """Return the rows of each matrix that AdamW updates."""
         return {v.parameter: v.rows for v in self._vectors if v.rows is not None}
 
     def _step_whole(self, units: list[TeonStack]) -> None:
-        """Teon and Muon, matrices of one shape together."""
+        """Apply Teon and Muon to unsharded matrices, those of one shape together."""
         batches: dict[tuple[Any, ...], list[tuple[nn.Parameter, slice | None]]] = defaultdict(list)
         for unit in units:
             entries = [(p, unit.rows) for p in unit.parameters]
@@ -167,12 +176,17 @@ class RoleOptimizer(torch.optim.Optimizer):
             )
 
     def _step_vectors(self, split_gradients: dict[nn.Parameter, torch.Tensor]) -> None:
-        """AdamW; `split_gradients` holds the whole gradients of rows of sharded matrices."""
+        """Apply AdamW.
+
+        Args:
+            split_gradients: the unsharded gradients of those rows of sharded matrices that AdamW updates.
+        """
         for kind, decay in ((VECTOR, True), (VECTOR, False), (MATRIX, True)):
             vectors = [v for v in self._vectors if (v.kind, v.decay) == (kind, decay)]
             weights, gradients = [], []
             for vector in vectors:
-                if vector.parameter in split_gradients:  # the rows' change comes first, the rows lie on some process
+                # For a sharded matrix update zeros: that gives the change, which each process adds to its rows below.
+                if vector.parameter in split_gradients:
                     gradients.append(split_gradients[vector.parameter])
                     weights.append(torch.zeros_like(gradients[-1]))
                 else:
@@ -193,7 +207,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         lr: float,
         decay: float,
     ) -> None:
-        """One launch for all of them on a GPU; none of it waits for the GPU, whose own counters it moves."""
+        """Update all of them, on a GPU in one launch. The step counters lie on the GPU too, so nothing waits for it."""
         states = [self.state[v.parameter] for v in vectors]
         adamw(
             weights,
@@ -213,7 +227,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         )
 
     def _step_table(self, parameter: nn.Parameter) -> None:
-        """Adam on the rows of a table that have a gradient."""
+        """Apply Adam to the rows of a table that have a gradient."""
         state = self.state[parameter]
         state["step"] += 1
         adam_rows(
@@ -230,12 +244,12 @@ class RoleOptimizer(torch.optim.Optimizer):
 
 
 def rows_of(tensor: torch.Tensor, rows: slice | None) -> torch.Tensor:
-    """Some rows of a tensor, or all of it."""
+    """Return some rows of a tensor, or all of it for None."""
     return tensor if rows is None else tensor[rows]
 
 
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
-    """The gradient. RuntimeError if there is none."""
+    """Return the gradient. Raises RuntimeError if there is none."""
     if parameter.grad is None:
         raise RuntimeError(f"optimizer: a parameter of shape {tuple(parameter.shape)} has no gradient")
     return parameter.grad

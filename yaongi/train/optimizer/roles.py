@@ -1,4 +1,4 @@
-"""What each parameter is to the optimizer: the table of roles of the model's specification, section 4."""
+"""The role of each parameter, which decides how the optimizer updates it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -35,20 +35,21 @@ class Split:
 class Role:
     """How one parameter is updated.
 
-    kind: "qkv" is Teon, stacked with the parameter of the same `part` in the other attention layer of the pair
+    The kinds: "qkv" is Teon, stacked with the parameter of the same `part` in the other attention layer of the pair
     (2i, 2i + 1); "muon" is Teon with K = 1; "expert" is Muon for each of the E matrices of (E, rows, columns); "table"
-    is AdamW with its learning rate times 5, on a gradient that is sparse unless the config says otherwise.
+    is Adam with its learning rate times `table_lr_scale`, on a gradient that is sparse unless the config says
+    otherwise; "adamw" is AdamW. The config's `stack` and `stacked` can change which matrices are stacked.
     """
 
     kind: Kind
-    part: str  # the name inside its layer, as mixer.in_proj.weight; q, k or v for qkv
+    part: str  # the name inside its layer, such as mixer.in_proj.weight; q, k or v for qkv
     layer: int | None = None  # index in the pattern
-    splits: tuple[Split, ...] = ()  # in_proj: its rows in parts; the whole parameter when empty
+    splits: tuple[Split, ...] = ()  # in_proj: its ranges of rows; empty: the parameter is updated as one
     decay: bool = False  # decoupled weight decay
 
 
 def parameter_roles(model: Yaongi) -> dict[str, Role]:
-    """The role of every parameter, in the order of `named_parameters`."""
+    """Return the role of every parameter, in the order of `named_parameters`."""
     return {name: _role(name, model) for name, _ in model.named_parameters()}
 
 

@@ -1,6 +1,6 @@
-"""Teon and Muon where FSDP has sharded the parameters by rows: momentum stays sharded, whole matrices are gathered.
+"""Teon and Muon for parameters that FSDP shards by rows: momentum stays sharded, update directions are gathered.
 
-Experts are sharded by expert, so each process orthogonalises its own and nothing is gathered.
+Experts are sharded by expert: each process orthogonalises its own, and nothing is gathered.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ States = Mapping[Any, dict[str, Any]]  # by parameter
 def step_sharded(
     units: Sequence[TeonStack], states: States, split_rows: Mapping[nn.Parameter, slice], train: Training, lr: float
 ) -> dict[nn.Parameter, torch.Tensor]:
-    """One step of all `units`.
+    """Do one step of all `units`.
 
     Args:
-        split_rows: rows of matrices that take AdamW instead.
+        split_rows: rows of matrices that AdamW updates instead.
 
     Returns:
-        The whole gradients of those rows.
+        The unsharded gradients of those rows.
     """
     whole: dict[nn.Parameter, torch.Tensor] = {}
     last = {p: number for number, unit in enumerate(units) for p in unit.parameters}
@@ -47,7 +47,14 @@ def step_sharded(
 
 
 def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu: float) -> torch.Tensor:
-    """Move the momentum; the Nesterov direction, whole, but for experts the local part. `raw` rows: the gradient."""
+    """Update the momentum buffer and return the Nesterov direction.
+
+    Args:
+        raw: rows for which the gradient itself is returned, and whose momentum stays 0.
+
+    Returns:
+        The unsharded direction; for experts only this process's shard.
+    """
     gradient = parameter.grad
     if not isinstance(gradient, DTensor):
         raise RuntimeError("optimizer: a sharded parameter must have a sharded gradient, got another")
@@ -65,7 +72,7 @@ def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu
 
 
 def _apply(unit: TeonStack, directions: Sequence[torch.Tensor], states: States, train: Training, lr: float) -> None:
-    """Orthogonalise the unit's matrices jointly and move this process's rows of them."""
+    """Orthogonalise the unit's matrices jointly and update this process's rows of them."""
     experts = unit.parameters[0].dim() == 3
     chosen = [d if unit.rows is None else d[unit.rows] for d in directions]
     if not chosen[0].numel():

@@ -1,4 +1,4 @@
-"""Adam on the rows of a table that have a gradient: their moments move and decay, all others stay as they are."""
+"""Adam on the rows of a table that have a gradient: only their weights and moments change."""
 
 import math
 
@@ -17,14 +17,14 @@ def adam_rows(
     eps: float,
     parameter: torch.Tensor,
 ) -> None:
-    """One step, in place, without weight decay.
+    """Do one step, in place, without weight decay.
 
     Args:
-        weight: (R, D), float32: the master, or the parameter itself.
-        gradient: (R, D), sparse along R, or dense; of either, the rows that aren't zero.
-        exp_avg, exp_avg_sq: (R, D).
-        step: this step's number, from 1, for the correction of the moments' bias.
-        parameter: (R, D), gets the new rows in its own dtype.
+        weight: (R, D), float32: the master copy, or the parameter itself.
+        gradient: (R, D), sparse along R or dense; rows that are all zero count as having no gradient.
+        exp_avg, exp_avg_sq: (R, D), the moments.
+        step: number of this step, from 1, for the bias correction of the moments.
+        parameter: (R, D), receives the new rows in its own dtype.
     """
     rows, values = _rows(gradient)
     values = values.to(weight.dtype)
@@ -40,7 +40,7 @@ def adam_rows(
 
 
 def _rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers (n,) and their gradients (n, D)."""
+    """Return the numbers (n,) of the rows that aren't zero, and their gradients (n, D)."""
     if gradient.is_sparse:
         gradient = gradient.coalesce()
         rows, values = gradient.indices()[0], gradient.values()

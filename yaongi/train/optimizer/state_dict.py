@@ -1,6 +1,7 @@
-"""The optimizer's state from a `state_dict`: checked in full, then copied, so that every tensor keeps its dtype.
+"""Loading the optimizer's state from a `state_dict`: checked in full, then copied, so each tensor keeps its dtype.
 
-`torch.optim.Optimizer` would cast each value to its parameter's dtype: float32 masters would lose half their bits.
+`torch.optim.Optimizer` would cast each value to its parameter's dtype: float32 master weights would lose half their
+bits.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,15 @@ State = Mapping[str, torch.Tensor]
 
 
 def load_state(groups: Groups, state: Mapping[Any, State], saved: Mapping[str, Any]) -> None:
-    """Fill `state`, which is by parameter, and the groups' learning rates from a `state_dict`.
+    """Fill `state` and the groups' learning rates from a `state_dict`.
+
+    Args:
+        groups: the optimizer's groups.
+        state: the optimizer's state by parameter.
+        saved: the `state_dict`.
 
     Raises:
-        ValueError: the groups or the shapes differ; then nothing has changed.
+        ValueError: the groups or the shapes differ; nothing has changed then.
     """
     theirs: Groups = saved["param_groups"]
     _require("kinds of groups", [g["kind"] for g in groups], [g["kind"] for g in theirs])

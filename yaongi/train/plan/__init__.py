@@ -1,1 +1,1 @@
-"""What a run will be, said before it starts."""
+"""The plan of a run, printed before it starts."""

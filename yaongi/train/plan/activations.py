@@ -1,4 +1,4 @@
-"""Bytes of activations, counted on the meta device: forward and backward run with shapes alone."""
+"""Bytes of activations, counted by a forward and backward pass on the meta device, which computes only shapes."""
 
 import weakref
 from typing import Any
@@ -11,7 +11,7 @@ from yaongi.model import Yaongi
 
 
 def activation_bytes(model: Yaongi, rows: int, length: int, device: torch.device) -> int:
-    """Bytes that one forward and backward pass adds at its peak, beside weights and gradients."""
+    """Return the peak bytes of one forward and backward pass, without weights and gradients."""
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     documents = torch.zeros(rows, length, dtype=torch.int32, device="meta") if device.type == "cpu" else None
     dense = [p for name, p in model.named_parameters() if not name.endswith("engram.table.weight")]
@@ -25,7 +25,7 @@ def activation_bytes(model: Yaongi, rows: int, length: int, device: torch.device
 
 
 class PeakMode(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and still alive, and keeps the largest sum."""
+    """A dispatch mode that counts the bytes of the tensors made and still alive, and keeps their peak."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which settings need less memory: said by the plan, and where a GPU runs out of it."""
+"""Advice on settings that need less memory, for the plan and for a run that exhausts GPU memory."""
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -7,7 +7,7 @@ import torch
 
 from yaongi.train.recompute import CHEAPEST, MOST
 
-PARTS = {  # by the module whose code was running; the innermost that fits
+PARTS = {  # the module that ran out of memory, the innermost of the traceback listed here: its name in the message
     "yaongi.kernels.causal_conv1d": "a Mamba layer",
     "yaongi.kernels.mamba_core": "a Mamba layer",
     "yaongi.kernels.mamba_scan": "a Mamba layer",
@@ -32,11 +32,11 @@ LAST_RESORT = "try more GPUs (torchrun), shorter rows (--row-tokens) or a smalle
 def advise(
     share: int, rows: int, recompute: str, fits: Callable[[int, str], bool] = lambda rows, recompute: True
 ) -> str:
-    """The next settings to try instead of micro-batches of `rows` rows and the policy `recompute`.
+    """Return the settings to try next instead of micro-batches of `rows` rows and the policy `recompute`.
 
     Args:
-        share: rows of a step and process, which micro-batches divide.
-        fits: whether settings fit into memory, where that can be predicted.
+        share: rows per step and process; micro-batches must divide it.
+        fits: predicts whether such settings fit into memory; by default all do.
     """
     for fewer, policy in _smaller(share, rows, recompute):
         if fits(fewer, policy):
@@ -45,20 +45,20 @@ def advise(
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, share: int, rows: int, recompute: str) -> str:
-    """One line: the part of the step, what it asked for, and what to try instead of these settings."""
+    """Return one line: the part of the step, how much memory it needed, and what to try instead of these settings."""
     size = str(error).partition(". GPU")[0].rpartition("allocate ")[2] or "more"
     return f"out of GPU memory in {_part(error.__traceback__)}, which needed {size}: {advise(share, rows, recompute)}"
 
 
 def _smaller(share: int, rows: int, recompute: str) -> Iterator[tuple[int, str]]:
-    """Settings that need less memory, those that cost the least time first."""
+    """Yield settings that need less memory, those that cost the least time first."""
     yield from ((fewer, recompute) for fewer in range(rows - 1, 0, -1) if share % fewer == 0)
     policies = [CHEAPEST, MOST]
     yield from ((1, policy) for policy in policies[policies.index(recompute) + 1 if recompute in policies else 0 :])
 
 
 def _part(trace: TracebackType | None) -> str:
-    part = "the backward pass"  # of an op of torch's own: no frame but the trainer's
+    part = "the backward pass"  # of torch's own ops: the traceback then has no frame of the modules in PARTS
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
         part = next((name for start, name in PARTS.items() if f"{module}.".startswith(f"{start}.")), part)

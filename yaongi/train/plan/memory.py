@@ -1,7 +1,7 @@
-"""How much memory a run will need, by part, computed before it starts.
+"""The memory that a run will need, by part, computed before it starts.
 
-Weights, masters, gradients and moments follow from the parameters; activations from a trial of one micro-batch on the
-meta device (activations.py).
+Weights, master copies, gradients, momentum and moments follow from the parameters' shapes; activations from one
+micro-batch run on the meta device (activations.py).
 """
 
 import os
@@ -20,32 +20,33 @@ from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.plan.activations import activation_bytes
 from yaongi.train.recompute import recomputed_layers
 
-_USABLE = 0.93  # of a GPU's memory; the rest is left to fragmentation
-_REFERENCES = {"cpu": 1.6, "cuda": 1.4}  # measured: what an op's reference holds while it runs isn't seen from outside
+_USABLE = 0.93  # share of a device's memory that a run may plan with; the rest is left for fragmentation
+# Measured factors on the activations: the count misses the temporary tensors inside an op's reference implementation.
+_REFERENCES = {"cpu": 1.6, "cuda": 1.4}
 _GPU_BASE = 100_000_000  # workspaces of cuBLAS and of the kernels, as the allocator counts them
-_CPU_TOKENS = 1 << 12  # of a forward pass on a CPU, where more is not faster
+_CPU_TOKENS = 1 << 12  # tokens per micro-batch on a CPU, where more is not faster
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process at its fullest."""
+    """Peak memory of a process, in bytes."""
 
     weights: int
-    masters: int
+    masters: int  # float32 master copies of the weights
     gradients: int
-    momentum: int
-    moments: int  # of AdamW and of the tables
+    momentum: int  # momentum buffers of the matrices
+    moments: int  # moments of all parameters that AdamW or Adam updates
     activations: int  # what a forward and backward pass adds at its peak
     base: int  # the program itself
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 class MemoryForecast:
-    """Predicts the memory of training a model, which lies on the meta device."""
+    """A forecast of the memory that training takes, for a model on the meta device."""
 
     def __init__(self, model: Yaongi, config: Config, world: World) -> None:
         self._model, self._config, self._device = model, config, world.device
@@ -53,7 +54,7 @@ class MemoryForecast:
         self._usable = _USABLE * memory_of(world.device)
 
     def __call__(self, rows: int, recompute: str | None = None) -> Memory:
-        """With micro-batches of `rows`, layers recomputed by a policy, else as configured."""
+        """Return the memory with micro-batches of `rows` rows and a recompute policy (None: the configured one)."""
         policy = self._config.run.recompute if recompute is None else recompute
         self._model.recompute = recomputed_layers(policy, self._config.model.pattern)
         activations = activation_bytes(self._model, rows, self._config.train.row_tokens, self._device)
@@ -63,11 +64,11 @@ class MemoryForecast:
         return Memory(**self._state, activations=activations, base=base)
 
     def fits(self, rows: int, recompute: str | None = None) -> bool:
-        """Whether that is there."""
+        """Return whether the memory with these settings fits into the device."""
         return self(rows, recompute).total <= self._usable
 
     def rows_that_fit(self) -> int:
-        """The largest micro-batch, but on a CPU no more than helps; at least 1."""
+        """Return the rows of the largest micro-batch that fits, on a CPU of the largest that helps; at least 1."""
         if self._device.type == "cpu":
             return max(1, _CPU_TOKENS // self._config.train.row_tokens)
         one, two = self(1).total, self(2).total
@@ -75,16 +76,16 @@ class MemoryForecast:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a GPU has, or for a CPU the machine."""
+    """Return the bytes of memory of a GPU, or of the machine for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resident_bytes() -> int:
-    """The most memory this process has had so far, as the system counts it.
+    """Return this process's peak memory so far, as the system counts it, in bytes.
 
-    On Linux from the process's own status: `getrusage` also counts what its parent had when it was forked.
+    On Linux read `/proc/self/status`: `getrusage` includes the memory that the parent had at the fork.
     """
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -93,7 +94,7 @@ def resident_bytes() -> int:
 
 
 def _state_bytes(model: Yaongi, config: Config, world: World) -> dict[str, int]:
-    """Bytes of all that lasts from step to step, by part."""
+    """Return the bytes of everything that is kept from step to step, by part."""
     train, roles = config.train, parameter_roles(model)
     momentum = train.matrix_momentum_dtype(world.device) if train.matrix_optimizer == "teon" else None
     sizes = {"weights": 0, "masters": 0, "gradients": 0, "momentum": 0, "moments": 0}
@@ -101,7 +102,7 @@ def _state_bytes(model: Yaongi, config: Config, world: World) -> dict[str, int]:
         role, count = roles[name], parameter.numel() // world.size
         sizes["weights"] += count * parameter.element_size()
         sizes["masters"] += 4 * count if parameter.element_size() < 4 else 0
-        if role.kind != "table" or world.size == 1:  # a sharded run's tables have sparse gradients
+        if role.kind != "table" or world.size == 1:  # with several processes the tables' gradients are sparse
             sizes["gradients"] += 4 * count
         if role.kind in ("table", "adamw") or momentum is None:
             sizes["moments"] += 8 * count
@@ -111,5 +112,5 @@ def _state_bytes(model: Yaongi, config: Config, world: World) -> dict[str, int]:
 
 
 def _has_kernel(op: str) -> bool:
-    """Whether this machine runs an op by more than its reference."""
+    """Return whether this machine has a kernel for an op, not only its reference implementation."""
     return any(a.op == op and a.backend != "reference" and a.reason is None for a in info())

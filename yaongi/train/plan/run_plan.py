@@ -1,4 +1,4 @@
-"""What a run will be, said before it starts: size, steps, FLOPs, memory and whether it fits, time and cost."""
+"""The plan of a run: model size, steps, FLOPs, memory and whether it fits, time and cost."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,24 +32,24 @@ class Plan:
     processes: int
     flops_per_token: float
     memory: Memory
-    available: int  # bytes
+    available: int  # bytes of memory of the device
     seconds: float
     dollars: float
     advice: str  # empty if it fits
-    kernels: str  # what runs here, and where it isn't an H100, how slow that is
+    kernels: str  # the implementations that run here and, on other devices than an H100, how much slower they are
 
     @property
     def share(self) -> int:
-        """Rows of a step and process."""
+        """Rows per step and process."""
         return self.batch_rows // self.processes
 
     @property
     def fits(self) -> bool:
-        """Whether the memory will do."""
+        """Whether the run fits into memory."""
         return not self.advice
 
     def record(self) -> dict[str, Any]:
-        """For `metrics.jsonl`."""
+        """Return the figures for `metrics.jsonl`."""
         names = (
             "preset",
             "device",
@@ -64,7 +64,7 @@ class Plan:
         return {name: getattr(self, name) for name in names} | {"predicted_memory": self.memory.total}
 
     def lines(self) -> str:
-        """For people."""
+        """Return the figures as lines to print."""
         accumulation = self.batch_rows // self.micro_rows // self.processes
         parts = [(n, getattr(self.memory, n)) for n in self.memory.__dataclass_fields__]
         by_part = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
@@ -87,10 +87,10 @@ class Plan:
 
 
 def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
-    """Work out the figures; takes a second or two.
+    """Work out the figures; this takes a second or two.
 
     Raises:
-        ValueError: the global batch can't be divided among processes and micro-batches.
+        ValueError: the global batch can't be divided into equal micro-batches on every process.
     """
     train, device = config.train, world.device
     dtype = train.weight_dtype(device)
@@ -127,10 +127,10 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
 
 
 def micro_rows(config: Config, world: World, fits: int) -> int:
-    """Rows of a forward pass: as configured, or the most that divide a process's share and are at most `fits`.
+    """Return the rows per micro-batch: as configured, or the largest divisor of a process's rows up to `fits`.
 
     Raises:
-        ValueError: the global batch can't be divided so.
+        ValueError: the processes don't divide the global batch, or `micro_rows` doesn't divide a process's rows.
     """
     rows, size = config.train.batch_rows, world.size
     if rows % size:

@@ -1,4 +1,4 @@
-"""How fast this machine will train, guessed from the speed of a matrix product, and on which kernels."""
+"""The training speed of this machine, estimated from the speed of a matrix product, and the kernels that it runs."""
 
 import time
 
@@ -6,12 +6,12 @@ import torch
 
 from yaongi.kernels import unavailable
 
-_SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # a training step's FLOP/s over those of a large matrix product
-_H100_SPEED = 0.5 * 7.3e14  # of a training step in bfloat16, FLOP/s, by the same measure
+_SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # FLOP/s of a training step over FLOP/s of a large matrix product
+_H100_SPEED = 0.5 * 7.3e14  # FLOP/s of a bfloat16 training step on an H100, by the same estimate
 
 
 def step_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a training step with weights of `dtype`; runs a large matrix product."""
+    """Run a large matrix product in `dtype`, and return from its speed the estimated FLOP/s of a training step."""
     size, repeats = (8192, 10) if device.type == "cuda" else (512, 10)
     a = torch.ones(size, size, dtype=dtype, device=device)
     a @ a
@@ -24,7 +24,11 @@ def step_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def kernels_here(device: torch.device, speed: float) -> str:
-    """What the ops run on; `speed` is that of a training step, FLOP/s."""
+    """Return which kernels the ops run on here.
+
+    Args:
+        speed: estimated FLOP/s of a training step.
+    """
     slower = f"about 1/{_H100_SPEED / speed:.0f} of an H100's speed"
     if device.type == "cpu":
         return f"plain torch, right and slow: {slower}; the fast ones want an NVIDIA GPU"

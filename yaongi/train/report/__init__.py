@@ -1,1 +1,1 @@
-"""One page on a run."""
+"""The report: one page about a run."""

@@ -1,4 +1,4 @@
-"""The curves of a run."""
+"""The plots of a run."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ STYLE: dict[Any, Any] = {
 
 
 def curve_panels(records: Records, steps: Records) -> list[Callable[[Axes], None]]:
-    """A function for each picture, which draws it."""
+    """Return one function per panel, which draws it."""
     evaluations = [r for r in records if r["event"] == "evaluation"]
     good = [r for r in steps if "loss" in r]
     hours = _column(good, "hours")
@@ -115,7 +115,7 @@ def _column(records: Records, name: str) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A moving mean over a fiftieth of the curve."""
+    """Return the trailing mean over a fiftieth of the curve."""
     width = max(1, len(values) // 50)
     sums = np.cumsum(np.concatenate(([0.0], values)))
     starts = np.maximum(0, np.arange(1, len(values) + 1) - width)

@@ -1,4 +1,4 @@
-"""Two panels of the report on the kernels, from the JSON that `pytest benchmarks/ --benchmark-json` writes."""
+"""The report's two panels on the kernels, from the JSON file that `pytest benchmarks/ --benchmark-json` writes."""
 
 import json
 from collections.abc import Callable
@@ -11,10 +11,11 @@ _SHOWN = 24
 
 
 def kernel_panels(path: Path) -> list[Callable[[Axes], None]]:
-    """Functions that draw each kernel's share of the chip's floor, and its speed-up over its fastest peer.
+    """Return functions that draw each kernel's share of the roofline and its speed-up over its fastest peer.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is no such JSON.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON of pytest-benchmark.
     """
     if not path.is_file():
         raise FileNotFoundError(f"report: no benchmark file {path}")

@@ -1,4 +1,4 @@
-"""`report.html` (nothing beside it is needed) and `report.png`, from `metrics.jsonl`."""
+"""`report.html`, which is self-contained, and `report.png`, from `metrics.jsonl`."""
 
 import base64
 import html
@@ -17,10 +17,10 @@ Records = list[dict[str, Any]]
 
 
 def write_report(folder: Path, benchmarks: Path | None = None) -> Path:
-    """Draw the run in `folder`.
+    """Write `report.html` and `report.png` of the run in `folder`.
 
     Args:
-        benchmarks: JSON of `pytest benchmarks/ --benchmark-json`; two panels show the kernels.
+        benchmarks: JSON file of `pytest benchmarks/ --benchmark-json`; adds two panels on the kernels.
 
     Returns:
         The path of `report.html`.
@@ -48,7 +48,7 @@ def write_report(folder: Path, benchmarks: Path | None = None) -> Path:
 
 
 def _page(folder: Path, records: Records, steps: Records, image: bytes) -> str:
-    """The HTML, with the picture and the samples inside."""
+    """Return the HTML, with the picture and the samples embedded."""
     facts = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in _facts(records, steps))
     picture = base64.b64encode(image).decode()
     name = html.escape(folder.resolve().name)

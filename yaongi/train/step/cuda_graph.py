@@ -1,4 +1,4 @@
-"""A function recorded once as a CUDA graph and replayed: the GPU doesn't wait for Python between its kernels."""
+"""A function recorded once as a CUDA graph and replayed, so that the GPU doesn't wait for Python between kernels."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ import torch
 
 
 class GraphedFunction:
-    """Calls a function of tensors that returns nothing; from the second call on as one launch.
+    """A function of tensors that returns nothing; from the second call on, a call is one graph launch.
 
-    Whatever the function reads beside its arguments, and all that it changes, must stay where it is in memory, and
-    nothing in it may wait for the GPU. Its temporary tensors keep their memory between the calls.
+    Everything that the function reads besides its arguments, and everything that it changes, must keep its memory
+    address, and the function must not synchronise with the GPU. Its temporary tensors keep their memory between calls.
 
-    The first call runs as usual, so that kernels are compiled and libraries have their workspaces. The second one is
-    recorded, with the memory that the first one left cached given back before.
+    The first call runs as usual, so that kernels are compiled and libraries have their workspaces. The second call
+    records the graph; memory that the first call left in the allocator's cache is released before.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -22,10 +22,10 @@ class GraphedFunction:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> None:
-        """Run it.
+        """Run the function.
 
         Raises:
-            ValueError: other shapes than those of the first call; something that can't be recorded.
+            ValueError: the inputs' shapes differ from the first call's, or the function can't be recorded.
         """
         if not self._inputs:
             self._inputs = tuple(given.clone() for given in inputs)
@@ -42,7 +42,7 @@ class GraphedFunction:
         self._graph.replay()
 
     def _run(self) -> None:
-        """On the stream of the recording, of which autograd and the libraries remember things."""
+        """Run on the stream that records the graph, because autograd and the libraries keep state per stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._function(*self._inputs)
@@ -51,7 +51,7 @@ class GraphedFunction:
     def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads load data and write checkpoints: what they ask of the GPU doesn't concern the graph.
+            # thread_local: other threads load data and write checkpoints, and their CUDA calls are not captured.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._function(*self._inputs)
         except torch.OutOfMemoryError:

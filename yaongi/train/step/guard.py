@@ -1,4 +1,4 @@
-"""Steps that must not happen, and steps worth a look: non-finite losses or gradients, and spikes."""
+"""Steps to skip, whose loss or gradient is not finite, and steps to point out, whose loss is a spike."""
 
 import math
 from collections import deque
@@ -8,7 +8,7 @@ import torch
 
 WINDOW = 128
 SIGMAS = 6.0
-_SPIKE_AFTER = 32  # steps before which the standard deviation means nothing
+_SPIKE_AFTER = 32  # losses needed before their standard deviation is reliable
 
 
 class BadStepError(RuntimeError):
@@ -16,17 +16,21 @@ class BadStepError(RuntimeError):
 
 
 class Guard:
-    """Counts bad steps in a row and knows the loss of the last `WINDOW` good steps."""
+    """A counter of consecutive bad steps, and the losses of the last `WINDOW` good steps."""
 
     def __init__(self, allowed: int) -> None:
-        """`allowed`: how many bad steps in a row are skipped before the run stops."""
+        """Start with empty counts.
+
+        Args:
+            allowed: how many bad steps in a row are skipped before the run stops.
+        """
         self.allowed = allowed
         self.in_a_row = 0
         self.skipped = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether `loss` lies more than 6 σ above the mean of the window; the loss then joins the window."""
+        """Return whether `loss` is more than 6 σ above the window's mean, then add it to the window."""
         seen = len(self._losses)
         spike = False
         if seen >= _SPIKE_AFTER:
@@ -37,7 +41,7 @@ class Guard:
         return spike
 
     def good(self) -> None:
-        """A step that was applied."""
+        """Note a step that was applied."""
         self.in_a_row = 0
 
     def bad(self, step: int, what: str, samples: Sequence[int]) -> str:
@@ -45,13 +49,13 @@ class Guard:
 
         Args:
             what: the bad tensor nearest to the loss.
-            samples: numbers of the rows in the batch.
+            samples: row numbers of the batch in the training order.
 
         Returns:
             The warning to print.
 
         Raises:
-            BadStepError: it was one too many.
+            BadStepError: it is one more consecutive bad step than `allowed`.
         """
         self.in_a_row += 1
         self.skipped += 1
@@ -61,18 +65,18 @@ class Guard:
         return f"{message} ({self.in_a_row} of {self.allowed} allowed in a row)"
 
     def state_dict(self) -> dict[str, object]:
-        """The counters and the window, as JSON can hold them."""
+        """Return the counters and the window as values that JSON can hold."""
         return {"in_a_row": self.in_a_row, "skipped": self.skipped, "losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from `state`."""
+        """Take the counters and the window from `state`."""
         self.in_a_row, self.skipped = int(state["in_a_row"]), int(state["skipped"])  # type: ignore[call-overload]
         self._losses = deque(state["losses"], maxlen=WINDOW)  # type: ignore[call-overload]
 
 
 @torch.no_grad()
 def first_nonfinite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor with a NaN or an infinity; waits for the device once."""
+    """Return the name of the first tensor with a NaN or an infinity; synchronises with the device once."""
     names: list[str] = []
     largest: list[torch.Tensor] = []
     for name, tensor in named:
@@ -87,7 +91,7 @@ def first_nonfinite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`3-6, 9` for 3, 4, 5, 6, 9."""
+    """Format 3, 4, 5, 6, 9 as `3-6, 9`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""One optimizer step: the global batch's gradient, exact whatever the micro-batches; then, if finite, the update."""
+"""One optimizer step: the gradient of the global batch, exact for any micro-batch size; then, if finite, the update."""
 
 import contextlib
 import itertools
@@ -26,20 +26,20 @@ Named = list[tuple[str, nn.Parameter]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was like, over the whole global batch."""
+    """Measurements of a step over the global batch."""
 
-    loss: float  # nats a predicted token, mean
-    z: float  # mean square of the log of the softmax's normaliser
+    loss: float  # mean nats per predicted token
+    z: float  # mean squared logsumexp of the logits
     balance: float  # the experts' sequence balance loss, mean over rows
-    gnorm: float  # of the gradient before clipping
+    gnorm: float  # norm of the gradient before clipping
     targets: int  # predicted tokens
     text_bytes: int  # UTF-8 bytes of the predicted tokens
     loads: torch.Tensor  # (MoE layers, E) int64: tokens each expert got
-    bad: str | None  # the tensor nearest to the loss that isn't finite; then nothing was updated
+    bad: str | None  # None, or the non-finite tensor nearest to the loss; then nothing was updated
 
 
 class Stepper:
-    """Takes micro-batches of a step and changes the model by them."""
+    """An optimizer step as a callable: micro-batches in, updated model out."""
 
     def __init__(
         self,
@@ -51,7 +51,12 @@ class Stepper:
         *,
         cuda_graph: bool = True,
     ) -> None:
-        """`token_bytes`: UTF-8 bytes of each id, (V,). `cuda_graph`: replay micro-batches where a GPU allows it."""
+        """Prepare the buffers of a step.
+
+        Args:
+            token_bytes: (V,), UTF-8 bytes of each id.
+            cuda_graph: on one GPU, record a micro-batch as a CUDA graph and replay it.
+        """
         self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -66,7 +71,12 @@ class Stepper:
         )
 
     def __call__(self, batches: Sequence[Batch], lr: dict[str, float]) -> StepResult:
-        """One step on this process's micro-batches of the global batch, with the learning rate of each kind."""
+        """Do one step.
+
+        Args:
+            batches: this process's micro-batches of the global batch.
+            lr: the learning rate of each kind of parameter group.
+        """
         device = self._world.device
         moved = [
             (b.input_ids.to(device, non_blocking=True), b.document_ids.to(device, non_blocking=True)) for b in batches
@@ -88,7 +98,7 @@ class Stepper:
         return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad)
 
     def _count(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted tokens of the global batch, and their UTF-8 bytes."""
+        """Count the predicted tokens of the global batch and their UTF-8 bytes."""
         counts = torch.zeros(2, dtype=torch.int64, device=self._world.device)
         for ids, documents in moved:
             predicted = documents[:, 1:] == documents[:, :-1]
@@ -98,7 +108,7 @@ class Stepper:
         return targets, text_bytes
 
     def _backward(self, moved: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor) -> None:
-        """The micro-batches' gradients in place of the last step's, and what they sum up."""
+        """Replace the last step's gradients and sums by those of these micro-batches."""
         for sums in (self._sums, self._loads):
             sums.zero_()
         if self._in_place:
@@ -113,7 +123,11 @@ class Stepper:
             self._accumulate(ids, documents, targets)
 
     def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add a micro-batch's gradients, cross entropy, z, balance and loads; `targets` of the global batch."""
+        """Add a micro-batch's gradients, cross entropy, z, balance and loads to the sums of the step.
+
+        Args:
+            targets: scalar, predicted tokens of the global batch.
+        """
         train = self._train
         with fused_accumulation(self._in_place):
             losses = self._model.losses(ids, documents)
@@ -122,14 +136,14 @@ class Stepper:
             if train.z_loss:
                 loss = loss + train.z_loss * losses.z_sum / targets
             with self._foreach_vector_gradients():
-                (loss * self._world.size).backward()  # gradients are averaged over the processes, and a sum is wanted
+                (loss * self._world.size).backward()  # gradients are averaged over the processes: × size gives the sum
         parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
         self._sums += torch.stack([part.detach().double() for part in parts])
         self._loads += losses.loads
 
     @contextlib.contextmanager
     def _foreach_vector_gradients(self) -> Iterator[None]:
-        """Backward within it: the vectors' gradients are added up in a few launches at its end, not each in its own."""
+        """Add the vectors' gradients of a backward pass in a few launches at the end of the block, not one by one."""
         totals = [vector.grad for vector in self._vectors]
         for vector in self._vectors:
             vector.grad = None
@@ -152,9 +166,10 @@ class Stepper:
         return [p.grad for _, p in self._named if p.grad is not None]
 
     def _name_nonfinite(self, loss: torch.Tensor) -> str:
-        """A weight, from which all else follows, or the bad tensor nearest to the loss; on any process.
+        """Name a non-finite weight of any process, the root cause; else the non-finite tensor nearest to the loss.
 
-        Backward carries a NaN to all that come before it, so the last gradient that has one is the nearest.
+        The backward pass carries a NaN to all earlier layers, so the last parameter with a bad gradient is the nearest
+        to the loss.
         """
         weights = ((f"the weight {name}", local_part(p)) for name, p in self._named)
         gradients = (
@@ -170,8 +185,8 @@ class Stepper:
 
 @torch.no_grad()
 def total_norm(gradients: Iterable[torch.Tensor], world: World) -> torch.Tensor:
-    """The 2-norm of all gradients together, in float64; sharded ones over all processes."""
-    alike: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)  # of which a launch takes many
+    """Return the 2-norm of all gradients together, in float64; shards are summed over all processes."""
+    alike: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)  # one launch takes many of a dtype
     for gradient in gradients:
         values = gradient.coalesce().values() if gradient.is_sparse else local_part(gradient)
         alike[is_sharded(gradient), values.dtype].append(values)

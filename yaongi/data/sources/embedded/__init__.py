@@ -1,1 +1,1 @@
-"""The corpus inside the package: no download, a few megabytes, the same every time."""
+"""The corpus inside the package: a few megabytes, without a download, always the same."""

@@ -1,4 +1,4 @@
-"""Arithmetic and word problems with worked solutions, in English and Korean, from a seed."""
+"""Arithmetic and word problems with worked solutions, in English and Korean, generated from a seed."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ _THINGS = ("apples", "pencils", "stamps", "books", "marbles", "cards", "shells",
 
 
 def math_documents(seed: int, count: int) -> Iterator[str]:
-    """`count` documents of three to six problems; document `i` depends on `seed` and `i` only."""
+    """Yield `count` documents of three to six problems; document `i` depends only on `seed` and `i`."""
     for number in range(count):
         rng = random.Random(f"math/{seed}/{number}")
         kinds = _KOREAN if number % 2 else _ENGLISH

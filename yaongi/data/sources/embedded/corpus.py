@@ -1,7 +1,7 @@
-"""The corpus inside the package: no download, a few megabytes, the same every time.
+"""The corpus inside the package: a few megabytes, without a download, always the same for one Python version.
 
-Korean from a grammar and from prose written for this project, mathematics from a generator, English and code from the
-installed standard library. It is for the quick start and for tests; real runs bring real text.
+Korean comes from a grammar and from prose written for this project, mathematics from a generator, English and code from
+the installed standard library. It is for the quick start and for tests; real runs need real text.
 """
 
 import hashlib
@@ -19,24 +19,24 @@ MATH_DOCUMENTS = 1_600
 OURS = "Apache-2.0 (written for Open-Yaongi)"
 PYTHONS = "PSF-2.0 (the installed Python)"
 
-# SHA-256 of all that is shipped or generated, as `shipped_hash` computes it. The standard library's part is left out:
-# it differs by Python version.
+# The value of `shipped_hash`: SHA-256 of the shipped and generated text. Text from the standard library is left out
+# because it differs by Python version.
 SHIPPED_SHA256 = "a5b00bc2d402fc4c1f86a33fde6dc93d1b62a8749edc5d8e6e4a3cb63fc8c666"
 
 
 def korean() -> Iterator[str]:
-    """The prose, then the grammar's documents."""
+    """Yield the prose, then the grammar's documents."""
     yield from prose()
     yield from korean_documents(SEED, KOREAN_DOCUMENTS)
 
 
 def mathematics() -> Iterator[str]:
-    """The generator's problems."""
+    """Yield the generator's problems."""
     yield from math_documents(SEED, MATH_DOCUMENTS)
 
 
 def shipped_hash() -> str:
-    """SHA-256 over the documents of Korean and mathematics, a NUL after each."""
+    """Return the SHA-256 of the Korean and mathematics documents, with a NUL after each."""
     total = hashlib.sha256()
     for documents in (korean(), mathematics()):
         for text in documents:
@@ -53,7 +53,7 @@ _DOMAINS: dict[str, tuple[str, str, Callable[[], Iterator[str]]]] = {
 
 
 def embedded_sources() -> list[Source]:
-    """Both splits of the four domains."""
+    """Return the sources of the four domains, in both splits."""
     return [_source(domain, split) for domain in _DOMAINS for split in (TRAIN, VAL)]
 
 

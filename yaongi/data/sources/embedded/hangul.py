@@ -1,7 +1,7 @@
 """Korean word forms: particles by the final consonant, endings by speech level, number words.
 
-Only what the sentence generator needs: syllables are composed and taken apart by their place in Unicode
-(U+AC00 + 588 · initial + 28 · vowel + final), so endings attach by rule; irregular verbs bring their forms along.
+It has only what the sentence generator needs. Syllables are composed and taken apart by their code points
+(U+AC00 + 588 · initial + 28 · vowel + final), so endings attach by rule; irregular verbs list their forms.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ _NATIVE_TENS = ("", "열", "스물", "서른", "마흔", "쉰", "예순", "일�
 
 
 def final_of(word: str) -> str:
-    """The final consonant of the last syllable (or digit) of `word`; a blank if it ends in a vowel.
+    """Return the final consonant of the last syllable (or digit) of `word`; a blank if it ends in a vowel.
 
     Raises:
         ValueError: the last character is neither Hangul nor a digit.
@@ -51,13 +51,13 @@ def final_of(word: str) -> str:
 
 
 def with_final(word: str, final: str) -> str:
-    """`word` with the final consonant of its last syllable set (a blank: taken away)."""
+    """Return `word` with the final consonant of its last syllable replaced (a blank: removed)."""
     code = ord(word[-1]) - _FIRST
     return word[:-1] + chr(_FIRST + code - code % 28 + _FINALS.index(final))
 
 
 def attach(word: str, particle: str) -> str:
-    """`word` with the fitting form of `particle`, which is named by its form after a consonant: 나무는, 서울로."""
+    """Return `word` with the right form of `particle`, which is named by its form after a consonant: 나무는, 서울로."""
     final = final_of(word)
     if particle == "으로":
         return word + ("로" if final in " ㄹ" else "으로")
@@ -67,7 +67,7 @@ def attach(word: str, particle: str) -> str:
 
 
 def copula(word: str, level: str) -> str:
-    """`word` and 이다 in the given speech level: 학생이에요, 친구예요."""
+    """Return `word` with 이다 in the given speech level: 학생이에요, 친구예요."""
     return word + _COPULA[level][final_of(word) == " "]
 
 
@@ -82,17 +82,17 @@ class Predicate:
 
     @classmethod
     def parse(cls, line: str) -> "Predicate":
-        """From `듣다 v 들어 들으`; the last word may be left out where it follows by rule."""
+        """Parse a line such as `듣다 v 들어 들으`; the last word may be left out if it is regular."""
         base, kind, infinitive, *rest = line.split()
         stem = base.removesuffix("다")
         regular = stem if final_of(stem) in " ㄹ" else stem + "으"
         return cls(stem, infinitive, rest[0] if rest else regular, kind == "a")
 
     def form(self, name: str, level: str) -> str:
-        """The form `name` (과거, 현재, 미래, 희망, 고, 서, 면, 지만, 는, 은, 을, 기) in a speech level.
+        """Return the form `name` (과거, 현재, 미래, 희망, 고, 서, 면, 지만, 는, 은, 을, 기) in a speech level.
 
         Raises:
-            ValueError: no such form.
+            ValueError: there is no such form.
         """
         short = with_final(self.stem, " ") if final_of(self.stem) == "ㄹ" else self.stem
         past = with_final(self.infinitive, "ㅆ")
@@ -128,10 +128,10 @@ class Predicate:
 
 
 def sino(number: int) -> str:
-    """`number` (0 to 99,999,999) in Sino-Korean words: 12,345 is 만 이천삼백사십오.
+    """Return `number` (0 to 99,999,999) in Sino-Korean words: 12,345 is 만 이천삼백사십오.
 
     Raises:
-        ValueError: out of range.
+        ValueError: `number` is out of range.
     """
     if not 0 <= number < 10**8:
         raise ValueError(f"hangul: number must be 0 to 99999999, got {number}")
@@ -156,10 +156,10 @@ def _below_myriad(number: int) -> str:
 
 
 def native(number: int) -> str:
-    """`number` (1 to 99) in native words as they stand before a counter: 한, 열두, 스무, 스물한.
+    """Return `number` (1 to 99) in native words, in the form before a counter: 한, 열두, 스무, 스물한.
 
     Raises:
-        ValueError: out of range.
+        ValueError: `number` is out of range.
     """
     if not 1 <= number <= 99:
         raise ValueError(f"hangul: number must be 1 to 99, got {number}")

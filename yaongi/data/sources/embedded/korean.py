@@ -1,9 +1,9 @@
 """Korean documents from templates: a seeded grammar that keeps one cast, place, season and speech level per document.
 
-`templates/*.txt` holds a kind of document per file, in sections with a sentence per line: `[여는 말]`, `[가운데]`,
-`[맺는 말]`, and before them `[말투]` with the speech levels that suit it, if not all do. In a sentence stand
+Each file of `templates/*.txt` is a kind of document, in sections with one sentence per line: `[여는 말]`, `[가운데]`,
+`[맺는 말]`, and before them `[말투]` with the speech levels that suit it, if not all do. A sentence may contain
 
-* `{사람:은}`: a word of `words.txt` with a fitting particle, or the copula (`{사람:이다}`);
+* `{사람:은}`: a word of `words.txt` with the right form of a particle, or with the copula (`{사람:이다}`);
   `{장소2}` is another place than `{장소}`;
 * `{native:2-9}`, `{sino:10-60}`, `{digit:10-99}`: a number in native or Sino-Korean words, or in figures;
 * `<먹다:과거>`: a predicate of `predicates.txt` in the document's speech level;
@@ -27,7 +27,7 @@ LEVEL_SECTION = "말투"
 
 
 def korean_documents(seed: int, count: int) -> Iterator[str]:
-    """`count` documents; document `i` depends on `seed` and `i` only."""
+    """Yield `count` documents; document `i` depends only on `seed` and `i`."""
     kinds = sorted(templates())
     for number in range(count):
         rng = random.Random(f"ko/{seed}/{number}")
@@ -35,13 +35,13 @@ def korean_documents(seed: int, count: int) -> Iterator[str]:
 
 
 def template_count() -> int:
-    """How many sentence templates there are."""
+    """Return the number of sentence templates."""
     return sum(len(sections[name]) for sections in templates().values() for name in SECTIONS)
 
 
 @cache
 def templates() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Kind of document, section, sentences.
+    """Read the templates: kind of document, then section, then sentences.
 
     Raises:
         ValueError: a file lacks a section.
@@ -57,21 +57,21 @@ def templates() -> dict[str, dict[str, tuple[str, ...]]]:
 
 @cache
 def words() -> dict[str, tuple[str, ...]]:
-    """The word lists by name."""
+    """Read the word lists by name."""
     sections = _sections(files("yaongi.data.sources.embedded").joinpath("words.txt").read_text("utf-8"))
     return {name: tuple(word.strip() for line in lines for word in line.split(",")) for name, lines in sections.items()}
 
 
 @cache
 def predicates() -> dict[str, Predicate]:
-    """Verbs and adjectives by dictionary form."""
+    """Read the verbs and adjectives by dictionary form."""
     lines = files("yaongi.data.sources.embedded").joinpath("predicates.txt").read_text("utf-8").splitlines()
     return {line.split()[0]: Predicate.parse(line) for line in lines if line.strip()}
 
 
 @dataclass
 class _Scene:
-    """What stays the same within a document."""
+    """The choices that stay the same within a document."""
 
     rng: random.Random
     level: str
@@ -133,7 +133,7 @@ def _texts(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def prose() -> Iterator[str]:
-    """The prose written for this project; in each file a line `***` stands between two pieces."""
+    """Yield the prose written for this project; in each file a line `***` separates documents."""
     for _, text in _texts("prose"):
         for piece in text.split("\n***\n"):
             yield piece.strip() + "\n"

@@ -1,6 +1,6 @@
-"""English and code that every Python brings: the language reference in `pydoc_data.topics`, docstrings, sources.
+"""English and code from every Python installation: the language reference in `pydoc_data.topics`, docstrings, sources.
 
-Nothing of it is shipped in this package; it is read from the installed Python, so it differs by version.
+This package ships none of it: it is read from the installed Python, so it differs by version.
 """
 
 import ast
@@ -18,7 +18,7 @@ _SHORTEST_DOCSTRING = 300
 
 
 def english_documents() -> Iterator[str]:
-    """The topics of the language reference, then docstrings of a paragraph or more."""
+    """Yield the topics of the language reference, then docstrings of a paragraph or more."""
     from pydoc_data.topics import topics
 
     docstrings = chain.from_iterable(_docstrings(path) for path in _modules())
@@ -26,7 +26,7 @@ def english_documents() -> Iterator[str]:
 
 
 def code_documents() -> Iterator[str]:
-    """Sources of the standard library, cut at lines into pieces of about 8,000 characters."""
+    """Yield sources of the standard library, cut at line ends into documents of about 8,000 characters."""
     yield from _up_to(
         chain.from_iterable(
             pieces(path.read_text("utf-8").splitlines(keepends=True), _PIECE_CHARACTERS) for path in _modules()
@@ -36,7 +36,7 @@ def code_documents() -> Iterator[str]:
 
 
 def _modules() -> list[Path]:
-    """Modules and packages of the standard library that are pure ASCII or UTF-8 text, without tests."""
+    """Return the files of standard library modules and of some packages, without generated and empty ones."""
     root = Path(sysconfig.get_path("stdlib"))
     packages = ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging", "xml")
     found = [*root.glob("*.py"), *chain.from_iterable((root / name).rglob("*.py") for name in packages)]
