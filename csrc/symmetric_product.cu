@@ -313,7 +313,7 @@ const char* yaongi_symmetric_product(YaongiType type, const YaongiMatrices& x, c
   p.squares = squares * (squares + 1) / 2;
   p.total = static_cast<int>(x.batch) * p.squares;
   p.k_blocks = static_cast<int>((x.columns + BLOCK_K - 1) / BLOCK_K);
-  p.one_operand = y.data == nullptr || y.data == x.data;
+  p.one_operand = y.data == nullptr || (y.data == x.data && y.row_stride == x.row_stride && y.batch_stride == x.batch_stride);
   p.alpha = alpha;
   p.beta = beta;
   p.addend = c.data;

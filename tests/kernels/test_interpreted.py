@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import assert_equal_to_float64
 
+from yaongi.kernels.backend import addressable
 from yaongi.kernels.causal_conv1d import reference
 from yaongi.kernels.cross_entropy import reference as cross_entropy_reference
 from yaongi.kernels.mamba_scan import reference as mamba_reference
@@ -148,8 +149,8 @@ def wide(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def mamba_inputs(B: int, L: int, H: int, P: int, G: int, N: int, documents: bool, optional: bool) -> tuple[Any, ...]:
-    """Return arguments of a scan; x, b and c are slices, without `optional` with odd strides and offsets."""
-    packed = torch.randn(B, L, H * P + 2 * G * N + (not optional))[..., int(not optional) :]
+    """Return arguments of a scan as its op hands them on; x, b and c are slices of one tensor."""
+    packed = torch.randn(B, L, H * P + 2 * G * N)
     x, b, c = packed.split([H * P, G * N, G * N], dim=-1)
     ids = (torch.rand(B, L) < 0.1).cumsum(1).int() if documents else None
     parameters = (
@@ -157,11 +158,11 @@ def mamba_inputs(B: int, L: int, H: int, P: int, G: int, N: int, documents: bool
     )
     A = -(2 * torch.rand(H)).exp()
     return (
-        x.unflatten(-1, (H, P)),
+        addressable(x.unflatten(-1, (H, P))),
         torch.randn(B, L, H),
         A,
-        b.unflatten(-1, (G, N)),
-        c.unflatten(-1, (G, N)),
+        addressable(b.unflatten(-1, (G, N))),
+        addressable(c.unflatten(-1, (G, N))),
         *parameters,
     )
 

@@ -4,7 +4,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,19 +63,17 @@ def test_the_other_presets_have_the_specified_shape() -> None:
 
 
 def test_count_command_needs_no_memory() -> None:
-    """Run `count nemotron-3-nano` in less than 5 s and less than 1 GB."""
+    """Run `count nemotron-3-nano` in less than 1 GB."""
     probe = (
         "import runpy, sys; sys.argv = ['count', 'count', 'nemotron-3-nano']\n"
         "try: runpy.run_module('yaongi.model', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
         "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "31,577,937,344" in done.stdout
     assert "FLOPs per token" in done.stdout
-    assert time.perf_counter() - start < 5
     assert int(done.stdout.split()[-2]) < 1_000_000  # kB, of the process itself
 
 

@@ -78,7 +78,7 @@ class PinnedRoutes:
         ids = self.chosen[self.calls % len(self.chosen)].to(logits.device)
         self.calls += 1
         scores = logits.sigmoid().gather(-1, ids)
-        weights = scale * scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        weights = scale * scores / scores.sum(-1, keepdim=True)
         load = torch.bincount(ids.flatten(), minlength=logits.shape[-1]).int()
         return ids.int(), weights.float() if logits.dtype != torch.float64 else weights, load
 

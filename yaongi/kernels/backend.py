@@ -1,8 +1,11 @@
 """Definition of ops, and the choice of the implementation that runs.
 
 Every op has a plain torch `reference`, and may have a `triton` and a `cuda` implementation with the same signature.
-CPU tensors take the reference. GPU tensors take the first of cuda, triton and reference that the machine and the
+CPU tensors take the reference. GPU tensors take the first of cuda, triton and reference that their GPU and the
 arguments allow. `use_backend` forces one of them: a call that it can't take is then an error.
+
+What every implementation may rely on is arranged here, once for all ops: autocast is off, the tensors' GPU is the
+current device, and the tensors that a fast implementation only reads are addressable (see `addressable`).
 """
 
 import functools
@@ -38,8 +41,9 @@ class Op:
     refuses: dict[Backend, Callable[..., str | None]]
     value_check: Callable[..., None] | None
     overload: torch._ops.OpOverload
-    pure: bool  # modifies none of its arguments
+    written: tuple[int, ...]  # positions of the arguments that it modifies
     resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
+    candidates: dict[int, list[tuple[Backend, Callable[..., str | None] | None]]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Call the op through torch's dispatcher, or directly where the dispatcher would add nothing.
@@ -47,7 +51,7 @@ class Op:
         The dispatcher and its Python autograd layer cost as much host time as the rest of a call (docs/LAB.md). So a
         call on plain tensors, without gradients, transforms or modes, goes straight to an implementation.
         """
-        if not self.pure or _dispatcher_needed(args):
+        if self.written or _dispatcher_needed(args):
             return self.overload(*args)
         return self.run_on_gpu(*args) if args[0].is_cuda else self.run_on_cpu(*args)
 
@@ -61,46 +65,99 @@ class Op:
             self.resolved[backend] = function
         return self.resolved[backend]
 
-    def unavailable(self, backend: Backend) -> str | None:
-        """Return why this machine can't run the op on a backend, or None if it can."""
+    @property
+    def family(self) -> str:
+        """The public op that this op belongs to: itself, or the op whose backward pass it is."""
+        return self.name.partition("_backward")[0]
+
+    def unavailable(self, backend: Backend, device: int = 0) -> str | None:
+        """Return why a GPU can't run the op on a backend, or None if it can."""
         if backend not in self.implementations:
             return "not written"
-        return unavailable(backend)
+        return unavailable(backend, device)
 
     def run_on_cpu(self, *args: Any) -> Any:
         """Run the reference, the only implementation for CPU tensors."""
-        forced = _forced.get(self.name) or _forced.get(None)
+        forced = self._forced_backend()
         if forced not in (None, "reference"):
             raise RuntimeError(f'{self.name}: use_backend("{forced}") needs tensors on a GPU, got tensors on the CPU')
         return self._run("reference", args)
 
     def run_on_gpu(self, *args: Any) -> Any:
         """Run the forced implementation, or the first that takes these arguments."""
-        forced = _forced.get(self.name) or _forced.get(None)
+        device, forced = _first_tensor(args).get_device(), self._forced_backend()
+        if forced != "reference":
+            args = tuple(arg if i in self.written else _addressable(arg) for i, arg in enumerate(args))
         if forced is not None:
-            reason = self.unavailable(forced) or self._refusal(forced, args)
+            reason = self.unavailable(forced, device) or self._refusal(forced, args)
             if reason:
                 raise RuntimeError(f'{self.name}: use_backend("{forced}") is impossible here: {reason}')
-            return self._run(forced, args)
-        return self._run(self.pick(args), args)
+        backend = forced or self.pick(args, device)
+        if device == torch.cuda.current_device():
+            return self._run(backend, args)
+        with torch.cuda.device(device):
+            return self._run(backend, args)
 
-    def pick(self, args: tuple[Any, ...]) -> Backend:
+    def pick(self, args: tuple[Any, ...], device: int = 0) -> Backend:
         """Return the first backend that takes these arguments on a GPU; the reference takes all."""
-        return next(backend for backend, refuses in self.candidates if refuses is None or refuses(*args) is None)
+        if device not in self.candidates:
+            usable = [backend for backend in BACKENDS if self.unavailable(backend, device) is None]
+            self.candidates[device] = [(backend, self.refuses.get(backend)) for backend in usable]
+        return next(
+            backend for backend, refuses in self.candidates[device] if refuses is None or refuses(*args) is None
+        )
 
-    @functools.cached_property
-    def candidates(self) -> list[tuple[Backend, Callable[..., str | None] | None]]:
-        """Return the backends that this machine's GPU can run, in order of preference, each with its `refuses`."""
-        return [(backend, self.refuses.get(backend)) for backend in BACKENDS if self.unavailable(backend) is None]
+    def _forced_backend(self) -> Backend | None:
+        return _forced.get(self.family) or _forced.get(None)
 
     def _refusal(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
         refuses = self.refuses.get(backend)
         return refuses(*args) if refuses else None
 
     def _run(self, backend: Backend, args: tuple[Any, ...]) -> Any:
+        device_type = _first_tensor(args).device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return self._run(backend, args)
         if _value_checks and self.value_check:
             self.value_check(*args)
-        return self.implementation(backend)(*args)
+        results = self.implementation(backend)(*args)
+        if self.written and backend != "reference":  # torch counts its own writes, which the reference makes
+            torch.autograd.graph.increment_version([t for i in self.written for t in _tensors(args[i])])
+        return results
+
+
+def addressable(t: Tensor) -> Tensor:
+    """Return a tensor that the fast kernels can read in place: this one, or a contiguous copy.
+
+    They read in place what starts at a multiple of 16 bytes and is contiguous, or has unit stride along the last
+    dimension and positive multiples of 16 bytes as its other strides, as TMA needs them. The strides of dimensions of
+    size 1 don't count.
+    """
+    if t.data_ptr() % 16 == 0 and (t.is_contiguous() or _tma_can_read(t)):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _tma_can_read(t: Tensor) -> bool:
+    *outer, last = zip(t.shape, t.stride(), strict=True)
+    size = t.element_size()
+    return last[1] == 1 and all(n == 1 or (stride > 0 and stride * size % 16 == 0) for n, stride in outer)
+
+
+def _addressable(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return addressable(arg)
+    return [addressable(t) for t in arg] if isinstance(arg, list) and arg and isinstance(arg[0], torch.Tensor) else arg
+
+
+def _tensors(arg: Any) -> list[Tensor]:
+    return arg if isinstance(arg, list) else [arg]
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    """Return the first tensor of a call; all its tensors are on one device."""
+    return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
 
 
 def _dispatcher_needed(args: tuple[Any, ...]) -> bool:
@@ -150,7 +207,9 @@ def define(
             refuses["cuda"] = cuda_refuses
     _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
     overload = getattr(torch.ops.yaongi, name).default
-    op = OPS[name] = Op(name, implementations, refuses, value_check, overload, pure="!" not in schema)
+    arguments = overload._schema.arguments
+    written = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    op = OPS[name] = Op(name, implementations, refuses, value_check, overload, written)
     _library.impl(name, op.run_on_cpu, "CPU")
     _library.impl(name, op.run_on_gpu, "CUDA")
     torch.library.register_fake(f"yaongi::{name}", fake, lib=_library)
@@ -179,13 +238,15 @@ def refuses_float64(*args: Any) -> str | None:
 
 
 @functools.cache
-def unavailable(backend: Backend) -> str | None:
-    """Return why this machine can't run a backend, in one line, or None if it can."""
+def unavailable(backend: Backend, device: int = 0) -> str | None:
+    """Return why a GPU of this machine can't run a backend, in one line, or None if it can."""
     if backend == "reference":
         return None
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible to torch"
-    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is not None:
+        return "the kernels hold PTX, which an AMD GPU can't run"
+    capability = torch.cuda.get_device_capability(device)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install triton"
@@ -214,6 +275,8 @@ def _load_library() -> str | None:
 class use_backend:
     """Forces a backend, for every op or for one: `use_backend("triton")`, `use_backend("reference", op="moe")`.
 
+    A public op's name stands for its backward pass too.
+
     It takes effect immediately and in every thread; as a context manager it restores the previous choice at its end.
     `use_backend(None)` returns to the automatic choice.
 
@@ -224,8 +287,12 @@ class use_backend:
     def __init__(self, backend: Backend | None, *, op: str | None = None) -> None:
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"use_backend: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-        if op is not None and op not in OPS:
-            raise ValueError(f"use_backend: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
+        families = {op.family for op in OPS.values()}
+        if op is not None and op not in families:
+            raise ValueError(f"use_backend: op must be one of {', '.join(sorted(families))}, got {op!r}")
+        if backend is not None and op is not None and backend not in OPS[op].implementations:
+            written = " or ".join(OPS[op].implementations)
+            raise ValueError(f"use_backend: backend must be {written} for op={op!r}, got {backend!r}")
         reason = unavailable(backend) if backend else None
         if reason:
             raise RuntimeError(f'use_backend: "{backend}" can\'t run here: {reason}')

@@ -30,12 +30,14 @@ class Arguments:
         dtypes: Collection[torch.dtype] = FLOAT_DTYPES,
         *,
         unit_stride: bool = False,
+        written: bool = False,
     ) -> None:
         """Check a tensor's rank, sizes, dtype and device, and record the size of each letter.
 
         Args:
             dims: a letter per dimension; a leading `"..."` stands for any number of dimensions.
             unit_stride: the last dimension must be contiguous.
+            written: no two elements may share memory, because the op writes the tensor.
 
         Raises:
             TypeError: kind, dtype or device. ValueError: shape or stride.
@@ -50,10 +52,11 @@ class Arguments:
         elif value.device != self.device:
             raise TypeError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
         self._shape(name, value.shape, dims)
+        strides = tuple(value.stride())
+        if written and any(stride == 0 and size > 1 for size, stride in zip(value.shape, strides, strict=True)):
+            raise ValueError(f"{self.op}: {name} must not be expanded, for it is written, got strides {strides}")
         if unit_stride and value.shape[-1] > 1 and value.stride(-1) != 1:
-            raise ValueError(
-                f"{self.op}: {name} must have stride 1 along {dims[-1]}, got strides {tuple(value.stride())}"
-            )
+            raise ValueError(f"{self.op}: {name} must have stride 1 along {dims[-1]}, got strides {strides}")
 
     def optional(
         self, name: str, value: object, dims: tuple[str, ...], dtypes: Collection[torch.dtype] = FLOAT_DTYPES

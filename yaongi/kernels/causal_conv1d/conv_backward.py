@@ -17,7 +17,6 @@ from yaongi.kernels.causal_conv1d.conv_forward import (
     load_input,
     load_tap,
     strip_config,
-    with_unit_stride,
 )
 from yaongi.kernels.common.column_sums import column_sums
 
@@ -197,7 +196,6 @@ def causal_conv1d_backward_triton(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
     partial = x.new_empty(batch * strips, width + 1, channels, dtype=torch.float32)
-    document_ids = with_unit_stride(document_ids)
     if batch * channels:
         grid = (triton.cdiv(channels, config.block_c), strips, batch)
         _causal_conv1d_backward_kernel[grid](

@@ -194,7 +194,6 @@ def causal_conv1d_triton(
     (batch, length, channels), width = x.shape, weight.shape[1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = x.new_empty((batch, channels, width - 1) if return_final_state else (0,))
-    document_ids = with_unit_stride(document_ids)
     config = strip_config(FORWARD, batch, length, channels)
     if batch * channels:
         grid = (triton.cdiv(channels, config.block_c), triton.cdiv(length, config.rows), batch)
@@ -222,9 +221,3 @@ def causal_conv1d_triton(
             num_warps=config.num_warps,
         )
     return y, final
-
-
-def with_unit_stride(document_ids: Tensor | None) -> Tensor | None:
-    if document_ids is None or document_ids.stride(1) == 1:
-        return document_ids
-    return document_ids.contiguous()

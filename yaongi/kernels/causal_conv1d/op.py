@@ -60,7 +60,6 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, dy: Tensor | None, dfinal_state: Tensor | None):  # type: ignore[no-untyped-def]
     x, weight, bias, document_ids, initial_state = ctx.saved_tensors
     dy = x.new_zeros(x.shape) if dy is None else dy
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dfinal_state = dfinal_state if ctx.return_final_state else None
     dx, dweight, dbias, dinitial_state = _backward_op(
         dy, dfinal_state, x, weight, bias, document_ids, initial_state, ctx.activation
@@ -212,7 +211,7 @@ def causal_conv1d_step(
     args = check.Arguments("causal_conv1d_step")
     args.tensor("x", x, ("B", "C"), unit_stride=True)
     _check_filter(args, x, weight, bias, activation)
-    args.tensor("state", state, ("B", "C", "W-1"), (x.dtype,))
+    args.tensor("state", state, ("B", "C", "W-1"), (x.dtype,), written=True)
     return _step_op(x, state, weight, bias, activation)
 
 

@@ -53,7 +53,7 @@ def causal_conv1d_backward_reference(
         gate = torch.sigmoid(pre)
         dpre = dpre * gate * (1 + pre * (1 - gate))
     dextended = torch.zeros_like(extended)  # (B, W − 1 + L, C)
-    dweight = torch.zeros_like(weight, dtype=wide)
+    dweight = weight.new_zeros(weight.shape, dtype=wide)
     for k, mask in enumerate(masks):
         dtap = _masked(dpre, mask)
         dextended[:, k : k + length] += dtap * weight[:, k].to(wide)

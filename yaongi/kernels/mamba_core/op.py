@@ -39,8 +39,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(xbc, scanned, *tensors)
 
 
-def _backward(ctx, dy: Tensor, *unused: None):  # type: ignore[no-untyped-def]
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+def _backward(ctx, dy: Tensor | None, *unused: None):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * (len(NAMES) + 3)
     return *_backward_op(dy, *ctx.saved_tensors, ctx.groups, ctx.eps), None, None, None
 
 

@@ -156,7 +156,7 @@ def _mamba_scan_decays_kernel(
     inside = (row < L) & (head < H)
     delta = load_delta(dt_ptr, bias_ptr, batch, row, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
     A = tl.load(A_ptr + head, mask=head < H, other=0.0).to(tl.float64)
-    exponent = tl.maximum(delta.to(tl.float64) * (A * LOG2E), ZERO_DECAY)
+    exponent = tl.maximum(delta.to(tl.float64) * (A * LOG2E), ZERO_DECAY, propagate_nan=tl.PropagateNan.ALL)
     if HAS_DOCUMENTS:
         document_ptr += batch * L
         document = tl.load(document_ptr + row, mask=row < L, other=0)

@@ -257,7 +257,7 @@ def mamba_step(
         TypeError: kind, dtype or device. ValueError: shape or stride.
     """
     args = check.Arguments("mamba_step")
-    args.tensor("state", state, ("B", "H", "P", "N"), (torch.float16, *WIDE))
+    args.tensor("state", state, ("B", "H", "P", "N"), (torch.float16, *WIDE), written=True)
     _check_operands(args, ("B",), x, dt, A, b, c, D, dt_bias)
     return _step_op(state, x, dt, A, b, c, D, dt_bias)
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from yaongi.kernels.common.dtypes import compute_dtype
 
 Tensor = torch.Tensor
+ZERO_DECAY = -1e4  # exponent of a decay that is zero in float64; sums of larger ones would bury the small exponents
 CHUNK = 64  # the fastest on two CPU cores at L = 1024, H = 8, P = N = 64; any length gives the same result
 
 
@@ -173,7 +174,7 @@ def _chunked(
     groups, wide = b.shape[2], delta.dtype
     dtype = x.dtype if x.dtype.itemsize == 2 else wide
     x, delta = (_by_group(_cut(t.to(wide), chunk), groups) for t in (x, delta))
-    exponents = delta.double() * A.double().view(groups, -1)  # (B, Z, Q, G, R), never positive
+    exponents = (delta.double() * A.double().view(groups, -1)).clamp(min=ZERO_DECAY)  # (B, Z, Q, G, R), ≤ 0
     since_entry = exponents.cumsum(2)
     sums = since_entry.movedim(2, -1)  # (B, Z, G, R, Q)
     within = sums.unsqueeze(-1) - sums.unsqueeze(-2)  # (B, Z, G, R, Q, Q)

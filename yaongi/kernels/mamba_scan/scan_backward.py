@@ -16,16 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from yaongi.kernels.common.column_sums import column_sums
-from yaongi.kernels.common.descriptors import addressable, descriptor
+from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.mamba_scan.chunk_states import scan_states
+from yaongi.kernels.mamba_scan.decay_gradients import decay_gradients
 from yaongi.kernels.mamba_scan.decays import (
     CHUNK,
-    LOG2E,
     PLANES,
     Scan,
     load_decays,
-    load_delta,
     load_into,
     load_out,
     load_step,
@@ -36,8 +34,6 @@ from yaongi.kernels.mamba_scan.decays import (
 from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, state_block, store_tile
 
 Tensor = torch.Tensor
-# log2 of the smallest decay through which a gradient flows; below it, the gradient would only be rounding error.
-UNDERFLOW = tl.constexpr(-126.0)
 
 # By bytes per element; the 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
 GRADIENTS = {2: Config(num_warps=8, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
@@ -77,6 +73,7 @@ def _mamba_scan_gradients_kernel(
     heads_per_group,
     chunks,
     HAS_D: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # add db and dc to the sums of other heads' launches, which are fp32
     CHUNK: tl.constexpr,
     BLOCKS_P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -137,67 +134,13 @@ def _mamba_scan_gradients_kernel(
         tl.store(sums_row + tl.arange(0, CHUNK)[:, None] * 4 + tl.arange(0, 4)[None, :], sums)
     narrow = dscores.to(b.dtype)
     dc = tl.dot(narrow, b, dc, input_precision="ieee")
+    if ACCUMULATE:
+        dc += load_tile(dc_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     store_tile(dc_desc, batch, start, group, 0, dc, CHUNK, BLOCK_N)
     db = tl.dot(narrow.T, c, db, input_precision="ieee")
+    if ACCUMULATE:
+        db += load_tile(db_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     store_tile(db_desc, batch, start, group, 0, db, CHUNK, BLOCK_N)
-
-
-@triton.jit
-def _mamba_scan_decays_backward_kernel(
-    sums_ptr,  # (B, H, BLOCKS_P, padded, 4)
-    dt_ptr,  # (B, L, H)
-    A_ptr,  # (H)
-    bias_ptr,  # (H)
-    ddt_ptr,  # (B, L, H)
-    partial_ptr,  # (3, B · chunks, H): gradients of A, D and dt_bias
-    L,
-    H,
-    padded,
-    stride_b,
-    stride_l,
-    stride_h,
-    stride_gb,
-    stride_gl,
-    stride_gh,
-    HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCKS_P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Compute da_k = Σ_{i ≥ k} (…) + Σ_{j < k} (…) per chunk, dδ = A·da + x·du, and d(dt) = dδ·(1 − e^−δ)."""
-    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[:, None]
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    batch = tl.program_id(2).to(tl.int64)
-    known = head < H
-    inside = known & (token < L)
-    direct = tl.zeros((CHUNK, BLOCK_H), tl.float32)
-    after, earlier, skip = direct, direct, direct
-    for k in tl.static_range(BLOCKS_P):
-        place = sums_ptr + (((batch * H + head) * BLOCKS_P + k) * padded + token) * 4
-        direct += tl.load(place, mask=known, other=0.0)
-        after += tl.load(place + 1, mask=known, other=0.0)
-        earlier += tl.load(place + 2, mask=known, other=0.0)
-        if HAS_D:
-            skip += tl.load(place + 3, mask=known, other=0.0)
-    delta = load_delta(dt_ptr, bias_ptr, batch, token, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
-    A = tl.load(A_ptr + head, mask=known, other=0.0)
-    dexponent = tl.cumsum(after, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier)
-    dexponent = tl.where(delta * A * LOG2E < UNDERFLOW, 0.0, dexponent)
-    # σ = 1 − e^−δ is softplus' derivative. σ/δ isn't a division for small δ, which may be flushed to zero.
-    small = delta < 1e-3
-    sigmoid = tl.where(small, delta * (1.0 - delta / 2), 1.0 - tl.exp(-delta))
-    ratio = tl.where(small, 1.0 - delta / 2, sigmoid / tl.maximum(delta, 1e-3))
-    ddt = tl.where(inside, A * dexponent * sigmoid + direct * ratio, 0.0)
-    place = ddt_ptr + batch * stride_gb + token.to(tl.int64) * stride_gl + head * stride_gh
-    tl.store(place, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
-    place = partial_ptr + (batch * tl.num_programs(0) + tl.program_id(0)) * H + head
-    parts = tl.num_programs(2) * tl.num_programs(0) * H
-    tl.store(place, tl.sum(delta * dexponent, 0)[None, :], mask=known)
-    if HAS_D:
-        tl.store(place + parts, tl.sum(skip, 0)[None, :], mask=known)
-    if HAS_BIAS:
-        tl.store(place + 2 * parts, tl.sum(ddt, 0)[None, :], mask=known)
 
 
 @dataclass(frozen=True)
@@ -208,6 +151,7 @@ class Gradients:
     ddt: Tensor  # (B, L, H)
     db: Tensor  # (B, L, G, N)
     dc: Tensor  # (B, L, G, N)
+    accumulated: bool = False  # db and dc are fp32 sums over heads, and are added to
 
 
 def scan_gradients(
@@ -243,6 +187,7 @@ def scan_gradients(
         H // G,
         scan.chunks,
         HAS_D=D is not None,
+        ACCUMULATE=out.accumulated,
         CHUNK=scan.chunk,
         BLOCKS_P=blocks_p,
         BLOCK_P=block_p,
@@ -251,35 +196,6 @@ def scan_gradients(
         num_stages=config.num_stages,
     )
     return sums
-
-
-def decay_gradients(
-    scan: Scan, ddt: Tensor, sums: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, *, has_d: bool
-) -> Tensor:
-    """Write ddt; return the gradients of A, D and dt_bias, (3, H) in fp32."""
-    B, H, blocks_p = sums.shape[:3]
-    partial = torch.empty(3, B * scan.chunks, H, dtype=torch.float32, device=dt.device)
-    block_h = min(4, triton.next_power_of_2(H))
-    _mamba_scan_decays_backward_kernel[(scan.chunks, triton.cdiv(H, block_h), B)](
-        sums,
-        dt,
-        A.contiguous(),
-        None if dt_bias is None else dt_bias.contiguous(),
-        ddt,
-        partial,
-        scan.length,
-        H,
-        scan.padded,
-        *dt.stride(),
-        *ddt.stride(),
-        HAS_D=has_d,
-        HAS_BIAS=dt_bias is not None,
-        BLOCKS_P=blocks_p,
-        CHUNK=scan.chunk,
-        BLOCK_H=block_h,
-        num_warps=2,
-    )
-    return column_sums(partial)
 
 
 def _slice_gradients(
@@ -297,33 +213,33 @@ def _slice_gradients(
     first: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Write the gradients of one slice of heads; return those of A, D and dt_bias, (3, H), and the initial state's."""
-    dlast, first = (None if t is None else addressable(t.contiguous()) for t in (dlast, first))
+    dlast, first = (None if t is None else t.contiguous() for t in (dlast, first))
     dfirst = None if first is None else torch.empty_like(first)
     scan = scan_decays(x, dt, A, dt_bias, document_ids, backward=True)
     states = scan_states(scan, x, b, first, None)
     dstates = scan_states(scan, dy, c, dlast, dfirst, reverse=True)
     sums = scan_gradients(scan, out, dy, x, b, c, D, states, dstates)
-    return decay_gradients(scan, out.ddt, sums, dt, A, dt_bias, has_d=D is not None), dfirst
+    return decay_gradients(scan, out.ddt, sums, dt, A, dt_bias, document_ids, has_d=D is not None), dfirst
 
 
-def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice, slice, int]]:
+def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice, slice]]:
     """Cut the heads into slices whose states take at most STATES_BYTES each, or into single heads.
 
     A slice is one or more complete groups, or, if one group is still too large, a part of one group's heads.
 
     Returns:
-        For each slice its heads, its groups, and the index of its part within the group.
+        For each slice its heads and its groups.
     """
     wanted, heads_per_group = states_bytes / STATES_BYTES, heads // groups
-    pieces = next((n for n in range(1, groups) if groups % n == 0 and n >= wanted), groups)
+    cuts = next((n for n in range(1, groups) if groups % n == 0 and n >= wanted), groups)
     parts = next(
-        (n for n in range(1, heads_per_group) if heads_per_group % n == 0 and n * pieces >= wanted), heads_per_group
+        (n for n in range(1, heads_per_group) if heads_per_group % n == 0 and n * cuts >= wanted), heads_per_group
     )
-    parts = parts if pieces == groups else 1
+    parts = parts if cuts == groups else 1
     slices = []
-    for i in range(pieces * parts):
-        width, first_group, part = heads // (pieces * parts), (i // parts) * (groups // pieces), i % parts
-        slices.append((slice(i * width, (i + 1) * width), slice(first_group, first_group + groups // pieces), part))
+    for i in range(cuts * parts):
+        width, first_group = heads // (cuts * parts), (i // parts) * (groups // cuts)
+        slices.append((slice(i * width, (i + 1) * width), slice(first_group, first_group + groups // cuts)))
     return slices
 
 
@@ -343,16 +259,14 @@ def fill_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Write dx, ddt, db and dc, which TMA must be able to address; return dA, dD, ddt_bias and dinitial_state."""
     (B, L, H, P), (G, N) = x.shape, b.shape[2:]
-    dy, x, b, c = (addressable(t) for t in (dy, x, b, c))
     slices = slices_of(2 * B * H * L * P * N * x.element_size() / CHUNK[x.element_size()], H, G)
-    parts = 1 + slices[-1][2]
-    db, dc = out.db[None], out.dc[None]
-    if parts > 1:  # parts of a group's sum stay in fp32, and only their sum is rounded
-        db, dc = (torch.empty(parts, *b.shape, dtype=torch.float32, device=b.device) for _ in range(2))
+    db, dc, in_parts = out.db, out.dc, len(slices) > G
+    if in_parts:  # a group's sum over its heads comes from several launches: it stays in fp32 and is rounded once
+        db, dc = (torch.zeros(b.shape, dtype=torch.float32, device=b.device) for _ in range(2))
     parameters, dfirsts = [], []
-    for heads, groups, part in slices:
+    for heads, groups in slices:
         of_slice = _slice_gradients(
-            Gradients(out.dx[:, :, heads], out.ddt[:, :, heads], db[part][:, :, groups], dc[part][:, :, groups]),
+            Gradients(out.dx[:, :, heads], out.ddt[:, :, heads], db[:, :, groups], dc[:, :, groups], in_parts),
             dy[:, :, heads],
             None if dfinal_state is None else dfinal_state[:, heads],
             x[:, :, heads],
@@ -367,9 +281,9 @@ def fill_gradients(
         )
         parameters.append(of_slice[0])
         dfirsts.append(of_slice[1])
-    if parts > 1:
-        out.db.copy_(db.sum(0))
-        out.dc.copy_(dc.sum(0))
+    if in_parts:
+        out.db.copy_(db)
+        out.dc.copy_(dc)
     dA, dD, ddt_bias = parameters[0] if len(slices) == 1 else torch.cat(parameters, dim=1)
     dD, ddt_bias = (x.new_empty(0) if t is None else d.to(t.dtype) for t, d in ((D, dD), (dt_bias, ddt_bias)))
     return dA, dD, ddt_bias, x.new_empty(0) if initial_state is None else torch.cat(dfirsts, dim=1)

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from yaongi.kernels.common.descriptors import addressable
 from yaongi.kernels.mamba_scan.chunk_states import segment_entries
 from yaongi.kernels.mamba_scan.decays import (
     PLANES,
@@ -115,9 +114,8 @@ def mamba_scan_triton(
     final = torch.empty((B, H, P, N) if return_final_state else 0, dtype=torch.float32, device=x.device)
     if not x.numel():
         return y, final
-    x, b, c = addressable(x), addressable(b), addressable(c)
     scan = scan_decays(x, dt, A, dt_bias, document_ids)
-    first = None if initial_state is None else addressable(initial_state.contiguous())
+    first = None if initial_state is None else initial_state.contiguous()
     entry = segment_entries(scan, x, b, first)
     block_p, block_n = state_block(x, N)
     config = OUTPUT[x.element_size()]

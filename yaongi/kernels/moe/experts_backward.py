@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from yaongi.kernels.common.descriptors import addressable, matrix_descriptor
+from yaongi.kernels.common.descriptors import descriptor, matrix_descriptor
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
     Config,
@@ -210,14 +209,14 @@ def moe_dw(
     """Write, or add to out, each expert's Σ gathered ⊗ row, (E, G, R), or Σ row ⊗ gathered, (E, R, G)."""
     R, G = rows.shape[1], gathered.shape[1]
     block_r, block_g = fit_block(DW.block_r, R), fit_block(DW.block_g, G)
-    box = [1, block_g, block_r] if gather_left else [1, block_r, block_g]
+    box = (block_g, block_r) if gather_left else (block_r, block_g)
     _moe_dw_kernel[(out.shape[0] * triton.cdiv(R, block_r) * triton.cdiv(G, block_g),)](
         matrix_descriptor(rows, DW.block_k, block_r),
         gathered,
         plan.token,
         plan.offset,
         None if accumulate else out,
-        TensorDescriptor.from_tensor(out, box) if accumulate else None,
+        descriptor(out, *box) if accumulate else None,
         R,
         G,
         gathered.stride(0),
@@ -265,7 +264,6 @@ def _backward(
     if not T:
         return x.new_empty(x.shape), expert_weights.new_empty(T, K)
     plan = dispatch(expert_ids, w_up.shape[0])
-    x, dy = addressable(x), addressable(dy)
     dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
     moe_dw(dh, x, dw_up, plan, gather_left=False, accumulate=accumulate)
     moe_dw(ga, dy, dw_down, plan, gather_left=True, accumulate=accumulate)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from yaongi.kernels.common.descriptors import addressable, matrix_descriptor
+from yaongi.kernels.common.descriptors import matrix_descriptor
 from yaongi.kernels.moe.dispatch import Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
     Config,
@@ -95,6 +95,6 @@ def moe_triton(
     if not T:
         return x.new_empty(x.shape), x.new_empty(0, w_up.shape[1])
     plan = dispatch(expert_ids, w_up.shape[0])
-    a = moe_up(addressable(x), w_up.contiguous(), plan)
+    a = moe_up(x, w_up.contiguous(), plan)
     parts = moe_grouped_gemm(a, w_down.contiguous(), plan, expert_weights.contiguous())
     return moe_combine(parts, plan, T, K), a

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from yaongi.kernels import backend, check
 from yaongi.kernels.moe.reference import (
@@ -108,8 +109,10 @@ def _value_check(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, ex
         raise ValueError(f"moe: expert_ids must name an expert once per token, got {repeated} twice in token {token}")
 
 
-def _triton_refuses(x: Tensor, w_up: Tensor, *rest: Tensor) -> str | None:
+def _triton_refuses(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, *rest: Tensor) -> str | None:
     _, F, D = w_up.shape
+    if not expert_ids.shape[1]:
+        return "it takes K of 1 or more, got 0"
     if x.dtype not in check.HALF_DTYPES:
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
     if D % 16 or F % 16:
@@ -118,6 +121,12 @@ def _triton_refuses(x: Tensor, w_up: Tensor, *rest: Tensor) -> str | None:
 
 
 def _backward_triton_refuses(dy: Tensor, *inputs: Tensor) -> str | None:
+    return _triton_refuses(*inputs)
+
+
+def _accumulate_triton_refuses(dy: Tensor, *inputs: Tensor) -> str | None:
+    if any(dw.data_ptr() % 16 for dw in inputs[-2:]):
+        return "it takes weight gradients that start at a multiple of 16 bytes"
     return _triton_refuses(*inputs)
 
 
@@ -143,7 +152,7 @@ _accumulate_op = backend.define(
     reference=moe_backward_accumulate_reference,
     fake=_accumulate_fake,
     triton="yaongi.kernels.moe.experts_backward:moe_backward_accumulate_triton",
-    triton_refuses=_backward_triton_refuses,
+    triton_refuses=_accumulate_triton_refuses,
 )
 backend.define_autograd("moe", _backward, _setup_context)
 backend.define_no_autograd("moe_backward")
@@ -168,6 +177,7 @@ class _Accumulating(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweights = _accumulate_op(*grads, *ctx.saved_tensors, *ctx.weight_gradients)
         return dx, None, None, None, dweights, None
@@ -177,7 +187,8 @@ def moe_route(logits: Tensor, bias: Tensor, top_k: int, scale: float = 1.0) -> t
     """Choose each token's experts and weigh them.
 
     With scores = sigmoid(logits), a token takes the K experts with the largest score + bias, in descending order, ties
-    to the lowest index. Its weights are their scores without bias, divided by the scores' sum + 1e-20, times `scale`.
+    to the lowest index; a NaN ranks highest. Its weights are their scores without bias, divided by the scores' sum,
+    times `scale`.
 
     Args:
         logits: (T, E), float32 (float64 too, for tests of gradients).

@@ -6,9 +6,9 @@ Sizes: T tokens, D model width, E experts, F expert width, K experts per token, 
 from collections.abc import Iterator
 
 import torch
+from torch.nn import functional as F
 
 Tensor = torch.Tensor
-EPSILON = 1e-20  # keeps the weights finite when every chosen score is zero
 
 
 def moe_route_reference(
@@ -18,15 +18,18 @@ def moe_route_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (T, K), (T, K), (E)
     """Return each token's K experts by score + bias, their weights by the score alone, and each expert's load."""
-    scores = logits.sigmoid()
-    ranked = (scores + bias).sort(dim=-1, descending=True, stable=True)  # stable: ties go to the lowest index
+    ranked = (logits.sigmoid() + bias).sort(dim=-1, descending=True, stable=True)  # ties go to the lowest index
     expert_ids = ranked.indices[:, :top_k].contiguous()
-    chosen = scores.gather(-1, expert_ids).contiguous()
-    expert_weights = scale * (chosen / (chosen.sum(-1, keepdim=True) + EPSILON))
+    expert_weights = scale * _shares(logits.gather(-1, expert_ids))
     expert_ids = expert_ids.int()
     load = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
     load.index_add_(0, expert_ids.flatten(), torch.ones_like(expert_ids).flatten())
     return expert_ids, expert_weights, load
+
+
+def _shares(chosen: Tensor) -> Tensor:
+    """Return σ(logit) / Σ σ(logit) of the chosen logits (T, K), as the softmax of log σ: exact for any logit."""
+    return F.logsigmoid(chosen).softmax(-1)
 
 
 def moe_route_backward_reference(
@@ -38,8 +41,7 @@ def moe_route_backward_reference(
     """Return dlogits from the gradient of the weights; zero for experts that were not chosen."""
     ids = expert_ids.long()
     chosen = logits.gather(-1, ids)
-    scores = chosen.sigmoid()
-    share = scores / (scores.sum(-1, keepdim=True) + EPSILON)
+    share = _shares(chosen)
     mean = (share * dweights).sum(-1, keepdim=True)
     dchosen = scale * share * (dweights - mean) * (-chosen).sigmoid()
     return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_(-1, ids, dchosen)

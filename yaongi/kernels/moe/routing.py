@@ -6,7 +6,24 @@ import triton.language as tl
 
 Tensor = torch.Tensor
 
-EPSILON = tl.constexpr(1e-20)  # keeps the weights finite when every chosen score is zero
+TAKEN = tl.constexpr(-(2**31))  # a rank below that of −∞
+
+
+@triton.jit
+def rank(value):
+    """Return an int32 that orders floats as torch's sort does: −∞ first, −0 equal to 0, NaN after ∞."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(value != value, 0x7FFFFFFF, ordered)
+
+
+@triton.jit
+def shares(logits, chosen):
+    """Return σ(logit) / Σ σ(logit) over the chosen ones of each row, as the softmax of log σ: exact for any logit."""
+    log_scores = tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
+    largest = tl.max(tl.where(chosen & (log_scores == log_scores), log_scores, float("-inf")), axis=1)[:, None]
+    weights = tl.where(chosen, tl.exp(log_scores - largest), 0.0)
+    return weights / tl.sum(weights, axis=1)[:, None]
 
 
 @triton.jit
@@ -25,14 +42,14 @@ def _moe_route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Pick the largest score + bias K times, ties to the lowest index; weights come from the scores alone."""
+    """Pick the largest score + bias K times, ties to the lowest index; weights come from the logits alone."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     k_index = tl.arange(0, BLOCK_K)
     known = (t < T)[:, None] & (e < E)[None, :]
-    scores = tl.sigmoid(tl.load(logits_ptr + t.to(tl.int64)[:, None] * stride_t + e[None, :], mask=known, other=0.0))
+    logits = tl.load(logits_ptr + t.to(tl.int64)[:, None] * stride_t + e[None, :], mask=known, other=0.0)
     bias = tl.load(bias_ptr + e, mask=e < E, other=0.0)
-    ranked = tl.where((e < E)[None, :], scores + bias[None, :], float("-inf"))
+    ranked = tl.where((e < E)[None, :], rank(tl.sigmoid(logits) + bias[None, :]), TAKEN)
     ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
     chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     taken = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
@@ -40,10 +57,10 @@ def _moe_route_kernel(
         best = tl.argmax(ranked, axis=1, tie_break_left=True)
         here = e[None, :] == best[:, None]
         ids = tl.where(k_index[None, :] == k, best[:, None], ids)
-        chosen = tl.where(k_index[None, :] == k, tl.sum(tl.where(here, scores, 0.0), axis=1)[:, None], chosen)
+        chosen = tl.where(k_index[None, :] == k, tl.sum(tl.where(here, logits, 0.0), axis=1)[:, None], chosen)
         taken += here.to(tl.int32)
-        ranked = tl.where(here, float("-inf"), ranked)
-    weights = scale * (chosen / (tl.sum(chosen, axis=1) + EPSILON)[:, None])
+        ranked = tl.where(here, TAKEN, ranked)
+    weights = scale * shares(chosen, (k_index < K)[None, :])
     place = t.to(tl.int64)[:, None] * K + k_index[None, :]
     stored = (t < T)[:, None] & (k_index < K)[None, :]
     tl.store(ids_ptr + place, ids, mask=stored)
@@ -74,9 +91,9 @@ def _moe_route_backward_kernel(
     place = t.to(tl.int64)[:, None] * K + k_index[None, :]
     ids = tl.load(ids_ptr + place, mask=mask, other=0)
     dweights = tl.load(dweights_ptr + place, mask=mask, other=0.0)
+    mask &= (ids >= 0) & (ids < E)
     logits = tl.load(logits_ptr + t.to(tl.int64)[:, None] * stride_t + ids, mask=mask, other=0.0)
-    scores = tl.where(mask, tl.sigmoid(logits), 0.0)
-    share = scores / (tl.sum(scores, axis=1) + EPSILON)[:, None]
+    share = tl.where(mask, shares(logits, mask), 0.0)
     mean = tl.sum(share * dweights, axis=1)[:, None]
     dchosen = scale * share * (dweights - mean) * tl.sigmoid(-logits)
     dlogits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
@@ -89,10 +106,11 @@ def _moe_route_backward_kernel(
 
 
 def _route_blocks(experts: int, top_k: int) -> dict[str, int]:
+    block_e = triton.next_power_of_2(experts)
     return {
         "K": top_k,
-        "BLOCK_T": 16,
-        "BLOCK_E": triton.next_power_of_2(experts),
+        "BLOCK_T": max(1, min(16, 2048 // block_e)),  # more logits per program spill registers
+        "BLOCK_E": block_e,
         "BLOCK_K": triton.next_power_of_2(top_k),
         "num_warps": 4,
     }
@@ -105,7 +123,7 @@ def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> 
     weights = torch.empty(T, top_k, dtype=torch.float32, device=logits.device)
     load = torch.zeros(E, dtype=torch.int32, device=logits.device)
     if T:
-        logits, blocks = _unit_stride(logits), _route_blocks(E, top_k)
+        blocks = _route_blocks(E, top_k)
         grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
         _moe_route_kernel[grid](logits, bias.contiguous(), ids, weights, load, T, E, scale, logits.stride(0), **blocks)
     return ids, weights, load
@@ -116,12 +134,8 @@ def moe_route_backward_triton(dweights: Tensor, logits: Tensor, expert_ids: Tens
     (T, E), top_k = logits.shape, expert_ids.shape[1]
     dlogits = torch.empty(T, E, dtype=torch.float32, device=logits.device)
     if T:
-        logits, blocks = _unit_stride(logits), _route_blocks(E, top_k)
+        blocks = _route_blocks(E, top_k)
         grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
         inputs = (dweights.contiguous(), logits, expert_ids.contiguous(), dlogits)
         _moe_route_backward_kernel[grid](*inputs, T, E, scale, logits.stride(0), **blocks)
     return dlogits
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()

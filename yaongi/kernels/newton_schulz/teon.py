@@ -314,4 +314,3 @@ def _teon_update(
         layout.normalise(u, step.directions(batch.start, u, momentum, nesterov), wide)
         q, wide, scratch = iterate(wide, scratch, steps, "gram", product)
         step.apply(batch.start, q, wide, scratch, 1 - lr * weight_decay, lr * math.sqrt(m / n))
-    torch.autograd.graph.increment_version([*params, *momenta, *masters])

@@ -13,6 +13,8 @@ def _symmetric_product_cuda(x: Tensor, y: Tensor | None, c: Tensor | None, alpha
         return symmetric_product_reference(x, y, c, alpha, beta)
     *batch, m, _ = x.shape
     out = x.new_empty((*batch, m, m))
+    if len(batch) > 1:  # the kernel has one stride for the whole batch
+        x, y, c = x.flatten(0, -3), *(None if t is None else t.flatten(0, -3) for t in (y, c))
     backend.cuda_launcher("symmetric_product")(x, y, c, alpha, beta, out)
     return out
 
@@ -23,20 +25,7 @@ def _cuda_refuses(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, b
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
     if m % 8 or n % 8:
         return f"it takes m and n that are multiples of 8, got m = {m}, n = {n}"
-    if not (_aligned(x) and (y is None or _aligned(y)) and (c is None or _aligned(c))):
-        return "it takes rows that start on 16 bytes and one stride over the batch, got another layout"
     return None
-
-
-def _aligned(t: Tensor) -> bool:
-    """Return whether TMA can address a tensor: rows start on 16 bytes, and the batch has one stride."""
-    if t.data_ptr() % 16:
-        return False
-    if t.is_contiguous():  # m and n are multiples of 8
-        return True
-    if any(stride % 8 for stride in t.stride()[:-1]):
-        return False
-    return all(t.stride(i) == t.stride(i + 1) * t.shape[i + 1] for i in range(t.dim() - 3))
 
 
 def _fake(x: Tensor, y: Tensor | None, c: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -53,11 +42,12 @@ def _backward(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
     x, y = ctx.saved_tensors
     needs_x, needs_y, needs_c = ctx.needs_input_grad[:3]
     dx = dy = None
-    if y is None:
-        dx = ctx.alpha * ((dout + dout.mT) @ x)
-    else:
-        dx = ctx.alpha * (dout @ y) if needs_x else None
-        dy = ctx.alpha * (dout.mT @ x) if needs_y else None
+    with torch.autocast(x.device.type, enabled=False):
+        if y is None:
+            dx = ctx.alpha * ((dout + dout.mT) @ x)
+        else:
+            dx = ctx.alpha * (dout @ y) if needs_x else None
+            dy = ctx.alpha * (dout.mT @ x) if needs_y else None
     return dx, dy, ctx.beta * dout if needs_c else None, None, None
 
 

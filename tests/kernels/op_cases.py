@@ -1,0 +1,180 @@
+"""One call of every public op, for the tests that hold for all ops: a new op joins by a case here.
+
+The sizes are those that the Triton and CUDA implementations take, in the dtypes named by a case.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from support import Results, converted, document_ids, outputs_and_gradients
+
+import yaongi.kernels
+from yaongi.kernels.backend import OPS
+
+Tensor = torch.Tensor
+IN_PLACE = {"causal_conv1d_step": ("state",), "mamba_step": ("state",), "teon_update": ("params", "momenta", "masters")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of a call in float64, those that get a gradient, and the dtype that fast kernels take."""
+
+    arguments: dict[str, Any]
+    wanted: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    keep_float32: tuple[str, ...] = ()  # arguments that stay float32 in a narrower dtype
+    rows: tuple[str, ...] = ()  # arguments whose first dimension counts independent rows: sequences, tokens, matrices
+
+    def on(self, device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """The arguments on a device, floats in a dtype (the case's own if None), integers as they are."""
+        narrow = self.dtype if dtype is None else dtype
+        wide = torch.promote_types(narrow, torch.float32)
+        moved = {}
+        for name, value in self.arguments.items():
+            kind = wide if name in self.keep_float32 else narrow
+            value = converted(value, lambda t, kind=kind: t.to(device, kind, copy=True))
+            moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+        return moved
+
+    def one_row(self) -> "Case":
+        """The same call on the first row alone."""
+        sliced = {name: value[:1] if name in self.rows else value for name, value in self.arguments.items()}
+        return replace(self, arguments=sliced)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def scan_arguments(B: int, L: int, H: int, P: int, G: int, N: int) -> dict[str, Any]:
+    """What `mamba_scan` and, at one token, `mamba_step` share."""
+    return {
+        "x": randn(B, L, H, P),
+        "dt": randn(B, L, H),
+        "A": -randn(H).exp(),
+        "b": randn(B, L, G, N),
+        "c": randn(B, L, G, N),
+        "D": randn(H),
+        "dt_bias": randn(H) - 1,
+    }
+
+
+def one_token(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a step: without the sequence's dimension."""
+    return {name: value[:, 0] if name in ("x", "dt", "b", "c") else value for name, value in arguments.items()}
+
+
+@cache
+def cases() -> dict[str, Case]:
+    """One call of every public op with all its optional tensors, by the op's name; the same numbers every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _cases()
+
+
+def _cases() -> dict[str, Case]:
+    scan = scan_arguments(2, 300, 4, 16, 2, 24)
+    conv = {"x": randn(2, 90, 48), "weight": randn(48, 4), "bias": randn(48)}
+    ids = torch.stack([torch.randperm(8)[:3] for _ in range(70)]).int()
+    matrices = {name: [randn(24, 40) for _ in range(4)] for name in ("params", "grads", "momenta", "masters")}
+    half = torch.float16
+    return {
+        "causal_conv1d": Case(
+            conv
+            | {
+                "document_ids": document_ids(2, (30, 1, 59)),
+                "initial_state": randn(2, 48, 3),
+                "return_final_state": True,
+            },
+            ("x", "weight", "bias", "initial_state"),
+            rows=("x", "document_ids", "initial_state"),
+        ),
+        "causal_conv1d_step": Case(conv | {"x": randn(2, 48), "state": randn(2, 48, 3)}, rows=("x", "state")),
+        "mamba_scan": Case(
+            scan
+            | {
+                "document_ids": document_ids(2, (70, 1, 229)),
+                "initial_state": randn(2, 4, 16, 24),
+                "return_final_state": True,
+            },
+            ("x", "dt", "A", "b", "c", "D", "dt_bias", "initial_state"),
+            keep_float32=("A", "initial_state"),
+            rows=("x", "dt", "b", "c", "document_ids", "initial_state"),
+        ),
+        "cross_entropy": Case(
+            {"logits": randn(70, 48), "targets": torch.arange(-22, 48)}, ("logits",), rows=("logits", "targets")
+        ),
+        "mamba_core": Case(
+            {
+                "projected": randn(2, 90, 64 + 160 + 4),
+                "taps": randn(160, 4),
+                "taps_bias": randn(160),
+                "weight": randn(64),
+                "groups": 2,
+                "eps": 1e-3,
+                "document_ids": document_ids(2, (30, 1, 59)),
+            }
+            | {name: scan[name] for name in ("A", "D", "dt_bias")},
+            ("projected", "taps", "taps_bias", "A", "D", "dt_bias", "weight"),
+            keep_float32=("A",),
+            rows=("projected", "document_ids"),
+        ),
+        "mamba_step": Case(
+            one_token(scan) | {"state": randn(2, 4, 16, 24)},
+            keep_float32=("A", "state"),
+            rows=("x", "dt", "b", "c", "state"),
+        ),
+        "moe_route": Case(
+            {"logits": randn(70, 8), "bias": randn(8), "top_k": 3, "scale": 2.5},
+            ("logits",),
+            torch.float32,
+            rows=("logits",),
+        ),
+        "moe": Case(
+            {
+                "x": randn(70, 32),
+                "w_up": randn(8, 48, 32),
+                "w_down": randn(8, 32, 48),
+                "expert_ids": ids,
+                "expert_weights": randn(70, 3),
+            },
+            ("x", "w_up", "w_down", "expert_weights"),
+            keep_float32=("expert_weights",),
+            rows=("x", "expert_ids", "expert_weights"),
+        ),
+        "rms_norm": Case(
+            {"x": randn(5, 7, 96), "weight": randn(96), "residual": randn(5, 7, 96)},
+            ("x", "weight", "residual"),
+            rows=("x", "residual"),
+        ),
+        "gated_rms_norm": Case(
+            {"x": randn(5, 7, 96), "z": randn(5, 7, 96), "weight": randn(96), "groups": 4},
+            ("x", "z", "weight"),
+            rows=("x", "z"),
+        ),
+        "symmetric_product": Case(
+            {"x": randn(3, 24, 40), "c": randn(3, 24, 24), "alpha": 0.5, "beta": 2.0}, ("x", "c"), half, rows=("x", "c")
+        ),
+        "newton_schulz": Case({"x": randn(3, 24, 40)}, dtype=half, rows=("x",)),
+        "teon_update": Case(matrices | {"stack": 2, "lr": 0.1, "weight_decay": 0.1}, keep_float32=("masters",)),
+    }
+
+
+def run(op: str, arguments: dict[str, Any], wanted: tuple[str, ...] = ()) -> Results:
+    """All that a call returns, changes or gives as a gradient."""
+    function: Callable[..., Any] = getattr(yaongi.kernels, op)
+    if op in IN_PLACE:
+        returned = function(**arguments)
+        results = {"output": returned} if isinstance(returned, torch.Tensor) else {}
+        for name in IN_PLACE[op]:
+            value = arguments[name]
+            results |= {f"{name} {i}": t for i, t in enumerate(value)} if isinstance(value, list) else {name: value}
+        return results
+    return outputs_and_gradients(function, arguments, wanted)
+
+
+PUBLIC = {name for name in yaongi.kernels.__all__ if name in OPS}
+UNCASED = {"cross_entropy_backward"}  # public ops that are compared as the gradient of another
