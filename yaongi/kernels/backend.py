@@ -5,7 +5,7 @@ CPU tensors take the reference. GPU tensors take the first of cuda, triton and r
 arguments allow. `use_backend` forces one of them: a call that it can't take is then an error.
 
 What every implementation may rely on is arranged here, once for all ops: autocast is off, the tensors' GPU is the
-current device, and the tensors that a fast implementation only reads are addressable (see `addressable`).
+current device, and a fast implementation's tensors are addressable (see `addressable`) or have been copied.
 """
 
 import functools
@@ -86,17 +86,24 @@ class Op:
     def run_on_gpu(self, *args: Any) -> Any:
         """Run the forced implementation, or the first that takes these arguments."""
         device, forced = _first_tensor(args).get_device(), self._forced_backend()
+        given = args
         if forced != "reference":
-            args = tuple(arg if i in self.written else _addressable(arg) for i, arg in enumerate(args))
+            args = tuple(map(_addressable, args))
         if forced is not None:
             reason = self.unavailable(forced, device) or self._refusal(forced, args)
             if reason:
                 raise RuntimeError(f'{self.name}: use_backend("{forced}") is impossible here: {reason}')
         backend = forced or self.pick(args, device)
         if device == torch.cuda.current_device():
-            return self._run(backend, args)
-        with torch.cuda.device(device):
-            return self._run(backend, args)
+            results = self._run(backend, args)
+        else:
+            with torch.cuda.device(device):
+                results = self._run(backend, args)
+        for i in self.written:
+            for target, source in zip(_tensors(given[i]), _tensors(args[i]), strict=True):
+                if target is not source:
+                    target.copy_(source)
+        return results
 
     def pick(self, args: tuple[Any, ...], device: int = 0) -> Backend:
         """Return the first backend that takes these arguments on a GPU; the reference takes all."""

@@ -124,12 +124,6 @@ def _backward_triton_refuses(dy: Tensor, *inputs: Tensor) -> str | None:
     return _triton_refuses(*inputs)
 
 
-def _accumulate_triton_refuses(dy: Tensor, *inputs: Tensor) -> str | None:
-    if any(dw.data_ptr() % 16 for dw in inputs[-2:]):
-        return "it takes weight gradients that start at a multiple of 16 bytes"
-    return _triton_refuses(*inputs)
-
-
 _op = backend.define(
     "moe(Tensor x, Tensor w_up, Tensor w_down, Tensor expert_ids, Tensor expert_weights) -> (Tensor y, Tensor a)",
     reference=moe_reference,
@@ -152,7 +146,7 @@ _accumulate_op = backend.define(
     reference=moe_backward_accumulate_reference,
     fake=_accumulate_fake,
     triton="yaongi.kernels.moe.experts_backward:moe_backward_accumulate_triton",
-    triton_refuses=_accumulate_triton_refuses,
+    triton_refuses=_backward_triton_refuses,
 )
 backend.define_autograd("moe", _backward, _setup_context)
 backend.define_no_autograd("moe_backward")

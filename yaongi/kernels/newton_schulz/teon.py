@@ -30,12 +30,9 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 @triton.jit
-def _address(table_ptr, i, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _address(table_ptr, i, TYPE: tl.constexpr):
     """Load the i-th pointer of a table."""
-    pointer = tl.load(table_ptr + i).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    return tl.multiple_of(tl.load(table_ptr + i).to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
@@ -52,7 +49,6 @@ def _teon_momentum_kernel(
     tiles,
     GRAD: tl.constexpr,
     MOMENTUM: tl.constexpr,
-    ALIGNED: tl.constexpr,
     NESTEROV: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -65,8 +61,8 @@ def _teon_momentum_kernel(
     row, column = tile_places(tile, n, ROWS, COLUMNS)
     inside = (row < m) & (column < n)
     place = row * n + column
-    grad_ptr = _address(grad_table, i, GRAD, ALIGNED) + e * m * n
-    momentum_ptr = _address(momentum_table, i, MOMENTUM, ALIGNED) + e * m * n
+    grad_ptr = _address(grad_table, i, GRAD) + e * m * n
+    momentum_ptr = _address(momentum_table, i, MOMENTUM) + e * m * n
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
     accumulated = momentum * tl.load(momentum_ptr + place, mask=inside, other=0.0).to(tl.float32) + grad
     tl.store(momentum_ptr + place, accumulated.to(MOMENTUM), mask=inside)
@@ -93,18 +89,17 @@ def _update(
     change,
     WEIGHT: tl.constexpr,
     PARAM: tl.constexpr,
-    ALIGNED: tl.constexpr,
     HAS_MASTERS: tl.constexpr,
     K: tl.constexpr,
 ):
     """Compute W ← decay·W − change on a tile of the k-th layer of a stack, and the parameter's cast."""
     i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
     inside, place = (row < m) & (column < n), row * n + column
-    weight_ptr = _address(weight_table, i, WEIGHT, ALIGNED) + e * m * n
+    weight_ptr = _address(weight_table, i, WEIGHT) + e * m * n
     weight = decay * tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32) - change
     tl.store(weight_ptr + place, weight.to(WEIGHT), mask=inside)
     if HAS_MASTERS:
-        param_ptr = _address(param_table, i, PARAM, ALIGNED) + e * m * n
+        param_ptr = _address(param_table, i, PARAM) + e * m * n
         tl.store(param_ptr + place, weight.to(PARAM), mask=inside)
 
 
@@ -124,7 +119,6 @@ def _teon_weight_kernel(
     tiles,
     WEIGHT: tl.constexpr,
     PARAM: tl.constexpr,
-    ALIGNED: tl.constexpr,
     HAS_MASTERS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     K: tl.constexpr,
@@ -139,7 +133,7 @@ def _teon_weight_kernel(
     change = scale * load_result(wide_ptr, row, k * n + column, inside, columns, TRANSPOSED)
     _update(
         weight_table, param_table, first + local, k, row, column, E, m, n, decay, change,
-        WEIGHT, PARAM, ALIGNED, HAS_MASTERS, K,
+        WEIGHT, PARAM, HAS_MASTERS, K,
     )  # fmt: skip
 
 
@@ -159,7 +153,6 @@ def _teon_last_product_kernel(
     tiles,
     WEIGHT: tl.constexpr,
     PARAM: tl.constexpr,
-    ALIGNED: tl.constexpr,
     HAS_MASTERS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     K: tl.constexpr,
@@ -176,7 +169,7 @@ def _teon_last_product_kernel(
     row, column = tile_places(tile, n, ROWS, COLUMNS)
     _update(
         weight_table, param_table, first + local, k, row, column, E, m, n, decay, scale * result,
-        WEIGHT, PARAM, ALIGNED, HAS_MASTERS, K,
+        WEIGHT, PARAM, HAS_MASTERS, K,
     )  # fmt: skip
 
 
@@ -222,7 +215,6 @@ class ScatteredTensors:
         self._tensors = tensors  # keeps contiguous copies alive until the kernel has run
         self.table = pointer_tables(tensors)
         self.type = TYPES[tensors[0].dtype]
-        self.aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 class TeonCall:
@@ -247,7 +239,7 @@ class TeonCall:
         partial = torch.empty(count, K * tiling.count, 2, dtype=torch.float32, device=u.device)
         _teon_momentum_kernel[(count * K * tiling.count,)](
             self._grads.table, self._momenta.table, u, partial, first, self.E, self.m, self.n, momentum, tiling.count,
-            GRAD=self._grads.type, MOMENTUM=self._momenta.type, ALIGNED=self._grads.aligned and self._momenta.aligned,
+            GRAD=self._grads.type, MOMENTUM=self._momenta.type,
             NESTEROV=nesterov, K=K, ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
         return partial
@@ -257,7 +249,7 @@ class TeonCall:
         weights, params, layout = self._weights, self._params, self.layout
         tables = weights.table, params.table
         types = {
-            "WEIGHT": weights.type, "PARAM": params.type, "ALIGNED": weights.aligned and params.aligned,
+            "WEIGHT": weights.type, "PARAM": params.type,
             "HAS_MASTERS": self._has_masters, "TRANSPOSED": layout.transposed, "K": self.stack,
         }  # fmt: skip
         if self._fused:
