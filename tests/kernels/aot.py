@@ -1,4 +1,4 @@
-"""Compile Triton kernels for sm_90 on a machine without a GPU, through their launchers.
+"""Compile Triton kernels for any GPU on a machine without one, through their launchers.
 
 Within `compiled_launches` a launcher runs on meta tensors. Each kernel that it would launch is instead compiled with
 the launch's argument types, constants and alignments. So every config of a launcher's table can be checked for
@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TARGET = GPUTarget("cuda", 90, 32)
+from yaongi.kernels.common import generations
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -47,25 +48,26 @@ class Compiled:
 
 
 @contextmanager
-def compiled_launches() -> Iterator[list[Compiled]]:
-    """Within the block, make each launch of a Triton kernel compile it for sm_90 and append it to the list."""
+def compiled_launches(capability: int = 90) -> Iterator[list[Compiled]]:
+    """Within the block, compile each launched Triton kernel for a compute capability and append it to the list."""
     compiled: list[Compiled] = []
 
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append(_compile(self, args, kwargs))
+        compiled.append(_compile(self, args, kwargs, capability))
 
-    with mock.patch.object(JITFunction, "run", compile_instead):
+    generation = mock.patch.object(generations, "generation_of", return_value=capability // 10)
+    with generation, mock.patch.object(JITFunction, "run", compile_instead):
         yield compiled
 
 
-def compile_launcher(launcher: Callable[..., Any], *args: Any) -> list[Compiled]:
+def compile_launcher(launcher: Callable[..., Any], *args: Any, capability: int = 90) -> list[Compiled]:
     """Return the kernels that one call of a launcher would launch."""
-    with compiled_launches() as compiled:
+    with compiled_launches(capability) as compiled:
         launcher(*args)
     return compiled
 
 
-def _compile(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+def _compile(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> Compiled:
     names = {parameter.name for parameter in kernel.params}
     options = {name: value for name, value in kwargs.items() if name not in names}
     values = dict(zip((p.name for p in kernel.params), args, strict=False)) | {
@@ -83,7 +85,7 @@ def _compile(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any])
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return _inspect(kernel.__name__, triton.compile(source, target=TARGET, options=options))
+    return _inspect(kernel.__name__, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
 
 
 def _type(value: Any) -> str:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.mamba_scan.decays import PLANES, Scan, exp2, load_into, load_out, load_through, row_descriptor
 from yaongi.kernels.mamba_scan.tiles import (
     Config,
@@ -22,7 +23,13 @@ from yaongi.kernels.mamba_scan.tiles import (
 
 Tensor = torch.Tensor
 
-STATES = {2: Config(num_warps=4, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
+# By GPU generation and bytes per element. On generation 10 Triton 3.6 fails to compile more than one stage.
+STATES = {
+    8: {2: Config(num_warps=8, num_stages=2), 4: Config(num_warps=8, num_stages=1)},
+    9: {2: Config(num_warps=4, num_stages=3), 4: Config(num_warps=8, num_stages=1)},
+    10: {2: Config(num_warps=4, num_stages=1), 4: Config(num_warps=8, num_stages=1)},
+    12: {2: Config(num_warps=8, num_stages=1), 4: Config(num_warps=8, num_stages=1)},
+}
 
 
 @triton.jit
@@ -125,7 +132,7 @@ def _walk(
     """Launch the states kernel; without `states` it writes the totals of all segments but the walk's last to `end`."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
-    config = STATES[x.element_size()]
+    config = for_gpu(STATES, x)[x.element_size()]
     segments = scan.segments - (states is None)
     _mamba_scan_states_kernel[(B * H * triton.cdiv(P, block_p), segments)](
         by_head(x, scan.chunk, block_p),

@@ -16,6 +16,7 @@ from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.mamba_scan.tiles import state_block
 
 Tensor = torch.Tensor
@@ -28,8 +29,9 @@ ZERO_DECAY = tl.constexpr(-256.0)  # log2 of a decay that is zero in fp32
 
 PLANES = tl.constexpr(4)  # numbers stored per token
 
-# By bytes per element: 64 rows are one tensor-core tile; fp32 doesn't use tensor cores, and 16 rows save registers.
-CHUNK = {2: 64, 4: 16}
+# By GPU generation and bytes per element: 64 rows are one tile of Hopper's tensor cores, and fewer save registers;
+# fp32 doesn't use tensor cores.
+CHUNK = {8: {2: 32, 4: 16}, 9: {2: 64, 4: 16}, 12: {2: 32, 4: 16}}
 
 RESIDENT_PROGRAMS = 264  # programs that fill an H100: two per multiprocessor
 
@@ -189,7 +191,7 @@ def scan_decays(
     backward: bool = False,
 ) -> Scan:
     """Compute the step sizes and decays of a call; cut it into chunks and, if heads are few, into segments."""
-    (B, L, H, P), chunk = x.shape, CHUNK[x.element_size()]
+    (B, L, H, P), chunk = x.shape, for_gpu(CHUNK, x)[x.element_size()]
     chunks = triton.cdiv(L, chunk)
     steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)
     block_h = min(4, triton.next_power_of_2(H))

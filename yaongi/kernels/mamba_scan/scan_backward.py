@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.mamba_scan.chunk_states import scan_states
 from yaongi.kernels.mamba_scan.decay_gradients import decay_gradients
 from yaongi.kernels.mamba_scan.decays import (
@@ -35,9 +36,19 @@ from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, 
 
 Tensor = torch.Tensor
 
-# By bytes per element; the 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
-GRADIENTS = {2: Config(num_warps=8, num_stages=3), 4: Config(num_warps=8, num_stages=1)}
-WIDE_GRADIENTS = {2: Config(num_warps=8, num_stages=2), 4: GRADIENTS[4]}  # N > 128: a third stage doesn't fit
+# By GPU generation and bytes per element; Hopper's 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24
+# (docs/LAB.md).
+ONE_STAGE = Config(num_warps=8, num_stages=1)
+GRADIENTS = {
+    8: {2: Config(num_warps=8, num_stages=2), 4: ONE_STAGE},
+    9: {2: Config(num_warps=8, num_stages=3), 4: ONE_STAGE},
+    12: {2: ONE_STAGE, 4: ONE_STAGE},
+}
+WIDE_GRADIENTS = {  # N > 128: a stage less fits
+    8: {2: ONE_STAGE, 4: ONE_STAGE},
+    9: {2: Config(num_warps=8, num_stages=2), 4: ONE_STAGE},
+    12: {2: ONE_STAGE, 4: ONE_STAGE},
+}
 STATES_BYTES = 600e6  # most bytes of states and their gradients that a backward holds at a time
 
 
@@ -170,7 +181,7 @@ def scan_gradients(
     block_p, block_n = state_block(x, N)
     blocks_p = triton.cdiv(P, block_p)
     sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
-    config = (GRADIENTS if block_n <= 128 else WIDE_GRADIENTS)[x.element_size()]
+    config = for_gpu(GRADIENTS if block_n <= 128 else WIDE_GRADIENTS, x)[x.element_size()]
     _mamba_scan_gradients_kernel[(scan.chunks, G, B)](
         *(by_head(t, scan.chunk, block_p) for t in (x, dy)),
         *(by_head(t, scan.chunk, block_n) for t in (b, c)),
@@ -259,7 +270,7 @@ def fill_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Write dx, ddt, db and dc, which TMA must be able to address; return dA, dD, ddt_bias and dinitial_state."""
     (B, L, H, P), (G, N) = x.shape, b.shape[2:]
-    slices = slices_of(2 * B * H * L * P * N * x.element_size() / CHUNK[x.element_size()], H, G)
+    slices = slices_of(2 * B * H * L * P * N * x.element_size() / for_gpu(CHUNK, x)[x.element_size()], H, G)
     db, dc, in_parts = out.db, out.dc, len(slices) > G
     if in_parts:  # a group's sum over its heads comes from several launches: it stays in fp32 and is rounded once
         db, dc = (torch.zeros(b.shape, dtype=torch.float32, device=b.device) for _ in range(2))

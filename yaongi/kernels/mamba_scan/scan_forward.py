@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.mamba_scan.chunk_states import segment_entries
 from yaongi.kernels.mamba_scan.decays import (
     PLANES,
@@ -34,8 +35,13 @@ from yaongi.kernels.mamba_scan.tiles import (
 
 Tensor = torch.Tensor
 
-# By bytes per element; the 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24 (docs/LAB.md).
-OUTPUT = {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)}
+# By GPU generation and bytes per element; Hopper's 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24
+# (docs/LAB.md).
+OUTPUT = {
+    8: {2: Config(num_warps=8, num_stages=2), 4: Config(num_warps=8, num_stages=1)},
+    9: {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)},
+    12: {2: Config(num_warps=8, num_stages=1), 4: Config(num_warps=8, num_stages=1)},
+}
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def mamba_scan_triton(
     first = None if initial_state is None else initial_state.contiguous()
     entry = segment_entries(scan, x, b, first)
     block_p, block_n = state_block(x, N)
-    config = OUTPUT[x.element_size()]
+    config = for_gpu(OUTPUT, x)[x.element_size()]
     _mamba_scan_output_kernel[(B * H * triton.cdiv(P, block_p), scan.segments)](
         by_head(x, scan.chunk, block_p),
         by_head(b, scan.chunk, block_n),

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.common.generations import for_gpu
 
 Tensor = torch.Tensor
 
@@ -20,7 +21,7 @@ class Config:
     num_stages: int
 
 
-BLOCK_P = {2: 64, 4: 32}
+BLOCK_P = {8: {2: 32, 4: 32}, 9: {2: 64, 4: 32}}  # by GPU generation and bytes per element
 
 
 @triton.jit
@@ -65,5 +66,5 @@ def state_descriptor(t: Tensor | None, block_p: int, block_n: int) -> TensorDesc
 
 def state_block(x: Tensor, N: int) -> tuple[int, int]:
     """Return the tile of a state: a block of P, all of N (padded to a power of two)."""
-    block_p = min(BLOCK_P[x.element_size()], triton.next_power_of_2(x.shape[3]))
+    block_p = min(for_gpu(BLOCK_P, x)[x.element_size()], triton.next_power_of_2(x.shape[3]))
     return max(16, block_p), max(16, triton.next_power_of_2(N))

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.descriptors import descriptor, matrix_descriptor
+from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
+    SMALL,
     Config,
     block_e,
     find_tile,
@@ -38,8 +40,9 @@ class WeightConfig:
 
 
 # Found on an H100, T 32768, D 2048, E 64, K 6, F 256 to 1024, 2026-11-24 (docs/LAB.md).
-DH = Config(block_n=256, block_k=64, num_warps=8, num_stages=4)
-DW = WeightConfig(block_r=256, block_g=128, block_k=64, num_warps=8, num_stages=6)
+DH = {8: SMALL, 9: Config(block_n=256, block_k=64, num_warps=8, num_stages=4), 12: SMALL}
+SMALL_DW = WeightConfig(block_r=128, block_g=64, block_k=32, num_warps=8, num_stages=3)
+DW = {8: SMALL_DW, 9: WeightConfig(block_r=256, block_g=128, block_k=64, num_warps=8, num_stages=6), 12: SMALL_DW}
 
 
 @triton.jit
@@ -174,7 +177,7 @@ def _moe_dw_kernel(
 
 def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return dH and g·A, (T·K, F), and dexpert_weights by pair, (T·K) fp32."""
-    (E, D, F), blocks, pairs = w_down.shape, launch_options(DH, w_down.shape[2]), plan.order.numel()
+    (E, D, F), blocks, pairs = w_down.shape, launch_options(for_gpu(DH, a), w_down.shape[2]), plan.order.numel()
     columns = triton.cdiv(F, blocks["BLOCK_N"])
     dh, ga = torch.empty_like(a), torch.empty_like(a)
     partial, dweights = (torch.empty(n * pairs, dtype=torch.float32, device=a.device) for n in (columns, 1))
@@ -207,11 +210,11 @@ def moe_dw(
     rows: Tensor, gathered: Tensor, out: Tensor, plan: Dispatch, *, gather_left: bool, accumulate: bool = False
 ) -> None:
     """Write, or add to out, each expert's Σ gathered ⊗ row, (E, G, R), or Σ row ⊗ gathered, (E, R, G)."""
-    R, G = rows.shape[1], gathered.shape[1]
-    block_r, block_g = fit_block(DW.block_r, R), fit_block(DW.block_g, G)
+    R, G, config = rows.shape[1], gathered.shape[1], for_gpu(DW, rows)
+    block_r, block_g = fit_block(config.block_r, R), fit_block(config.block_g, G)
     box = (block_g, block_r) if gather_left else (block_r, block_g)
     _moe_dw_kernel[(out.shape[0] * triton.cdiv(R, block_r) * triton.cdiv(G, block_g),)](
-        matrix_descriptor(rows, DW.block_k, block_r),
+        matrix_descriptor(rows, config.block_k, block_r),
         gathered,
         plan.token,
         plan.offset,
@@ -225,9 +228,9 @@ def moe_dw(
         EVEN_G=G % block_g == 0,
         BLOCK_R=block_r,
         BLOCK_G=block_g,
-        BLOCK_K=DW.block_k,
-        num_warps=DW.num_warps,
-        num_stages=DW.num_stages,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 

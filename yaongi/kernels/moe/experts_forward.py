@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.descriptors import matrix_descriptor
+from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.moe.dispatch import Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
+    SMALL,
     Config,
     block_e,
     find_tile,
@@ -24,7 +26,7 @@ from yaongi.kernels.moe.grouped_gemm import (
 Tensor = torch.Tensor
 
 # Found on an H100, T 32768, D 2048, E 64, K 6, F 256 to 1024, 2026-11-24 (docs/LAB.md). A row tile is BLOCK_M × block_n
-UP = Config(block_n=256, block_k=64, num_warps=8, num_stages=4)
+UP = {8: SMALL, 9: Config(block_n=256, block_k=64, num_warps=8, num_stages=4), 12: SMALL}
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def _moe_up_kernel(
 
 def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
     """Return A = relu(H)², (T·K, F), with rows sorted by expert."""
-    (E, F, D), blocks = w_up.shape, launch_options(UP, w_up.shape[1])
+    (E, F, D), blocks = w_up.shape, launch_options(for_gpu(UP, x), w_up.shape[1])
     a = torch.empty(plan.order.numel(), F, dtype=x.dtype, device=x.device)
     _moe_up_kernel[(plan.tiles * triton.cdiv(F, blocks["BLOCK_N"]),)](
         x,

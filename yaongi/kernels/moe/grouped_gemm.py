@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.descriptors import matrix_descriptor
+from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch
 
 Tensor = torch.Tensor
@@ -27,11 +28,17 @@ class Config:
     num_stages: int
 
 
-ROWS = {  # by the inner dimension's length; if short, two small tiles per SM hide each other's prologue and epilogue
-    "short": Config(block_n=128, block_k=64, num_warps=4, num_stages=3),
-    "long": Config(block_n=256, block_k=64, num_warps=8, num_stages=3),
+SMALL = Config(block_n=128, block_k=32, num_warps=8, num_stages=3)  # fits into 99 KB of shared memory
+# By GPU generation and the inner dimension's length; if short, two small tiles per SM hide each other's prologue and
+# epilogue.
+ROWS = {
+    8: {"short": SMALL, "long": SMALL},
+    9: {
+        "short": Config(block_n=128, block_k=64, num_warps=4, num_stages=3),
+        "long": Config(block_n=256, block_k=64, num_warps=8, num_stages=3),
+    },
+    12: {"short": SMALL, "long": SMALL},
 }
-
 LONG = 1024
 
 
@@ -150,7 +157,7 @@ def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | 
     """Return rows (T·K, inner) times their experts' w: (E, width, inner), or without `weights` (E, inner, width)."""
     transposed = weights is None
     E, inner, width = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
-    blocks = launch_options(ROWS["long" if inner >= LONG else "short"], width)
+    blocks = launch_options(for_gpu(ROWS, left)["long" if inner >= LONG else "short"], width)
     out = torch.empty(left.shape[0], width, dtype=left.dtype, device=left.device)
     box = (blocks["BLOCK_K"], blocks["BLOCK_N"]) if transposed else (blocks["BLOCK_N"], blocks["BLOCK_K"])
     _moe_grouped_gemm_kernel[(plan.tiles * triton.cdiv(width, blocks["BLOCK_N"]),)](
