@@ -16,15 +16,24 @@ from yaongi.kernels.backend import OPS
 Results = dict[str, torch.Tensor]
 
 
+def with_backends(places: Iterable[tuple[str, ...]]) -> list[Any]:
+    """Extend tuples that begin with an op by each backend: the reference, and the fast ones where it has any."""
+    found: list[Any] = []
+    for place in places:
+        found.append((*place, "reference"))
+        if set(OPS[place[0]].implementations) != {"reference"}:
+            found.append(pytest.param(*place, "fast", marks=pytest.mark.gpu))
+    return found
+
+
 def backends(*on_gpu: str) -> list[Any]:
     """Return the values of a `backend` parameter: the reference on the CPU, and the named ones on a GPU."""
     return ["reference", *(pytest.param(name, marks=pytest.mark.gpu) for name in on_gpu)]
 
 
 def device_of(backend: str, op: str) -> str:
-    """Return the device on which a backend is tested; skip if the op has no such implementation."""
-    if backend not in OPS[op].implementations:
-        pytest.skip(f"{op} has no {backend} implementation")
+    """Return the device on which a backend of an op is tested."""
+    assert backend in OPS[op].implementations, f"{op} has no {backend} implementation: don't list it"
     return "cpu" if backend == "reference" else "cuda"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from op_cases import IN_PLACE, cases, run
-from support import Results, backends, tensors_in
+from support import Results, tensors_in, with_backends
 from test_strides import backend_of
 
 import yaongi.kernels
@@ -21,11 +21,10 @@ def chosen(backend: str) -> use_backend:
     return use_backend("reference" if backend == "reference" else None)
 
 
-@pytest.mark.parametrize("backend", backends("fast"))
-@pytest.mark.parametrize("op", cases())
+@pytest.mark.parametrize(("op", "backend"), with_backends((op,) for op in cases()))
 def test_autocast_changes_nothing(op: str, backend: str) -> None:
     """An op's float32 parts stay float32 under autocast."""
-    case, (device, _) = cases()[op], backend_of(op, backend)
+    case, (device, _) = cases()[op], backend_of(backend)
     dtype = torch.float32 if backend == "reference" else None
     with chosen(backend):
         expected = run(op, case.on(device, dtype), case.wanted)
@@ -35,12 +34,11 @@ def test_autocast_changes_nothing(op: str, backend: str) -> None:
         assert torch.equal(result, expected[name]), name
 
 
-@pytest.mark.parametrize("backend", backends("fast"))
-@pytest.mark.parametrize("op", IN_PLACE)
+@pytest.mark.parametrize(("op", "backend"), with_backends((op,) for op in IN_PLACE))
 def test_autograd_sees_what_is_written(op: str, backend: str) -> None:
     """A tensor that was saved for a backward pass and then written makes that pass an error."""
     case = cases()[op]
-    device, dtype = backend_of(op, backend)
+    device, dtype = backend_of(backend)
     arguments = case.on(device, dtype)
     written = [t for name in IN_PLACE[op] for t in tensors_in(arguments[name])]
     before = [t._version for t in written]
@@ -73,7 +71,7 @@ def of_the_last_document(op: str, backend: str, change: Callable[[Tensor], Tenso
     `change` is applied to the floats of the other documents' tokens.
     """
     case = cases()[op]
-    device, dtype = backend_of(op, backend)
+    device, dtype = backend_of(backend)
     arguments = case.on(device, dtype)
     ids = arguments["document_ids"]
     others = ids != ids[:, -1:]
@@ -89,8 +87,7 @@ def of_the_last_document(op: str, backend: str, change: Callable[[Tensor], Tenso
     return {"y": y[~others].detach()}, dict(zip(sequences, gradients, strict=True)), others
 
 
-@pytest.mark.parametrize("backend", backends("fast"))
-@pytest.mark.parametrize("op", with_documents())
+@pytest.mark.parametrize(("op", "backend"), with_backends((op,) for op in with_documents()))
 def test_documents_are_apart(op: str, backend: str) -> None:
     """A document's outputs change with the others before it by no more than a rounding; their gradients are zero."""
     outputs, gradients, others = of_the_last_document(op, backend, lambda t: t)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mamba_support import DIFFERENTIABLE, OPTIONAL, arguments, differentiable, positional
+from op_cases import cases, run
 from support import converted, outputs_and_gradients
 
 from yaongi.kernels import mamba_scan, use_backend
@@ -15,10 +16,14 @@ from yaongi.kernels import mamba_scan, use_backend
 def assert_near(
     results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], what: str
 ) -> None:
-    """Assert that each Frobenius error is at most 1 % plus, for cancelling terms, thrice the plain computation's."""
+    """Assert that each Frobenius error is at most 1 % plus, for cancelling terms, thrice the plain computation's.
+
+    Float32 results are sums of 16-bit products over many tokens: at most 0.2 %.
+    """
     for name, value in exact.items():
         error, allowed = (results[name].double() - value).norm(), (plain[name].double() - value).norm()
-        assert error <= 1e-2 * value.norm() + 3 * allowed + 1e-6, (
+        relative = 2e-3 if results[name].dtype == torch.float32 else 1e-2
+        assert error <= relative * value.norm() + 3 * allowed + 1e-6, (
             f"{what} {name}: error {error:.2e} of {value.norm():.2e}"
         )
 
@@ -120,5 +125,48 @@ def test_a_million_tokens() -> None:
         _, state = mamba_scan(**args | {name: t[:, :cut] for name, t in long.items()})
         rest = {name: t[:, cut:] for name, t in long.items()}
         z, end = mamba_scan(**args | rest | {"initial_state": state})
-    pieces = {"y": z, "final": end}
-    assert_near({"y": y[:, cut:], "final": final}, {n: t.double() for n, t in pieces.items()}, pieces, "last tokens")
+    parts = {"y": z, "final": end}
+    assert_near({"y": y[:, cut:], "final": final}, {n: t.double() for n, t in parts.items()}, parts, "last tokens")
+
+
+@pytest.mark.gpu
+def test_a_million_tokens_backwards() -> None:
+    """The last tokens' gradients equal those of a call on these tokens alone; db and dc are one sum over the heads."""
+    L, cut, (H, P, N) = 1_000_000, 999_936, (64, 64, 128)
+    args = arguments((1, H, P, 1, N), 128, absent=("initial_state", "dt_bias"), dtype=torch.bfloat16, device="cuda")
+    names = ("x", "dt", "b", "c")
+    long = {n: args[n].repeat(1, L // 128 + 1, *[1] * (args[n].dim() - 2))[:, :L] for n in names}
+    given = args | {"return_final_state": False}
+
+    def gradients(tokens: dict[str, torch.Tensor], **more: torch.Tensor) -> dict[str, torch.Tensor]:
+        inputs = {n: t.detach().requires_grad_() for n, t in tokens.items()}
+        with use_backend("triton"):
+            y = mamba_scan(**given | inputs | more)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            found = torch.autograd.grad(y[:, -64:].float().sum(), list(inputs.values()))
+            results = sum(t.nbytes for t in found)
+            peak = torch.cuda.max_memory_allocated() - before - results
+            assert tokens is not long or peak < 3e9 + 2 * y.nbytes  # y's gradient, and what slices it
+        return dict(zip(names, found, strict=True))
+
+    whole = gradients(long)
+    with torch.no_grad():
+        _, state = mamba_scan(**args | {n: t[:, :cut] for n, t in long.items()})
+    rest = gradients({n: t[:, cut:] for n, t in long.items()}, initial_state=state)
+    plain = {n: t.double() for n, t in rest.items()}
+    assert_near({n: t[:, cut:] for n, t in whole.items()}, plain, rest, "last tokens")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["mamba_scan", "causal_conv1d"])
+def test_a_batch_beyond_a_grids_dimension(op: str) -> None:
+    """65,536 rows and one: the last ones equal a call on them alone."""
+    case = cases()[op].one_row()
+    arguments = {n: v for n, v in case.on("cuda").items() if n not in ("document_ids", "initial_state")}
+    few = {n: v[:, :2] if n in ("x", "dt", "b", "c") else v for n, v in arguments.items()}
+    many = {n: v.repeat(65_537, *[1] * (v.dim() - 1)) if n in ("x", "dt", "b", "c") else v for n, v in few.items()}
+    wanted = tuple(n for n in case.wanted if n in few)
+    one, all_rows = run(op, few, wanted), run(op, many, wanted)
+    assert torch.equal(all_rows["output 0"][-1:], one["output 0"])
+    assert all_rows["dx"].isfinite().all()

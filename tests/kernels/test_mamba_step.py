@@ -31,7 +31,7 @@ def one_step(a: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"y": mamba_step(a["initial_state"], **token, **parameters), "state": a["initial_state"]}
 
 
-@pytest.mark.parametrize("backend", backends("triton", "cuda"))
+@pytest.mark.parametrize("backend", backends("triton"))
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_step_float64_rule(dtype: torch.dtype, state_dtype: torch.dtype, backend: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from op_cases import Case, cases, run
-from support import Results, backends
+from support import Results, backends, with_backends
 from test_strides import backend_of
 
 from yaongi.kernels import moe_route, use_backend
@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 NEGATIVE = ("A",)  # arguments that must stay below zero
 
 
-def floats() -> list[Any]:
+def floats() -> list[tuple[str, str]]:
     """(op, argument) for every floating-point argument of every op but the router, whose choice has its own tests."""
     found = []
     for op, case in cases().items():
@@ -58,11 +58,10 @@ def rows_of(results: Results, case: Case) -> Results:
     return {n: t for n, t in results.items() if n.startswith("output") or n.lstrip("d") in case.rows or n in case.rows}
 
 
-@pytest.mark.parametrize("backend", backends("fast"))
-@pytest.mark.parametrize(("op", "name"), floats(), ids=str)
+@pytest.mark.parametrize(("op", "name", "backend"), with_backends(floats()))
 def test_a_nan_reaches_all_that_depends_on_it(op: str, name: str, backend: str) -> None:
     case = cases()[op]
-    device, dtype = backend_of(op, backend)
+    device, dtype = backend_of(backend)
     wanted = dependent(op, case, name)
     with use_backend("reference" if backend == "reference" else None):
         clean = run(op, copied(case, device, dtype), case.wanted)

@@ -91,9 +91,11 @@ def _causal_conv1d_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Compute dp_r row by row: it adds to dw and to dx of rows r − 3 … r, and completes row r − 3."""
-    start = tl.program_id(1) * ROWS
-    batch = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c, strips = tl.cdiv(C, BLOCK_C), tl.cdiv(L, ROWS)
+    strip = tl.program_id(0) // blocks_c  # of all batch rows; a grid's other dimensions end at 65,535
+    start = strip % strips * ROWS
+    batch = (strip // strips).to(tl.int64)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
     dy_ptr += batch * stride_yb
     x_ptr += batch * stride_xb
@@ -168,7 +170,7 @@ def _causal_conv1d_backward_kernel(
         )  # fmt: skip
         dx_3, dx_2, dx_1 = dx_2, dx_1, w_0 * dp
         x_3, x_2, x_1 = x_2, x_1, x_0
-    partial_ptr += (batch * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * C
+    partial_ptr += strip.to(tl.int64) * (W + 1) * C
     tl.store(partial_ptr + (W - 1) * C + c, dw_0, mask=mask)
     tl.store(partial_ptr + (W - 2) * C + c, dw_1, mask=mask)
     if W >= 3:
@@ -197,8 +199,7 @@ def causal_conv1d_backward_triton(
     dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
     partial = x.new_empty(batch * strips, width + 1, channels, dtype=torch.float32)
     if batch * channels:
-        grid = (triton.cdiv(channels, config.block_c), strips, batch)
-        _causal_conv1d_backward_kernel[grid](
+        _causal_conv1d_backward_kernel[(triton.cdiv(channels, config.block_c) * strips * batch,)](
             dy,
             None if dfinal_state is None else dfinal_state.contiguous(),
             x,

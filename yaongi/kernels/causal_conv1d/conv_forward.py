@@ -124,9 +124,11 @@ def _causal_conv1d_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    start = tl.program_id(1) * ROWS
-    batch = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c, strips = tl.cdiv(C, BLOCK_C), tl.cdiv(L, ROWS)
+    strip = tl.program_id(0) // blocks_c  # of all batch rows; a grid's other dimensions end at 65,535
+    start = strip % strips * ROWS
+    batch = (strip // strips).to(tl.int64)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
     x_ptr += batch * stride_xb
     y_ptr += (batch * L + start) * C
@@ -196,8 +198,8 @@ def causal_conv1d_triton(
     final = x.new_empty((batch, channels, width - 1) if return_final_state else (0,))
     config = strip_config(FORWARD, batch, length, channels)
     if batch * channels:
-        grid = (triton.cdiv(channels, config.block_c), triton.cdiv(length, config.rows), batch)
-        _causal_conv1d_kernel[grid](
+        programs = triton.cdiv(channels, config.block_c) * triton.cdiv(length, config.rows) * batch
+        _causal_conv1d_kernel[(programs,)](
             x,
             weight.contiguous(),
             bias,

@@ -7,6 +7,7 @@ import torch
 from yaongi.kernels import backend, check
 from yaongi.kernels.common.dtypes import compute_dtype
 from yaongi.kernels.mamba_core.reference import mamba_core_backward_reference, mamba_core_reference
+from yaongi.kernels.mamba_scan.op import refuses_batch
 
 Tensor = torch.Tensor
 
@@ -61,7 +62,7 @@ def _triton_refuses(*inputs: Any) -> str | None:
 
 
 def _backward_triton_refuses(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Any) -> str | None:
-    return _triton_refuses(*inputs)
+    return refuses_batch(dy) or _triton_refuses(*inputs)
 
 
 _INPUTS = (

@@ -45,9 +45,9 @@ def _mamba_scan_decays_backward_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """Compute da_k = Σ_{i ≥ k} (…) + Σ_{j < k} (…) per chunk, dδ = A·da + x·du, and d(dt) = dδ·(1 − e^−δ)."""
-    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[:, None]
+    chunk, batch = tl.program_id(0) % (padded // CHUNK), (tl.program_id(0) // (padded // CHUNK)).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    batch = tl.program_id(2).to(tl.int64)
     known = head < H
     inside = known & (token < L)
     direct = tl.zeros((CHUNK, BLOCK_H), tl.float32)
@@ -78,8 +78,8 @@ def _mamba_scan_decays_backward_kernel(
     ddt = tl.where(inside, A * dexponent * sigmoid + direct * ratio, 0.0)
     place = ddt_ptr + batch * stride_gb + token.to(tl.int64) * stride_gl + head * stride_gh
     tl.store(place, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
-    place = partial_ptr + (batch * tl.num_programs(0) + tl.program_id(0)) * H + head
-    parts = tl.num_programs(2) * tl.num_programs(0) * H
+    place = partial_ptr + tl.program_id(0).to(tl.int64) * H + head
+    parts = tl.num_programs(0).to(tl.int64) * H
     tl.store(place, tl.sum(delta * dexponent, 0)[None, :], mask=known)
     if HAS_D:
         tl.store(place + parts, tl.sum(skip, 0)[None, :], mask=known)
@@ -102,7 +102,7 @@ def decay_gradients(
     B, H, blocks_p = sums.shape[:3]
     partial = torch.empty(3, B * scan.chunks, H, dtype=torch.float32, device=dt.device)
     block_h = min(4, triton.next_power_of_2(H))
-    _mamba_scan_decays_backward_kernel[(scan.chunks, triton.cdiv(H, block_h), B)](
+    _mamba_scan_decays_backward_kernel[(B * scan.chunks, triton.cdiv(H, block_h))](
         sums,
         dt,
         A.contiguous(),

@@ -152,9 +152,9 @@ def _mamba_scan_decays_kernel(
     CHUNK: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[:, None]
+    chunk, batch = tl.program_id(0) % (padded // CHUNK), (tl.program_id(0) // (padded // CHUNK)).to(tl.int64)
+    row = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    batch = tl.program_id(2).to(tl.int64)
     inside = (row < L) & (head < H)
     delta = load_delta(dt_ptr, bias_ptr, batch, row, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
     A = tl.load(A_ptr + head, mask=head < H, other=0.0).to(tl.float64)
@@ -167,7 +167,7 @@ def _mamba_scan_decays_kernel(
     total = tl.cumsum(exponent, 0)
     high = total.to(tl.float32)
     low = (total - high.to(tl.float64)).to(tl.float32)
-    whole = tl.sum(tl.where(row == tl.program_id(0) * CHUNK + CHUNK - 1, total, 0.0), 0)[None, :]
+    whole = tl.sum(tl.where(row == chunk * CHUNK + CHUNK - 1, total, 0.0), 0)[None, :]
     out = tl.exp2((whole - total).to(tl.float32)) * delta
     place = steps_ptr + (batch * H + head) * PLANES * padded + row
     tl.store(place, high, mask=head < H)
@@ -195,7 +195,7 @@ def scan_decays(
     chunks = triton.cdiv(L, chunk)
     steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)
     block_h = min(4, triton.next_power_of_2(H))
-    _mamba_scan_decays_kernel[(chunks, triton.cdiv(H, block_h), B)](
+    _mamba_scan_decays_kernel[(B * chunks, triton.cdiv(H, block_h))](
         dt,
         A.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),

@@ -55,9 +55,9 @@ def _mamba_step_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Compute h ← exp(δ·A)·h + δ·x ⊗ b and y = h·c + D·x."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     group = head // heads_per_group
-    p, n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     place = batch * stride_sb + head * stride_sh + p.to(tl.int64)[:, None] * stride_sp + n[None, :] * stride_sn
     mask = (p < P)[:, None] & (n < N)[None, :]
     state = tl.load(state_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -92,7 +92,7 @@ def mamba_step_triton(
     if not state.numel():
         return y
     block_p = min(STEP.block_p, triton.next_power_of_2(P))
-    _mamba_step_kernel[(triton.cdiv(P, block_p), H, B)](
+    _mamba_step_kernel[(B * H, triton.cdiv(P, block_p))](
         state,
         x,
         dt,

@@ -113,7 +113,12 @@ def _triton_refuses(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, *rest: object) 
 
 
 def _backward_triton_refuses(dy: Tensor, dfinal_state: Tensor | None, *inputs: Tensor) -> str | None:
-    return _triton_refuses(*inputs)
+    return refuses_batch(dy) or _triton_refuses(*inputs)
+
+
+def refuses_batch(dy: Tensor) -> str | None:
+    """Refuse a batch that exceeds a grid's third dimension."""
+    return f"it takes B up to 65535, got {dy.shape[0]}" if dy.shape[0] > 65535 else None
 
 
 def _step_triton_refuses(state: Tensor, *rest: object) -> str | None:
