@@ -18,11 +18,11 @@ def assert_near(
 ) -> None:
     """Assert that each Frobenius error is at most 1 % plus, for cancelling terms, thrice the plain computation's.
 
-    Float32 results are sums of 16-bit products over many tokens: at most 0.2 %.
+    Float32 results: 0.6 %, since the states whose product is a term of dA are stored in 16 bits.
     """
     for name, value in exact.items():
         error, allowed = (results[name].double() - value).norm(), (plain[name].double() - value).norm()
-        relative = 2e-3 if results[name].dtype == torch.float32 else 1e-2
+        relative = 6e-3 if results[name].dtype == torch.float32 else 1e-2
         assert error <= relative * value.norm() + 3 * allowed + 1e-6, (
             f"{what} {name}: error {error:.2e} of {value.norm():.2e}"
         )
