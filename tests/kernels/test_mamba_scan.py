@@ -203,7 +203,9 @@ def test_extremes_are_finite_in_every_dtype(extreme: str, dtype: torch.dtype, ba
         results = outputs_and_gradients(mamba_scan, args, DIFFERENTIABLE)
     for name, value in results.items():
         assert value.isfinite().all(), name
-        assert (value.double() - exact[name]).norm() <= 0.1 * exact[name].norm() + 1e-3, name
+        error, scale = (value.double() - exact[name]).norm(), exact[name].norm()
+        allowed = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-3}[dtype] * scale + 1e-6
+        assert error <= allowed, f"{name}: error {error:.2e} of {scale:.2e}"
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)

@@ -209,6 +209,17 @@ def test_cuda_graph() -> None:
 
 
 @pytest.mark.gpu
+def test_two_views_of_one_batch_are_two_operands() -> None:
+    """They start at the same address, but only the first matrices are the same."""
+    batch = torch.randn(8, 64, 64, device="cuda", dtype=torch.float16)
+    x, y = batch[::2], batch[:4]
+    with use_backend("cuda"):
+        result = symmetric_product(x, y)
+        assert torch.equal(result, symmetric_product(x.clone(), y.clone()))
+        assert not torch.equal(result[1:], symmetric_product(x)[1:])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
