@@ -8,6 +8,7 @@ What every implementation may rely on is arranged here, once for all ops: autoca
 current device, and a fast implementation's tensors are addressable (see `addressable`) or have been copied.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -83,22 +84,17 @@ class Op:
             raise RuntimeError(f'{self.name}: use_backend("{forced}") needs tensors on a GPU, got tensors on the CPU')
         return self._run("reference", args)
 
-    def run_on_gpu(self, *args: Any) -> Any:
+    def run_on_gpu(self, *given: Any) -> Any:
         """Run the forced implementation, or the first that takes these arguments."""
-        device, forced = _first_tensor(args).get_device(), self._forced_backend()
-        given = args
-        if forced != "reference":
-            args = tuple(map(_addressable, args))
+        device, forced = _first_tensor(given).get_device(), self._forced_backend()
+        args = given if forced == "reference" else tuple(map(_addressable, given))
         if forced is not None:
             reason = self.unavailable(forced, device) or self._refusal(forced, args)
             if reason:
                 raise RuntimeError(f'{self.name}: use_backend("{forced}") is impossible here: {reason}')
-        backend = forced or self.pick(args, device)
-        if device == torch.cuda.current_device():
-            results = self._run(backend, args)
-        else:
-            with torch.cuda.device(device):
-                results = self._run(backend, args)
+        elsewhere = device != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            results = self._run(forced or self.pick(args, device), args)
         for i in self.written:
             for target, source in zip(_tensors(given[i]), _tensors(args[i]), strict=True):
                 if target is not source:
@@ -115,7 +111,7 @@ class Op:
         )
 
     def _forced_backend(self) -> Backend | None:
-        return _forced.get(self.family) or _forced.get(None)
+        return None if not _forced else _forced.get(self.family) or _forced.get(None)
 
     def _refusal(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
         refuses = self.refuses.get(backend)
