@@ -1,5 +1,7 @@
 """The complete model: documents, causality, losses, recomputation, init, roles, and float64 finite differences."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from model_support import ENGRAM, assert_relative, gradients, packed, small_config, small_model, token_ids
@@ -95,16 +97,17 @@ def test_a_row_without_targets_has_loss_zero() -> None:
     assert all(float(g.abs().max()) == 0 for g in gradients(model, loss).values())
 
 
+@pytest.mark.parametrize("no_target", [NO_TARGET, -100])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunked_cross_entropy_and_its_gradients(chunk: int) -> None:
+def test_chunked_cross_entropy_and_its_gradients(chunk: int, no_target: int) -> None:
     hidden = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 17, (30,))
-    targets[::4] = NO_TARGET
+    targets[::4] = no_target
     total, squares = head_cross_entropy(hidden, weight, targets, chunk)
     found = torch.autograd.grad(total + 0.3 * squares, [hidden, weight])
-    logits = (hidden @ weight.T)[targets != NO_TARGET]
-    plain = F.cross_entropy(logits, targets[targets != NO_TARGET], reduction="sum")
+    logits = (hidden @ weight.T)[targets >= 0]
+    plain = F.cross_entropy(logits, targets[targets >= 0], reduction="sum")
     exact = torch.autograd.grad(plain + 0.3 * logits.logsumexp(-1).square().sum(), [hidden, weight])
     assert_relative(total, plain, 1e-12)
     for got, wanted in zip(found, exact, strict=True):
@@ -147,6 +150,45 @@ def test_recomputation_changes_no_bit(recompute: str | list[int]) -> None:
     model.recompute = recompute
     again = gradients(model, model.losses(ids, documents).cross_entropy_sum)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_all_targets_ignored_is_a_loss_of_zero() -> None:
+    hidden = torch.randn(6, 8, requires_grad=True)
+    total, squares = head_cross_entropy(hidden, torch.randn(17, 8), torch.full((6,), -100))
+    (dhidden,) = torch.autograd.grad(total + squares, hidden)
+    assert (float(total), float(squares), float(dhidden.abs().max())) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("narrow", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)])
+def test_what_must_stay_wide_does(narrow: Callable[[Yaongi], Yaongi]) -> None:
+    """A step of 1e-3 on a decay or a bias of 0.5 is lost in bfloat16."""
+    wide = ("A_log", "mixer.D", "dt_bias", "e_score_correction_bias")
+    model = small_model("ME*")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    (model.backbone.layers[0].mixer.A_log.sum() + model.lm_head.weight.sum()).backward()
+    narrow(model)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(wide):
+            assert tensor.dtype == before[name].dtype == torch.float32, name
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert not tensor.is_floating_point() or tensor.dtype.itemsize == 2, name
+
+
+@pytest.mark.parametrize("how", ["float64", "inference mode", "three threads"])
+def test_init_does_not_depend_on_the_process(how: str) -> None:
+    plain = Yaongi(small_config("ME*"), dtype=torch.float32).state_dict()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_default_dtype(torch.float64 if how == "float64" else torch.float32)
+        torch.set_num_threads(3 if how == "three threads" else threads)
+        with torch.inference_mode(how == "inference mode"):
+            model = Yaongi(small_config("ME*"), dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, plain[name]), name
 
 
 def test_init_is_seeded_by_name_and_as_specified() -> None:

@@ -38,13 +38,15 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         list(pool.map(lambda item: _fill(item[0], item[1], config, seed), parameters))
 
 
-@torch.no_grad()
 def _fill(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    generator = torch.Generator().manual_seed(_key(seed, name))
-    flat = parameter.data.view(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        part.copy_(_draw(name, torch.empty(part.numel()), generator, config))
+    """Draw one parameter; in a thread, which has modes of its own."""
+    generator = torch.Generator("cpu").manual_seed(_key(seed, name))
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            part = flat[start : start + CHUNK]
+            numbers = torch.empty(part.numel(), dtype=torch.float32, device="cpu")
+            part.copy_(_draw(name, numbers, generator, config))
 
 
 def _key(seed: int, name: str) -> int:

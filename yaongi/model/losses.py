@@ -40,7 +40,7 @@ def head_cross_entropy(
     Args:
         hidden: (T, d).
         weight: (V, d).
-        targets: (T) int64, NO_TARGET where there is none.
+        targets: (T) int64, NO_TARGET or any other negative number (−100, say) where there is none.
         chunk: tokens whose logits are in memory at once; by default as many as have CHUNK_LOGITS logits.
 
     Returns:
@@ -65,13 +65,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
         losses, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
         ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.chunk, ctx.gradient = chunk, gradient
-        return losses.sum(), torch.where(targets == NO_TARGET, 0, normalizers.square()).sum()
+        return losses.sum(), torch.where(targets < 0, 0, normalizers.square()).sum()
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
         dlosses = dloss.expand_as(normalizers)
-        dnormalizers = torch.where(targets == NO_TARGET, 0, 2 * dsquares * normalizers)
+        dnormalizers = torch.where(targets < 0, 0, 2 * dsquares * normalizers)
         dhidden = torch.empty_like(hidden)
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros_like(weight, dtype=wide) if ctx.gradient is None else ctx.gradient

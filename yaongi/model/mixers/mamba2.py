@@ -7,6 +7,7 @@ from torch import nn
 
 from yaongi.kernels import causal_conv1d, causal_conv1d_step, mamba_core, mamba_scan, mamba_step
 from yaongi.model.config import ModelConfig
+from yaongi.model.layers.float32 import KeepsFloat32
 from yaongi.model.layers.linear import DepthwiseConv, Linear
 from yaongi.model.layers.norm import GatedRMSNorm
 
@@ -21,11 +22,13 @@ class MambaCache:
     state: Tensor | None = None  # (B, H, P, N), float32
 
 
-class Mamba2(nn.Module):
+class Mamba2(KeepsFloat32):
     """h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, y_t = h_t·c_t + D·x_t, δ = softplus(dt + dt_bias) without a clamp.
 
     The rows of `in_proj` are z, x, B, C, dt, in this order. `A_log`, `D` and `dt_bias` are at least float32.
     """
+
+    FLOAT32 = ("A_log", "D", "dt_bias")
 
     def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()

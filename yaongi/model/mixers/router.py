@@ -8,12 +8,15 @@ from torch import nn
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.accumulation import accumulation_target
 from yaongi.model.layers.compiled import compiled
+from yaongi.model.layers.float32 import KeepsFloat32
 
 Tensor = torch.Tensor
 
 
-class Router(nn.Module):
+class Router(KeepsFloat32):
     """The experts' logits in float32, and the correction bias, which affects only the choice of experts."""
+
+    FLOAT32 = ("e_score_correction_bias",)
 
     def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
