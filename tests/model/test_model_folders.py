@@ -12,6 +12,7 @@ import pytest
 import torch
 from model_support import ENGRAM, roughened, small_config, small_model, token_ids
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from yaongi.model import Yaongi
 from yaongi.model.hub.folder import export_nemotron_h, save
@@ -117,6 +118,41 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(Yaongi(small_config(), seed=2), tmp_path, shard_bytes=20_000)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_save_removes_only_what_a_save_wrote(tmp_path: Path) -> None:
+    """Another model's shards go; adapters, averaged weights, other formats and notes stay."""
+    others = ("model.lora.safetensors", "model-ema.safetensors", "model.fp8-00001-of-00002.safetensors", "model.gguf")
+    save_pretrained(Yaongi(small_config(), seed=1), tmp_path, shard_bytes=20_000)
+    old = {path.name for path in tmp_path.glob("model-*-of-*.safetensors")}
+    for name in (*others, "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    save_pretrained(Yaongi(small_config(), seed=2), tmp_path, shard_bytes=40_000)
+    new = {path.name for path in tmp_path.glob("model-0*-of-*.safetensors")}
+    assert new
+    assert not old & new
+    assert all((tmp_path / name).read_text() == "mine" for name in (*others, "notes.txt"))
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+@pytest.mark.parametrize("state", ["shards", "single", "both"])
+def test_another_tools_single_file_counts_before_the_index(state: str, tmp_path: Path) -> None:
+    """As transformers reads a folder that it saved over: the index stays, and the single file is newer."""
+    first, second = Yaongi(small_config(), seed=1), Yaongi(small_config(), seed=2)
+    save_pretrained(first, tmp_path, shard_bytes=20_000)
+    if state != "shards":
+        save_pretrained(second, tmp_path / "second", shard_bytes=10**9)
+        (tmp_path / "second" / SHARD).rename(tmp_path / "model.safetensors")
+    if state == "single":
+        (tmp_path / INDEX).unlink()
+    wanted = first if state == "shards" else second
+    head = wanted.state_dict()["lm_head.weight"]
+    assert torch.equal(Yaongi.from_pretrained(tmp_path).state_dict()["lm_head.weight"], head)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(theirs.state_dict()["lm_head.weight"], head)
+    if state != "shards":
+        with pytest.raises(FileExistsError, match=r"folder must have no model.safetensors, which would be"):
+            save_pretrained(first, tmp_path, shard_bytes=20_000)
 
 
 def test_engram_is_exported_only_when_told_to_be_dropped(tmp_path: Path) -> None:
@@ -296,6 +332,8 @@ def test_another_head_for_speculation_is_left_out(saved: Path, tmp_path: Path) -
 
 PEAK = """
 import sys, torch
+from transformers import AutoModelForCausalLM
+
 from yaongi.model import Yaongi
 import yaongi.model.hub.folder
 def peak():  # of this process: getrusage would also count what its parent had when it was forked

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from yaongi.files import read_json, write_json
+from yaongi.model.hub.config_json import REMOTE_CODE
 
 Tensor = torch.Tensor
 
@@ -24,9 +25,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 SINGLE_FILE = "model.safetensors"
 
+SAVING = ".saving-"  # prefix of a temporary folder
+
 SHARD_BYTES = 5_000_000_000
 
-WRITTEN = ("model*.safetensors", "modeling_yaongi.py")  # files that one save writes and the next may not: removed then
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _EXPERT = re.compile(r"(.*\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
@@ -136,11 +139,12 @@ def _check_complete(stored: Mapping[Place, Path], targets: Mapping[str, Tensor],
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights: the single one if it is there, as transformers does, else the index's."""
     index = folder / INDEX_FILE
-    if not index.is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise FileNotFoundError(f"from_pretrained: {INDEX_FILE} or {SINGLE_FILE} must be in {folder}, got neither")
+    if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
+    if not index.is_file():
+        raise FileNotFoundError(f"from_pretrained: {INDEX_FILE} or {SINGLE_FILE} must be in {folder}, got neither")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index.name}: weight_map must be a table, got {weight_map!r}")
@@ -169,14 +173,30 @@ def _opened(file: Path) -> Iterator[Any]:
 def staged(folder: Path) -> Iterator[Path]:
     """Give a temporary folder whose files move into `folder` at the end; after an error `folder` stays as it was.
 
-    Files of an earlier save that were not written again are removed; other files, such as a tokenizer's, stay.
+    What an earlier save wrote and this one did not is removed: the shards that its index lists or that have a shard's
+    name, and the remote code. Every other file stays.
+
+    Raises:
+        FileExistsError: another tool's single weight file is there, which readers would take instead of the shards.
     """
+    if (folder / SINGLE_FILE).exists():
+        why = "which would be read instead of the shards"
+        raise FileExistsError(f"save_pretrained: folder must have no {SINGLE_FILE}, {why}, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder) as temporary:
         yield Path(temporary)
-        files = sorted(Path(temporary).iterdir())
+        before = {*_shards_in(folder), f"{REMOTE_CODE}.py"}
+        files = [path for path in sorted(Path(temporary).iterdir()) if not path.name.startswith(SAVING)]
         for file in files:
             os.replace(file, folder / file.name)
-    written = {file.name for file in files}
-    for old in (path for pattern in WRITTEN for path in folder.glob(pattern) if path.name not in written):
-        old.unlink()
+    for name in before - {file.name for file in files}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _shards_in(folder: Path) -> set[str]:
+    """Return the names of the shards of earlier saves."""
+    listed: set[str] = set()
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        listed = {Path(str(name)).name for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return listed | {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}

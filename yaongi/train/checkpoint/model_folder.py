@@ -1,6 +1,5 @@
 """The trained model in a folder that `Yaongi.from_pretrained` and `python -m yaongi.generate` read."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,20 +8,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
+from yaongi.model.hub.weights import staged
 from yaongi.train.distributed.world import World
 
 
 def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) -> None:
-    """Write weights, configuration and tokenizer; `folder` never holds half a model. All processes must call it."""
+    """Write weights, configuration and tokenizer. All processes must call it.
+
+    An error leaves `folder` as it was. Files that an earlier save did not write stay.
+    """
     whole = model if world.size == 1 else _gathered(model, world)
     if whole is not None:
-        building = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        whole.save_pretrained(building)
-        tokenizer.save(building)
-        if folder.exists():
-            shutil.rmtree(folder)
-        building.rename(folder)
+        with staged(folder) as building:
+            whole.save_pretrained(building)
+            tokenizer.save(building)
     world.barrier()
 
 
