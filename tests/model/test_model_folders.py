@@ -120,6 +120,31 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: 
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("with_engram", [False, True])
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [(7, None, [7]), ([7, 5], None, [7, 5]), (7, 9, [9]), (7, [9, 7, 5], [9, 7, 5]), ([7, 5], [], [7, 5])],
+)
+def test_every_end_of_an_answer_is_read_and_kept(
+    config: Any, generation: Any, ends: list[int], with_engram: bool, tmp_path: Path
+) -> None:
+    """generation_config.json counts first, as for transformers; a save writes all of them back."""
+    model = engram_model() if with_engram else Yaongi(small_config())
+    model.save_pretrained(tmp_path)
+    for name, value in (("config.json", config), ("generation_config.json", generation)):
+        if value is None:
+            (tmp_path / name).unlink()
+        else:
+            fields = json.loads((tmp_path / name).read_text()) | {"eos_token_id": value}
+            (tmp_path / name).write_text(json.dumps(fields))
+    again = Yaongi.from_pretrained(tmp_path)
+    assert again.config.answer_ends == ends
+    again.save_pretrained(tmp_path / "again")
+    assert Yaongi.from_pretrained(tmp_path / "again").config.answer_ends == ends
+    saved = [json.loads((tmp_path / "again" / n).read_text()) for n in ("config.json", "generation_config.json")]
+    assert [fields["eos_token_id"] for fields in saved] == [ends if len(ends) > 1 else ends[0]] * 2
+
+
 def test_a_save_removes_only_what_a_save_wrote(tmp_path: Path) -> None:
     """Another model's shards go; adapters, averaged weights, other formats and notes stay."""
     others = ("model.lora.safetensors", "model-ema.safetensors", "model.fp8-00001-of-00002.safetensors", "model.gguf")

@@ -84,11 +84,11 @@ def test_stop_tokens_end_a_row_alone() -> None:
     assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in free]
 
 
-def test_the_end_of_text_stops_by_default() -> None:
+def test_the_config_s_ends_stop_by_default() -> None:
     model = small_model()
     first = generate(model, PROMPTS[:1], max_new_tokens=1, stop=())[0][0]
-    again = small_model(eos_token_id=first)
-    assert generate(again, PROMPTS[:1], max_new_tokens=5) == [[]]
+    for ends in ({"eos_token_id": first}, {"stop_token_ids": (first + 1, first)}):
+        assert generate(small_model(**ends), PROMPTS[:1], max_new_tokens=5) == [[]]
 
 
 def shares(draws: int = 4000, **settings: Any) -> torch.Tensor:

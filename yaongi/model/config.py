@@ -71,6 +71,7 @@ class ModelConfig:
     pad_token_id: int = 0  # id of the padding token; in training the tokenizer sets it
     bos_token_id: int = 2  # id of the begin-of-text token; in training the tokenizer sets it
     eos_token_id: int = 3  # id of the end-of-text token; in training the tokenizer sets it
+    stop_token_ids: tuple[int, ...] = ()  # ids of further tokens that end an answer, such as a chat turn's end
     attention_backend: AttentionBackend = "auto"  # auto: the fastest that is right for the device and data
     compressed_vocab_size: int | None = None  # compressed ids for Engram (V_c); training sets it; None: no compression
     engram: tuple[EngramConfig, ...] = ()  # the Engrams, by ascending layer
@@ -99,6 +100,8 @@ class ModelConfig:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             check.require(0 <= token < self.vocab_size, name, f"0 to {self.vocab_size - 1} (vocab_size - 1)", token)
+        fits = all(0 <= token < self.vocab_size for token in self.stop_token_ids)
+        check.require(fits, "stop_token_ids", f"of 0 to {self.vocab_size - 1} (vocab_size - 1)", self.stop_token_ids)
         size = self.compressed_vocab_size
         fits = size is None or 1 <= size <= self.vocab_size
         check.require(fits, "compressed_vocab_size", f"1 to vocab_size = {self.vocab_size}", size)
@@ -118,6 +121,11 @@ class ModelConfig:
     def conv_width(self) -> int:
         """H·P + 2·G·N: the channels of x, B and C."""
         return self.mamba_width + 2 * self.mamba_groups * self.mamba_state
+
+    @property
+    def answer_ends(self) -> list[int]:
+        """All tokens that end an answer, the end of text first."""
+        return [self.eos_token_id, *self.stop_token_ids]
 
     def layers_of(self, letter: str) -> list[int]:
         """Return the indices of the layers of one kind."""

@@ -110,7 +110,7 @@ def generate(
         temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together have this probability.
-        stop: tokens that end an answer; the end of text by default.
+        stop: tokens that end an answer; by default those of the model's config.
         seed: seed of the sampling.
 
     Raises:
@@ -118,7 +118,7 @@ def generate(
             max_sequence_length, or a setting is out of range.
     """
     _check_settings(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    ends = {model.config.eos_token_id} if stop is None else set(stop)
+    ends = set(model.config.answer_ends if stop is None else stop)
     device = model.lm_head.weight.device
     input_ids, document_ids = _padded(prompts, model.config.pad_token_id, device)
     logits, cache = prefill(model, input_ids, document_ids, capacity=input_ids.shape[1] + max_new_tokens)

@@ -1,5 +1,6 @@
 """`config.json` of a model folder: the hub's `nemotron_h`, and our own `yaongi`, which can also describe Engram."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -63,6 +64,7 @@ def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": len(config.pattern),
         **{hub: getattr(config, ours) for ours, hub in SIZES.items()},
         **{hub: getattr(config, ours) for ours, (hub, _) in SETTINGS.items()},
+        **control_tokens(config),
         **FIXED,
         "attention_dropout": 0.0,
         "chunk_size": 128,
@@ -82,7 +84,6 @@ def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def yaongi_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return the `yaongi` config of a model: all of it is under the key `model`."""
-    tokens = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return {
         "architectures": ["YaongiForCausalLM"],
         "auto_map": {
@@ -94,13 +95,37 @@ def yaongi_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(config.pattern),
-        **tokens,
+        **control_tokens(config),
         "model": config.to_dict(),
     }
 
 
-def config_from_json(fields: Mapping[str, Any]) -> ModelConfig:
-    """Read the config of either kind of folder. A ValueError names what is missing or not supported."""
+def control_tokens(config: ModelConfig) -> dict[str, Any]:
+    """Return the control tokens as the hub's files have them: several ends of an answer are a list."""
+    ends = config.answer_ends
+    return {
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+    }
+
+
+def config_from_json(fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Read the config of either kind of folder. A ValueError names what is missing or not supported.
+
+    Args:
+        fields: config.json.
+        generation: generation_config.json, whose ends of an answer count before those of config.json.
+    """
+    config = _model_config(fields)
+    ends = (generation or {}).get("eos_token_id") or fields.get("eos_token_id")
+    if ends in (None, []):
+        return config
+    first, *others = ends if isinstance(ends, list) else [ends]
+    return dataclasses.replace(config, eos_token_id=first, stop_token_ids=tuple(others))
+
+
+def _model_config(fields: Mapping[str, Any]) -> ModelConfig:
     kind = fields.get("model_type")
     if kind == YAONGI:
         if not isinstance(fields.get("model"), Mapping):

@@ -10,7 +10,7 @@ from yaongi.files import read_json, write_json
 from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts
 from yaongi.model.hub.card import model_card
-from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, nemotron_h_config, yaongi_config
+from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, control_tokens, nemotron_h_config, yaongi_config
 from yaongi.model.hub.weights import SHARD_BYTES, staged, write_shards
 
 ENGRAM_TENSORS = (".engram.", "backbone.compression")  # substrings of the tensor names that nemotron_h can't hold
@@ -30,7 +30,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
     dtype = getattr(torch, name, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"config.json: dtype must be a floating one, got {name!r}")
-    return config_from_json(fields), dtype
+    generation = folder / "generation_config.json"
+    return config_from_json(fields, read_json(generation) if generation.is_file() else None), dtype
 
 
 def save(
@@ -98,8 +99,7 @@ def _write_yaongi(
 
 def _write_rest(config: ModelConfig, folder: Path, card: str) -> None:
     """Write the generation config and the model card."""
-    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(folder / "generation_config.json", tokens)
+    write_json(folder / "generation_config.json", control_tokens(config))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
