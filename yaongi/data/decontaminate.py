@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yaongi.data.sources.readers import data_files, file_format, read_rows
+from yaongi.data.sources.files import data_files, file_format
+from yaongi.data.sources.readers import read_rows
 from yaongi.data.text import ngram_hashes, normalize, word_hashes
 
 NGRAM = 13

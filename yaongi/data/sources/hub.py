@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Protocol
 
-from yaongi.data.sources.readers import file_format
+from yaongi.data.sources.files import file_format, reason_to_leave
 
 BYTES_PER_TOKEN: Mapping[str, float] = {"ko": 4.8, "en": 4.1, "code": 3.3, "math": 3.4}  # to convert a budget
 
@@ -125,7 +125,7 @@ def data_names(source: HubSource, repository: Repository) -> list[str]:
     found = [
         name
         for name in repository.names()
-        if file_format(name) in (".jsonl", ".parquet", ".json") and any(fnmatch(name, p) for p in source.files)
+        if not reason_to_leave(name) and file_format(name) != ".txt" and any(fnmatch(name, p) for p in source.files)
     ]
     if not found:
         raise ValueError(f"download: {source.id} has no data files that match {' '.join(source.files)}")

@@ -1,5 +1,6 @@
-"""Reading documents from .txt and .jsonl (plain or .xz, .zst, .gz) and .parquet, on disk or in any binary stream."""
+"""Reading documents from the formats of `files`, on disk or in any binary stream."""
 
+import bz2
 import gzip
 import io
 import json
@@ -10,39 +11,12 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from yaongi.data.chat import render_chat
+from yaongi.data.sources.files import file_format
 from yaongi.data.text import pieces
 
-COMPRESSIONS = (".xz", ".zst", ".gz")
-FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 TEXT_FIELDS = ("text", "content", "messages")
 _TXT_DOCUMENT_CHARACTERS = 1 << 16
-
-
-def file_format(name: str) -> str | None:
-    """Return `.txt`, `.jsonl`, `.json` or `.parquet` for a file that can be read, compressed or not; else None."""
-    stem = name.lower()
-    for ending in COMPRESSIONS:
-        stem = stem.removesuffix(ending)
-    found = Path(stem).suffix
-    if found not in FORMATS or (found == ".parquet" and stem != name.lower()):
-        return None
-    return found
-
-
-def data_files(path: Path) -> list[Path]:
-    """Return `path` itself, or every readable file below it, sorted.
-
-    Raises:
-        FileNotFoundError: there is nothing, or nothing in a known format.
-    """
-    if path.is_file():
-        found = [path] if file_format(path.name) else []
-    else:
-        found = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p.name) and p.name != "source.json")
-    if not found:
-        kinds = " ".join(FORMATS)
-        raise FileNotFoundError(f"data: {path} must hold {kinds} files (or {' '.join(COMPRESSIONS)} of them), got none")
-    return found
+_BZ2_DAMAGED = "Invalid data stream"  # of the OSError that bz2 raises; others are the disk's or the connection's
 
 
 def read_documents(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[str]:
@@ -93,16 +67,18 @@ def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0)
         else:
             yield from islice(_json_rows(lines, name, start), start, None)
     except _broken() as error:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and str(error) != _BZ2_DAMAGED:
+            raise
         raise ValueError(f"data: {name} cannot be read: {error}") from error
 
 
 def _broken() -> tuple[type[Exception], ...]:
-    """Return the errors that decompressors and UTF-8 decoding raise for broken content."""
+    """Return the errors that decompressors and UTF-8 decoding raise for broken content, some of them an OSError."""
     import zlib
 
     import zstandard
 
-    return UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError
+    return UnicodeDecodeError, EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
@@ -111,6 +87,8 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
         return lzma.open(file)
     if ending == ".gz":
         return cast(IO[bytes], gzip.open(file))
+    if ending == ".bz2":
+        return cast(IO[bytes], bz2.open(file))
     if ending == ".zst":
         import zstandard
 

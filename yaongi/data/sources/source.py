@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from yaongi.data.sources.tally import Tally
 
 TRAIN, VAL = "train", "val"
 
@@ -17,6 +19,15 @@ class Source:
     licence: str
     documents: Callable[[], Iterator[str]]
     fingerprint: Callable[[], str]  # changes if a document changes
+    tally: Tally = field(default_factory=Tally)  # of the files, if there are any
+
+
+class Sources(list[Source]):
+    """Sources in order; `left_out` names each file beside theirs that is not read, with the reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: list[tuple[str, str]] = []
 
 
 def is_held_out(text: str, fraction: float) -> bool:

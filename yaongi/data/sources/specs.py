@@ -1,8 +1,8 @@
 """Opening sources from the specs that users write:
 
 * `embedded`: the corpus inside the package;
-* `DOMAIN=PATH`: a file or a folder of .txt, .jsonl (also .xz, .zst, .gz) or .parquet, for ko, en, code or math;
-* `PATH`: a folder that holds `train/` and perhaps `val/`, with `ko.jsonl.xz` or `ko/…` in each, as
+* `DOMAIN=PATH`: a file, or a folder of files in any format of `files`, for ko, en, code or math;
+* `PATH`: a folder that holds `train/` and perhaps `val/`, with `ko.jsonl.xz`, `ko-00001.jsonl` or `ko/…` in each, as
   `python -m yaongi.data download` writes it.
 
 If a domain has no `val` of its own, some of its documents are held out, chosen by the hash of their text.
@@ -10,16 +10,31 @@ If a domain has no `val` of its own, some of its documents are held out, chosen 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from yaongi.data.mix import DOMAINS
-from yaongi.data.sources.readers import data_files, file_format, read_documents
-from yaongi.data.sources.source import TRAIN, VAL, Source
+from yaongi.data.sources.files import FORMATS, file_stem, find_files, nothing_to_read, reason_to_leave
+from yaongi.data.sources.readers import read_documents
+from yaongi.data.sources.source import TRAIN, VAL, Source, Sources
+from yaongi.data.sources.tally import Tally
 from yaongi.files import sha256_file
 
+_SUB_FOLDER, _LOOSE, _BESIDE = range(3)  # files in DOMAIN/NAME/, in DOMAIN/, and those beside it, such as DOMAIN.jsonl
 
-def open_sources(specs: Sequence[str]) -> list[Source]:
+
+class _Group(NamedTuple):
+    """A source in a folder with splits; they are in this order."""
+
+    domain: int
+    split: str
+    rank: int
+    name: str
+
+
+def open_sources(specs: Sequence[str]) -> Sources:
     """Open the sources that `specs` name, in order.
 
     Raises:
@@ -28,61 +43,85 @@ def open_sources(specs: Sequence[str]) -> list[Source]:
     """
     if not specs:
         raise ValueError("data: --source must be given: embedded, DOMAIN=PATH or a folder with train/")
-    found: list[Source] = []
+    found = Sources()
     for spec in specs:
         domain, equals, path = spec.partition("=")
+        left_out: dict[str, str] = {}
         if spec == "embedded":
             from yaongi.data.sources.embedded.corpus import embedded_sources
 
             found += embedded_sources()
         elif equals and domain in DOMAINS:
-            found.append(_files_source(domain, None, Path(path)))
+            found += _path_source(domain, Path(path), left_out)
         elif Path(spec).is_dir() and (Path(spec) / TRAIN).is_dir():
-            found += _folder_sources(Path(spec))
+            found += _folder_sources(Path(spec), left_out)
         elif Path(spec).exists():
             raise ValueError(
                 f"data: --source must be DOMAIN=PATH ({', '.join(DOMAINS)}) or a folder with train/, got {spec}"
             )
         else:
             raise FileNotFoundError(f"data: no such source: {spec}")
+        found.left_out += left_out.items()
     return found
 
 
-def _folder_sources(folder: Path) -> list[Source]:
-    """Return the sources in `train/DOMAIN…` and `val/DOMAIN…`; each subfolder of `train/DOMAIN/` is a source."""
+def _path_source(domain: str, path: Path, left_out: dict[str, str]) -> list[Source]:
+    """Return the source of a file or folder, and add to `left_out` what is not read."""
+    files, others = find_files(path)
+    if not files:
+        raise nothing_to_read(path, " ".join(FORMATS), others)
+    left_out |= others
+    root, name = (path, path.absolute().name) if path.is_dir() else (path.parent, file_stem(path.name))
+    return [_files_source(domain, None, name, root, files, path / "source.json")]
+
+
+def _folder_sources(folder: Path, left_out: dict[str, str]) -> list[Source]:
+    """Return the sources in `train/DOMAIN…` and `val/DOMAIN…`, and add to `left_out` what is none of them."""
+    groups: dict[_Group, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in (TRAIN, VAL):
+            left_out[path.name] = (path.is_file() and reason_to_leave(path.name)) or f"not in {TRAIN}/ or {VAL}/"
+            continue
+        files, others = find_files(path)
+        left_out |= {f"{path.name}/{name}": reason for name, reason in others.items()}
+        for file in files:
+            if group := _group(file.relative_to(folder).parts):
+                groups.setdefault(group, []).append(file)
+            else:
+                left_out[file.relative_to(folder).as_posix()] = f"of no domain among {', '.join(DOMAINS)}"
+    if not groups:
+        raise nothing_to_read(folder / TRAIN, ", ".join(DOMAINS), left_out)
+    divided = {group.domain for group in groups if group.split == VAL}
     found = []
-    for domain in DOMAINS:
-        parts = {split: _domain_paths(folder / split, domain) for split in (TRAIN, VAL)}
-        for split, paths in parts.items():
-            whole = split if parts[VAL] else None
-            found += [_files_source(domain, whole, path) for path in paths]
-    if not found:
-        raise FileNotFoundError(f"data: {folder / TRAIN} must hold {', '.join(DOMAINS)} files or folders, got none")
+    for (number, split, rank, name), files in sorted(groups.items()):
+        domain, whole = DOMAINS[number], split if number in divided else None
+        about = folder / split / domain / name / "source.json" if rank < _BESIDE else None
+        found.append(_files_source(domain, whole, name or domain, folder, files, about))
     return found
 
 
-def _domain_paths(folder: Path, domain: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    files = [p for p in folder.iterdir() if p.is_file() and p.name.split(".")[0] == domain and file_format(p.name)]
-    inner = folder / domain
-    if inner.is_dir():
-        parts = sorted(p for p in inner.iterdir() if p.is_dir())
-        files += parts or [inner]
-    return sorted(files)
+def _group(parts: Sequence[str]) -> _Group | None:
+    """Return the source of the file `train/…` or `val/…`, or None if it is of no domain."""
+    found = re.match(f"({'|'.join(DOMAINS)})(?![^._-])", parts[1])
+    if not found or (len(parts) > 2 and found[1] != parts[1]):
+        return None
+    rank = _BESIDE if len(parts) == 2 else _LOOSE if len(parts) == 3 else _SUB_FOLDER
+    return _Group(DOMAINS.index(found[1]), parts[0], rank, parts[2] if rank == _SUB_FOLDER else "")
 
 
-def _files_source(domain: str, split: str | None, path: Path) -> Source:
-    files = data_files(path)
-    about = path / "source.json"
-    record = json.loads(about.read_text()) if about.is_file() else {}
+def _files_source(
+    domain: str, split: str | None, name: str, root: Path, files: Sequence[Path], about: Path | None
+) -> Source:
+    """Return the source of `files` below `root`; a `source.json` at `about` gives the name and the licence."""
+    record = json.loads(about.read_text()) if about and about.is_file() else {}
+    tally = Tally()
 
     def documents() -> Iterator[str]:
         for file in files:
-            yield from read_documents(file)
+            yield from tally.counted(file.relative_to(root).as_posix(), read_documents(file))
 
     def fingerprint() -> str:
         return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
-    name = record.get("id", path.name.split(".")[0])
-    return Source(domain, split, name, record.get("licence", "not stated"), documents, fingerprint)
+    name, licence = record.get("id", name), record.get("licence", "not stated")
+    return Source(domain, split, name, licence, documents, fingerprint, tally)

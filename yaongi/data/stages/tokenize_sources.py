@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from yaongi.data import dedup
 from yaongi.data.decontaminate import Benchmarks, benchmark_texts
 from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWriter, write_manifest
-from yaongi.data.sources.source import TRAIN, VAL, Source, is_held_out
+from yaongi.data.sources.files import describe
+from yaongi.data.sources.source import TRAIN, VAL, Source, Sources, is_held_out
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.text import batches, normalize, word_hashes
 from yaongi.data.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def tokenize_sources(
 
 
 def _build(
-    sources: Sequence[Source],
+    sources: Sources,
     tokenizer: Tokenizer,
     folder: Path,
     options: Options,
@@ -119,7 +120,10 @@ def _build(
 ) -> None:
     benchmarks = Benchmarks(benchmark_texts(options.benchmarks))
     with _pool(_Worker(tokenizer.model, benchmarks, options), workers) as process:
-        splits, counts = _write_all(sources, process, folder, tokenizer.vocab_size, options, say)
+        labels = _labels(sources)
+        splits, counts = _write_all(labels, process, folder, tokenizer.vocab_size, options, say)
+    if sources.left_out:
+        say(describe(sources.left_out))
     tokenizer.save(folder / "tokenizer")
     np.save(folder / TOKEN_BYTES, tokenizer.byte_lengths)
     write_manifest(
@@ -132,6 +136,8 @@ def _build(
         token_bytes_size=(folder / TOKEN_BYTES).stat().st_size,
         benchmark_items=benchmarks.items,
         counts=counts,
+        files={label: source.tally.files for label, source in labels.items()},
+        left_out=[{"file": name, "reason": reason} for name, reason in sources.left_out],
         plan=plan,
     )
 
@@ -163,8 +169,18 @@ def _replace(out: Path, building: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _labels(sources: Sequence[Source]) -> dict[str, Source]:
+    """Return the sources by labels that are all different."""
+    labels: dict[str, Source] = {}
+    for source in sources:
+        name = f"{source.domain}/{source.name}" + (f" ({source.split})" if source.split else "")
+        spare = (f"{name} #{number}" for number in count(2))
+        labels[next(label for label in chain([name], spare) if label not in labels)] = source
+    return labels
+
+
 def _write_all(
-    sources: Sequence[Source],
+    sources: Mapping[str, Source],
     process: Callable[[Iterator[list[str]]], Iterator[_Document]],
     folder: Path,
     vocab_size: int,
@@ -174,8 +190,7 @@ def _write_all(
     seen = dedup.Seen(near=options.near_duplicates)
     splits: dict[str, dict[str, list[Shard]]] = {TRAIN: {}, VAL: {}}
     counts: dict[str, dict[str, int]] = {}
-    for number, source in sorted(enumerate(sources), key=lambda pair: pair[1].split != VAL):
-        label = f"{source.domain}/{source.name}" + (f" ({source.split})" if source.split else "")
+    for number, (label, source) in sorted(enumerate(sources.items()), key=lambda item: item[1][1].split != VAL):
         writers = {
             split: ShardWriter(
                 folder,
@@ -195,7 +210,7 @@ def _write_all(
             writer.close()
             if writer.shards:
                 splits[split].setdefault(source.domain, []).extend(writer.shards)
-        say(f"{label}: " + ", ".join(f"{count:,} {name}" for name, count in counts[label].items()))
+        say(f"{label}: " + ", ".join(f"{total:,} {name}" for name, total in counts[label].items()))
     return splits, counts
 
 
@@ -238,19 +253,19 @@ def _run_worker(texts: list[str]) -> list[_Document]:
 
 
 @contextmanager
-def _pool(worker: _Worker, count: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[_Document]]]:
-    """Give a function from batches of texts to their documents, in order, computed on `count` processes."""
-    if count == 1:
+def _pool(worker: _Worker, workers: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[_Document]]]:
+    """Give a function from batches of texts to their documents, in order, computed on `workers` processes."""
+    if workers == 1:
         yield lambda batches: chain.from_iterable(map(worker, batches))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _start_worker, (worker,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (worker,)) as pool:
 
         def ordered(batches: Iterator[list[str]]) -> Iterator[_Document]:
             running: deque[Any] = deque()
             for batch in batches:
                 running.append(pool.submit(_run_worker, batch))
-                if len(running) > 2 * count:
+                if len(running) > 2 * workers:
                     yield from running.popleft().result()
             while running:
                 yield from running.popleft().result()
