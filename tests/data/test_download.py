@@ -10,10 +10,9 @@ from typing import IO, Any
 import pyarrow
 import pytest
 from pyarrow import parquet
-from texts import random_texts, write_jsonl
+from texts import random_texts, read_documents, write_jsonl
 
 from yaongi.data.sources.hub import FALLBACKS, HUB_SOURCES, HubSource, MirrorRepository
-from yaongi.data.sources.readers import read_documents
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.stages.download import Places, Progress, download, download_source
 
@@ -159,7 +158,7 @@ def test_no_rows_is_an_error(mirror: Path, tmp_path: Path) -> None:
 def test_rows_that_are_no_text_are_counted_and_left_out(mirror: Path, tmp_path: Path) -> None:
     write_jsonl(mirror / "owner" / "odd" / "data" / "a.jsonl", ["good", "", "bad \ud800"])
     progress = fetch(tmp_path / "out", places(mirror), source=replace(SOURCE, id="owner/odd"))
-    assert progress.skipped == {"empty": 1, "lone surrogate": 1}
+    assert progress.skipped == {"empty": 1, "bad": 1}
     assert documents(tmp_path / "out") == ["good"]
 
 

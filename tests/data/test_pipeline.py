@@ -120,13 +120,6 @@ def test_a_source_without_documents_is_an_error(tokenizer: Tokenizer, tmp_path: 
     assert not (tmp_path / "tokens").exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_lone_surrogate_is_an_error(tokenizer: Tokenizer, tmp_path: Path, workers: int) -> None:
-    source = write_jsonl(tmp_path / "en.jsonl", ["fine", "broken \ud800"])
-    with pytest.raises(ValueError, match="en/en: text: must hold no lone surrogates, got U\\+D800"):
-        build([f"en={source}"], tokenizer, tmp_path / "tokens", workers=workers)
-
-
 def test_ids_out_of_range_are_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train/ko", "s", "l", 100, 1 << 17)
     for wrong in (-1, 1 << 16):

@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
-from texts import write_jsonl
+from texts import read_documents, write_jsonl
 
-from yaongi.data.sources.readers import read_documents, read_rows
+from yaongi.data.sources.readers import read_rows
 from yaongi.data.sources.specs import open_sources
 
 TEXTS = ["첫 글\n둘째 줄", "second", "x²"]
@@ -36,7 +36,7 @@ def test_text_files_are_documents_and_long_ones_are_cut(tmp_path: Path) -> None:
     line = "가" * 99 + "\n"
     (tmp_path / "b.txt").write_text(line * 2000)
     documents = [d for source in open_sources([f"ko={tmp_path}"]) for d in source.documents()]
-    assert documents[0] == "한 글\r\n끝"
+    assert documents[0] == "한 글\n끝"
     assert len(documents) == 5
     assert "".join(documents[1:]) == line * 2000
 

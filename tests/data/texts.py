@@ -2,7 +2,10 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+
+from yaongi.data.sources.readers import read_texts
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -17,3 +20,11 @@ def random_texts(seed: int, count: int, words: int = 40) -> list[str]:
     rng = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz가나다라마바사아자차카타파하"
     return [" ".join("".join(rng.choices(letters, k=5)) for _ in range(words)) for _ in range(count)]
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Yield the texts of a file. Raises ValueError for a bad row."""
+    for text in read_texts(path):
+        if isinstance(text, ValueError):
+            raise text
+        yield text

@@ -8,7 +8,11 @@ import tyro
 
 from yaongi import cli
 from yaongi.data.mix import DEFAULT_MIX_TEXT, parse_mix
+from yaongi.data.sources.tally import BAD_ROWS
 
+BadRows = Annotated[
+    float, tyro.conf.arg(help="share of a source's rows that may be bad and are skipped; one in any case.")
+]
 Sources = Annotated[
     tuple[str, ...],
     tyro.conf.arg(name="source", help="embedded, DOMAIN=PATH (ko, en, code, math), or a folder with train/ and val/."),
@@ -23,11 +27,12 @@ class Download:
     tokens: float = 15e9  # tokens to download in all; each data set gets its share
     only: tuple[str, ...] = ()  # names of the data sets to download; none: all
     mirror: Path | None = None  # read a local copy, MIRROR/owner/name/..., instead of the hub; None: the hub
+    bad_rows: BadRows = BAD_ROWS
 
     def run(self) -> None:
         from yaongi.data.stages.download import Places, download
 
-        download(self.out, self.tokens, Places.of(self.mirror), names=self.only)
+        download(self.out, self.tokens, Places.of(self.mirror), names=self.only, bad_rows=self.bad_rows)
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,13 @@ class TrainTokenizer:
     vocab_size: int = 32768  # size of the vocabulary
     mix: str = DEFAULT_MIX_TEXT  # shares of the domains in the training text, by bytes
     megabytes: float = 60.0  # megabytes of text to train on
+    bad_rows: BadRows = BAD_ROWS
 
     def run(self) -> None:
         from yaongi.data.stages.train_tokenizer import train_on_sources
 
-        train_on_sources(self.source, self.out, self.vocab_size, parse_mix(self.mix), int(self.megabytes * 1e6))
+        mix, size = parse_mix(self.mix), int(self.megabytes * 1e6)
+        train_on_sources(self.source, self.out, self.vocab_size, mix, size, bad_rows=self.bad_rows)
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,14 @@ class Tokenize:
     near_duplicates: bool = True  # drop near duplicates too (MinHash), not only exact ones
     benchmark: tuple[str, ...] = ()  # drop documents that quote these: kmmlu, haerae, logickor, gsm8k, or files
     shard_tokens: int = 100_000_000  # tokens per shard
+    bad_rows: BadRows = BAD_ROWS
     workers: int = 0  # worker processes; 0: one per core
 
     def run(self) -> None:
         from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
         from yaongi.data.tokenizer import Tokenizer
 
-        options = Options(self.held_out, self.near_duplicates, self.benchmark, self.shard_tokens)
+        options = Options(self.held_out, self.near_duplicates, self.benchmark, self.shard_tokens, self.bad_rows)
         tokenize_sources(self.source, Tokenizer.load(self.tokenizer), self.out, options, workers=self.workers)
 
 

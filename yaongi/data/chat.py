@@ -13,12 +13,32 @@ def render_chat(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return `<|im_start|>role⏎content<|im_end|>⏎` for each message that has content.
 
     Raises:
-        ValueError: a message has no role.
+        ValueError: a message is no object or has no role, or its content is neither text nor parts of text.
     """
     parts = []
     for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"chat: every message must be an object, got {type(message).__name__}")
         if not message.get("role"):
             raise ValueError(f"chat: every message must have a role, got keys {sorted(message)}")
-        if message.get("content"):
-            parts.append(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n")
+        if content := _content(message.get("content")):
+            parts.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
     return "".join(parts)
+
+
+def _content(content: Any) -> str | None:
+    """Return a message's text, which may come in parts such as `{"type": "text", "text": "…"}`."""
+    if isinstance(content, list):
+        return "".join(map(_part, content))
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"chat: content must be text or a list of parts, got {type(content).__name__}")
+    return content
+
+
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping) or kind != "text":
+        raise ValueError(f"chat: a part of a message must be of type 'text', got {kind!r}")
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"chat: the text of a part must be text, got {type(part.get('text')).__name__}")
+    return part["text"]

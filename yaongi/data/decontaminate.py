@@ -102,6 +102,8 @@ def _local_items(path: Path) -> Iterator[str]:
             fields = ("text",)
         with file.open("rb") as stream:
             for row in read_rows(stream, file.name, fields):
+                if isinstance(row, ValueError):
+                    raise row
                 item = " ".join(_strings(row))
                 yield from item.splitlines() if file_format(file.name) == ".txt" else [item]
 

@@ -22,10 +22,15 @@ def normalize(text: str) -> str:
     Raises:
         ValueError: the text has a lone surrogate, and so no UTF-8 form.
     """
-    found = _SURROGATE.search(text)
+    refuse_surrogates(text)
+    return unicodedata.normalize("NFC", text)
+
+
+def refuse_surrogates(text: str) -> None:
+    """Raise ValueError if the text has a lone surrogate."""
+    found = None if text.isascii() else _SURROGATE.search(text)
     if found:
         raise ValueError(f"text: must hold no lone surrogates, got U+{ord(found[0]):04X} at character {found.start()}")
-    return unicodedata.normalize("NFC", text)
 
 
 def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

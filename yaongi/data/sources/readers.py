@@ -12,58 +12,72 @@ from typing import IO, Any, cast
 
 from yaongi.data.chat import render_chat
 from yaongi.data.sources.files import file_format
-from yaongi.data.text import pieces
+from yaongi.data.text import pieces, refuse_surrogates
 
 TEXT_FIELDS = ("text", "content", "messages")
+Row = dict[str, Any] | ValueError  # an error says which row is bad and why
 _TXT_DOCUMENT_CHARACTERS = 1 << 16
 _BZ2_DAMAGED = "Invalid data stream"  # of the OSError that bz2 raises; others are the disk's or the connection's
 
 
-def read_documents(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[str]:
-    """Yield the documents of one file. A .txt is one document, or several of about 64k characters if it is longer.
+def read_texts(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[str | ValueError]:
+    """Yield `row_text` of each row. A .txt is one row, or several of about 64k characters if it is longer.
 
     Raises:
-        ValueError: compression, UTF-8 or JSON is broken, or a row has none of `fields`; the message names the file and,
-            where known, the row.
+        ValueError: compression or UTF-8 is broken, or a .parquet has none of `fields`.
     """
     with path.open("rb") as file:
-        for row, record in enumerate(read_rows(file, path.name, fields)):
-            yield document(record, fields, f"{path.name}, row {row}")
+        for number, row in enumerate(read_rows(file, str(path), fields)):
+            yield row_text(row, fields, f"{path}, row {number}")
 
 
-def document(record: Mapping[str, Any], fields: Sequence[str], where: str) -> str:
-    """Return the text of a row: the first of `fields` that holds text, or chat messages, which are rendered.
+def row_text(row: Row, fields: Sequence[str], where: str) -> str | ValueError:
+    """Return the first of `fields` that holds text, or chat messages, which are rendered; an empty text if all are.
 
-    Raises:
-        ValueError: none of the fields holds text or messages.
+    Of a bad row, without text or with a lone surrogate, return the error, which says `where` it is.
     """
-    for field in fields:
-        value = record.get(field)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list):
-            return render_chat(value)
-    raise ValueError(f"data: {where}: one of {list(fields)} must hold text, got fields {sorted(record)}")
+    if isinstance(row, ValueError):
+        return row
+    try:
+        return _text(row, fields)
+    except ValueError as error:
+        return ValueError(f"data: {where}: {error}")
 
 
-def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file from number `start` on.
+def _text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    values = {field: row[field] for field in fields if field in row}
+    empty = False
+    for value in values.values():
+        text = render_chat(value) if isinstance(value, list) else value
+        if isinstance(text, str) and text and not text.isspace():
+            refuse_surrogates(text)
+            return text
+        empty |= isinstance(text, str)
+    if empty:
+        return ""
+    got = [f"{field} {'null' if value is None else type(value).__name__}" for field, value in values.items()]
+    raise ValueError(f"one of {list(fields)} must hold text, got {', '.join(got) or f'fields {sorted(row)}'}")
+
+
+def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0) -> Iterator[Row]:
+    """Yield the rows of a file from number `start` on; for a row that is no JSON object, the error.
 
     Args:
         name: its ending gives the format.
         fields: columns to read of a parquet file; other formats give all fields.
 
     Raises:
-        ValueError: the content does not have the format; the message names the file and, where known, the row.
+        ValueError: the content does not have the format; the message names the file.
     """
     kind = file_format(name)
     if kind == ".parquet":
         yield from _parquet_rows(file, name, fields, start)
         return
     try:
-        lines = io.TextIOWrapper(_decompressed(file, name), encoding="utf-8", newline="")
+        lines = io.TextIOWrapper(_decompressed(file, name), encoding="utf-8-sig", newline="")
         if kind == ".txt":
-            yield from islice(({"text": text} for text in pieces(lines, _TXT_DOCUMENT_CHARACTERS)), start, None)
+            unix = (line[:-2] + "\n" if line.endswith("\r\n") else line for line in lines)
+            yield from islice(({"text": text} for text in pieces(unix, _TXT_DOCUMENT_CHARACTERS)), start, None)
         else:
             yield from islice(_json_rows(lines, name, start), start, None)
     except _broken() as error:
@@ -96,7 +110,7 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     return file
 
 
-def _json_rows(lines: io.TextIOWrapper, name: str, start: int) -> Iterator[dict[str, Any]]:
+def _json_rows(lines: io.TextIOWrapper, name: str, start: int) -> Iterator[Row]:
     rows = (line for line in lines if line.strip())
     for number, line in enumerate(rows):
         if number < start:
@@ -104,14 +118,15 @@ def _json_rows(lines: io.TextIOWrapper, name: str, start: int) -> Iterator[dict[
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"data: {name}, row {number}: not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            yield ValueError(f"data: {name}, row {number}: not JSON ({error})")
+            continue
         if not isinstance(record, dict):
-            raise ValueError(f"data: {name}, row {number}: must be a JSON object, got {type(record).__name__}")
+            record = ValueError(f"data: {name}, row {number}: must be a JSON object, got {type(record).__name__}")
         yield record
 
 
-def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 

@@ -17,7 +17,7 @@ class Source:
     split: str | None
     name: str
     licence: str
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[str]]  # none of them blank
     fingerprint: Callable[[], str]  # changes if a document changes
     tally: Tally = field(default_factory=Tally)  # of the files, if there are any
 

@@ -11,15 +11,16 @@ If a domain has no `val` of its own, some of its documents are held out, chosen 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from yaongi.data.mix import DOMAINS
 from yaongi.data.sources.files import FORMATS, file_stem, find_files, nothing_to_read, reason_to_leave
-from yaongi.data.sources.readers import read_documents
+from yaongi.data.sources.readers import read_texts
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources
-from yaongi.data.sources.tally import Tally
+from yaongi.data.sources.tally import BAD_ROWS, Tally
 from yaongi.files import sha256_file
 
 _SUB_FOLDER, _LOOSE, _BESIDE = range(3)  # files in DOMAIN/NAME/, in DOMAIN/, and those beside it, such as DOMAIN.jsonl
@@ -34,8 +35,11 @@ class _Group(NamedTuple):
     name: str
 
 
-def open_sources(specs: Sequence[str]) -> Sources:
+def open_sources(specs: Sequence[str], bad_rows: float = BAD_ROWS, say: Callable[[str], None] = print) -> Sources:
     """Open the sources that `specs` name, in order.
+
+    Args:
+        bad_rows: the share of a source's rows that may be bad; they are skipped, and the first of them said.
 
     Raises:
         FileNotFoundError: a path has no readable files.
@@ -44,6 +48,7 @@ def open_sources(specs: Sequence[str]) -> Sources:
     if not specs:
         raise ValueError("data: --source must be given: embedded, DOMAIN=PATH or a folder with train/")
     found = Sources()
+    tally = partial(Tally, bad_rows, say)
     for spec in specs:
         domain, equals, path = spec.partition("=")
         left_out: dict[str, str] = {}
@@ -52,9 +57,9 @@ def open_sources(specs: Sequence[str]) -> Sources:
 
             found += embedded_sources()
         elif equals and domain in DOMAINS:
-            found += _path_source(domain, Path(path), left_out)
+            found += _path_source(domain, Path(path), left_out, tally)
         elif Path(spec).is_dir() and (Path(spec) / TRAIN).is_dir():
-            found += _folder_sources(Path(spec), left_out)
+            found += _folder_sources(Path(spec), left_out, tally)
         elif Path(spec).exists():
             raise ValueError(
                 f"data: --source must be DOMAIN=PATH ({', '.join(DOMAINS)}) or a folder with train/, got {spec}"
@@ -65,17 +70,17 @@ def open_sources(specs: Sequence[str]) -> Sources:
     return found
 
 
-def _path_source(domain: str, path: Path, left_out: dict[str, str]) -> list[Source]:
+def _path_source(domain: str, path: Path, left_out: dict[str, str], tally: Callable[[], Tally]) -> list[Source]:
     """Return the source of a file or folder, and add to `left_out` what is not read."""
     files, others = find_files(path)
     if not files:
         raise nothing_to_read(path, " ".join(FORMATS), others)
     left_out |= others
     root, name = (path, path.absolute().name) if path.is_dir() else (path.parent, file_stem(path.name))
-    return [_files_source(domain, None, name, root, files, path / "source.json")]
+    return [_files_source(domain, None, name, root, files, path / "source.json", tally())]
 
 
-def _folder_sources(folder: Path, left_out: dict[str, str]) -> list[Source]:
+def _folder_sources(folder: Path, left_out: dict[str, str], tally: Callable[[], Tally]) -> list[Source]:
     """Return the sources in `train/DOMAIN…` and `val/DOMAIN…`, and add to `left_out` what is none of them."""
     groups: dict[_Group, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -96,7 +101,7 @@ def _folder_sources(folder: Path, left_out: dict[str, str]) -> list[Source]:
     for (number, split, rank, name), files in sorted(groups.items()):
         domain, whole = DOMAINS[number], split if number in divided else None
         about = folder / split / domain / name / "source.json" if rank < _BESIDE else None
-        found.append(_files_source(domain, whole, name or domain, folder, files, about))
+        found.append(_files_source(domain, whole, name or domain, folder, files, about, tally()))
     return found
 
 
@@ -110,15 +115,15 @@ def _group(parts: Sequence[str]) -> _Group | None:
 
 
 def _files_source(
-    domain: str, split: str | None, name: str, root: Path, files: Sequence[Path], about: Path | None
+    domain: str, split: str | None, name: str, root: Path, files: Sequence[Path], about: Path | None, tally: Tally
 ) -> Source:
     """Return the source of `files` below `root`; a `source.json` at `about` gives the name and the licence."""
     record = json.loads(about.read_text()) if about and about.is_file() else {}
-    tally = Tally()
 
     def documents() -> Iterator[str]:
         for file in files:
-            yield from tally.counted(file.relative_to(root).as_posix(), read_documents(file))
+            yield from tally.counted(file.relative_to(root).as_posix(), read_texts(file))
+        tally.finish()
 
     def fingerprint() -> str:
         return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()

@@ -1,19 +1,75 @@
-"""What became of the rows of a source, file by file."""
+"""What became of the rows of a source: counts file by file, and a limit to those that are bad."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+BAD_ROWS = 1e-4
+_EARLY = 1_000_000  # before a source's end its rows count as at least so many: bad rows may lie close together
+_SHOWN = 5
+
+
+class BadRows:
+    """The rows that can't be used: the first of them are said, and more than a share of all rows is an error."""
+
+    def __init__(self, share: float, say: Callable[[str], None]) -> None:
+        """Allow `share` of the rows to be bad, and one in any case. Raises ValueError if it is no share."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"data: bad rows must be a share from 0 to 1, got {share}")
+        self.share, self._say = share, say
+        self._said: list[str] = []
+        self._last = "in an earlier run"
+
+    def skip(self, error: ValueError, bad: int, rows: int) -> None:
+        """Skip the row that `error` names, the last of `bad` among `rows` so far. Raises ValueError as `check` does."""
+        self._last = str(error).removeprefix("data: ")
+        if len(self._said) < _SHOWN and self._last not in self._said:
+            self._said.append(self._last)
+            self._say(f"bad row skipped: {self._last}")
+        if bad > self._allowed(max(rows, _EARLY)):
+            self.check(bad, rows)
+
+    def check(self, bad: int, rows: int) -> None:
+        """Raise ValueError if `bad` among all `rows` of a source are too many."""
+        if bad > self._allowed(rows):
+            wanted = f"at most {self._allowed(rows):,} among {rows:,} (--bad-rows {self.share:g})"
+            raise ValueError(f"data: bad rows must be {wanted}, got {bad:,}; the last: {self._last}")
+
+    def _allowed(self, rows: int) -> int:
+        return max(1, int(self.share * rows))
 
 
 class Tally:
-    """Counts of one source's rows: documents and their UTF-8 bytes for each file, as of its last reading."""
+    """Counts of one source's rows: for each file, as of its last reading, documents, UTF-8 bytes, `empty` and `bad`."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad_rows: float = BAD_ROWS, say: Callable[[str], None] = print) -> None:
         self.files: dict[str, Counter[str]] = {}
+        self._bad_rows = BadRows(bad_rows, say)
 
-    def counted(self, file: str, texts: Iterable[str]) -> Iterator[str]:
-        """Yield the texts of a file, and count them."""
+    def counted(self, file: str, texts: Iterable[str | ValueError]) -> Iterator[str]:
+        """Yield the texts of a file's rows, and count them; leave out what is empty, and rows that are an error.
+
+        Raises:
+            ValueError: there are too many bad rows.
+        """
         counts = self.files[file] = Counter(documents=0, bytes=0)
         for text in texts:
-            counts["documents"] += 1
-            counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
-            yield text
+            if isinstance(text, ValueError):
+                counts["bad"] += 1
+                self._bad_rows.skip(text, self.total("bad"), self._rows())
+            elif not text or text.isspace():
+                counts["empty"] += 1
+            else:
+                counts["documents"] += 1
+                counts["bytes"] += len(text.encode())
+                yield text
+
+    def total(self, key: str) -> int:
+        """Return the sum of a count over all files."""
+        return sum(counts[key] for counts in self.files.values())
+
+    def finish(self) -> None:
+        """Raise ValueError if too many of all rows were bad."""
+        self._bad_rows.check(self.total("bad"), self._rows())
+
+    def _rows(self) -> int:
+        return sum(self.total(key) for key in ("documents", "empty", "bad"))

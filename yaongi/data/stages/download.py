@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,8 @@ from yaongi.data.sources.hub import (
     SoftwareHeritage,
     data_names,
 )
-from yaongi.data.sources.readers import document, read_rows
+from yaongi.data.sources.readers import Row, read_rows, row_text
+from yaongi.data.sources.tally import BAD_ROWS, BadRows
 from yaongi.data.text import normalize
 from yaongi.files import write_atomically
 
@@ -56,6 +58,11 @@ class Progress:
     budget_bytes: int = 0
     done: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Rows read, those that were skipped too."""
+        return self.documents + sum(self.skipped.values())
+
 
 @dataclass(frozen=True)
 class Places:
@@ -75,12 +82,18 @@ class Places:
 
 
 def download(
-    out: Path, total_tokens: float, places: Places, *, names: tuple[str, ...] = (), say: Callable[[str], None] = print
+    out: Path,
+    total_tokens: float,
+    places: Places,
+    *,
+    names: tuple[str, ...] = (),
+    bad_rows: float = BAD_ROWS,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Progress]:
     """Download every source of `HUB_SOURCES` (or those in `names`) up to its share of `total_tokens`.
 
     Raises:
-        ValueError: a name is unknown, or a source gives no rows.
+        ValueError: a name is unknown, or a source gives no rows or too many bad ones.
         OSError: a source could not be reached after several tries, and no fallback could replace it.
     """
     for name in names:
@@ -90,33 +103,45 @@ def download(
     for name in names or HUB_SOURCES:
         source = HUB_SOURCES[name]
         budget = int(total_tokens * source.share / 100 * BYTES_PER_TOKEN[source.domain])
-        progress = download_source(source, out / "train" / source.domain / name, budget, places, say)
+        progress = download_source(source, out / "train" / source.domain / name, budget, places, say, bad_rows)
         say(f"{name}: {progress.documents:,} documents, {progress.bytes / 1e6:.1f} MB, licence: {progress.licence}")
         found[name] = progress
     return found
 
 
 def download_source(
-    source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None] = print
+    source: HubSource,
+    folder: Path,
+    budget_bytes: int,
+    places: Places,
+    say: Callable[[str], None] = print,
+    bad_rows: float = BAD_ROWS,
 ) -> Progress:
     """Download one source up to `budget_bytes` of UTF-8 text or its end; if it is unavailable, its fallback."""
     try:
-        return _Download(source, folder, budget_bytes, places, say).run()
+        return _Download(source, folder, budget_bytes, places, say, bad_rows).run()
     except _unavailable() as error:
         if source.fallback is None or _kept(folder).get("documents"):
             raise
         say(f"{source.id}: {' '.join(str(error).split())}; taking {FALLBACKS[source.fallback].id} instead")
     (folder / "source.json").unlink(missing_ok=True)
-    return _Download(FALLBACKS[source.fallback], folder, budget_bytes, places, say).run()
+    return _Download(FALLBACKS[source.fallback], folder, budget_bytes, places, say, bad_rows).run()
 
 
 class _Download:
     """The download of one source."""
 
     def __init__(
-        self, source: HubSource, folder: Path, budget_bytes: int, places: Places, say: Callable[[str], None]
+        self,
+        source: HubSource,
+        folder: Path,
+        budget_bytes: int,
+        places: Places,
+        say: Callable[[str], None],
+        bad_rows: float,
     ) -> None:
         self.source, self.folder, self.places, self.say = source, folder, places, say
+        self.bad_rows = BadRows(bad_rows, say)
         folder.mkdir(parents=True, exist_ok=True)
         kept = _kept(folder)
         if kept and kept["id"] in {s.id for s in FALLBACKS.values()}:
@@ -127,6 +152,11 @@ class _Download:
         self.progress.done = self.progress.done and self.progress.budget_bytes >= budget_bytes
         self.progress.budget_bytes = max(budget_bytes, self.progress.budget_bytes)
 
+    @cached_property
+    def names(self) -> list[str]:
+        """The files to read."""
+        return data_names(self.source, self.repository)
+
     def run(self) -> Progress:
         """Write parts until the budget is reached or the source ends, and record each in `source.json`."""
         progress = self.progress
@@ -135,11 +165,13 @@ class _Download:
             progress = self._write_part(texts, progress)
             if not progress.documents:
                 raise ValueError(f"download: {self.source.id} gave no rows with text (skipped: {progress.skipped})")
+            if progress.done:
+                self.bad_rows.check(progress.skipped.get("bad", 0), progress.rows)
             self._record(progress)
             self.progress = progress
         return progress
 
-    def _write_part(self, texts: Iterator[tuple[int, int, str]], start: Progress) -> Progress:
+    def _write_part(self, texts: Iterator[tuple[int, int, str | ValueError]], start: Progress) -> Progress:
         """Write one part, and return the progress to record with it."""
         import zstandard
 
@@ -149,7 +181,7 @@ class _Download:
         with temporary.open("wb") as raw, zstandard.ZstdCompressor(3).stream_writer(raw) as file:
             for file_number, row, text in texts:
                 now.file, now.row = file_number, row
-                kept = self._clean(text, now.skipped)
+                kept = self._clean(text, now)
                 if kept is None:
                     continue
                 file.write(json.dumps({"text": kept}, ensure_ascii=False).encode() + b"\n")
@@ -165,55 +197,62 @@ class _Download:
             temporary.unlink()
         return now
 
-    def _clean(self, text: str, skipped: dict[str, int]) -> str | None:
-        try:
-            kept = normalize(text)
-        except ValueError:
-            skipped["lone surrogate"] = skipped.get("lone surrogate", 0) + 1
-            return None
-        if not kept.strip():
-            skipped["empty"] = skipped.get("empty", 0) + 1
-            return None
-        return kept
+    def _clean(self, text: str | ValueError, now: Progress) -> str | None:
+        """Return a row's text in NFC, or None if it is skipped, which `now` counts."""
+        if isinstance(text, str) and text.strip():
+            return normalize(text)
+        reason = "empty" if isinstance(text, str) else "bad"
+        now.skipped[reason] = now.skipped.get(reason, 0) + 1
+        if isinstance(text, ValueError):
+            self.bad_rows.skip(text, now.skipped[reason], now.rows)
+        return None
 
     def _record(self, progress: Progress) -> None:
         write_atomically(self.folder / "source.json", json.dumps(asdict(progress), indent=1).encode())
 
-    def _texts(self) -> Iterator[tuple[int, int, str]]:
-        """Yield texts from the recorded progress on, each with the (file, row) after it."""
+    def _texts(self) -> Iterator[tuple[int, int, str | ValueError]]:
+        """Yield texts, or the errors of bad rows, from the recorded progress on, each with the (file, row) after it."""
         rows = self._rows()
         if not self.source.blobs:
             for file, row, record in rows:
-                yield file, row, document(record, self.source.fields, f"{self.source.id}, row {row - 1}")
+                yield file, row, row_text(record, self.source.fields, self._where(file, row))
             return
         missing = 0
         with ThreadPoolExecutor(_FETCHERS) as pool:
             while batch := list(islice(rows, _BLOBS_AT_ONCE)):
-                contents = pool.map(lambda item: self._patiently(lambda: self._blob(item[2])), batch)
+                contents = pool.map(lambda item: self._patiently(lambda: self._blob(*item)), batch)
                 for (file, row, _), text in zip(batch, contents, strict=True):
                     missing = 0 if text else missing + 1
                     if missing > 4 * _BLOBS_AT_ONCE:
                         raise ValueError(f"download: {missing} contents of {self.source.id} in a row are not to be had")
                     yield file, row, text
 
-    def _blob(self, record: dict[str, Any]) -> str:
+    def _where(self, file: int, row: int) -> str:
+        """Return the name of the row before (file, row)."""
+        return f"{self.source.id}/{self.names[file]}, row {row - 1}"
+
+    def _blob(self, file: int, row: int, record: Row) -> str | ValueError:
         """Return the content that a row names; an empty text if it is missing or not in the encoding that it claims."""
-        packed = self.places.blobs.get(record["blob_id"])
+        named = row_text(record, ("blob_id",), self._where(file, row))
+        if isinstance(record, ValueError) or isinstance(named, ValueError):
+            return named
+        packed = self.places.blobs.get(named)
         if packed is None:
             return ""
         try:
-            return gzip.decompress(packed).decode(record.get("src_encoding") or "utf-8")
+            text = gzip.decompress(packed).decode(record.get("src_encoding") or "utf-8")
+            return row_text({"text": text}, ("text",), self._where(file, row))
         except (UnicodeDecodeError, LookupError, EOFError, zlib.error, gzip.BadGzipFile):
             return ""
 
-    def _rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    def _rows(self) -> Iterator[tuple[int, int, Row]]:
         """Yield rows, each with the (file, row) after it; after a broken connection continue at the same row."""
-        names = data_names(self.source, self.repository)
         file, row, failures = self.progress.file, self.progress.row, 0
-        while file < len(names):
+        while file < len(self.names):
             try:
-                with self.repository.open(names[file]) as stream:
-                    for record in read_rows(stream, names[file], self.source.fields, row):
+                with self.repository.open(self.names[file]) as stream:
+                    name = f"{self.source.id}/{self.names[file]}"
+                    for record in read_rows(stream, name, self.source.fields, row):
                         row, failures = row + 1, 0
                         yield file, row, record
                 file, row = file + 1, 0

@@ -33,7 +33,7 @@ def inspect_shards(folder: Path, samples: int = 1, console: Console | None = Non
     for origin in sorted(origins):
         console.print(origin, markup=False)
     for label, counts in manifest["counts"].items():
-        dropped = {key: counts[key] for key in ("exact", "near", "contaminated")}
+        dropped = {key: count for key, count in counts.items() if key not in ("documents", "tokens")}
         console.print(f"{label}: dropped " + ", ".join(f"{count:,} {key}" for key, count in dropped.items()))
     console.print(f"tokenizer {tokenizer.hash[:12]} ({tokenizer.vocab_size:,} pieces), manifest {shard_set.hash[:12]}")
     for domain in manifest["splits"].get("val", {}):

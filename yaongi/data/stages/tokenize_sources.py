@@ -22,6 +22,7 @@ from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWrit
 from yaongi.data.sources.files import describe
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources, is_held_out
 from yaongi.data.sources.specs import open_sources
+from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.text import batches, normalize, word_hashes
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import sha256_file
@@ -37,6 +38,7 @@ class Options:
     near_duplicates: bool = True
     benchmarks: tuple[str, ...] = ()
     shard_tokens: int = 100_000_000
+    bad_rows: float = BAD_ROWS
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class _Worker:
         self.tokenizer, self.benchmarks, self.options = Tokenizer(model), benchmarks, options
 
     def __call__(self, texts: Sequence[str]) -> list[_Document]:
-        return [self._document(text) for text in map(normalize, texts) if text.strip()]
+        return [self._document(text) for text in map(normalize, texts)]
 
     def _document(self, text: str) -> _Document:
         near = self.options.near_duplicates
@@ -93,10 +95,10 @@ def tokenize_sources(
         The manifest.
 
     Raises:
-        ValueError: a source has no documents, unreadable content or a lone surrogate, or a benchmark has no items.
+        ValueError: a source has no documents, unreadable content or too many bad rows, or a benchmark has no items.
         FileNotFoundError: a source or benchmark does not exist.
     """
-    sources = open_sources(specs)
+    sources = open_sources(specs, options.bad_rows, say)
     plan = _plan(sources, tokenizer, options)
     if (done := _finished(out, plan)) is not None:
         say(f"token shards in {out} are up to date")
@@ -233,6 +235,7 @@ def _write_source(
         writers[split].add(document.tokens, document.text_bytes)
         counts["documents"] += 1
         counts["tokens"] += len(document.tokens)
+    counts.update({key: source.tally.total(key) for key in ("empty", "bad")})
     if not counts["documents"]:
         raise ValueError(f"data: source {source.name} of {source.domain} gave no documents ({dict(counts)})")
     return counts

@@ -10,6 +10,7 @@ from pathlib import Path
 from yaongi.data.mix import mixed_documents
 from yaongi.data.sources.source import VAL, Source
 from yaongi.data.sources.specs import open_sources
+from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
 from yaongi.files import write_atomically
 
@@ -23,6 +24,7 @@ def train_on_sources(
     mix: Mapping[str, float],
     total_bytes: int,
     *,
+    bad_rows: float = BAD_ROWS,
     say: Callable[[str], None] = print,
 ) -> Tokenizer:
     """Train on about `total_bytes` of `specs` (see `sources.specs`), at the ratios of `mix`, and save into `out`.
@@ -32,9 +34,9 @@ def train_on_sources(
     Raises:
         ValueError, FileNotFoundError: as in `open_sources`, `mixed_documents` and `train_tokenizer`.
     """
-    sources = [source for source in open_sources(specs) if source.split != VAL]
+    sources = [source for source in open_sources(specs, bad_rows, say) if source.split != VAL]
     inputs = [[s.domain, s.name, s.fingerprint()] for s in sources]
-    plan = {"inputs": inputs, "vocab_size": vocab_size, "mix": dict(mix), "bytes": total_bytes}
+    plan = {"inputs": inputs, "vocab_size": vocab_size, "mix": dict(mix), "bytes": total_bytes, "bad_rows": bad_rows}
     if (done := _finished(out, plan)) is not None:
         say(f"tokenizer in {out} is up to date")
         return done
