@@ -125,7 +125,9 @@ def test_the_commands_take_the_limit(
     for command in (train, write):
         with pytest.raises(SystemExit):
             run(monkeypatch, *command)
-        assert "a.jsonl, row 401: " in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith(("error: data: bad rows must be ", "error: en/a: data: bad rows must be "))
+        assert error.endswith("a.jsonl, row 401: one of ['text', 'content', 'messages'] must hold text, got text int\n")
         run(monkeypatch, *command, "--bad-rows", "0.01")
         assert "a.jsonl, row 400: " in capsys.readouterr().out
     mirror = tmp_path / "mirror"

@@ -1,6 +1,5 @@
 """Functions on text: NFC with a check that it can be written as UTF-8, batches, and hashes of words and n-grams."""
 
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -10,7 +9,6 @@ from numpy.typing import NDArray
 
 from yaongi.data.permute import scramble
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 1 << 64)
 _kept_powers: dict[int, NDArray[np.uint64]] = {}
@@ -28,9 +26,11 @@ def normalize(text: str) -> str:
 
 def refuse_surrogates(text: str) -> None:
     """Raise ValueError if the text has a lone surrogate."""
-    found = None if text.isascii() else _SURROGATE.search(text)
-    if found:
-        raise ValueError(f"text: must hold no lone surrogates, got U+{ord(found[0]):04X} at character {found.start()}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise ValueError(f"text: must hold no lone surrogates, got {got}") from error
 
 
 def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

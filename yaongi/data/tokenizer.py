@@ -154,9 +154,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
     if not 512 <= vocab_size <= 65536:
         raise ValueError(f"tokenizer: vocab_size must be 512 to 65536, got {vocab_size}")
     model = io.BytesIO()
+    failed: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_sentences(texts, failed),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -174,13 +175,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
         raise ValueError(f"tokenizer: training failed: {' '.join(str(error).split())}") from error
     return Tokenizer(model.getvalue())
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Yield documents in NFC, cut to the trainer's largest length, without NUL: the trainer skips text that has one."""
-    for text in texts:
-        text = normalize(text).replace("\0", "")
-        for start in range(0, len(text), _MAX_SENTENCE_CHARACTERS):
-            yield text[start : start + _MAX_SENTENCE_CHARACTERS]
+def _sentences(texts: Iterable[str], failed: list[Exception]) -> Iterator[str]:
+    """Yield documents in NFC, cut to the trainer's largest length, without NUL: the trainer skips text that has one.
+
+    An error of `texts` is added to `failed`: the trainer turns it into one of its own.
+    """
+    try:
+        for text in texts:
+            text = normalize(text).replace("\0", "")
+            for start in range(0, len(text), _MAX_SENTENCE_CHARACTERS):
+                yield text[start : start + _MAX_SENTENCE_CHARACTERS]
+    except Exception as error:
+        failed.append(error)
+        raise

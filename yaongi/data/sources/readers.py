@@ -45,9 +45,9 @@ def row_text(row: Row, fields: Sequence[str], where: str) -> str | ValueError:
 
 
 def _text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    values = {field: row[field] for field in fields if field in row}
     empty = False
-    for value in values.values():
+    for field in fields:
+        value = row.get(field)
         text = render_chat(value) if isinstance(value, list) else value
         if isinstance(text, str) and text and not text.isspace():
             refuse_surrogates(text)
@@ -55,7 +55,8 @@ def _text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
         empty |= isinstance(text, str)
     if empty:
         return ""
-    got = [f"{field} {'null' if value is None else type(value).__name__}" for field, value in values.items()]
+    there = {field: row[field] for field in fields if field in row}
+    got = [f"{field} {'null' if value is None else type(value).__name__}" for field, value in there.items()]
     raise ValueError(f"one of {list(fields)} must hold text, got {', '.join(got) or f'fields {sorted(row)}'}")
 
 
