@@ -128,6 +128,12 @@ wants env && environment
 [[ -x $python ]] || die "no environment yet: run ./run_all_vessl.sh --stage env"
 
 # ---- preset and corpus
+# The sources' ASCII letters, and a hash that keeps apart those that differ in others.
+corpus_name() {
+  [[ $# == 1 && $1 =~ ^(embedded|hub)$ ]] && echo "$1" && return
+  local letters && letters=$(IFS=+ && LC_ALL=C tr -cs 'A-Za-z0-9+' '-' <<<"$*" | sed 's/^[-+]*//; s/-$//')
+  echo "${letters:0:60}${letters:+-}$(printf '%s\0' "$@" | sha256sum | cut -c 1-12)"
+}
 why="as asked"
 if ((smoke)); then
   preset=${preset:-yaongi-tiny}
@@ -153,7 +159,7 @@ say "preset $preset ($why), corpus: ${sources[*]}"
 
 vocabulary=32768 megabytes=60
 [[ $preset == yaongi-tiny && ${sources[*]} == embedded ]] && vocabulary=4096 megabytes=8
-name=$(IFS=+ && echo "${sources[*]}" | tr -c 'A-Za-z0-9+\n' '-' | sed 's/^-*//')
+name=$(corpus_name "${sources[@]}")
 ((smoke)) && name=smoke-$name
 folder=data/$name out=runs/$preset-$name
 

@@ -2,6 +2,8 @@
 
 import bz2
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,40 @@ def test_sources_of_one_name_are_counted_apart(tokenizer: Tokenizer, tmp_path: P
         "ko/v1.5 #2": 12,
     }
     assert json.loads((tmp_path / "t" / "manifest.json").read_text())["files"].keys() == manifest["counts"].keys()
+
+
+def folder_name(*sources: str) -> str:
+    """Return the name that run_all_vessl.sh gives to the folders of a run on these sources."""
+    script = (Path(__file__).parents[2] / "run_all_vessl.sh").read_text()
+    functions = re.findall(r"^\w+\(\) \{\n.*?^\}", script, re.MULTILINE | re.DOTALL)
+    (line,) = re.findall(r"^name=.*", script, re.MULTILINE)
+    bash = "\n".join(["set -euo pipefail", *functions, 'sources=("$@")', line, 'printf %s "$name"'])
+    done = subprocess.run(["bash", "-c", bash, "bash", *sources], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_corpora_whose_names_differ_have_folders_of_their_own() -> None:
+    corpora = [
+        ("ko=한국어",),
+        ("ko=조선말",),
+        ("ko=a/b",),
+        ("ko=a-b",),
+        ("ko=a+b",),
+        ("ko=a", "b"),
+        ("ko=a b",),
+        ("ko", "a", "b"),
+        ("-x",),
+        ("x",),
+        ("embedded",),
+        ("hub",),
+        ("embedded", "hub"),
+        ("embedded+hub",),
+        ("ko=" + "가" * 300,),
+        ("ko=" + "가" * 300 + "나",),
+    ]
+    names = [folder_name(*corpus) for corpus in corpora]
+    assert len({name.lower() for name in names}) == len(corpora), names
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+-]{0,99}", name) for name in names), names
+    assert folder_name("embedded") == "embedded"
+    assert folder_name("hub") == "hub"
+    assert folder_name("ko=a/b") == folder_name("ko=a/b")
