@@ -137,7 +137,7 @@ def test_the_commands_take_the_limit(
         run(monkeypatch, *fetch)
     assert "a.jsonl, row 401: " in capsys.readouterr().err
     run(monkeypatch, *fetch, "--bad-rows", "0.01")
-    assert "400 documents" in capsys.readouterr().out
+    assert "400 documents, 2 bad, " in capsys.readouterr().out
 
 
 def test_a_download_skips_a_bad_row_and_metadata(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Local files as sources, in every format, and clear errors for files that can't be read."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -87,6 +88,22 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, m
         list(read_documents(tmp_path / name))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["xz", "gz", "bz2", "zst"])
+def test_a_compressed_file_that_ends_early_or_was_altered_is_refused(tmp_path: Path, ending: str) -> None:
+    """Even where all of its rows came before the end; a whole one, in two frames, is read."""
+    checked = zstandard.ZstdCompressor(write_checksum=True).compress
+    pack = {"xz": lzma.compress, "gz": gzip.compress, "bz2": bz2.compress, "zst": checked}[ending]
+    whole = pack(LINES[:30]) + pack(LINES[30:])
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(whole)
+    assert list(read_documents(path)) == TEXTS
+    for content in (whole[:-1], whole[:-20], pack(LINES) + b"more", b"not compressed", whole[:20] + b"??" + whole[22:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"a.jsonl.{ending} cannot be read") as caught:
+            list(read_documents(path))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_parquet_file_without_the_field(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def benchmark_texts(names: Sequence[str]) -> Iterator[str]:
 
 
 def _local_items(path: Path) -> Iterator[str]:
-    for file in data_files(path):
+    for file in data_files(path)[0]:
         if file_format(file.name) == ".parquet":
             from pyarrow import parquet
 

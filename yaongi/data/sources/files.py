@@ -85,8 +85,8 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     return sorted(files), left_out
 
 
-def data_files(path: Path) -> list[Path]:
-    """Return `path` itself, or every file below it that is read, sorted.
+def data_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return what `find_files` finds.
 
     Raises:
         FileNotFoundError: there is nothing, or nothing in a known format.
@@ -94,7 +94,7 @@ def data_files(path: Path) -> list[Path]:
     files, left_out = find_files(path)
     if not files:
         raise nothing_to_read(path, " ".join(FORMATS), left_out)
-    return files
+    return files, left_out
 
 
 def nothing_to_read(path: Path, wanted: str, left_out: Mapping[str, str]) -> FileNotFoundError:

@@ -1,6 +1,5 @@
 """Reading documents from the formats of `files`, on disk or in any binary stream."""
 
-import bz2
 import gzip
 import io
 import json
@@ -12,12 +11,12 @@ from typing import IO, Any, cast
 
 from yaongi.data.chat import render_chat
 from yaongi.data.sources.files import file_format
+from yaongi.data.sources.frames import open_bz2, open_zst
 from yaongi.data.text import pieces, refuse_surrogates
 
 TEXT_FIELDS = ("text", "content", "messages")
 Row = dict[str, Any] | ValueError  # an error says which row is bad and why
 _TXT_DOCUMENT_CHARACTERS = 1 << 16
-_BZ2_DAMAGED = "Invalid data stream"  # of the OSError that bz2 raises; others are the disk's or the connection's
 
 
 def read_texts(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[str | ValueError]:
@@ -82,18 +81,14 @@ def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0)
         else:
             yield from islice(_json_rows(lines, name, start), start, None)
     except _broken() as error:
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and str(error) != _BZ2_DAMAGED:
-            raise
         raise ValueError(f"data: {name} cannot be read: {error}") from error
 
 
 def _broken() -> tuple[type[Exception], ...]:
-    """Return the errors that decompressors and UTF-8 decoding raise for broken content, some of them an OSError."""
+    """Return the errors that decompressors and UTF-8 decoding raise for broken content."""
     import zlib
 
-    import zstandard
-
-    return UnicodeDecodeError, EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError
+    return UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
@@ -103,11 +98,9 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     if ending == ".gz":
         return cast(IO[bytes], gzip.open(file))
     if ending == ".bz2":
-        return cast(IO[bytes], bz2.open(file))
+        return open_bz2(file)
     if ending == ".zst":
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        return open_zst(file)
     return file
 
 

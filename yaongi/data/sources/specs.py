@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from yaongi.data.mix import DOMAINS
-from yaongi.data.sources.files import FORMATS, file_stem, find_files, nothing_to_read, reason_to_leave
+from yaongi.data.sources.files import data_files, file_stem, find_files, nothing_to_read, reason_to_leave
 from yaongi.data.sources.readers import read_texts
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources
 from yaongi.data.sources.tally import BAD_ROWS, Tally
@@ -72,9 +72,7 @@ def open_sources(specs: Sequence[str], bad_rows: float = BAD_ROWS, say: Callable
 
 def _path_source(domain: str, path: Path, left_out: dict[str, str], tally: Callable[[], Tally]) -> list[Source]:
     """Return the source of a file or folder, and add to `left_out` what is not read."""
-    files, others = find_files(path)
-    if not files:
-        raise nothing_to_read(path, " ".join(FORMATS), others)
+    files, others = data_files(path)
     left_out |= others
     root, name = (path, path.absolute().name) if path.is_dir() else (path.parent, file_stem(path.name))
     return [_files_source(domain, None, name, root, files, path / "source.json", tally())]

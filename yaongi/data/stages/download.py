@@ -104,7 +104,9 @@ def download(
         source = HUB_SOURCES[name]
         budget = int(total_tokens * source.share / 100 * BYTES_PER_TOKEN[source.domain])
         progress = download_source(source, out / "train" / source.domain / name, budget, places, say, bad_rows)
-        say(f"{name}: {progress.documents:,} documents, {progress.bytes / 1e6:.1f} MB, licence: {progress.licence}")
+        skipped = "".join(f", {count:,} {reason}" for reason, count in progress.skipped.items())
+        size = f"{progress.documents:,} documents{skipped}, {progress.bytes / 1e6:.1f} MB"
+        say(f"{name}: {size}, licence: {progress.licence}")
         found[name] = progress
     return found
 
