@@ -106,6 +106,22 @@ def test_a_compressed_file_that_ends_early_or_was_altered_is_refused(tmp_path: P
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip"])
+def test_an_altered_parquet_file_is_refused(tmp_path: Path, compression: str) -> None:
+    """If it has checksums; in one line that names it."""
+    texts = [f"글 {number} " * 9 for number in range(300)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": texts}), path, compression=compression, use_dictionary=False, write_page_checksum=True
+    )
+    whole = path.read_bytes()
+    for place in range(300, len(whole) - 700, len(whole) // 20):  # its pages
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"a.parquet is not a whole parquet file") as caught:
+            list(read_documents(path))
+        assert "\n" not in str(caught.value)
+
+
 def test_a_parquet_file_without_the_field(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"one of .* must be there, got fields \['body'\]"):

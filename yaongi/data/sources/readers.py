@@ -125,7 +125,7 @@ def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int)
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(file)
+        table = parquet.ParquetFile(file, page_checksum_verification=True)
         columns = [field for field in fields if field in table.schema_arrow.names]
         if not columns:
             raise ValueError(
@@ -138,5 +138,7 @@ def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int)
                 batches = table.iter_batches(256, row_groups=[group], columns=columns)
                 yield from islice((r for b in batches for r in b.to_pylist()), max(0, start - first), None)
             first += rows
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data: {name} is not a whole parquet file ({error})") from error
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # the disk's or the connection's; pyarrow's own is a plain one
+        raise ValueError(f"data: {name} is not a whole parquet file ({' '.join(str(error).split())})") from error
