@@ -25,7 +25,7 @@ class Frames(io.RawIOBase):
         return True
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
-        """Fill `buffer` as far as there is content at hand. Raises EOFError if the file is damaged."""
+        """Fill `buffer` with what content there is. Raises EOFError if the file is damaged."""
         while not self._content:
             packed = self._packed or self._file.read(_CHUNK)
             if not packed and self._frame is None:

@@ -19,8 +19,8 @@ def find_run(folder: Path, checkpoints: Checkpoints, config: dict[str, Any]) -> 
     differing = differences(meta["config"], config)
     if differing:
         raise ValueError(
-            f"train: {folder} holds a run of another configuration; --fresh starts anew, --out goes elsewhere: "
-            + "; ".join(differing)
+            f"train: {folder} holds a run of another configuration ({'; '.join(differing)}); "
+            "--out names another folder, --fresh removes this run"
         )
     return latest, meta
 
