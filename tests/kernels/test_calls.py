@@ -61,6 +61,16 @@ def test_two_gpus_give_the_same_bits(op: str) -> None:
         assert torch.equal(result.cpu(), first[name].cpu()), name
 
 
+@pytest.mark.gpu
+@pytest.mark.memcheck
+@pytest.mark.parametrize("op", cases())
+def test_small_cases_stay_inside_their_tensors(op: str) -> None:
+    """Run both directions on the last GPU; memcheck sees every overrun with PYTORCH_NO_CUDA_MEMORY_CACHING=1."""
+    case = cases()[op]
+    results = run(op, case.on(f"cuda:{torch.cuda.device_count() - 1}"), case.wanted)
+    assert all(t.isfinite().all() for t in results.values())
+
+
 def with_documents() -> list[str]:
     return [op for op, case in cases().items() if "document_ids" in case.arguments]
 
