@@ -9,7 +9,6 @@ If a domain has no `val` of its own, some of its documents are held out, chosen 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from yaongi.data.sources.files import data_files, file_stem, find_files, nothing
 from yaongi.data.sources.readers import read_texts
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources
 from yaongi.data.sources.tally import BAD_ROWS, Tally
-from yaongi.files import sha256_file
+from yaongi.files import read_json, sha256_file
 
 _SUB_FOLDER, _LOOSE, _BESIDE = range(3)  # files in DOMAIN/NAME/, in DOMAIN/, and those beside it, such as DOMAIN.jsonl
 
@@ -116,7 +115,7 @@ def _files_source(
     domain: str, split: str | None, name: str, root: Path, files: Sequence[Path], about: Path | None, tally: Tally
 ) -> Source:
     """Return the source of `files` below `root`; a `source.json` at `about` gives the name and the licence."""
-    record = json.loads(about.read_text()) if about and about.is_file() else {}
+    record = read_json(about) if about and about.is_file() else {}
 
     def documents() -> Iterator[str]:
         for file in files:

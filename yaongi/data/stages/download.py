@@ -33,7 +33,7 @@ from yaongi.data.sources.hub import (
 from yaongi.data.sources.readers import Row, read_rows, row_text
 from yaongi.data.sources.tally import BAD_ROWS, BadRows
 from yaongi.data.text import normalize
-from yaongi.files import write_atomically
+from yaongi.files import read_json, write_atomically
 
 PART_BYTES = 64_000_000
 TRIES = 6
@@ -285,7 +285,7 @@ class _Download:
 
 def _kept(folder: Path) -> dict[str, Any]:
     path = folder / "source.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _unavailable() -> tuple[type[Exception], ...]:

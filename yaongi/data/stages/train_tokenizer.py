@@ -1,6 +1,5 @@
 """Train the tokenizer on sources, unless it is up to date."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from yaongi.data.sources.source import VAL, Source
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
-from yaongi.files import write_atomically
+from yaongi.files import sha256_file, write_atomically
 
 RECORD = "training.json"
 
@@ -60,5 +59,5 @@ def _finished(out: Path, plan: Mapping[str, object]) -> Tokenizer | None:
     record = out / RECORD
     if not record.is_file() or not (out / MODEL_FILE).is_file():
         return None
-    wanted = {**plan, "hash": hashlib.sha256((out / MODEL_FILE).read_bytes()).hexdigest()}
+    wanted = {**plan, "hash": sha256_file(out / MODEL_FILE)}
     return Tokenizer.load(out) if json.loads(record.read_text()) == json.loads(json.dumps(wanted)) else None

@@ -165,9 +165,8 @@ class Checkpoints:
 
     def _failure(self, step: int, cause: BaseException) -> OSError:
         if self._world.is_main:
-            shutil.rmtree(
-                self._temporary(step), ignore_errors=True
-            )  # errors are ignored, for the disk itself may have failed; `prepare` cleans up too
+            # errors are ignored, for the disk itself may have failed; `prepare` cleans up too
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
         return OSError(number, f"checkpoint: step {step} could not be saved: {_line(cause)}; {self._intact()}")
 

@@ -55,19 +55,16 @@ class Meter:
         elapsed = self._lap()
         self._steps += 1
         self._seconds += elapsed
-        tokens = self._plan.batch_rows * self._plan.row_tokens
-        speed = tokens / elapsed
         values = {
             "loss": result.loss,
             "bpb": result.loss * result.targets / result.text_bytes / math.log(2),
             "z": result.z,
             "balance": result.balance,
             "gnorm": result.gnorm,
-            "tokens": step * tokens,
+            "tokens": step * self._plan.batch_rows * self._plan.row_tokens,
             "hours": self.seconds / 3600,
             "step_seconds": elapsed,
-            "tokens_per_second": speed,
-            "tflops": speed * self._plan.flops_per_token / 1e12,
+            **self._speed(elapsed),
             "memory": self._memory(),
         }
         if self._is_hopper():
@@ -82,10 +79,8 @@ class Meter:
             left: steps left to the end of the run.
         """
         per_step = self._seconds / self._steps
-        speed = self._plan.batch_rows * self._plan.row_tokens / per_step
         values: dict[str, Any] = {
-            "tokens_per_second": speed,
-            "tflops": speed * self._plan.flops_per_token / 1e12,
+            **self._speed(per_step),
             "data_wait": self._data / self._seconds,
             "eta": per_step * left,
         }
@@ -100,6 +95,11 @@ class Meter:
     def skip(self) -> None:
         """End a step that was not applied."""
         self._lap()
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Return the speed of a step that takes `seconds`."""
+        speed = self._plan.batch_rows * self._plan.row_tokens / seconds
+        return {"tokens_per_second": speed, "tflops": speed * self._plan.flops_per_token / 1e12}
 
     def _lap(self) -> float:
         now = time.perf_counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from yaongi.files import write_atomically
+from yaongi.files import read_json, write_atomically
 from yaongi.train.run_folder import TENSORBOARD, WANDB_ID
 
 _CONNECT_SECONDS = 5
@@ -115,7 +115,7 @@ def _reachable(url: str) -> bool:
 def _run_id(folder: Path) -> str:
     path = folder / WANDB_ID
     if path.is_file():
-        return str(json.loads(path.read_text())["id"])
+        return str(read_json(path)["id"])
     new = secrets.token_hex(4)
     write_atomically(path, json.dumps({"id": new}).encode())
     return new
