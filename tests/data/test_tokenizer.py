@@ -164,6 +164,6 @@ def test_transformers_reads_the_folder(tokenizer: Tokenizer, tmp_path: Path) -> 
     text = "안녕하세요  x²\n\n\tcode \u2581"
     assert fast(text)["input_ids"] == tokenizer.encode(text)
     assert fast.decode(tokenizer.encode(text)) == text
-    assert (fast.pad_token_id, fast.eos_token_id) == (0, 3)
+    assert (fast.pad_token_id, fast.eos_token_id, fast.padding_side) == (0, 3, "left")
     messages = [{"role": "user", "content": "안녕?"}, {"role": "assistant", "content": "네."}]
     assert fast.apply_chat_template(messages, tokenize=False) == render_chat(messages)

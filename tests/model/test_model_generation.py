@@ -1,4 +1,4 @@
-"""Generation: caches against the full forward, the choice of tokens, stops, unequal prompts, the command."""
+"""Generation: caches against the full forward, stops, unequal prompts, streams, the command."""
 
 import subprocess
 import sys
@@ -12,7 +12,10 @@ from oracle import assert_equal_to_float64
 
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 from yaongi.model import EngramConfig, Yaongi
-from yaongi.model.generation import choose, generate, prefill, step
+from yaongi.model.decoding import Cache, prefill, step
+from yaongi.model.devices import device_of
+from yaongi.model.generation import generate, stream, stream_text
+from yaongi.model.sampling import Sampling
 
 LENGTH = 30
 ENGRAMS = (ENGRAM, EngramConfig(layer=3, heads=2, head_dim=4, rows=70, orders=(2, 3, 4), gate="demo"))
@@ -65,15 +68,42 @@ def test_steps_go_on_with_the_last_document(prompt: int) -> None:
 @pytest.mark.parametrize("engram", [False, True], ids=["plain", "engram"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
 def test_unequal_prompts_in_a_batch(engram: bool, sampling: dict[str, float]) -> None:
-    """Check that a greedy answer does not depend on the rest of the batch, and that a sampled batch is reproducible."""
+    """Check that an answer depends on prompt and seed, and neither on the rest of the batch nor on the tokens asked."""
     model = model_of(engram)
-    together = generate(model, PROMPTS, max_new_tokens=12, stop=(), **sampling)
+    options: dict[str, Any] = {"stop": (), **sampling}
+    together = generate(model, PROMPTS, max_new_tokens=12, **options)
     assert [len(answer) for answer in together] == [12] * len(PROMPTS)
+    assert together == [generate(model, [p], max_new_tokens=12, **options)[0] for p in PROMPTS]
+    assert together[::-1] == generate(model, PROMPTS[::-1], max_new_tokens=12, **options)
+    assert [answer[:5] for answer in together] == generate(model, PROMPTS, max_new_tokens=5, **options)
     if sampling:
-        assert together == generate(model, PROMPTS, max_new_tokens=12, stop=(), **sampling)
-        assert together != generate(model, PROMPTS, max_new_tokens=12, stop=(), seed=1, **sampling)
-    else:
-        assert together == [generate(model, [p], max_new_tokens=12, stop=())[0] for p in PROMPTS]
+        assert together != generate(model, PROMPTS, max_new_tokens=12, seed=1, **options)
+        copies = generate(model, [PROMPTS[0]] * 3, max_new_tokens=12, **options)
+        assert copies[0] == together[0]
+        assert len(set(map(tuple, copies))) == 3
+
+
+def test_attention_over_more_places_than_a_step_adds() -> None:
+    """Read past two multiples of LENGTH_STEP, so that the places attended to grow twice."""
+    model = model_of(engram=True)
+    input_ids = token_ids(model, 2, 530)
+    with torch.no_grad():
+        full = model(input_ids)[:, 249:]
+    assert_equal_to_float64(cached_logits(model, input_ids, 250), full, 1e-5)
+
+
+def test_a_cache_grows_and_its_rows_are_chosen() -> None:
+    model, chosen = model_of(engram=True), torch.tensor([2, 0, 0])
+    input_ids = token_ids(model, 3, LENGTH)
+
+    def logits(cache: Cache, rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([step(model, rows[:, place], cache) for place in range(20, LENGTH)])
+
+    wanted = logits(prefill(model, input_ids[:, :20], capacity=LENGTH)[1], input_ids)[:, chosen]
+    cache = prefill(model, input_ids[:, :20], capacity=20)[1]
+    cache.grow(LENGTH)
+    cache.select(chosen)
+    assert_equal_to_float64(logits(cache, input_ids[chosen]), wanted, 1e-5)
 
 
 def test_stop_tokens_end_a_row_alone() -> None:
@@ -91,34 +121,56 @@ def test_the_config_s_ends_stop_by_default() -> None:
         assert generate(small_model(**ends), PROMPTS[:1], max_new_tokens=5) == [[]]
 
 
-def shares(draws: int = 4000, **settings: Any) -> torch.Tensor:
-    """Return how often each of five tokens with probabilities 0.5, 0.25, 0.15, 0.08, 0.02 is chosen."""
-    probabilities = torch.tensor([0.15, 0.5, 0.02, 0.25, 0.08])
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
-    random = torch.Generator().manual_seed(0)
-    chosen = choose(probabilities.log().expand(draws, -1), random=random, **settings)
-    return torch.bincount(chosen, minlength=5) / draws
+def test_a_repetition_penalty_counts_prompt_and_answer_but_no_padding() -> None:
+    model = small_model()
+    free = generate(model, PROMPTS, max_new_tokens=20, stop=())
+    assert any(len(set(answer)) < 20 for answer in free)
+    never = generate(model, PROMPTS, max_new_tokens=20, stop=(), repetition_penalty=1e9)
+    for prompt, answer in zip(PROMPTS, never, strict=True):
+        assert len({*prompt, *answer}) == len(set(prompt)) + 20
+    assert never == [generate(model, [p], max_new_tokens=20, stop=(), repetition_penalty=1e9)[0] for p in PROMPTS]
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
-        ({}, [0.15, 0.5, 0.02, 0.25, 0.08]),
-        ({"temperature": 0.5}, [0.0649, 0.7207, 0.0012, 0.1802, 0.0184]),
-        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3, 0]),
-        ({"top_k": 99}, [0.15, 0.5, 0.02, 0.25, 0.08]),
-        ({"top_p": 0.1}, [0, 1, 0, 0, 0]),
-        ({"top_p": 0.76}, [1 / 6, 5 / 9, 0, 5 / 18, 0]),
-        ({"top_p": 1.0}, [0.15, 0.5, 0.02, 0.25, 0.08]),
-        ({"top_k": 3, "top_p": 0.6}, [0, 2 / 3, 0, 1 / 3, 0]),
-    ],
-    ids=str,
-)
-def test_the_distribution_of_the_choice(settings: dict[str, Any], expected: list[float]) -> None:
-    found = shares(**settings)
-    assert (found - torch.tensor(expected)).abs().max() < 0.025
-    assert found[torch.tensor(expected) == 0].sum() == 0
+def test_a_row_ends_when_told() -> None:
+    model = small_model()
+    free = generate(model, PROMPTS, max_new_tokens=6, stop=())
+    rows: list[list[int | None]] = [[] for _ in PROMPTS]
+    counts = [0] * len(PROMPTS)
+
+    def until(row: int, token: int) -> bool:
+        counts[row] += 1
+        return counts[row] > row
+
+    for tokens in stream(model, PROMPTS, Sampling(), max_new_tokens=6, stop=(), until=until):
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+    assert rows == [answer[: i + 1] + [None] * (3 - i) for i, answer in enumerate(free)]
+
+
+def test_text_is_streamed_and_ends_before_a_stop_string() -> None:
+    model = small_model()
+
+    def decode(tokens: Any) -> str:
+        return "".join(f"<{token}>" for token in tokens)
+
+    free = [decode(answer) for answer in generate(model, PROMPTS, max_new_tokens=12, stop=())]
+    stop = free[0][9:17]  # parts of several tokens
+    model.config = small_config(eos_token_id=60)
+    texts = [""] * len(PROMPTS)
+    pieces = list(stream_text(model, PROMPTS, Sampling(), decode, stop_strings=[stop], max_new_tokens=12))
+    for row, piece in pieces:
+        texts[row] += piece
+    ends = [answer.find("<60>") if "<60>" in answer else len(answer) for answer in free]
+    assert texts == [a[:end].split(stop)[0] for a, end in zip(free, ends, strict=True)]
+    assert len(pieces) > 2 * len(PROMPTS)
+
+
+@torch.no_grad()
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    model = small_model("M")
+    model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"^generate: logits must be finite numbers, got others in row 0$"):
+        generate(model, [[1]], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +182,10 @@ def test_the_distribution_of_the_choice(settings: dict[str, Any], expected: list
         ({"prompts": [[-1]]}, "token ids must be 0 to 60, got -1"),
         ({"prompts": [[1] * 55]}, "prompts must be at most 54 tokens long (64 less the 10 to generate), got 55"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
-        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be a finite number, 0 or more, got -1.0"),
+        ({"temperature": float("inf")}, "temperature must be a finite number, 0 or more, got inf"),
+        ({"temperature": float("nan")}, "temperature must be a finite number, 0 or more, got nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a finite number above 0, got 0.0"),
         ({"top_k": 0}, "top_k must be 1 or more, got 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
@@ -157,10 +212,10 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer([" ".join(words)] * 20, 512)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run `python -m yaongi.generate` with these arguments."""
-    command = [sys.executable, "-m", "yaongi.generate", *arguments, "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "yaongi.generate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
 
 
 def test_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -172,10 +227,50 @@ def test_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert done.stdout.startswith("aq")
     assert "\nqa b" in done.stdout
     assert done.stdout == run(str(tmp_path), "--prompt", "aq", "--prompt", "qa b", *options).stdout
-    long = run(str(tmp_path), "--prompt", "aq" * 200)
-    assert long.returncode == 1
-    assert long.stderr.startswith("error: generate: prompts must be at most ")
-    assert long.stderr.count("\n") == 1
+    (tmp_path / "prompt.txt").write_text("qa b\n")
+    files = ("--prompt-file", "-", "--prompt-file", str(tmp_path / "prompt.txt"))
+    assert run(str(tmp_path), *files, *options, stdin="aq\n").stdout == done.stdout
+    alone = run(str(tmp_path), "--prompt", "qa b", *options).stdout
+    assert alone == "qa b" + done.stdout.split("\nqa b")[1]
+    stop = alone[6:8]
+    assert run(str(tmp_path), "--prompt", "qa b", *options, "--stop", stop).stdout == alone[:6] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "aq" * 200], "generate: prompts must be at most "),
+        ([], "generate: --prompt or --prompt-file must be given, got neither\n"),
+        (["--prompt-file", "/none"], "[Errno 2] No such file or directory: '/none'\n"),
+        (["--prompt", "a", "--stop", ""], "generate: stop strings must be one character or longer, got an empty one\n"),
+        (
+            ["--prompt", "a", "--device", "gpux"],
+            "generate: device must be auto, cpu, gpu, cuda or cuda:N, got 'gpux'\n",
+        ),
+        (
+            ["--prompt", "a", "--device", "cuda:9"],
+            "generate: device must be one that this machine has, got cuda:9 with ",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "_".join(value[::2]) or "nothing",
+)
+def test_the_command_refuses_in_one_line(
+    tokenizer: Tokenizer, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    small_model("M", vocab_size=tokenizer.vocab_size, max_sequence_length=64).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    done = run(str(tmp_path), *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("name", "gpus", "kind"), [("auto", 0, "cpu"), ("auto", 1, "cuda"), ("gpu", 1, "cuda")])
+def test_devices_by_name(name: str, gpus: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert device_of(name, "generate") == torch.device(kind)
 
 
 def test_the_command_with_another_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: 
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": CHAT_TEMPLATE,
     }

@@ -1,95 +1,23 @@
-"""Text generation: a prefill that fills the caches of every layer, steps of one token, and sampling.
+"""Text generation: prompts are read, then a token of each row is chosen and read, until every row has ended.
 
 Prompts of unequal length are padded on the left. The padding is a separate document, so attention, Mamba state,
-convolutions and n-grams start from scratch at each prompt, and an answer does not depend on the rest of the batch.
+convolutions and n-grams start from scratch at each prompt, and an answer does not depend on the rest of the batch. Nor
+does its sampling: the random numbers of a row come from the seed and its prompt.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 
+import numpy as np
 import torch
 
-from yaongi.model.engram.engram import EngramCache
-from yaongi.model.mixers.attention import AttentionCache
-from yaongi.model.mixers.mamba2 import MambaCache
-from yaongi.model.model import Layer, Yaongi, check_tokens
+from yaongi.model.decoding import prefill, stepper
+from yaongi.model.model import Yaongi
+from yaongi.model.sampling import Sampling, choose, penalise, row_uniforms
+from yaongi.model.text_stream import TextStream
 
 Tensor = torch.Tensor
-
-
-@dataclass
-class LayerCache:
-    """The state of one layer between steps; an expert layer has none."""
-
-    mixer: MambaCache | AttentionCache | None
-    engram: EngramCache | None
-
-
-@dataclass
-class Cache:
-    """The state of the model between steps."""
-
-    layers: list[LayerCache]
-    visible: Tensor  # (B, capacity) bool, the positions that belong to each row's last document
-    position: int  # tokens read so far, padding included
-    tail: Tensor | None  # (B, n − 1) int64, the last compressed ids, newest first; None without Engram
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the caches of the attention layers have room for."""
-        return self.visible.shape[1]
-
-
-@torch.no_grad()
-def prefill(
-    model: Yaongi, input_ids: Tensor, document_ids: Tensor | None = None, *, capacity: int
-) -> tuple[Tensor, Cache]:
-    """Read the prompts; `step` then continues the last document of each row.
-
-    Args:
-        input_ids: (B, L).
-        document_ids: (B, L) int32, as in the model's `forward`.
-        capacity: tokens to make room for, prompts included.
-
-    Returns:
-        The logits of the next token (B, V), and the cache for `step`.
-    """
-    check_tokens(input_ids, document_ids, model.config.vocab_size)
-    length = input_ids.shape[1]
-    if length > capacity:
-        raise ValueError(f"prefill: input_ids must be at most {capacity} tokens long (capacity), got {length}")
-    backbone = model.backbone
-    cache = _empty_cache(model, input_ids.shape[0], capacity, input_ids.device)
-    context = backbone.context(input_ids, document_ids)
-    hidden, delta = backbone.embeddings(input_ids), None
-    for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
-        hidden, delta, _ = layer(hidden, delta, context, layer_cache)
-    cache.visible[:, :length] = True if document_ids is None else document_ids == document_ids[:, -1:]
-    cache.visible[:, length:] = True
-    cache.position = length
-    if context.window is not None:
-        cache.tail = context.window[:, :-1, -1]
-    last = backbone.norm_f.add_and_norm(hidden[:, -1], None if delta is None else delta[:, -1])[1]
-    return model.lm_head(last), cache
-
-
-@torch.no_grad()
-def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
-    """Read one more token of each row, (B,) integers, and return the logits of the token after it, (B, V)."""
-    if cache.position >= cache.capacity:
-        raise ValueError(f"step: position must be below {cache.capacity} (capacity), got {cache.position}")
-    check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)
-    backbone, window = model.backbone, None
-    if cache.tail is not None:
-        window = torch.cat([backbone.compress(tokens).unsqueeze(-1), cache.tail], dim=1).unsqueeze(-1)
-        cache.tail = window[:, :-1, 0]
-    hidden, delta = backbone.embeddings(tokens), None
-    layers = cast(Iterable[Layer], backbone.layers)
-    for layer, layer_cache in zip(layers, cache.layers, strict=True):
-        hidden, delta = layer.step(hidden, delta, window, layer_cache, cache.position, cache.visible)
-    cache.position += 1
-    return model.lm_head(backbone.norm_f.add_and_norm(hidden, delta)[1])
+Until = Callable[[int, int], bool]  # (row, its new token) → whether the row ends with it
 
 
 def generate(
@@ -100,8 +28,10 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop: Collection[int] | None = None,
     seed: int = 0,
+    cuda_graph: bool = True,
 ) -> list[list[int]]:
     """Return the continuation of each prompt, without the stop token that ended it.
 
@@ -110,61 +40,150 @@ def generate(
         temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together have this probability.
+        repetition_penalty: divides positive logits of tokens of prompt and answer, and multiplies negative ones.
         stop: tokens that end an answer; by default those of the model's config.
-        seed: seed of the sampling.
+        seed: seed of the sampling. Seed and prompt give the same answer in any batch; equal prompts in one batch give
+            different ones.
+        cuda_graph: on a GPU, record a step and replay it; not done for a model with hooks.
 
     Raises:
         ValueError: a prompt is empty, an id is outside the vocabulary, a prompt and its answer may exceed the model's
-            max_sequence_length, or a setting is out of range.
+            max_sequence_length, a setting is out of range, or the model's logits are not numbers.
     """
-    _check_settings(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    ends = set(model.config.answer_ends if stop is None else stop)
-    device = model.lm_head.weight.device
-    input_ids, document_ids = _padded(prompts, model.config.pad_token_id, device)
-    logits, cache = prefill(model, input_ids, document_ids, capacity=input_ids.shape[1] + max_new_tokens)
-    random = torch.Generator(device).manual_seed(seed)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     answers: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
-    for count in range(max_new_tokens):
-        chosen = choose(logits, temperature, top_k, top_p, random)
-        for row, token in enumerate(chosen.tolist()):
-            running[row] = running[row] and token not in ends
-            if running[row]:
-                answers[row].append(token)
-        if not any(running) or count == max_new_tokens - 1:
-            break
-        logits = step(model, chosen, cache)
+    for tokens in stream(
+        model, prompts, sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed, cuda_graph=cuda_graph
+    ):
+        for answer, token in zip(answers, tokens, strict=True):
+            if token is not None:
+                answer.append(token)
     return answers
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, random: torch.Generator
-) -> Tensor:
-    """Choose a token for each row of logits (B, V): (B,) int64."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None:
-        ranked, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        beyond = ranked.cumsum(-1) - ranked >= top_p  # False for the likeliest token
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=random).squeeze(-1)
+def stream(
+    model: Yaongi,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int = 128,
+    stop: Collection[int] | None = None,
+    seed: int = 0,
+    until: Until | None = None,
+    cuda_graph: bool = True,
+) -> Iterator[list[int | None]]:
+    """Yield the new token of each row as it comes, None for a row that has ended; arguments as in `generate`.
+
+    Args:
+        until: asked with each row and its new token whether the row ends with it.
+    """
+    _check_prompts(model, prompts, max_new_tokens)
+    ends = set(model.config.answer_ends if stop is None else stop)
+    device = next(model.parameters()).device
+    input_ids, document_ids = _padded(prompts, model.config.pad_token_id, device)
+    logits, cache = prefill(model, input_ids, document_ids, capacity=input_ids.shape[1] + max_new_tokens)
+    advance = stepper(model, cache, cuda_graph=cuda_graph)
+    sampler = _Sampler(prompts, sampling, seed, max_new_tokens, logits)
+    running = [True] * len(prompts)
+    for count in range(max_new_tokens):
+        chosen = sampler(logits)
+        # A GPU reads the tokens already while the host looks at them. At an answer's end that step was in vain.
+        copied = _Copied(chosen)
+        ahead = device.type == "cuda" and count < max_new_tokens - 1
+        if ahead:
+            logits = advance(chosen.clamp(min=0))
+        tokens = copied.tokens()
+        if -1 in tokens:
+            raise ValueError(f"generate: logits must be finite numbers, got others in row {tokens.index(-1)}")
+        running = [alive and token not in ends for alive, token in zip(running, tokens, strict=True)]
+        shown = [token if alive else None for alive, token in zip(running, tokens, strict=True)]
+        if until is not None:
+            running = [alive and not until(row, tokens[row]) for row, alive in enumerate(running)]
+        yield shown
+        if not any(running) or count == max_new_tokens - 1:
+            return
+        if not ahead:
+            logits = advance(chosen)
 
 
-def _empty_cache(model: Yaongi, batch: int, capacity: int, device: torch.device) -> Cache:
-    config, dtype = model.config, model.lm_head.weight.dtype
-    shape = (batch, config.attention_kv_heads, capacity, config.attention_head_dim)
-    layers = []
-    for layer in model.backbone.layers:
-        mixer: MambaCache | AttentionCache | None = None
-        if layer.kind == "M":
-            mixer = MambaCache()
-        elif layer.kind == "*":
-            mixer = AttentionCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
-        layers.append(LayerCache(mixer, None if layer.engram is None else EngramCache([])))
-    return Cache(layers, torch.zeros(batch, capacity, dtype=torch.bool, device=device), 0, None)
+def stream_text(
+    model: Yaongi,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    decode: Callable[[Sequence[int]], str],
+    *,
+    stop_strings: Sequence[str] = (),
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    cuda_graph: bool = True,
+) -> Iterator[tuple[int, str]]:
+    """Yield (row, more of its answer's text) as it comes: whole characters, and an end before any stop string.
+
+    Args:
+        decode: the text of token ids, of the model's tokenizer.
+    """
+    texts = [TextStream(decode, stop_strings) for _ in prompts]
+    pieces: list[tuple[int, str]] = []
+
+    def until(row: int, token: int) -> bool:
+        pieces.append((row, texts[row].push(token)))
+        return texts[row].ended
+
+    options = {"max_new_tokens": max_new_tokens, "seed": seed, "cuda_graph": cuda_graph}
+    for _ in stream(model, prompts, sampling, until=until, **options):  # type: ignore[arg-type]
+        yield from (piece for piece in pieces if piece[1])
+        pieces.clear()
+    yield from ((row, rest) for row, text in enumerate(texts) if (rest := text.finish()))
+
+
+class _Sampler:
+    """The choice of tokens for a batch of rows, with each row's random numbers and the tokens that it has seen."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, count: int, logits: Tensor
+    ) -> None:
+        self._sampling, self._count = sampling, 0
+        self._uniforms: Tensor | None = None
+        self._seen: Tensor | None = None
+        if sampling.temperature > 0:
+            copies: Counter[tuple[int, ...]] = Counter()
+            rows = []
+            for key in [tuple(prompt) for prompt in prompts]:
+                rows.append(row_uniforms(seed, key, copies[key], count))
+                copies[key] += 1
+            self._uniforms = torch.from_numpy(np.stack(rows, axis=1)).to(logits.device)  # (count, B)
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(logits.shape, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                self._seen[row, torch.tensor(list(prompt))] = True
+            self._seen = self._seen.to(logits.device)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Choose the next token of each row, (B,) int64."""
+        if self._seen is not None:
+            logits = penalise(logits, self._seen, self._sampling.repetition_penalty)
+        chosen = choose(logits, self._sampling, None if self._uniforms is None else self._uniforms[self._count])
+        self._count += 1
+        if self._seen is not None:
+            self._seen.scatter_(1, chosen.clamp(min=0).unsqueeze(-1), True)
+        return chosen
+
+
+class _Copied:
+    """Tokens on their way to the host: work that is launched after them goes on meanwhile."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._host = tokens.to("cpu", non_blocking=True)
+        self._there = None
+        if tokens.is_cuda:
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def tokens(self) -> list[int]:
+        """Wait for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._host.tolist()
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -179,14 +198,7 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) ->
     return input_ids, (places >= longest - lengths[:, None]).int()
 
 
-def _check_settings(
-    model: Yaongi,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
+def _check_prompts(model: Yaongi, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     def require(condition: bool, rule: str, got: object) -> None:
         if not condition:
             raise ValueError(f"generate: {rule}, got {got}")
@@ -200,6 +212,3 @@ def _check_settings(
     room, longest = limit - max_new_tokens, max(map(len, prompts))
     rule = f"prompts must be at most {room} tokens long ({limit} less the {max_new_tokens} to generate)"
     require(longest <= room, rule, longest)
-    require(temperature >= 0, "temperature must be 0 or more", temperature)
-    require(top_k is None or top_k >= 1, "top_k must be 1 or more", top_k)
-    require(top_p is None or 0 < top_p <= 1, "top_p must be above 0 and at most 1", top_p)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from yaongi.kernels import cross_entropy, cross_entropy_backward
 from yaongi.model.layers.accumulation import accumulate_product, accumulation_target
@@ -49,6 +50,24 @@ def head_cross_entropy(
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
     gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
     return _HeadCrossEntropy.apply(hidden, weight, targets, chunk, gradient)
+
+
+def module_cross_entropy(
+    hidden: Tensor, head: torch.nn.Module, targets: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Do what `head_cross_entropy` does, for a head that is any module: its logits are recomputed chunk by chunk."""
+
+    def part(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses, normalizers = cross_entropy(head(rows), labels)
+        return losses.sum(), torch.where(labels < 0, 0, normalizers.square()).sum()
+
+    chunk = max(1, CHUNK_LOGITS // vocab_size)
+    parts = [
+        checkpoint(part, rows, labels, use_reentrant=False)
+        for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    losses, squares = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
+    return losses, squares
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

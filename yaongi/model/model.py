@@ -18,10 +18,11 @@ from yaongi.model.hub import folder as hub
 from yaongi.model.hub.weights import read_shards
 from yaongi.model.initialize import initialize
 from yaongi.model.layers.linear import Embedding, Linear
-from yaongi.model.layers.norm import RMSNorm
-from yaongi.model.losses import NO_TARGET, Losses, head_cross_entropy, next_tokens
+from yaongi.model.layers.norm import RMSNorm, add_and_norm
+from yaongi.model.layers.plain import is_plain
+from yaongi.model.losses import NO_TARGET, Losses, head_cross_entropy, module_cross_entropy, next_tokens
 from yaongi.model.mixers.attention import Attention
-from yaongi.model.mixers.attention_backends import AttentionPlan, plan_attention
+from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, plan_attention
 from yaongi.model.mixers.mamba2 import Mamba2
 from yaongi.model.mixers.moe import MoE, Routing
 
@@ -32,10 +33,10 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {"M": Mamba2, "E": MoE, "*": Atten
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Inputs that all layers of one forward pass share."""
+    """Inputs that all layers of one forward pass, or of one step of generation, share."""
 
     document_ids: Tensor | None  # (B, L) int32
-    attention: AttentionPlan | None  # None without attention layers
+    attention: AttentionPlan | CachedAttention | None  # None without attention layers
     window: Tensor | None  # (B, n, L) int64, compressed ids of the n-gram that ends at each token; None without Engram
     with_routing: bool = False
 
@@ -64,6 +65,7 @@ class Layer(nn.Module):
         Args:
             hidden: (B, L, d).
             delta: (B, L, d), still to be added to `hidden`; None for zero.
+            cache: a `LayerCache` (decoding.py) to fill, or a filled one to continue by one token.
 
         Returns:
             `hidden` and `delta` after this layer, and the routing's measures if the layer has experts.
@@ -72,27 +74,13 @@ class Layer(nn.Module):
             hidden = hidden if delta is None else hidden + delta
             engram_cache = None if cache is None else cache.engram
             delta = self.engram(hidden, context.window, context.document_ids, engram_cache)
-        hidden, normed = self.norm.add_and_norm(hidden, delta)
+        hidden, normed = add_and_norm(self.norm, hidden, delta)
         mixer_cache = None if cache is None else cache.mixer
         if self.kind == "M":
             return hidden, self.mixer(normed, context.document_ids, mixer_cache), None
         if self.kind == "*":
             return hidden, self.mixer(normed, context.attention, mixer_cache), None
         return hidden, *self.mixer(normed, context.with_routing)
-
-    def step(
-        self, hidden: Tensor, delta: Tensor | None, window: Tensor | None, cache: Any, position: int, visible: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Apply the layer to one token, (B, d) for `hidden` and `delta`, and update the cache in place."""
-        if self.engram is not None and window is not None:
-            hidden = hidden if delta is None else hidden + delta
-            delta = self.engram.step(hidden, window, cache.engram)
-        hidden, normed = self.norm.add_and_norm(hidden, delta)
-        if self.kind == "M":
-            return hidden, self.mixer.step(normed, cache.mixer)
-        if self.kind == "*":
-            return hidden, self.mixer.step(normed, cache.mixer, position, visible)
-        return hidden, self.mixer(normed)[0]
 
 
 class Backbone(nn.Module):
@@ -118,7 +106,7 @@ class Backbone(nn.Module):
         """Prepare the inputs that the layers share, for these tokens."""
         plan = None
         if "*" in self.config.pattern:
-            dtype, device = self.embeddings.weight.dtype, input_ids.device
+            dtype, device = next(self.parameters()).dtype, input_ids.device
             plan = plan_attention(self.config.attention_backend, input_ids.shape, document_ids, device, dtype)
         window = None
         if self.longest:
@@ -149,7 +137,7 @@ class Backbone(nn.Module):
                 hidden, delta, routing = layer(hidden, delta, context)
             if routing is not None:
                 routings.append(routing)
-        return self.norm_f.add_and_norm(hidden, delta)[1], routings
+        return add_and_norm(self.norm_f, hidden, delta)[1], routings
 
 
 class Yaongi(nn.Module):
@@ -218,14 +206,14 @@ class Yaongi(nn.Module):
         """Return the mean loss in nats over the tokens that have a next one in their document; 0 if none has."""
         hidden, _ = self._hidden(input_ids, document_ids, with_routing=False)
         targets = next_tokens(input_ids, document_ids).flatten()
-        total, _ = head_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
+        total, _ = self._cross_entropy(hidden, targets)
         return total / (targets != NO_TARGET).sum().clamp(min=1)
 
     def losses(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Losses:
         """Return the sums that a training step accumulates over micro-batches; arguments and errors as in `forward`."""
         hidden, routings = self._hidden(input_ids, document_ids, with_routing=True)
         targets = next_tokens(input_ids, document_ids).flatten()
-        total, squares = head_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.long())
+        total, squares = self._cross_entropy(hidden, targets)
         if routings:
             balance = torch.stack([routing.balance for routing in routings]).sum()
             loads = torch.stack([routing.load for routing in routings])
@@ -277,7 +265,7 @@ class Yaongi(nn.Module):
         Args:
             loads: (expert layers, E), integers: the tokens that each expert got in the global batch.
         """
-        layers = [layer.mixer for layer in self.backbone.layers if isinstance(layer.mixer, MoE)]
+        layers = [module for module in self.modules() if isinstance(module, MoE)]
         if tuple(loads.shape) != (len(layers), self.config.experts):
             wanted = (len(layers), self.config.experts)
             raise ValueError(f"update_router_bias: loads must be {wanted}, got {tuple(loads.shape)}")
@@ -285,6 +273,13 @@ class Yaongi(nn.Module):
         for mixer, missing in zip(layers, loads.mean(1, keepdim=True) - loads, strict=True):
             bias = mixer.gate.e_score_correction_bias
             bias.add_(rate * missing.sign().to(bias))
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of the cross entropy and of logsumexp² over the targets (B·L)."""
+        rows, targets = hidden.flatten(0, 1), targets.long()
+        if is_plain(self.lm_head, Linear):
+            return head_cross_entropy(rows, self.lm_head.weight, targets)
+        return module_cross_entropy(rows, self.lm_head, targets, self.config.vocab_size)
 
     def _hidden(
         self, input_ids: Tensor, document_ids: Tensor | None, *, with_routing: bool

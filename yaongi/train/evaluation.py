@@ -10,6 +10,7 @@ from yaongi.data.loader import HeldOut, Loader
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.bits_per_byte import bits_per_byte, nats
 from yaongi.model import Yaongi
+from yaongi.model.sampling import Sampling, choose, row_uniforms
 from yaongi.train.distributed.world import World
 
 PROMPTS = {
@@ -81,23 +82,24 @@ def draw_samples(model: Yaongi, tokenizer: Tokenizer, tokens: int, device: torch
 def continue_text(model: Yaongi, tokenizer: Tokenizer, prompt: str, tokens: int, device: torch.device) -> str:
     """Return the continuation of `prompt`: up to `tokens` tokens, or until the document ends.
 
-    Tokens are sampled from the likeliest few with a separate random generator. Each token takes a full forward pass
-    over the context: this needs only `model.forward`, so it also works on a sharded model.
+    Tokens are sampled from the likeliest few. Each token takes a full forward pass over the context: this needs only
+    `model.forward`, so it also works on a sharded model.
+
+    Raises:
+        ValueError: the model's logits are not numbers.
     """
-    generator = torch.Generator().manual_seed(0)
     ids = tokenizer.encode(prompt)
-    start = len(ids)
+    start, uniforms = len(ids), torch.from_numpy(row_uniforms(0, ids, 0, tokens))
     with evaluating(model):
-        for _ in range(tokens):
+        for number in range(tokens):
             context = torch.tensor([ids[-model.config.max_sequence_length :]], device=device)
-            logits = model(context)[0, -1].float().cpu()
-            best, which = logits.topk(min(_LIKELIEST, len(logits)))
-            chosen = int(which[torch.multinomial((best / _TEMPERATURE).softmax(0), 1, generator=generator)])
-            if chosen == tokenizer.eos_id:
+            chosen = int(choose(model(context)[:, -1].cpu(), _SAMPLING, uniforms[number : number + 1]))
+            if chosen in model.config.answer_ends:
                 break
+            if chosen < 0:
+                raise ValueError(f"evaluation: logits must be finite numbers, got others at token {number} of a sample")
             ids.append(chosen)
     return tokenizer.decode(ids[start:])
 
 
-_LIKELIEST = 40
-_TEMPERATURE = 0.7
+_SAMPLING = Sampling(temperature=0.7, top_k=40)

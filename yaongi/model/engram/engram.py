@@ -13,6 +13,7 @@ from yaongi.model.layers.accumulation import AccumulatingEmbedding, accumulation
 from yaongi.model.layers.compiled import compiled
 from yaongi.model.layers.linear import DepthwiseConv, Embedding, Linear
 from yaongi.model.layers.norm import RMSNorm
+from yaongi.model.layers.plain import is_plain, require_plain
 
 Tensor = torch.Tensor
 SMALLEST = 1e-6  # keeps the gradient of the square root in the "demo" gate finite
@@ -25,7 +26,13 @@ class EngramCache:
     Step t, counted from 0 after the prefill, reads and updates phase t % dilation.
     """
 
-    phases: list[Tensor]  # `dilation` tensors of (B, d, kernel − 1), that of the next step first
+    steps: Tensor  # (1,) int64, the steps since the prefill, t; all layers share it
+    phases: Tensor | None = None  # (dilation, B, d, kernel − 1), that of step 0 first
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.phases is not None:
+            self.phases = self.phases[:, rows]
 
 
 class Engram(nn.Module):
@@ -71,24 +78,33 @@ class Engram(nn.Module):
             hidden: (B, L, d).
             window: (B, n, L) int64, `ngram_window` of the compressed ids, n ≥ the longest order.
             document_ids: (B, L) int32 or None.
-            cache: filled with the convolution's last inputs.
+            cache: filled with the convolution's last inputs. A filled one is continued by one token: L = 1.
+
+        Raises:
+            ValueError: something else is in the convolution's place.
         """
+        require_plain(self.conv, DepthwiseConv, "engram.conv")
         value = self._gated_value(hidden, self.look_up(window))
         normed = self.value_norm(value)
+        if cache is not None and cache.phases is not None:
+            return value + self._stepped(normed.squeeze(1), cache.phases, cache.steps).unsqueeze(1)
         if cache is not None:
             cache.phases = self._last_inputs(normed, document_ids)
         return value + self._convolved(normed, document_ids)
 
-    def step(self, hidden: Tensor, window: Tensor, cache: EngramCache) -> Tensor:
-        """Return what to add to the next token, (B, d), and update the cache; hidden (B, d), window (B, n, 1)."""
-        value = self._gated_value(hidden, self.look_up(window)[:, 0])
-        state = cache.phases.pop(0)
-        cache.phases.append(state)
-        return value + causal_conv1d_step(self.value_norm(value), state, self.conv.taps)
+    def _stepped(self, x: Tensor, phases: Tensor, steps: Tensor) -> Tensor:
+        """Return SiLU of the convolution for one token, (B, d), and update its phase in place."""
+        phase = steps % self.dilation
+        state = phases.index_select(0, phase).squeeze(0)
+        y = causal_conv1d_step(x, state, self.conv.taps)
+        phases.index_copy_(0, phase, state.unsqueeze(0))
+        return y
 
     def look_up(self, window: Tensor) -> Tensor:
         """Return e (B, L, orders·heads·head_dim). The table may be on another device, for instance in host memory."""
         rows = hash_rows(window, self.plan, self.primes, self.starts)
+        if not is_plain(self.table, Embedding):
+            return self.table(rows).flatten(-2)
         table = self.table.weight
         there = rows.to(table.device)
         gradient = accumulation_target(table)
@@ -123,14 +139,17 @@ class Engram(nn.Module):
             x = torch.cat([x, x[:, -1:].expand(-1, short, -1)], dim=1)
         return x.unflatten(1, (-1, self.dilation)).transpose(1, 2).flatten(0, 1).contiguous()
 
-    def _last_inputs(self, x: Tensor, document_ids: Tensor | None) -> list[Tensor]:
-        """Return each phase's last inputs after x (B, L, d), in the order in which the next tokens need them."""
+    def _last_inputs(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Return each phase's last inputs after x (B, L, d), in the order in which the next tokens need them.
+
+        They are (dilation, B, d, taps − 1).
+        """
         if document_ids is not None:
             x = torch.where((document_ids == document_ids[:, -1:]).unsqueeze(-1), x, 0)
         history = (self.taps - 1) * self.dilation
         tail = F.pad(x, (0, 0, history, 0))[:, -history:] if history else x[:, :0]
         steps = tail.unflatten(1, (self.taps - 1, self.dilation))  # (B, taps − 1, dilation, d), oldest first
-        return [steps[:, :, phase].mT.contiguous() for phase in range(self.dilation)]
+        return steps.permute(2, 0, 3, 1).contiguous()
 
 
 def _gated(query: Tensor, key: Tensor, value: Tensor, gate: str) -> Tensor:

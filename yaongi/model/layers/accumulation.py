@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 Tensor = torch.Tensor
@@ -36,7 +35,7 @@ def fused_accumulation(enabled: bool = True) -> Iterator[None]:
         _in_place = before
 
 
-def accumulation_target(weight: nn.Parameter) -> Tensor | None:
+def accumulation_target(weight: Tensor) -> Tensor | None:
     """Return the gradient to accumulate into; None outside `fused_accumulation` or if the weight has none yet."""
     if not _in_place or not torch.is_grad_enabled() or not weight.requires_grad:
         return None

@@ -5,16 +5,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from yaongi.model.layers.accumulation import AccumulatingLinear, ForkedLinear, accumulation_target, linear_product
+from yaongi.model.layers.plain import is_plain
 
 Tensor = torch.Tensor
 
 
-class Linear(nn.Module):
-    """x · weightᵀ, weight (outputs, inputs)."""
+class Linear(nn.Linear):
+    """x · weightᵀ, weight (outputs, inputs). It is an `nn.Linear`, so that adapters and quantisers know it."""
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+        super().__init__(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Leave the values to `initialize`."""
 
     def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """Map (…, inputs) to (…, outputs).
@@ -39,12 +42,24 @@ class Linear(nn.Module):
         return ForkedLinear.apply(x, self.weight, gradient)
 
 
-class Embedding(nn.Module):
+def fork(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return module(x), and x again for its other uses: by `Linear.fork` where nothing else is in its place."""
+    return module.fork(x) if is_plain(module, Linear) else (module(x), x)  # type: ignore[operator]
+
+
+def add_linear(module: nn.Module, x: Tensor, total: Tensor) -> Tensor:
+    """Return total + module(x), where possible in place and with one rounding; x (T, inputs), total (T, outputs)."""
+    return module(x, total) if is_plain(module, Linear) else total + module(x)
+
+
+class Embedding(nn.Embedding):
     """Rows of a table, (rows, width)."""
 
     def __init__(self, rows: int, width: int, device: torch.device | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
+        super().__init__(rows, width, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Leave the values to `initialize`."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map integers (…) to rows (…, width)."""

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from yaongi.kernels import gated_rms_norm, rms_norm
+from yaongi.model.layers.plain import is_plain
 
 Tensor = torch.Tensor
 
@@ -20,12 +21,18 @@ class RMSNorm(nn.Module):
         """Normalise (…, width)."""
         return rms_norm(x, self.weight, self.eps)
 
-    def add_and_norm(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return hidden + delta and its norm, in one pass; for no delta, hidden itself and its norm."""
-        if delta is None:
-            return hidden, self(hidden)
+    def add_and_norm(self, hidden: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden + delta and its norm, in one pass."""
         normed, total = rms_norm(delta, self.weight, self.eps, hidden)
         return total, normed
+
+
+def add_and_norm(norm: nn.Module, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return hidden + delta and its norm; for no delta, hidden itself and its norm."""
+    if delta is not None and is_plain(norm, RMSNorm):
+        return norm.add_and_norm(hidden, delta)  # type: ignore[operator]
+    hidden = hidden if delta is None else hidden + delta
+    return hidden, norm(hidden)
 
 
 class GatedRMSNorm(nn.Module):

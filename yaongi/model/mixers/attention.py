@@ -4,20 +4,39 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from yaongi.model.config import ModelConfig
-from yaongi.model.layers.linear import Linear
-from yaongi.model.mixers.attention_backends import AttentionPlan, attend, scaled_attention
+from yaongi.model.layers.linear import Linear, fork
+from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, attend, attend_to_cache
 
 Tensor = torch.Tensor
 
 
 @dataclass
 class AttentionCache:
-    """Keys and values of one layer, (B, kv heads, capacity, D)."""
+    """Keys and values of one layer, (B, kv heads, capacity, D); the prefill makes them."""
 
-    keys: Tensor
-    values: Tensor
+    capacity: int
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Make room, and put k and v (B, L, kv heads, D) at its start."""
+        more = self.capacity - k.shape[1]
+        self.keys, self.values = (F.pad(t.transpose(1, 2), (0, 0, 0, more)) for t in (k, v))
+
+    def grow(self, capacity: int) -> None:
+        """Make room for so many tokens."""
+        if self.keys is not None and self.values is not None:
+            more = capacity - self.capacity
+            self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+        self.capacity = capacity
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class Attention(nn.Module):
@@ -32,30 +51,30 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, self.kv_heads * head, device, dtype)
         self.o_proj = Linear(self.heads * head, width, device, dtype)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, cache: AttentionCache | None = None) -> Tensor:
-        """Map (B, L, d) to (B, L, d), and write keys and values to the start of the cache."""
+    def forward(self, x: Tensor, plan: AttentionPlan | CachedAttention, cache: AttentionCache | None = None) -> Tensor:
+        """Map (B, L, d) to (B, L, d), and write keys and values to the start of the cache.
+
+        With a `CachedAttention` for a plan, x is one token, (B, 1, d), whose key and value go to the plan's place, and
+        which attends to what the cache holds.
+        """
         q, k, v = self._project(x)
+        if isinstance(plan, CachedAttention):
+            return self.o_proj(self._step(q, k, v, plan, cache).flatten(-2))
         if cache is not None:
-            cache.keys[:, :, : x.shape[1]] = k.transpose(1, 2)
-            cache.values[:, :, : x.shape[1]] = v.transpose(1, 2)
+            cache.fill(k, v)
         return self.o_proj(attend(q, k, v, plan).flatten(-2))
 
-    def step(self, x: Tensor, cache: AttentionCache, position: int, visible: Tensor) -> Tensor:
-        """Map one token (B, d) to (B, d), and write its key and value to the cache.
-
-        Args:
-            position: the token's position in the cache.
-            visible: (B, capacity) bool, the cache positions that the token may attend to.
-        """
-        q, k, v = self._project(x.unsqueeze(1))
-        cache.keys[:, :, position], cache.values[:, :, position] = k[:, 0], v[:, 0]
-        mask = visible[:, None, None, : position + 1]
-        keys, values = cache.keys[:, :, : position + 1], cache.values[:, :, : position + 1]
-        return self.o_proj(scaled_attention(q.transpose(1, 2), keys, values, mask).flatten(1))
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, plan: CachedAttention, cache: AttentionCache | None) -> Tensor:
+        """Add one token's key and value to the cache, and attend to it; all (B, 1, …, D)."""
+        if cache is None or cache.keys is None or cache.values is None:
+            raise ValueError("attention: cache must be one that a prefill has filled, got an empty one")
+        cache.keys.index_copy_(2, plan.place, k.transpose(1, 2))
+        cache.values.index_copy_(2, plan.place, v.transpose(1, 2))
+        return attend_to_cache(q, cache.keys, cache.values, plan)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, d) to q (B, L, heads, D), k and v (B, L, kv heads, D)."""
-        q, x = self.q_proj.fork(x)
-        k, x = self.k_proj.fork(x)
+        q, x = fork(self.q_proj, x)
+        k, x = fork(self.k_proj, x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, self.v_proj(x)))
         return q, k, v

@@ -38,6 +38,9 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 
+# For a few queries at a time cuDNN would make a plan, which takes long, for every number of keys.
+CACHED_ORDER = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+
 # Tiles of flex_attention's backward pass: 1.31 ms instead of 1.46 ms with its own choice (2 × 4096, 32 query and 8
 # key-value heads of 64, H100).
 FLEX_OPTIONS = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")} | {
@@ -54,6 +57,15 @@ class AttentionPlan:
     mask: Any = None  # sdpa: (B, 1, L, L) bool or None for causal; flex: a BlockMask
     cu_seqlens: Tensor | None = None  # varlen, flash: (documents + 1,) int32, starts of documents in the B·L tokens
     max_seqlen: int = 0  # varlen, flash: tokens of the largest document
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """How one new token of each row attends to a cache, made once per step for all attention layers."""
+
+    place: Tensor  # (1,) int64, the token's place in the cache
+    mask: Tensor  # (B, 1, 1, length), 0 for a place that may be attended to, −∞ for one that may not
+    length: int  # places of the cache to look at
 
 
 def plan_attention(
@@ -104,14 +116,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     return scaled_attention(q, k, v, plan.mask).transpose(1, 2)
 
 
+def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, plan: CachedAttention) -> Tensor:
+    """Attend from q (B, 1, heads, D) to a cache (B, kv heads, capacity, D): (B, 1, heads, D).
+
+    The query heads that share a key head are the rows of one attention, so that keys and values are read once.
+    """
+    k, v = keys[:, :, : plan.length], values[:, :, : plan.length]
+    rows = q.squeeze(1).unflatten(1, (k.shape[1], -1))  # (B, kv heads, heads / kv heads, D)
+    with _prefer(CACHED_ORDER, q):
+        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=plan.mask.expand(-1, *rows.shape[1:3], -1))
+    return y.flatten(1, 2).unsqueeze(1)
+
+
 def scaled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Run SDPA over (B, heads, L, D), causal if there is no mask."""
     if q.is_meta:
         return _ShapesOfAttention.apply(q, k, v, mask)
-    order = sdpa_kernel(SDPA_ORDER, set_priority=True) if q.device.type == "cuda" else contextlib.nullcontext()
-    with order:
+    with _prefer(SDPA_ORDER, q):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def _prefer(order: list[SDPBackend], q: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Let SDPA take the first of these kernels that can run."""
+    return sdpa_kernel(order, set_priority=True) if q.device.type == "cuda" else contextlib.nullcontext()
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

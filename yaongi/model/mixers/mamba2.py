@@ -10,6 +10,7 @@ from yaongi.model.config import ModelConfig
 from yaongi.model.layers.float32 import KeepsFloat32
 from yaongi.model.layers.linear import DepthwiseConv, Linear
 from yaongi.model.layers.norm import GatedRMSNorm
+from yaongi.model.layers.plain import is_plain, require_plain
 
 Tensor = torch.Tensor
 
@@ -20,6 +21,12 @@ class MambaCache:
 
     conv: Tensor | None = None  # (B, H·P + 2·G·N, taps − 1)
     state: Tensor | None = None  # (B, H, P, N), float32
+    rates: Tensor | None = None  # (H), A, which a step would otherwise compute again
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.conv is not None and self.state is not None:
+            self.conv, self.state = self.conv[rows], self.state[rows]
 
 
 class Mamba2(KeepsFloat32):
@@ -45,13 +52,22 @@ class Mamba2(KeepsFloat32):
         self.out_proj = Linear(width, config.hidden_size, device, dtype)
 
     def forward(self, x: Tensor, document_ids: Tensor | None, cache: MambaCache | None = None) -> Tensor:
-        """Map (B, L, d) to (B, L, d), and fill the cache with the state after the last token."""
-        projected, taps, bias = self.in_proj(x), self.conv1d.taps, self.conv1d.bias
-        if cache is None:
+        """Map (B, L, d) to (B, L, d), and fill the cache with the state after the last token.
+
+        A cache that is filled already is continued by one token: x (B, 1, d).
+
+        Raises:
+            ValueError: something else is in the convolution's place.
+        """
+        require_plain(self.conv1d, DepthwiseConv, "conv1d")
+        if cache is not None and cache.state is not None:
+            return self._step(x, cache)
+        projected = self.in_proj(x)
+        if cache is None and is_plain(self.norm, GatedRMSNorm):
             y = mamba_core(
                 projected,
-                taps,
-                bias,  # type: ignore[arg-type]  # this convolution has one
+                self.conv1d.taps,
+                self.conv1d.bias,  # type: ignore[arg-type]  # this convolution has one
                 self._rates(),
                 self.D,
                 self.dt_bias,
@@ -62,26 +78,31 @@ class Mamba2(KeepsFloat32):
             )
             return self.out_proj(y)
         z, xbc, dt = projected.split(self.splits, dim=-1)
-        xbc, cache.conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
-        y, cache.state = mamba_scan(*self._operands(xbc, dt), document_ids=document_ids, return_final_state=True)
+        taps, bias, rates = self.conv1d.taps, self.conv1d.bias, self._rates()
+        xbc, conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
+        operands = self._operands(xbc, dt, rates)
+        y, state = mamba_scan(*operands, document_ids=document_ids, return_final_state=True)
+        if cache is not None:
+            cache.conv, cache.state, cache.rates = conv, state, rates
         return self.out_proj(self.norm(y.flatten(-2), z))
 
-    def step(self, x: Tensor, cache: MambaCache) -> Tensor:
-        """Map the next token (B, d) to (B, d), and update the cache in place."""
+    def _step(self, x: Tensor, cache: MambaCache) -> Tensor:
+        """Map the next token (B, 1, d) to (B, 1, d), and update the filled cache in place."""
+        assert cache.conv is not None
+        assert cache.state is not None
+        assert cache.rates is not None
         z, xbc, dt = self.in_proj(x).split(self.splits, dim=-1)
-        if cache.conv is None or cache.state is None:
-            raise ValueError("mamba2: cache must be one that a prefill has filled, got an empty one")
-        xbc = causal_conv1d_step(xbc, cache.conv, self.conv1d.taps, self.conv1d.bias)
-        y = mamba_step(cache.state, *self._operands(xbc, dt))
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        xbc = causal_conv1d_step(xbc.squeeze(1), cache.conv, self.conv1d.taps, self.conv1d.bias)
+        y = mamba_step(cache.state, *self._operands(xbc, dt.squeeze(1), cache.rates))
+        return self.out_proj(self.norm(y.flatten(-2).unsqueeze(1), z))
 
-    def _operands(self, xbc: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+    def _operands(self, xbc: Tensor, dt: Tensor, rates: Tensor) -> tuple[Tensor, ...]:
         """Return x, dt, A, b, c, D and dt_bias in the shapes that the scan takes."""
         group_width = self.groups * self.state
         x, b, c = xbc.split([self.splits[0], group_width, group_width], dim=-1)
         heads, groups = (self.heads, -1), (self.groups, -1)
-        x, rates = x.unflatten(-1, heads), self._rates()
-        return x, dt, rates, b.unflatten(-1, groups), c.unflatten(-1, groups), self.D, self.dt_bias
+        x, b, c = x.unflatten(-1, heads), b.unflatten(-1, groups), c.unflatten(-1, groups)
+        return x, dt, rates, b, c, self.D, self.dt_bias
 
     def _rates(self) -> Tensor:
         """Return A (H,), negative, at least float32."""

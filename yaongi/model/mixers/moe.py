@@ -9,8 +9,9 @@ from yaongi.kernels import moe, moe_route
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.accumulation import accumulation_target
 from yaongi.model.layers.compiled import compiled
-from yaongi.model.layers.linear import Linear
-from yaongi.model.mixers.router import Router, sequence_balance
+from yaongi.model.layers.linear import Linear, add_linear, fork
+from yaongi.model.layers.plain import is_plain, require_plain
+from yaongi.model.mixers.router import Router, correction_bias, sequence_balance
 
 Tensor = torch.Tensor
 
@@ -43,11 +44,15 @@ class SharedExpert(nn.Module):
 
     def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return up(x) for x (T, d), and x again for the routed experts; see `Linear.fork`."""
-        return self.up_proj.fork(x)
+        return fork(self.up_proj, x)
 
     def down(self, h: Tensor, into: Tensor) -> Tensor:
         """Return down(relu(h)²), added to `into` (T, d) in place."""
-        return self.down_proj(compiled(_squared_relu, h.device.type)(h), into)
+        return add_linear(self.down_proj, compiled(_squared_relu, h.device.type)(h), into)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, d) to (T, d); `up` and `down` do it in two halves, with the routed experts between them."""
+        return self.down_proj(compiled(_squared_relu, x.device.type)(self.up_proj(x)))
 
 
 def _squared_relu(h: Tensor) -> Tensor:  # compiled, the fastest of three variants (docs/LAB.md)
@@ -65,17 +70,23 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config, device, dtype)
 
     def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
-        """Map (B, L, d) to (B, L, d); also return the routing's measures if `with_routing`."""
+        """Map (B, L, d) to (B, L, d); also return the routing's measures if `with_routing`.
+
+        Raises:
+            ValueError: something else is in the routed experts' place, or a gate without a correction bias.
+        """
+        require_plain(self.experts, Experts, "experts")
         rows = x.reshape(-1, x.shape[-1])
-        logits, rows = self.gate.fork(rows)
-        h, rows = self.shared_experts.up(rows)
-        bias = self.gate.e_score_correction_bias.to(logits.dtype)
+        logits, rows = self.gate.fork(rows) if is_plain(self.gate, Router) else (self.gate(rows), rows)
+        shared = is_plain(self.shared_experts, SharedExpert)
+        h, rows = self.shared_experts.up(rows) if shared else (rows, rows)
+        bias = correction_bias(self.gate).to(logits.dtype)
         ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
         up, down = self.experts.up_proj, self.experts.down_proj
         dw_up, dw_down = accumulation_target(up), accumulation_target(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
         y = moe(rows, up, down, ids, weights, weight_gradients=sums)
-        y = self.shared_experts.down(h, y).view(x.shape)
+        y = (self.shared_experts.down(h, y) if shared else y + self.shared_experts(rows)).view(x.shape)
         if not with_routing:
             return y, None
         batch = x.shape[0]

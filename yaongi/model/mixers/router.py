@@ -42,6 +42,14 @@ class Router(KeepsFloat32):
         return x.is_cuda and x.dtype == torch.bfloat16 == self.weight.dtype
 
 
+def correction_bias(gate: nn.Module) -> Tensor:
+    """Return a gate's correction bias (E,), whatever module the gate is. Raises ValueError if it has none."""
+    bias = getattr(gate, "e_score_correction_bias", None)
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"model: gate must have e_score_correction_bias, got a {type(gate).__name__} without one")
+    return bias
+
+
 class RouterProduct(torch.autograd.Function):
     """x·Wᵀ of bfloat16 operands with a float32 result, on tensor cores in both directions.
 

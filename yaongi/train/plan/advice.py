@@ -16,7 +16,7 @@ PARTS = {  # the module that ran out of memory, the innermost of the traceback l
     "yaongi.model.mixers.attention": "an attention layer",
     "yaongi.model.mixers.attention_backends": "an attention layer",
     "yaongi.model.engram": "an Engram",
-    "yaongi.model.generation": "a sample",
+    "yaongi.model.sampling": "a sample",
     "yaongi.model.losses": "the loss",
     "yaongi.model.mixers.mamba2": "a Mamba layer",
     "yaongi.model.mixers.moe": "an expert layer",

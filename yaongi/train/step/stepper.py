@@ -14,11 +14,11 @@ from torch import nn
 from yaongi.data.loader import Batch
 from yaongi.model import Yaongi
 from yaongi.model.layers.accumulation import fused_accumulation
+from yaongi.model.layers.cuda_graph import GraphedFunction
 from yaongi.train.config import Training
 from yaongi.train.distributed.sharding import average_unsharded_gradients, is_sharded, local_part
 from yaongi.train.distributed.world import World
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
-from yaongi.train.step.cuda_graph import GraphedFunction
 from yaongi.train.step.guard import first_nonfinite
 
 Named = list[tuple[str, nn.Parameter]]
@@ -67,7 +67,9 @@ class Stepper:
         self._vectors = [p for _, p in self._named if p.ndim == 1 and self._in_place]
         recorded = cuda_graph and self._in_place and world.device.type == "cuda"
         self._accumulate: Callable[..., None] = (
-            GraphedFunction(self._add_micro_batch) if recorded else self._add_micro_batch
+            GraphedFunction(self._add_micro_batch, "the micro-batch", "add --no-cuda-graph")
+            if recorded
+            else self._add_micro_batch
         )
 
     def __call__(self, batches: Sequence[Batch], lr: dict[str, float]) -> StepResult:

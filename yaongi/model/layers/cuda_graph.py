@@ -15,8 +15,14 @@ class GraphedFunction:
     records the graph; memory that the first call left in the allocator's cache is released before.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., None], what: str, otherwise: str) -> None:
+        """Prepare to record.
+
+        Args:
+            what: what the function does, for the error that it can't be recorded.
+            otherwise: how to do without, for the same error.
+        """
+        self._function, self._what, self._otherwise = function, what, otherwise
         self._stream = torch.cuda.Stream()
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -58,7 +64,7 @@ class GraphedFunction:
             raise
         except RuntimeError as error:
             raise ValueError(
-                "cuda_graph: the micro-batch must never wait for the GPU, to be recorded as a CUDA graph, got "
-                f"{str(error).splitlines()[0]!r}: add --no-cuda-graph"
+                f"cuda_graph: {self._what} must never wait for the GPU, to be recorded as a CUDA graph, got "
+                f"{str(error).splitlines()[0]!r}: {self._otherwise}"
             ) from error
         return graph

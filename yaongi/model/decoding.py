@@ -1,0 +1,200 @@
+"""Prompts read into caches, and the steps that go on: `prefill`, `step`, and the step recorded as a CUDA graph."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from yaongi.model.engram.engram import EngramCache
+from yaongi.model.layers.cuda_graph import GraphedFunction
+from yaongi.model.layers.norm import add_and_norm
+from yaongi.model.layers.plain import any_hooks
+from yaongi.model.mixers.attention import AttentionCache
+from yaongi.model.mixers.attention_backends import CachedAttention
+from yaongi.model.mixers.mamba2 import MambaCache
+from yaongi.model.model import Context, Yaongi, check_tokens
+
+Tensor = torch.Tensor
+LENGTH_STEP = 256  # a step attends to a multiple of so many places; those after its own are masked
+
+
+@dataclass
+class LayerCache:
+    """The state of one layer between steps; an expert layer has none."""
+
+    mixer: MambaCache | AttentionCache | None
+    engram: EngramCache | None
+
+
+@dataclass
+class Cache:
+    """The state of the model between steps."""
+
+    layers: list[LayerCache]
+    visible: Tensor  # (B, capacity) bool, the positions read so far that belong to each row's last document
+    position: int  # tokens read so far, padding included
+    place: Tensor  # (1,) int64, `position` where the model is
+    steps: Tensor  # (1,) int64, the tokens read since the prefill
+    tail: Tensor | None  # (B, n − 1) int64, the last compressed ids, newest first; None without Engram
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the caches of the attention layers have room for."""
+        return self.visible.shape[1]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for at least so many tokens."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self.visible = torch.nn.functional.pad(self.visible, (0, more))
+        for layer in self.layers:
+            if isinstance(layer.mixer, AttentionCache):
+                layer.mixer.grow(capacity)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, integers (R,), in this order; a row may be taken several times."""
+        self.visible = self.visible[rows]
+        self.tail = None if self.tail is None else self.tail[rows]
+        for layer in self.layers:
+            if layer.mixer is not None:
+                layer.mixer.select(rows)
+            if layer.engram is not None:
+                layer.engram.select(rows)
+
+
+@torch.no_grad()
+def prefill(
+    model: Yaongi, input_ids: Tensor, document_ids: Tensor | None = None, *, capacity: int
+) -> tuple[Tensor, Cache]:
+    """Read the prompts; `step` then continues the last document of each row.
+
+    Args:
+        input_ids: (B, L).
+        document_ids: (B, L) int32, as in the model's `forward`.
+        capacity: tokens to make room for, prompts included.
+
+    Returns:
+        The logits of the next token (B, V), and the cache for `step`.
+    """
+    hidden, cache = read(model, input_ids, document_ids, capacity=capacity)
+    return model.lm_head(hidden[:, -1:])[:, 0], cache
+
+
+def read(
+    model: Yaongi, input_ids: Tensor, document_ids: Tensor | None = None, *, capacity: int
+) -> tuple[Tensor, Cache]:
+    """Do what `prefill` does, but return the normalised hidden states of all tokens, (B, L, d)."""
+    check_tokens(input_ids, document_ids, model.config.vocab_size)
+    batch, length = input_ids.shape
+    if length > capacity:
+        raise ValueError(f"prefill: input_ids must be at most {capacity} tokens long (capacity), got {length}")
+    backbone = model.backbone
+    cache = _empty_cache(model, batch, capacity, input_ids.device)
+    context = backbone.context(input_ids, document_ids)
+    hidden, delta = backbone.embeddings(input_ids), None
+    for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
+        hidden, delta, _ = layer(hidden, delta, context, layer_cache)
+    cache.visible[:, :length] = True if document_ids is None else document_ids == document_ids[:, -1:]
+    cache.position = length
+    cache.place.fill_(length)
+    if context.window is not None:
+        cache.tail = context.window[:, :-1, -1].clone()
+    return add_and_norm(backbone.norm_f, hidden, delta)[1], cache
+
+
+@torch.no_grad()
+def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
+    """Read one more token of each row, (B,) integers, and return the logits of the token after it, (B, V)."""
+    length = _attended(cache)
+    check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)
+    logits = _advance(model, tokens, cache, length)
+    cache.position += 1
+    return logits
+
+
+class RecordedStep:
+    """`step` on a GPU, recorded as a CUDA graph: a call is one launch, and the GPU never waits for Python.
+
+    A graph attends to a fixed number of places. Every LENGTH_STEP tokens a new one is recorded: the first step of that
+    length runs as usual, the second one is recorded.
+    """
+
+    def __init__(self, model: Yaongi, cache: Cache) -> None:
+        self._model, self._cache = model, cache
+        self._length = 0
+        self._graphed: Callable[[Tensor], None] | None = None
+        self._logits: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Do what `step` does; the logits are valid until the next call."""
+        length = _attended(self._cache)
+        if self._graphed is None or length != self._length:
+            self._length, self._graphed = length, GraphedFunction(self._run, "a step", "generate without cuda_graph")
+        self._graphed(tokens)
+        self._cache.position += 1
+        assert self._logits is not None
+        return self._logits
+
+    def _run(self, tokens: Tensor) -> None:
+        logits = _advance(self._model, tokens, self._cache, self._length)
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        self._logits.copy_(logits)
+
+
+def stepper(model: Yaongi, cache: Cache, *, cuda_graph: bool) -> Callable[[Tensor], Tensor]:
+    """Return a function that does a `step` with these caches, recorded where that is possible and wanted.
+
+    Hooks are Python, which a graph would run only once: a model that has some is not recorded. Neither is one with a
+    part on another device, such as a table in host memory.
+    """
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if cuda_graph and len(places) == 1 and next(iter(places)).type == "cuda" and not any_hooks(model):
+        return RecordedStep(model, cache)
+    return lambda tokens: step(model, tokens, cache)
+
+
+def _attended(cache: Cache) -> int:
+    """Return how many places the next step attends to; a full cache is an error."""
+    if cache.position >= cache.capacity:
+        raise ValueError(f"step: position must be below {cache.capacity} (capacity), got {cache.position}")
+    return min(cache.capacity, -(-(cache.position + 1) // LENGTH_STEP) * LENGTH_STEP)
+
+
+def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor:
+    """Do a step, which changes only tensors, in place: it may be recorded."""
+    backbone, window = model.backbone, None
+    if cache.tail is not None:
+        window = torch.cat([backbone.compress(tokens).unsqueeze(-1), cache.tail], dim=1).unsqueeze(-1)
+        cache.tail.copy_(window[:, :-1, 0])
+    cache.visible.index_fill_(1, cache.place, True)
+    hidden, delta = backbone.embeddings(tokens.unsqueeze(-1)), None
+    attention = None
+    if "*" in model.config.pattern:
+        hidden_places = ~cache.visible[:, None, None, :length]
+        mask = hidden.new_zeros(hidden_places.shape).masked_fill_(hidden_places, -torch.inf)
+        attention = CachedAttention(cache.place, mask, length)
+    context = Context(None, attention, window)
+    for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
+        hidden, delta, _ = layer(hidden, delta, context, layer_cache)
+    cache.place.add_(1)
+    cache.steps.add_(1)
+    return model.lm_head(add_and_norm(backbone.norm_f, hidden, delta)[1])[:, 0]
+
+
+def _empty_cache(model: Yaongi, batch: int, capacity: int, device: torch.device) -> Cache:
+    config = model.config
+    place, steps = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+    engrams = {engram.layer for engram in config.engram}
+    layers = []
+    for i, kind in enumerate(config.pattern):
+        mixer: MambaCache | AttentionCache | None = None
+        if kind == "M":
+            mixer = MambaCache()
+        elif kind == "*":
+            mixer = AttentionCache(capacity)
+        layers.append(LayerCache(mixer, EngramCache(steps) if i in engrams else None))
+    visible = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+    return Cache(layers, visible, 0, place, steps, None)
