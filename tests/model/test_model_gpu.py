@@ -9,6 +9,7 @@ from oracle import assert_close
 
 from yaongi.kernels import use_backend
 from yaongi.model import Yaongi
+from yaongi.model.decoding import LENGTH_STEP, RecordedStep, prefill, stepper
 from yaongi.model.generation import generate
 from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.mixers import moe as moe_module
@@ -181,6 +182,33 @@ def test_generation_of_unequal_prompts(dtype: torch.dtype) -> None:
     assert all(len(answer) == 8 for answer in together)
     if dtype == torch.float32:
         assert together == [generate(model, [prompt], max_new_tokens=8, stop=())[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_recorded_step_gives_the_same_bits(batch: int) -> None:
+    """Generate past two multiples of LENGTH_STEP: each is recorded anew."""
+    model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
+    prompts = [list(range(1 + row % 40)) for row in range(batch)]
+    options = {"max_new_tokens": 2 * LENGTH_STEP, "stop": (), "temperature": 1.0, "top_p": 0.9}
+    set_determinism(deterministic=True)
+    recorded = generate(model, prompts, **options)  # type: ignore[arg-type]
+    assert recorded == generate(model, prompts, cuda_graph=False, **options)  # type: ignore[arg-type]
+    ids = token_ids(model, batch, 40).to("cuda")
+    logits = []
+    for cuda_graph in (True, False):
+        cache = prefill(model, ids[:, :8], capacity=40)[1]
+        advance = stepper(model, cache, cuda_graph=cuda_graph)
+        assert isinstance(advance, RecordedStep) == cuda_graph
+        logits.append([advance(ids[:, place]).clone() for place in range(8, 40)])
+    assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
+
+
+def test_a_model_with_hooks_is_not_recorded() -> None:
+    model = small_model("MEM*ME", **SIZES).to("cuda")
+    calls: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, [[1, 2]], max_new_tokens=9, stop=())
+    assert len(calls) == 9
 
 
 def test_compiled_layers_give_the_same() -> None:

@@ -7,7 +7,6 @@ import torch
 
 from yaongi.model.engram.engram import EngramCache
 from yaongi.model.layers.cuda_graph import GraphedFunction
-from yaongi.model.layers.norm import add_and_norm
 from yaongi.model.layers.plain import any_hooks
 from yaongi.model.mixers.attention import AttentionCache
 from yaongi.model.mixers.attention_backends import CachedAttention
@@ -36,6 +35,12 @@ class Cache:
     place: Tensor  # (1,) int64, `position` where the model is
     steps: Tensor  # (1,) int64, the tokens read since the prefill
     tail: Tensor | None  # (B, n − 1) int64, the last compressed ids, newest first; None without Engram
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys and values; float32 without attention layers."""
+        kept = (layer.mixer.keys for layer in self.layers if isinstance(layer.mixer, AttentionCache))
+        return next((keys.dtype for keys in kept if keys is not None), torch.float32)
 
     @property
     def capacity(self) -> int:
@@ -89,18 +94,15 @@ def read(
     batch, length = input_ids.shape
     if length > capacity:
         raise ValueError(f"prefill: input_ids must be at most {capacity} tokens long (capacity), got {length}")
-    backbone = model.backbone
     cache = _empty_cache(model, batch, capacity, input_ids.device)
-    context = backbone.context(input_ids, document_ids)
-    hidden, delta = backbone.embeddings(input_ids), None
-    for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
-        hidden, delta, _ = layer(hidden, delta, context, layer_cache)
+    context = model.backbone.context(input_ids, document_ids)
+    hidden, _ = model.backbone(input_ids, context, caches=cache.layers)
     cache.visible[:, :length] = True if document_ids is None else document_ids == document_ids[:, -1:]
     cache.position = length
     cache.place.fill_(length)
     if context.window is not None:
         cache.tail = context.window[:, :-1, -1].clone()
-    return add_and_norm(backbone.norm_f, hidden, delta)[1], cache
+    return hidden, cache
 
 
 @torch.no_grad()
@@ -170,18 +172,15 @@ def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor
         window = torch.cat([backbone.compress(tokens).unsqueeze(-1), cache.tail], dim=1).unsqueeze(-1)
         cache.tail.copy_(window[:, :-1, 0])
     cache.visible.index_fill_(1, cache.place, True)
-    hidden, delta = backbone.embeddings(tokens.unsqueeze(-1)), None
     attention = None
     if "*" in model.config.pattern:
-        hidden_places = ~cache.visible[:, None, None, :length]
-        mask = hidden.new_zeros(hidden_places.shape).masked_fill_(hidden_places, -torch.inf)
+        unseen = ~cache.visible[:, None, None, :length]
+        mask = torch.zeros(unseen.shape, dtype=cache.dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
         attention = CachedAttention(cache.place, mask, length)
-    context = Context(None, attention, window)
-    for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
-        hidden, delta, _ = layer(hidden, delta, context, layer_cache)
+    hidden, _ = backbone(tokens.unsqueeze(-1), Context(None, attention, window), caches=cache.layers)
     cache.place.add_(1)
     cache.steps.add_(1)
-    return model.lm_head(add_and_norm(backbone.norm_f, hidden, delta)[1])[:, 0]
+    return model.lm_head(hidden)[:, 0]
 
 
 def _empty_cache(model: Yaongi, batch: int, capacity: int, device: torch.device) -> Cache:

@@ -122,8 +122,14 @@ class Backbone(nn.Module):
         """The compressed id that stands for positions before a document, V_c."""
         return self.config.compressed_vocab_size or self.config.vocab_size
 
-    def forward(self, input_ids: Tensor, context: Context, recompute: Recompute) -> tuple[Tensor, list[Routing]]:
-        """Turn ids (B, L) into hidden states (B, L, d); also return each expert layer's routing if `with_routing`."""
+    def forward(
+        self, input_ids: Tensor, context: Context, recompute: Recompute = "none", caches: Sequence[Any] | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """Turn ids (B, L) into hidden states (B, L, d); also return each expert layer's routing if `with_routing`.
+
+        Args:
+            caches: a cache for each layer, for `Layer.forward`.
+        """
         hidden: Tensor = self.embeddings(input_ids)
         delta: Tensor | None = None
         routings: list[Routing] = []
@@ -134,7 +140,7 @@ class Backbone(nn.Module):
                     layer, hidden, None, context, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden, delta, routing = layer(hidden, delta, context)
+                hidden, delta, routing = layer(hidden, delta, context, None if caches is None else caches[i])
             if routing is not None:
                 routings.append(routing)
         return add_and_norm(self.norm_f, hidden, delta)[1], routings
@@ -251,8 +257,20 @@ class Yaongi(nn.Module):
 
         Without Engram this is the hub's `nemotron_h` layout. With Engram it is our own `yaongi` layout, which keeps
         everything and which transformers loads with trust_remote_code.
+
+        Raises:
+            ValueError: the model has other tensors than its config says, such as an adapter's.
         """
+        self.check_tensors()
         hub.save(self, self.config, self.count_parameters(), Path(folder))
+
+    def check_tensors(self) -> None:
+        """Raise ValueError if the model has other tensors than its config says: no folder could hold them."""
+        wanted, found = Yaongi(self.config, device="meta").state_dict().keys(), self.state_dict().keys()
+        other = next((name for name in [*found, *wanted] if (name in wanted) != (name in found)), None)
+        if other is not None:
+            got = "the extra" if other in found else "none of"
+            raise ValueError(f"save_pretrained: tensors must be those of the config, got {got} {other}")
 
     def count_parameters(self) -> ParameterCounts:
         """Count the parameters: total, active and by part; works on the meta device too."""
