@@ -9,7 +9,12 @@ usage() {
   cat <<'TEXT'
 usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
   --preset NAME    a file of yaongi/presets/ without .toml; default: by the machine
-  --source SPEC    embedded, hub, DOMAIN=PATH (ko, en, code, math) or a folder with train/; may be repeated
+  --source SPEC    embedded, hub, DOMAIN=PATH, a folder with train/, a file or folder, hf:OWNER/NAME[:SUBSET] or
+                   DOMAIN=hf:OWNER/NAME[:SUBSET]; may be repeated; a domain may have any name
+  --mix SHARES     shares of the domains, such as ko=40,law=20; default: those that have text
+  --text-field F   field of the rows that holds the text
+  --encoding E     encoding of local files, such as cp949; default: utf-8
+  --vocab-size N   pieces of the tokenizer; fewer if the text is too little
   --stage NAME     only this one: env, data, tokenizer, tokens, train, report
   --smoke          everything in miniature, a minute or two
   --help
@@ -23,13 +28,18 @@ die() {
   exit 1
 }
 
-preset="" stage=all smoke=0
-sources=() extra=()
+preset="" stage=all smoke=0 vocabulary=""
+sources=() extra=() mix=() field=() encoding=()
 while (($#)); do
   case $1 in
-    --preset | --source | --stage) (($# > 1)) || die "$1 must have a value, got none" ;;&
+    --preset | --source | --mix | --text-field | --encoding | --vocab-size | --stage)
+      (($# > 1)) || die "$1 must have a value, got none" ;;&
     --preset) preset=$2 && shift 2 ;;
     --source) sources+=("$2") && shift 2 ;;
+    --mix) mix=(--mix "$2") && shift 2 ;;
+    --text-field) field=(--text-field "$2") && shift 2 ;;
+    --encoding) encoding=(--encoding "$2") && shift 2 ;;
+    --vocab-size) vocabulary=$2 && shift 2 ;;
     --stage) stage=$2 && shift 2 ;;
     --smoke) smoke=1 && shift ;;
     --help | -h) usage && exit ;;
@@ -157,24 +167,34 @@ if [[ ! -f yaongi/presets/$preset.toml ]]; then
 fi
 say "preset $preset ($why), corpus: ${sources[*]}"
 
-vocabulary=32768 megabytes=60
-[[ $preset == yaongi-tiny && ${sources[*]} == embedded ]] && vocabulary=4096 megabytes=8
+pieces=32768 megabytes=60
+[[ $preset == yaongi-tiny && ${sources[*]} == embedded ]] && pieces=4096 megabytes=8
 name=$(corpus_name "${sources[@]}")
 ((smoke)) && name=smoke-$name
 folder=data/$name out=runs/$preset-$name
 
 # ---- stages
-options=()
-if [[ " ${sources[*]} " == *" hub "* ]]; then
-  wants data && say "data: the public mix, to data/raw" && "$python" -m yaongi.data download --out data/raw
-  sources=("${sources[@]/#hub/data/raw}")
-else
-  wants data && say "data: ${sources[*]}, nothing to download"
+options=() named=()
+wants data && say "data: ${sources[*]}"
+for source in "${sources[@]}"; do
+  case $source in
+    hub)
+      if wants data; then "$python" -m yaongi.data download --out data/raw; fi
+      options+=(--source data/raw)
+      ;;
+    hf:* | *=hf:*) named+=(--source "$source") ;;
+    *) options+=(--source "$source") ;;
+  esac
+done
+if ((${#named[@]})); then
+  if wants data; then "$python" -m yaongi.data download "${named[@]}" "${field[@]}" --out "$folder/raw"; fi
+  options+=(--source "$folder/raw")
 fi
-for source in "${sources[@]}"; do options+=(--source "$source"); done
+options+=("${field[@]}" "${encoding[@]}")
 if wants tokenizer; then
   say "tokenizer"
-  "$python" -m yaongi.data tokenizer "${options[@]}" --vocab-size $vocabulary --megabytes $megabytes --out "$folder/tokenizer"
+  "$python" -m yaongi.data tokenizer "${options[@]}" "${mix[@]}" --vocab-size "${vocabulary:-$pieces}" \
+    --megabytes $megabytes --out "$folder/tokenizer"
 fi
 if wants tokens; then
   say "tokens"
@@ -183,7 +203,7 @@ fi
 if wants train; then
   say "train"
   ((smoke)) && extra=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24 "${extra[@]}")
-  "$python" -m yaongi.train --preset "$preset" --data "$folder/tokens" --out "$out" "${extra[@]}"
+  "$python" -m yaongi.train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
 fi
 if wants report; then
   say "report"

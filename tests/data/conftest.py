@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from texts import random_texts, write_jsonl
 
-from yaongi.data.mix import DEFAULT_MIX, mixed_documents
+from yaongi.data.mix import PLAN
 from yaongi.data.sources.embedded.corpus import embedded_sources
+from yaongi.data.sources.sample import Sample
 from yaongi.data.sources.source import TRAIN
 from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
@@ -15,8 +16,8 @@ from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """Return a tokenizer of 4,096 pieces, trained on a part of the embedded corpus."""
-    sources = {s.domain: s.documents for s in embedded_sources() if s.split == TRAIN}
-    return train_tokenizer(mixed_documents(sources, DEFAULT_MIX, 1_500_000), 4096)
+    sources = [source for source in embedded_sources() if source.split == TRAIN]
+    return train_tokenizer(Sample(sources, PLAN, 1_500_000), 4096)
 
 
 @pytest.fixture(scope="session")

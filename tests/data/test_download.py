@@ -14,7 +14,7 @@ from texts import random_texts, read_documents, write_jsonl
 
 from yaongi.data.sources.hub import FALLBACKS, HUB_SOURCES, HubSource, MirrorRepository
 from yaongi.data.sources.specs import open_sources
-from yaongi.data.stages.download import Places, Progress, download, download_source
+from yaongi.data.stages.download import Places, Progress, download, download_source, public_mix
 
 SOURCE = HubSource("en", 10, "owner/set", ("data/*",))
 TEXTS = random_texts(11, 300)
@@ -206,7 +206,7 @@ def test_the_whole_mix_is_a_source_for_the_next_stage(mirror: Path, tmp_path: Pa
     write_jsonl(mirror / HUB_SOURCES["fineweb-edu"].id / "sample" / "10BT" / "x.jsonl", ["web"])
     write_jsonl(mirror / HUB_SOURCES["fineweb-edu"].id / "data" / "x.jsonl", ["not this one"])
     write_jsonl(mirror / HUB_SOURCES["finemath"].id / "finemath-4plus" / "x.jsonl", ["1 + 1"])
-    download(tmp_path / "raw", 1e6, places(mirror), names=names, say=lambda _: None)
+    download(tmp_path / "raw", 1e6, places(mirror), public_mix(names), say=lambda _: None)
     found = {(s.domain, s.name): list(s.documents()) for s in open_sources([str(tmp_path / "raw")])}
     assert found == {
         ("ko", "HAERAE-HUB/KOREAN-SyntheticText-1.5B"): ["한국어"],
@@ -214,9 +214,9 @@ def test_the_whole_mix_is_a_source_for_the_next_stage(mirror: Path, tmp_path: Pa
         ("math", "HuggingFaceTB/finemath"): ["1 + 1"],
     }
     with pytest.raises(ValueError, match="'nothing'"):
-        download(tmp_path / "raw", 1e6, places(mirror), names=("nothing",))
+        public_mix(("nothing",))
     with pytest.raises(FileNotFoundError, match="not in the mirror"):
-        download(tmp_path / "raw", 1e6, places(mirror), names=("cosmopedia-ko",))
+        download(tmp_path / "raw", 1e6, places(mirror), public_mix(("cosmopedia-ko",)))
 
 
 def test_the_table_is_the_plan() -> None:

@@ -52,10 +52,11 @@ def test_all_files_of_a_domain_are_read(tokenizer: Tokenizer, tmp_path: Path) ->
     train = tmp_path / "c" / "train"
     write_jsonl(train / "ko.jsonl", random_texts(1, 20))
     write_jsonl(train / "ko-00001.jsonl", random_texts(2, 50))
-    write_jsonl(train / "korea.jsonl", random_texts(3, 10))
+    write_jsonl(train / "ko_2-of-3.jsonl", random_texts(3, 5))
+    write_jsonl(train / "korea.jsonl", random_texts(4, 10))
     manifest, _ = build([str(tmp_path / "c")], tokenizer, tmp_path / "t")
-    assert documents(manifest) == 70
-    assert manifest["left_out"] == [{"file": "train/korea.jsonl", "reason": "of no domain among ko, en, code, math"}]
+    assert manifest["counts"]["ko/ko"]["documents"] == 75
+    assert manifest["counts"]["korea/korea"]["documents"] == 10
 
 
 def test_ndjson_and_bz2_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -98,18 +99,17 @@ def test_what_is_read_and_what_is_left_out_stands_in_the_manifest(tokenizer: Tok
     assert line.endswith("and 2 more")
 
 
-def test_files_beside_the_splits_and_of_no_domain_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_files_beside_the_splits_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "c"
     write_jsonl(folder / "train" / "ko.jsonl", random_texts(1, 30))
-    for name in ("train/law/a.jsonl", "ko.jsonl", "old/ko.jsonl"):
+    for name in ("ko.jsonl", "old/ko.jsonl"):
         write_jsonl(folder / name, ["x"])
     manifest, said = build([str(folder)], tokenizer, tmp_path / "t")
     assert {left["file"]: left["reason"] for left in manifest["left_out"]} == {
         "ko.jsonl": "not in train/ or val/",
         "old": "not in train/ or val/",
-        "train/law/a.jsonl": "of no domain among ko, en, code, math",
     }
-    assert sum("left out 3 files" in line for line in said) == 1
+    assert sum("left out 2 files" in line for line in said) == 1
 
 
 def test_sources_of_one_name_are_counted_apart(tokenizer: Tokenizer, tmp_path: Path) -> None:

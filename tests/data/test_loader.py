@@ -11,6 +11,7 @@ import torch
 
 from yaongi.data.loader import Batch, Loader
 from yaongi.data.shards import ShardSet
+from yaongi.data.streams import TokenStream
 from yaongi.data.tokenizer import Tokenizer
 
 ROW = 64
@@ -65,9 +66,9 @@ def test_the_order_is_pure(shards: Path) -> None:
 
 
 def test_an_epoch_gives_each_row_once_and_the_next_in_another_order(shards: Path) -> None:
-    loader = make(shards, mix={"en": 1})
+    loader = make(shards, mix="en=1")
     rows = loader.rows["en"]
-    stream = loader._stream("train", "en")
+    stream = loader._streams[0]
     every = sorted(tuple(stream.read(row * ROW, ROW).tolist()) for row in range(rows))
     epochs = [loader.read(range(epoch * rows, (epoch + 1) * rows)).input_ids.tolist() for epoch in (0, 1)]
     assert sorted(map(tuple, epochs[0])) == sorted(map(tuple, epochs[1])) == every
@@ -79,7 +80,7 @@ def test_rows_across_shards_hold_the_whole_stream(shards: Path) -> None:
     files = shard_set.shards("train", "math")
     assert len(files) > 1
     whole = np.concatenate([np.fromfile(shards / shard.file, "<u2") for shard in files])
-    stream = make(shards)._stream("train", "math")
+    stream = TokenStream(shard_set, files)
     assert stream.tokens == len(whole)
     for start, count in ((0, 10), (files[0].tokens - 5, 10), (100, len(whole) - 100), (files[0].tokens, 3)):
         assert (stream.read(start, count) == whole[start : start + count]).all()
@@ -114,7 +115,7 @@ def test_a_state_of_other_data_is_refused(shards: Path) -> None:
     for options, word in (
         ({"seed": 4}, "seed must be 4, got 3"),
         ({"row_tokens": 32}, "row_tokens"),
-        ({"mix": {"ko": 1}}, "mix"),
+        ({"mix": "ko=1"}, "mix"),
     ):
         with pytest.raises(ValueError, match=word):
             make(shards, **options).load_state_dict(state)
@@ -151,7 +152,7 @@ def test_held_out_rows_count_their_bytes(shards: Path, tokenizer: Tokenizer) -> 
             len(tokenizer.decode([int(ids[t])]).encode()) for t in targets if not is_byte(tokenizer, ids[t])
         ) + sum(is_byte(tokenizer, ids[t]) for t in targets) == int(text_bytes)
     assert len(loader.held_out("ko", 10**6).input_ids) > 5
-    with pytest.raises(ValueError, match="ko must fill a row of 1000000 tokens"):
+    with pytest.raises(ValueError, match="train, ko, must fill a row of 1000000 tokens"):
         make(shards, row_tokens=10**6)
 
 
@@ -178,8 +179,8 @@ def test_a_missing_domain(damaged: Path) -> None:
     manifest = json.loads((damaged / "manifest.json").read_text())
     del manifest["splits"]["train"]["code"]
     (damaged / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"code must fill a row .* got 0"):
-        make(damaged)
+    with pytest.raises(ValueError, match=r"mix: domains must be among ko, en, math, which have text, got code"):
+        make(damaged, mix="ko=1,code=1")
 
 
 def test_a_truncated_shard(damaged: Path) -> None:

@@ -11,6 +11,7 @@ from test_commands import run
 from test_download import SOURCE, documents, places
 from texts import random_texts, write_jsonl
 
+from yaongi.data.sources.readers import Reading
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.stages.download import download_source
 from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
@@ -42,10 +43,12 @@ def good(count: int, seed: int = 1) -> list[str]:
     return [json.dumps({"text": text}) for text in random_texts(seed, count, words=8)]
 
 
-def build(spec: str, tokenizer: Tokenizer, out: Path, **options: Any) -> tuple[dict, list[str]]:  # type: ignore[type-arg]
+def build(spec: str, tokenizer: Tokenizer, out: Path, **reading: Any) -> tuple[dict, list[str]]:  # type: ignore[type-arg]
     """Return the manifest and the printed lines."""
     said: list[str] = []
-    return tokenize_sources([spec], tokenizer, out, Options(**options), workers=1, say=said.append), said
+    return tokenize_sources(
+        [spec], tokenizer, out, Options(reading=Reading(**reading)), workers=1, say=said.append
+    ), said
 
 
 def texts_of(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """`run_all_vessl.sh`: keys are read and not shown, mistakes are one line, and the smoke run ends with a report."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_run import ROOT, environment
+from hub_server import hub_environment, serve_hub
+from small_run import ROOT, documents, environment
 
 SCRIPT = ROOT / "run_all_vessl.sh"
 DOTENV = r"""
@@ -60,15 +62,8 @@ def test_help() -> None:
 @pytest.mark.long
 def test_smoke(tmp_path: Path) -> None:
     """Run twice in a copy of the tree with this environment; the second time nothing is left to do."""
-    tree = tmp_path / "tree"
-    left_out = shutil.ignore_patterns(".git", ".venv", "runs", "build", "wandb", "__pycache__")
-    shutil.copytree(ROOT, tree, ignore=left_out)
-    shutil.rmtree(tree / "data", ignore_errors=True)
+    tree = copy_of_the_tree(tmp_path)
     (tree / ".env").write_text("WANDB_API_KEY=0123456789\nWANDB_BASE_URL=http://127.0.0.1:9\n")
-    (tree / ".venv" / "bin").mkdir(parents=True)
-    python = tree / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
     for stage in ("data", "tokenizer", "tokens", "train", "report"):
         done = run_stage(tree, stage)
         assert done.returncode == 0, done.stderr
@@ -78,7 +73,70 @@ def test_smoke(tmp_path: Path) -> None:
     assert run_stage(tree, "train").returncode == 0
 
 
-def run_stage(tree: Path, stage: str) -> subprocess.CompletedProcess[str]:
+def copy_of_the_tree(folder: Path) -> Path:
+    """Return a copy of the checkout in `folder`, with this environment as its `.venv`."""
+    tree = folder / "tree"
+    left_out = shutil.ignore_patterns(".git", ".venv", "runs", "build", "wandb", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    shutil.rmtree(tree / "data", ignore_errors=True)
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    python = tree / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return tree
+
+
+def run_stage(tree: Path, stage: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run one stage of the smoke run."""
-    command = ["./run_all_vessl.sh", "--smoke", "--stage", stage]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tree, env=environment(PYTHONPATH=str(tree)))
+    command = ["./run_all_vessl.sh", "--smoke", "--stage", stage, *more]
+    env = environment(PYTHONPATH=str(tree), **env)
+    return subprocess.run(command, capture_output=True, text=True, cwd=tree, env=env)
+
+
+def one_click(tree: Path, *options: str, **env: str) -> str:
+    """Run all stages on some sources with two steps of training, and return what was printed."""
+    short = ("--", "--tokens", "8192", "--evaluate-rows", "1", "--sample-tokens", "0", "--wandb", "off")
+    printed = ""
+    for stage in ("data", "tokenizer", "tokens", "train", "report"):
+        done = run_stage(tree, stage, *options, *short, **env)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout
+    (report,) = (tree / "runs").glob("*/report.html")
+    assert report.is_file()
+    return printed
+
+
+def test_one_click_with_one_language(tmp_path: Path) -> None:
+    tree = copy_of_the_tree(tmp_path)
+    (tree / "글").mkdir()
+    for number, text in enumerate(documents(1, 300)):
+        (tree / "글" / f"{number}.txt").write_bytes(text.encode("cp949"))
+    printed = one_click(tree, "--source", "ko=글", "--encoding", "cp949")
+    assert "mix: ko=40\n" in printed
+    assert re.search(r"^tokenizer: [\d,]+ pieces, not 32,768: the text is too little", printed, re.MULTILINE)
+    assert "step 2/2 " in printed
+
+
+@pytest.mark.long
+def test_one_click_with_own_domains(tmp_path: Path) -> None:
+    tree = copy_of_the_tree(tmp_path)
+    for number, name in enumerate(("law", "한국어")):
+        (tree / name).mkdir()
+        for i, text in enumerate(documents(number, 300)):
+            (tree / name / f"{i}.txt").write_text(text)
+    mix = ("--mix", "한국어=3,law=1", "--vocab-size", "700")
+    printed = one_click(tree, "--source", "law", "--source", "한국어=한국어", *mix)
+    assert "mix: law=1,한국어=3\n" in printed
+    assert re.search(r"tokenizer \w+ of 700 pieces", printed)
+    assert "step 2/2 " in printed
+
+
+@pytest.mark.long
+def test_one_click_with_a_name_of_the_hub(tmp_path: Path) -> None:
+    tree = copy_of_the_tree(tmp_path)
+    rows = "".join(json.dumps({"body": text}) + "\n" for text in documents(1, 300))
+    with serve_hub({"me/set": {"train.jsonl": rows.encode()}}) as (endpoint, _):
+        hub = hub_environment(endpoint, str(tmp_path / "home"))
+        printed = one_click(tree, "--source", "소식=hf:me/set", "--text-field", "body", **hub)
+    assert "me--set: 300 documents" in printed
+    assert re.search(r"^mix: 소식=\d+\n", printed, re.MULTILINE)

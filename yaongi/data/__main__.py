@@ -1,56 +1,72 @@
 """`python -m yaongi.data download|tokenizer|tokenize|inspect`: the stages from sources to token shards."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from yaongi import cli
-from yaongi.data.mix import DEFAULT_MIX_TEXT, parse_mix
+from yaongi.data.sources.readers import PLAIN, Reading
 from yaongi.data.sources.tally import BAD_ROWS
 
+Words = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # `--name a b` and `--name a --name b`
 BadRows = Annotated[
     float, tyro.conf.arg(help="share of a source's rows that may be bad and are skipped; one in any case.")
 ]
-Sources = Annotated[
-    tuple[str, ...],
-    tyro.conf.arg(name="source", help="embedded, DOMAIN=PATH (ko, en, code, math), or a folder with train/ and val/."),
-]
+SOURCES = "embedded, DOMAIN=PATH, a folder with train/ and val/, or a file or folder; none: embedded."
+Sources = Annotated[Words, tyro.conf.arg(name="source", help=SOURCES)]
+HUB = "hf:OWNER/NAME, hf:OWNER/NAME:SUBSET or DOMAIN=hf:..., the train split of each; none: the public mix."
+HubSources = Annotated[Words, tyro.conf.arg(name="source", help=HUB)]
+Read = Annotated[Reading, tyro.conf.arg(name="")]
+MIX = "shares of the domains, such as ko=40,law=20; none: of those with text the public mix's, or their sizes."
+Mix = Annotated[str, tyro.conf.arg(help=MIX)]
+
+
+def joined(words: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """Return the words of an option that may be repeated."""
+    return tuple(chain.from_iterable(words))
 
 
 @dataclass(frozen=True)
 class Download:
-    """Download the public data sets of the 15 B-token mix. Resumes where it was interrupted."""
+    """Download the public data sets of the 15 B-token mix, or others of the hub. Resumes where it was interrupted."""
 
+    source: HubSources = ()
+    text_field: str = ""  # with --source: field of the rows that holds the text; none: text
     out: Path = Path("data/raw")  # folder to write; it is a --source for the other stages
     tokens: float = 15e9  # tokens to download in all; each data set gets its share
-    only: tuple[str, ...] = ()  # names of the data sets to download; none: all
+    only: Words = ()  # names of the data sets to download; none: all
     mirror: Path | None = None  # read a local copy, MIRROR/owner/name/..., instead of the hub; None: the hub
     bad_rows: BadRows = BAD_ROWS
 
     def run(self) -> None:
-        from yaongi.data.stages.download import Places, download
+        from yaongi.data.sources.hub import named_sources
+        from yaongi.data.stages.download import Places, download, public_mix
 
-        download(self.out, self.tokens, Places.of(self.mirror), names=self.only, bad_rows=self.bad_rows)
+        named, names = joined(self.source), joined(self.only)
+        sources = named_sources(named, self.text_field) if named else public_mix(names)
+        download(self.out, self.tokens, Places.of(self.mirror), sources, bad_rows=self.bad_rows)
 
 
 @dataclass(frozen=True)
 class TrainTokenizer:
     """Train the tokenizer on a mix of the sources. Does nothing when the result is up to date."""
 
-    source: Sources = ("embedded",)
+    source: Sources = ()
     out: Path = Path("data/tokenizer")  # folder to write
     vocab_size: int = 32768  # size of the vocabulary
-    mix: str = DEFAULT_MIX_TEXT  # shares of the domains in the training text, by bytes
+    mix: Mix = ""
     megabytes: float = 60.0  # megabytes of text to train on
-    bad_rows: BadRows = BAD_ROWS
+    reading: Read = PLAIN
 
     def run(self) -> None:
         from yaongi.data.stages.train_tokenizer import train_on_sources
 
-        mix, size = parse_mix(self.mix), int(self.megabytes * 1e6)
-        train_on_sources(self.source, self.out, self.vocab_size, mix, size, bad_rows=self.bad_rows)
+        size = int(self.megabytes * 1e6)
+        specs = joined(self.source) or ("embedded",)
+        train_on_sources(specs, self.out, self.vocab_size, self.mix, size, reading=self.reading)
 
 
 @dataclass(frozen=True)
@@ -60,22 +76,23 @@ class Tokenize:
     Does nothing when the result is up to date.
     """
 
-    source: Sources = ("embedded",)
+    source: Sources = ()
     tokenizer: Path = Path("data/tokenizer")  # folder of the tokenizer
     out: Path = Path("data/tokens")  # folder to write
     held_out: float = 0.005  # share of the documents to hold out where a domain has no val/ of its own
     near_duplicates: bool = True  # drop near duplicates too (MinHash), not only exact ones
-    benchmark: tuple[str, ...] = ()  # drop documents that quote these: kmmlu, haerae, logickor, gsm8k, or files
+    benchmark: Words = ()  # drop documents that quote these: kmmlu, haerae, logickor, gsm8k, or files
     shard_tokens: int = 100_000_000  # tokens per shard
-    bad_rows: BadRows = BAD_ROWS
+    reading: Read = PLAIN
     workers: int = 0  # worker processes; 0: one per core
 
     def run(self) -> None:
         from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
         from yaongi.data.tokenizer import Tokenizer
 
-        options = Options(self.held_out, self.near_duplicates, self.benchmark, self.shard_tokens, self.bad_rows)
-        tokenize_sources(self.source, Tokenizer.load(self.tokenizer), self.out, options, workers=self.workers)
+        options = Options(self.held_out, self.near_duplicates, joined(self.benchmark), self.shard_tokens, self.reading)
+        specs = joined(self.source) or ("embedded",)
+        tokenize_sources(specs, Tokenizer.load(self.tokenizer), self.out, options, workers=self.workers)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Batches of packed rows, as a pure function of (seed, sample number). Needs only numpy and torch.
 
-A packed row is `row_tokens` consecutive ids of one domain's token stream; rows don't overlap, and the few tokens after
-the last full row are not used. Sample `n` gets its domain from the mixture (`mix.Mixture`). As the `k`-th sample of
-that domain it belongs to epoch `k // rows`, and is the row that the epoch's seeded permutation (`permute`) puts at
-place `k % rows`. So the data of step 1200 does not depend on the number of processes, workers or micro-batches, nor on
-what was read before, and the position of a run is one number.
+A packed row is `row_tokens` consecutive ids of one stream (`streams`: a domain, or one of its sources); rows don't
+overlap, and the few tokens after the last full row are not used. Sample `n` gets its stream from the mixture
+(`mix.Mixture`). As the `k`-th sample of that stream it belongs to epoch `k // rows`, and is the row that the epoch's
+seeded permutation (`permute`) puts at place `k % rows`. So the data of step 1200 does not depend on the number of
+processes, workers or micro-batches, nor on what was read before, and the position of a run is one number.
 
 Documents end with EOS, which belongs to the document that it ends. `document_ids` count from 0 in each row; the model
 predicts a token from the tokens before it in the same document.
@@ -12,7 +12,7 @@ predicts a token from the tokens before it in the same document.
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from yaongi.data.mix import DEFAULT_MIX, Mixture
+from yaongi.data.mix import Mixture, choose_mix
 from yaongi.data.permute import permute
-from yaongi.data.shards import TOKEN, ShardSet
+from yaongi.data.shards import TOKEN, Shard, ShardSet
+from yaongi.data.streams import TokenStream, training_streams
 
 STATE_VERSION = 1
 
@@ -52,29 +53,6 @@ class HeldOut:
     text_bytes: torch.Tensor  # (R,) int64: UTF-8 bytes of the predicted tokens of a row
 
 
-class TokenStream:
-    """The shards of one domain and split, read as one sequence of ids."""
-
-    def __init__(self, shard_set: ShardSet, split: str, domain: str) -> None:
-        shards = shard_set.shards(split, domain)
-        self._parts = [np.memmap(shard_set.folder / shard.file, TOKEN, "r") for shard in shards]
-        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
-        self.tokens = int(self._starts[-1])
-
-    def read(self, start: int, count: int) -> NDArray[np.uint16]:
-        """Return the ids `start` to `start + count`: (count,)."""
-        out = np.empty(count, TOKEN)
-        filled = 0
-        part = int(np.searchsorted(self._starts, start, "right")) - 1
-        while filled < count:
-            offset = start + filled - int(self._starts[part])
-            piece = self._parts[part][offset : offset + count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            part += 1
-        return out
-
-
 class Loader:
     """The training order over a folder of token shards."""
 
@@ -85,7 +63,7 @@ class Loader:
         row_tokens: int,
         batch_rows: int,
         seed: int = 0,
-        mix: Mapping[str, float] | None = None,
+        mix: str = "",
         tokenizer_hash: str | None = None,
     ) -> None:
         """Open and check the shards (see `ShardSet.open`).
@@ -93,13 +71,13 @@ class Loader:
         Args:
             row_tokens: L, the length of a row.
             batch_rows: rows per global batch, that is per optimizer step over all processes and micro-batches.
-            mix: shares of the domains; `mix.DEFAULT_MIX` if None.
+            mix: shares of the domains, such as `ko=40,law=20`; if empty, those that `mix.choose_mix` gives.
             tokenizer_hash: hash of the tokenizer that the shards must have been made with; not checked if None.
 
         Raises:
             FileNotFoundError: there is no manifest, or a file that it lists is missing.
             ValueError: the shards were made with another tokenizer, a file was truncated or changed, or a domain of the
-                mix is missing or does not fill one row.
+                mix is missing, or a stream does not fill one row.
         """
         if row_tokens < 2 or batch_rows < 1:
             raise ValueError(
@@ -107,23 +85,26 @@ class Loader:
             )
         self.shard_set = ShardSet.open(folder, tokenizer_hash=tokenizer_hash)
         self.row_tokens, self.batch_rows, self.seed = row_tokens, batch_rows, seed
-        self.mixture = Mixture(DEFAULT_MIX if mix is None else mix)
-        self.domains = self.mixture.domains
+        self.mix = choose_mix(mix, self.shard_set.tokens("train"))
+        self.domains = tuple(self.mix)
+        self.streams = training_streams(self.shard_set, self.mix)
+        self.mixture = Mixture({stream.name: stream.share for stream in self.streams})
         self.vocab_size = int(self.shard_set.manifest["vocab_size"])
         self.eos_id = int(self.shard_set.manifest["eos_id"])
-        self._streams = [self._stream("train", domain) for domain in self.domains]
-        self.rows = {d: s.tokens // row_tokens for d, s in zip(self.domains, self._streams, strict=True)}
+        self._streams = [self._open(stream.shards, f"train, {stream.name}") for stream in self.streams]
+        self._domains = np.array([self.domains.index(stream.domain) for stream in self.streams])
+        self.rows = {name: s.tokens // row_tokens for name, s in zip(self.mixture.names, self._streams, strict=True)}
         self.samples = 0  # consumed so far by `stream`
 
     def read(self, samples: Iterable[int]) -> Batch:
         """Read the rows of the given sample numbers (B,); the result does not depend on earlier reads."""
         numbers = np.fromiter(samples, np.int64)
-        domains, places = self.mixture.locate(numbers)
+        streams, places = self.mixture.locate(numbers)
         rows = np.empty((len(numbers), self.row_tokens), TOKEN)
-        for i, (domain, row) in enumerate(zip(domains.tolist(), self._rows_at(domains, places).tolist(), strict=True)):
-            rows[i] = self._streams[domain].read(row * self.row_tokens, self.row_tokens)
+        for i, (stream, row) in enumerate(zip(streams.tolist(), self._rows_at(streams, places).tolist(), strict=True)):
+            rows[i] = self._streams[stream].read(row * self.row_tokens, self.row_tokens)
         ids, documents = self._pack(rows)
-        return Batch(ids, documents, torch.from_numpy(domains), torch.from_numpy(numbers))
+        return Batch(ids, documents, torch.from_numpy(self._domains[streams]), torch.from_numpy(numbers))
 
     def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro: int = 0, micro_batch: int | None = None
@@ -173,7 +154,7 @@ class Loader:
         Raises:
             ValueError: the split is missing or does not fill one row.
         """
-        stream = self._stream("val", domain)
+        stream = self._open(self.shard_set.shards("val", domain), f"val, {domain}")
         available = stream.tokens // self.row_tokens
         wanted = np.arange(min(rows, available)) * available // min(rows, available)
         tokens = np.stack([stream.read(int(row) * self.row_tokens, self.row_tokens) for row in wanted])
@@ -184,7 +165,7 @@ class Loader:
         return HeldOut(ids, documents, predicted, (sizes[ids] * predicted).sum(1))
 
     def consumed(self) -> dict[str, int]:
-        """Return the number of samples consumed so far per domain."""
+        """Return the number of samples consumed so far per stream."""
         return self.mixture.counts(self.samples)
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,13 +195,12 @@ class Loader:
             "manifest": self.shard_set.hash,
         }
 
-    def _stream(self, split: str, domain: str) -> TokenStream:
-        stream = TokenStream(self.shard_set, split, domain)
+    def _open(self, shards: Sequence[Shard], name: str) -> TokenStream:
+        stream = TokenStream(self.shard_set, shards)
         if stream.tokens < self.row_tokens:
-            where = f"{self.shard_set.folder}, {split}"
-            raise ValueError(
-                f"loader: {domain} must fill a row of {self.row_tokens} tokens in {where}, got {stream.tokens}"
-            )
+            wanted = f"fill a row of {self.row_tokens} tokens"
+            where = f"{self.shard_set.folder}, {name},"
+            raise ValueError(f"loader: {where} must {wanted} (or leave it out by --mix), got {stream.tokens}")
         return stream
 
     def _shares(self, world_size: int, micro_batch: int | None) -> tuple[int, int]:
@@ -231,13 +211,13 @@ class Loader:
             raise ValueError(f"loader: batch_rows must be {wanted}, got {self.batch_rows} rows")
         return self.batch_rows // world_size, micro
 
-    def _rows_at(self, domains: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the row numbers (B,) at `places` (B,) in the training orders of `domains` (B,)."""
+    def _rows_at(self, streams: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row numbers (B,) at `places` (B,) in the training orders of `streams` (B,)."""
         rows = np.empty_like(places)
-        for domain, name in enumerate(self.domains):
+        for stream, name in enumerate(self.mixture.names):
             epochs, within = np.divmod(places, self.rows[name])
-            for epoch in np.unique(epochs[domains == domain]).tolist():
-                here = (domains == domain) & (epochs == epoch)
+            for epoch in np.unique(epochs[streams == stream]).tolist():
+                here = (streams == stream) & (epochs == epoch)
                 rows[here] = permute(within[here], self.rows[name], f"{self.seed}/{name}/{epoch}")
         return rows
 

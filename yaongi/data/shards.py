@@ -159,6 +159,10 @@ class ShardSet:
         """Return the shards of a domain, in order; none if the domain is missing."""
         return [Shard(**s) for s in self.manifest["splits"].get(split, {}).get(domain, {}).get("shards", [])]
 
+    def tokens(self, split: str) -> dict[str, int]:
+        """Return the tokens of each domain of a split."""
+        return {domain: int(part["tokens"]) for domain, part in self.manifest["splits"].get(split, {}).items()}
+
     def index(self, shard: Shard) -> NDArray[np.uint64]:
         """Return the ends and UTF-8 bytes of a shard's documents: (documents, 2)."""
         return np.fromfile(self.folder / shard.index, "<u8").reshape(-1, 2)

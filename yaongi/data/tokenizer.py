@@ -10,7 +10,8 @@ It adds two things to SentencePiece.
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +143,37 @@ class Tokenizer:
         return first
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
-    """Train a tokenizer on documents; the caller mixes the domains (`mix.mixed_documents`).
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768, say: Callable[[str], None] = print) -> Tokenizer:
+    """Train a tokenizer on documents; the caller mixes the domains (`sources.sample`).
 
     Args:
-        vocab_size: number of pieces; 367 of them are fixed (control, user-defined and byte pieces).
+        texts: documents, which are iterated over again if they are too little for `vocab_size` pieces.
+        vocab_size: number of pieces; 367 of them are fixed (control, user-defined and byte pieces). If the text is too
+            little for them, there are as many as it gives, in steps of 64, and a line says so.
 
     Raises:
-        ValueError: `vocab_size` is out of range or larger than the text supports, or there is no text.
+        ValueError: `vocab_size` is out of range or smaller than the text's characters need, or there is no text.
     """
     if not 512 <= vocab_size <= 65536:
         raise ValueError(f"tokenizer: vocab_size must be 512 to 65536, got {vocab_size}")
+    texts = list(texts) if iter(texts) is texts else texts
+    try:
+        return _train(texts, vocab_size)
+    except _TooLittleText as error:
+        most = error.pieces // 64 * 64 if error.pieces >= 512 else error.pieces
+        say(f"tokenizer: {most:,} pieces, not {vocab_size:,}: the text is too little for more than {error.pieces:,}")
+        return _train(texts, most)
+
+
+class _TooLittleText(Exception):
+    """The text does not give as many pieces as were asked for, but `pieces`."""
+
+    def __init__(self, pieces: int) -> None:
+        super().__init__(pieces)
+        self.pieces = pieces
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     model = io.BytesIO()
     failed: list[Exception] = []
     try:
@@ -177,8 +198,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 32768) -> Tokenizer:
     except RuntimeError as error:
         if failed:
             raise failed[0] from None
-        raise ValueError(f"tokenizer: training failed: {' '.join(str(error).split())}") from error
+        raise _explained(str(error), vocab_size) from error
     return Tokenizer(model.getvalue())
+
+
+def _explained(error: str, vocab_size: int) -> Exception:
+    """Return the trainer's error as one of ours: it tells its numbers in a sentence alone."""
+    if too_many := re.search(r"size too high .* <= (\d+)", error):
+        return _TooLittleText(int(too_many[1]))
+    if too_few := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
+        return ValueError(f"tokenizer: vocab_size must be at least {too_few[1]} for this text, got {vocab_size}")
+    if "sentences_.empty()" in error:
+        return ValueError("tokenizer: there must be text to train on, got none")
+    return ValueError(f"tokenizer: training failed: {' '.join(error.split())}")
 
 
 def _sentences(texts: Iterable[str], failed: list[Exception]) -> Iterator[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from yaongi.data.loader import Loader
-from yaongi.data.mix import parse_mix
+from yaongi.data.mix import mix_text
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi, compression_map
 from yaongi.train.config import Config
@@ -27,14 +27,14 @@ def open_data(config: Config) -> tuple[Loader, Tokenizer]:
         row_tokens=train.row_tokens,
         batch_rows=train.batch_rows,
         seed=train.seed,
-        mix=parse_mix(train.mix),
+        mix=train.mix,
         tokenizer_hash=tokenizer.hash,
     )
     return loader, tokenizer
 
 
-def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """Return `config` with the model's vocabulary size and control ids set to the tokenizer's."""
+def fit_to_data(config: Config, tokenizer: Tokenizer, loader: Loader) -> Config:
+    """Return `config` with the mix that the loader chose, and the tokenizer's vocabulary size and control ids."""
     model = dataclasses.replace(
         config.model,
         vocab_size=tokenizer.vocab_size,
@@ -42,7 +42,7 @@ def fit_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, mix=mix_text(loader.mix)))
 
 
 def build_model(config: Config, tokenizer: Tokenizer, device: torch.device | str, *, dtype: torch.dtype) -> Yaongi:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from yaongi.data.mix import DEFAULT_MIX_TEXT
 from yaongi.model import ModelConfig
 from yaongi.presets import read_preset
 from yaongi.settings import FieldChecks, from_table
@@ -24,7 +23,7 @@ class Training:
     """Settings that decide the weights: a run resumes only with the same values."""
 
     seed: int = 0  # seed of the initial weights and of the data order
-    mix: str = DEFAULT_MIX_TEXT  # shares of the domains in the training data
+    mix: str = ""  # shares of domains, such as ko=40,law=20; none: of those with text the public mix's, or their sizes
     tokens: float = 15e9  # tokens to train on; the number of steps is tokens / batch_tokens
     batch_tokens: int = 1 << 20  # tokens per global batch, that is per optimizer step
     row_tokens: int = 4096  # tokens per packed row, the sequence length of training

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from yaongi.data.loader import Batch
-from yaongi.train.build import build_model, fit_vocabulary, open_data
+from yaongi.train.build import build_model, fit_to_data, open_data
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
 from yaongi.train.checkpoint.model_folder import save_model
 from yaongi.train.checkpoint.resume import find_run
@@ -43,7 +43,7 @@ class Session:
         """
         self.world = world
         self.loader, self.tokenizer = open_data(config)
-        self.config = config = fit_vocabulary(config, self.tokenizer)
+        self.config = config = fit_to_data(config, self.tokenizer, self.loader)
         self.plan: Plan = make_plan(config, self.tokenizer, world)
         train = config.train
         self.schedule = Schedule(train.steps, train.schedule, train.warmup, train.decay, train.final_lr)

@@ -23,6 +23,7 @@ METADATA = {  # what data sets keep beside their rows, and `source.json` of a do
     "state.json",
 }
 _SHOWN = 5
+_EXPANSION = {".xz": 4.5, ".zst": 3.0, ".gz": 3.0, ".bz2": 4.0, ".parquet": 2.0}  # text per byte, about
 
 
 def file_format(name: str) -> str | None:
@@ -30,6 +31,11 @@ def file_format(name: str) -> str | None:
     inner = _uncompressed(name)
     found = FORMATS.get(Path(inner).suffix.lower())
     return None if found == ".parquet" and inner != name else found
+
+
+def text_bytes(path: Path) -> int:
+    """Return about how many bytes of text a file holds, from its size and compression."""
+    return int(path.stat().st_size * _EXPANSION.get(path.suffix.lower(), 1.0)) + 1
 
 
 def file_stem(name: str) -> str:

@@ -1,15 +1,18 @@
-"""The public data sets of the 15 B-token mix, and access to their files on the hub or in a mirror folder."""
+"""Data sets of the hub: those of the 15 B-token mix and any other, and their files on the hub or in a mirror folder."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Protocol
 
-from yaongi.data.sources.files import file_format, reason_to_leave
+from yaongi.data.mix import check_domain
+from yaongi.data.sources.files import FORMATS, file_format, reason_to_leave
 
 BYTES_PER_TOKEN: Mapping[str, float] = {"ko": 4.8, "en": 4.1, "code": 3.3, "math": 3.4}  # to convert a budget
+OTHER_BYTES_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class HubSource:
         revision: branch, tag or commit; the first download resolves it to a commit, and later ones use that commit.
         fallback: name of the source in `FALLBACKS` to take if this one is unavailable.
         blobs: rows hold no text but a `blob_id`; the content is in Software Heritage's bucket.
+        subset: read the files of the train split of this subset (its only one if empty), not those of `files`.
     """
 
     domain: str
@@ -33,6 +37,7 @@ class HubSource:
     revision: str = "main"
     fallback: str | None = None
     blobs: bool = False
+    subset: str | None = None
 
 
 HUB_SOURCES: Mapping[str, HubSource] = {
@@ -60,6 +65,40 @@ FALLBACKS: Mapping[str, HubSource] = {
 }
 
 
+def named_sources(specs: Sequence[str], text_field: str) -> dict[tuple[str, str], HubSource]:
+    """Return the data sets of specs such as `hf:OWNER/NAME`, `hf:OWNER/NAME:SUBSET` and `law=hf:…`, at equal shares.
+
+    Args:
+        text_field: field of the rows that holds the text; `text` if empty.
+
+    Returns:
+        The data sets, by domain and folder; the domain is NAME if the spec gives none.
+
+    Raises:
+        ValueError: a spec has another form, or two name the same.
+    """
+    found: dict[tuple[str, str], HubSource] = {}
+    for spec in specs:
+        parts = re.fullmatch(r"(?:([^=]+)=)?hf:([\w.-]+)/([\w.-]+)(?::([^:]+))?", spec)
+        if not parts:
+            raise ValueError(
+                f"download: source must be hf:OWNER/NAME, hf:OWNER/NAME:SUBSET or DOMAIN=hf:…, got {spec!r}"
+            )
+        domain, owner, name, subset = parts.groups()
+        key = check_domain(domain or name), "--".join(filter(None, (owner, name, subset))).replace("/", "-")
+        if key in found:
+            raise ValueError(f"download: sources must differ, got {spec!r} twice")
+        fields = (text_field or "text",)
+        found[key] = HubSource(key[0], 100 / len(specs), f"{owner}/{name}", fields=fields, subset=subset or "")
+    return found
+
+
+def planned_share(id: str) -> float | None:
+    """Return a data set's percent of the public mix's tokens; None for any other."""
+    shares = {source.id: source.share for source in (*HUB_SOURCES.values(), *FALLBACKS.values())}
+    return shares.get(id)
+
+
 class Repository(Protocol):
     """One data set at one revision."""
 
@@ -68,6 +107,9 @@ class Repository(Protocol):
 
     def names(self) -> list[str]:
         """Return the names of all files."""
+
+    def train_files(self, subset: str) -> list[str]:
+        """Return the names of the files of the train split of `subset`; if it is empty, of the only one."""
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file, seekable; only what is read is transferred."""
@@ -91,6 +133,11 @@ class HubRepository:
         """Return the names of all files."""
         return self._names
 
+    def train_files(self, subset: str) -> list[str]:
+        """Return the names of the files of the train split of `subset`; if it is empty, of the only one."""
+        root = f"hf://datasets/{self._id}@{self.revision}/"
+        return [name.removeprefix(root) for name in _train_files(self._id, subset, self.revision)]
+
     def open(self, name: str) -> IO[bytes]:
         """Open a file that is read in ranges."""
         return self._fs.open(f"datasets/{self._id}@{self.revision}/{name}", "rb")
@@ -111,17 +158,51 @@ class MirrorRepository:
         files = (path for path in self._folder.rglob("*") if path.is_file())
         return [path.relative_to(self._folder).as_posix() for path in files]
 
+    def train_files(self, subset: str) -> list[str]:
+        """Return the names of the files of the train split of `subset`; if it is empty, of the only one."""
+        return [
+            Path(name).relative_to(self._folder.absolute()).as_posix()
+            for name in _train_files(str(self._folder), subset, None)
+        ]
+
     def open(self, name: str) -> IO[bytes]:
         """Open a file."""
         return (self._folder / name).open("rb")
+
+
+def _train_files(path: str, subset: str, revision: str | None) -> list[str]:
+    """Return the files of a data set's train split, as its card or their names tell the `datasets` library.
+
+    Raises:
+        ValueError: there is no such subset, or several and none is named, or no train split.
+        OSError: it can't be reached.
+    """
+    from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
+
+    subsets = get_dataset_config_names(path, revision=revision)
+    chosen = subset or get_dataset_default_config_name(path, revision=revision)
+    if chosen not in subsets:
+        raise ValueError(f"download: the subset of {path} must be one of {', '.join(subsets)}, got {chosen or 'none'}")
+    try:
+        splits = load_dataset_builder(path, chosen, revision=revision).config.data_files or {}
+    except ValueError as error:
+        raise ValueError(f"download: {path} can't be used: {error}") from error
+    if "train" not in splits:
+        raise ValueError(f"download: {path} must have a train split, got {', '.join(map(str, splits)) or 'none'}")
+    return [str(file) for file in splits["train"]]
 
 
 def data_names(source: HubSource, repository: Repository) -> list[str]:
     """Return the files to read, ordered by the hash of their names so that a budget isn't spent on one folder.
 
     Raises:
-        ValueError: no file matches.
+        ValueError: no file matches, or a file of the subset can't be read.
     """
+    if source.subset is not None:
+        found = repository.train_files(source.subset)
+        if unknown := [name for name in found if not file_format(name)]:
+            raise ValueError(f"download: files of {source.id} must be {' '.join(FORMATS)}, got {unknown[0]}")
+        return sorted(found, key=_hash)
     found = [
         name
         for name in repository.names()
@@ -129,7 +210,11 @@ def data_names(source: HubSource, repository: Repository) -> list[str]:
     ]
     if not found:
         raise ValueError(f"download: {source.id} has no data files that match {' '.join(source.files)}")
-    return sorted(found, key=lambda name: sha256(name.encode()).digest())
+    return sorted(found, key=_hash)
+
+
+def _hash(name: str) -> bytes:
+    return sha256(name.encode()).digest()
 
 
 class BlobStore(Protocol):

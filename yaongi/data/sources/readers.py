@@ -1,10 +1,13 @@
 """Reading documents from the formats of `files`, on disk or in any binary stream."""
 
+import codecs
 import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -12,6 +15,7 @@ from typing import IO, Any, cast
 from yaongi.data.chat import render_chat
 from yaongi.data.sources.files import file_format
 from yaongi.data.sources.frames import open_bz2, open_zst
+from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.text import pieces, refuse_surrogates
 
 TEXT_FIELDS = ("text", "content", "messages")
@@ -19,14 +23,43 @@ Row = dict[str, Any] | ValueError  # an error says which row is bad and why
 _TXT_DOCUMENT_CHARACTERS = 1 << 16
 
 
-def read_texts(path: Path, fields: Sequence[str] = TEXT_FIELDS) -> Iterator[str | ValueError]:
+@dataclass(frozen=True)
+class Reading:
+    """How files are read; each of these can change the documents."""
+
+    text_field: str = (
+        ""  # field of the rows that holds the text; none: the first of text, content and messages with text
+    )
+    encoding: str = "utf-8"  # encoding of text files and JSON lines, such as cp949
+    bad_rows: float = BAD_ROWS  # share of a source's rows that may be bad and are skipped; one in any case
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises ValueError for one that doesn't fit."""
+        if not 0 <= self.bad_rows <= 1:
+            raise ValueError(f"data: bad_rows must be a share from 0 to 1, got {self.bad_rows}")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f"data: encoding must be one that Python knows, got {self.encoding!r}") from None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that may hold a row's text."""
+        return (self.text_field,) if self.text_field else TEXT_FIELDS
+
+
+PLAIN = Reading()
+
+
+def read_texts(path: Path, reading: Reading = PLAIN) -> Iterator[str | ValueError]:
     """Yield `row_text` of each row. A .txt is one row, or several of about 64k characters if it is longer.
 
     Raises:
-        ValueError: compression or UTF-8 is broken, or a .parquet has none of `fields`.
+        ValueError: compression or encoding is broken, or a .parquet has none of the fields.
     """
     with path.open("rb") as file:
-        for number, row in enumerate(read_rows(file, str(path), fields)):
+        for number, row in enumerate(read_rows(file, str(path), reading.fields, encoding=reading.encoding)):
+            fields = ("text",) if file_format(path.name) == ".txt" else reading.fields
             yield row_text(row, fields, f"{path}, row {number}")
 
 
@@ -56,15 +89,22 @@ def _text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
         return ""
     there = {field: row[field] for field in fields if field in row}
     got = [f"{field} {'null' if value is None else type(value).__name__}" for field, value in there.items()]
-    raise ValueError(f"one of {list(fields)} must hold text, got {', '.join(got) or f'fields {sorted(row)}'}")
+    raise ValueError(_no_text(fields, ", ".join(got) or f"fields {sorted(row)} (--text-field names another)"))
 
 
-def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0) -> Iterator[Row]:
+def _no_text(fields: Sequence[str], got: str) -> str:
+    return f"one of {list(fields)} must hold text, got {got}"
+
+
+def read_rows(
+    file: IO[bytes], name: str, fields: Sequence[str], start: int = 0, *, encoding: str = "utf-8"
+) -> Iterator[Row]:
     """Yield the rows of a file from number `start` on; for a row that is no JSON object, the error.
 
     Args:
         name: its ending gives the format.
         fields: columns to read of a parquet file; other formats give all fields.
+        encoding: of text files and JSON lines.
 
     Raises:
         ValueError: the content does not have the format; the message names the file.
@@ -74,21 +114,18 @@ def read_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int = 0)
         yield from _parquet_rows(file, name, fields, start)
         return
     try:
-        lines = io.TextIOWrapper(_decompressed(file, name), encoding="utf-8-sig", newline="")
+        utf8 = codecs.lookup(encoding).name == "utf-8"
+        lines = io.TextIOWrapper(_decompressed(file, name), encoding="utf-8-sig" if utf8 else encoding, newline="")
         if kind == ".txt":
             unix = (line[:-2] + "\n" if line.endswith("\r\n") else line for line in lines)
             yield from islice(({"text": text} for text in pieces(unix, _TXT_DOCUMENT_CHARACTERS)), start, None)
         else:
             yield from islice(_json_rows(lines, name, start), start, None)
-    except _broken() as error:
+    except UnicodeError as error:
+        another = "cp949" if utf8 else "utf-8"
+        raise ValueError(f"data: {name} cannot be read as {encoding}; try --encoding {another} ({error})") from error
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"data: {name} cannot be read: {error}") from error
-
-
-def _broken() -> tuple[type[Exception], ...]:
-    """Return the errors that decompressors and UTF-8 decoding raise for broken content."""
-    import zlib
-
-    return UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
@@ -128,9 +165,8 @@ def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int)
         table = parquet.ParquetFile(file, page_checksum_verification=True)
         columns = [field for field in fields if field in table.schema_arrow.names]
         if not columns:
-            raise ValueError(
-                f"data: {name}: one of {list(fields)} must be there, got fields {table.schema_arrow.names}"
-            )
+            got = f"fields {table.schema_arrow.names} (--text-field names another)"
+            raise ValueError(f"data: {name}: {_no_text(fields, got)}")
         first = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows

@@ -1,12 +1,20 @@
 """A source: the documents of one domain, split and origin."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from yaongi.data.sources.tally import Tally
 
 TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a source; a source without files has one part."""
+
+    bytes: int  # about as many of text
+    documents: Callable[[], Iterator[str]]  # none of them blank
 
 
 @dataclass(frozen=True)
@@ -17,9 +25,21 @@ class Source:
     split: str | None
     name: str
     licence: str
-    documents: Callable[[], Iterator[str]]  # none of them blank
+    parts: Sequence[Part]
     fingerprint: Callable[[], str]  # changes if a document changes
+    share: float | None = None  # percent of the public mix, for a source of it
     tally: Tally = field(default_factory=Tally)  # of the files, if there are any
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes of text it has."""
+        return sum(part.bytes for part in self.parts)
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents of all parts. Raises ValueError if too many rows were bad."""
+        for part in self.parts:
+            yield from part.documents()
+        self.tally.finish()
 
 
 class Sources(list[Source]):

@@ -1,85 +1,147 @@
 """Opening sources from the specs that users write:
 
 * `embedded`: the corpus inside the package;
-* `DOMAIN=PATH`: a file, or a folder of files in any format of `files`, for ko, en, code or math;
-* `PATH`: a folder that holds `train/` and perhaps `val/`, with `ko.jsonl.xz`, `ko-00001.jsonl` or `ko/…` in each, as
-  `python -m yaongi.data download` writes it.
+* `DOMAIN=PATH`: a file, or a folder of files in any format of `files`; a domain may have any name;
+* `PATH`: a folder that holds `train/` and perhaps `val/`, with `ko.jsonl.xz`, `law-00001.jsonl` or `code/…` in each, as
+  `python -m yaongi.data download` writes it; any other folder or file is one domain, named after it.
 
 If a domain has no `val` of its own, some of its documents are held out, chosen by the hash of their text.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from yaongi.data.mix import DOMAINS
-from yaongi.data.sources.files import data_files, file_stem, find_files, nothing_to_read, reason_to_leave
-from yaongi.data.sources.readers import read_texts
-from yaongi.data.sources.source import TRAIN, VAL, Source, Sources
-from yaongi.data.sources.tally import BAD_ROWS, Tally
+from yaongi.data.mix import check_domain, in_order
+from yaongi.data.sources.files import (
+    data_files,
+    file_stem,
+    find_files,
+    nothing_to_read,
+    reason_to_leave,
+    text_bytes,
+)
+from yaongi.data.sources.hub import planned_share
+from yaongi.data.sources.readers import PLAIN, Reading, read_texts
+from yaongi.data.sources.source import TRAIN, VAL, Part, Source, Sources
+from yaongi.data.sources.tally import Tally
 from yaongi.files import read_json, sha256_file
 
 _SUB_FOLDER, _LOOSE, _BESIDE = range(3)  # files in DOMAIN/NAME/, in DOMAIN/, and those beside it, such as DOMAIN.jsonl
+_NUMBER = re.compile(r"([-_.]\d+)+([-_.]of[-_.]\d+)?$")  # of a file among several of one domain
 
 
 class _Group(NamedTuple):
-    """A source in a folder with splits; they are in this order."""
+    """A source in a folder with splits; those of a domain are in this order."""
 
-    domain: int
     split: str
     rank: int
     name: str
 
 
-def open_sources(specs: Sequence[str], bad_rows: float = BAD_ROWS, say: Callable[[str], None] = print) -> Sources:
+def open_sources(specs: Sequence[str], reading: Reading = PLAIN, say: Callable[[str], None] = print) -> Sources:
     """Open the sources that `specs` name, in order.
 
     Args:
-        bad_rows: the share of a source's rows that may be bad; they are skipped, and the first of them said.
+        reading: how files are read; bad rows are skipped, and the first of them said.
 
     Raises:
         FileNotFoundError: a path has no readable files.
-        ValueError: a domain is unknown, or there is no spec.
+        ValueError: a domain can't have its name, or there is no spec.
     """
     if not specs:
-        raise ValueError("data: --source must be given: embedded, DOMAIN=PATH or a folder with train/")
+        raise ValueError("data: --source must be given: embedded, DOMAIN=PATH or a folder")
     found = Sources()
-    tally = partial(Tally, bad_rows, say)
     for spec in specs:
-        domain, equals, path = spec.partition("=")
-        left_out: dict[str, str] = {}
-        if spec == "embedded":
-            from yaongi.data.sources.embedded.corpus import embedded_sources
-
-            found += embedded_sources()
-        elif equals and domain in DOMAINS:
-            found += _path_source(domain, Path(path), left_out, tally)
-        elif Path(spec).is_dir() and (Path(spec) / TRAIN).is_dir():
-            found += _folder_sources(Path(spec), left_out, tally)
-        elif Path(spec).exists():
-            raise ValueError(
-                f"data: --source must be DOMAIN=PATH ({', '.join(DOMAINS)}) or a folder with train/, got {spec}"
-            )
-        else:
-            raise FileNotFoundError(f"data: no such source: {spec}")
+        opened, left_out = _open(spec, _Opener(reading, say))
+        found += opened
         found.left_out += left_out.items()
     return found
 
 
-def _path_source(domain: str, path: Path, left_out: dict[str, str], tally: Callable[[], Tally]) -> list[Source]:
-    """Return the source of a file or folder, and add to `left_out` what is not read."""
-    files, others = data_files(path)
-    left_out |= others
-    root, name = (path, path.absolute().name) if path.is_dir() else (path.parent, file_stem(path.name))
-    return [_files_source(domain, None, name, root, files, path / "source.json", tally())]
+def _open(spec: str, opener: "_Opener") -> tuple[list[Source], dict[str, str]]:
+    """Return the sources of one spec, and what is not read there: names with reasons."""
+    domain, equals, path = spec.partition("=")
+    if spec == "embedded":
+        from yaongi.data.sources.embedded.corpus import embedded_sources
+
+        return embedded_sources(), {}
+    if (Path(spec) / TRAIN).is_dir():
+        return opener.folder(Path(spec))
+    if Path(spec).exists():
+        name = Path(spec).absolute().name
+        return opener.path(_domain(name if Path(spec).is_dir() else file_stem(name), spec), Path(spec))
+    if (path if equals else spec).startswith("hf:"):
+        again = f"python -m yaongi.data download --source {spec} --out FOLDER, then --source FOLDER"
+        raise ValueError(f"data: {spec} must be downloaded first: {again}")
+    if not equals:
+        raise FileNotFoundError(f"data: no such source: {spec}")
+    return opener.path(check_domain(domain), Path(path))
 
 
-def _folder_sources(folder: Path, left_out: dict[str, str], tally: Callable[[], Tally]) -> list[Source]:
-    """Return the sources in `train/DOMAIN…` and `val/DOMAIN…`, and add to `left_out` what is none of them."""
-    groups: dict[_Group, list[Path]] = {}
+def _domain(name: str, path: str) -> str:
+    try:
+        return check_domain(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; write --source DOMAIN={path}") from error
+
+
+class _Opener:
+    """The sources of paths."""
+
+    def __init__(self, reading: Reading, say: Callable[[str], None]) -> None:
+        self._reading, self._tally = reading, partial(Tally, reading.bad_rows, say)
+
+    def path(self, domain: str, path: Path) -> tuple[list[Source], dict[str, str]]:
+        """Return the source of a file or folder, and what is not read."""
+        files, others = data_files(path)
+        root, name = (path, path.absolute().name) if path.is_dir() else (path.parent, file_stem(path.name))
+        return [self._source(domain, None, name, root, files, path / "source.json")], others
+
+    def folder(self, folder: Path) -> tuple[list[Source], dict[str, str]]:
+        """Return the sources in `train/DOMAIN…` and `val/DOMAIN…`, and what is none of them."""
+        groups, left_out = _groups(folder)
+        if not groups:
+            raise nothing_to_read(folder / TRAIN, "DOMAIN", left_out)
+        found = []
+        for domain in in_order(groups):
+            divided = any(group.split == VAL for group in groups[domain])
+            for group, files in sorted(groups[domain].items()):
+                about = folder / group.split / domain / group.name / "source.json" if group.rank < _BESIDE else None
+                split = group.split if divided else None
+                found.append(self._source(domain, split, group.name or domain, folder, files, about))
+        return found, left_out
+
+    def _source(
+        self, domain: str, split: str | None, name: str, root: Path, files: Sequence[Path], about: Path | None
+    ) -> Source:
+        """Return the source of `files` below `root`; if a download left a `source.json` at `about`, it describes it."""
+        record = read_json(about) if about and about.is_file() else {}
+        reading = replace(self._reading, text_field="text", encoding="utf-8") if record else self._reading
+        tally = self._tally()
+
+        def part(file: Path) -> Part:
+            name = file.relative_to(root).as_posix()
+            return Part(text_bytes(file), lambda: tally.counted(name, read_texts(file, reading)))
+
+        def fingerprint() -> str:
+            read = [(file.relative_to(root).as_posix(), sha256_file(file)) for file in files]
+            return hashlib.sha256(json.dumps(read).encode()).hexdigest()
+
+        name, licence = record.get("id", name), record.get("licence", "not stated")
+        parts = [part(file) for file in files]
+        return Source(domain, split, name, licence, parts, fingerprint, planned_share(name), tally)
+
+
+def _groups(folder: Path) -> tuple[dict[str, dict[_Group, list[Path]]], dict[str, str]]:
+    """Return the files of each domain's sources in a folder with splits, and what is not read."""
+    groups: dict[str, dict[_Group, list[Path]]] = {}
+    left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         if path.name not in (TRAIN, VAL):
             left_out[path.name] = (path.is_file() and reason_to_leave(path.name)) or f"not in {TRAIN}/ or {VAL}/"
@@ -87,43 +149,15 @@ def _folder_sources(folder: Path, left_out: dict[str, str], tally: Callable[[], 
         files, others = find_files(path)
         left_out |= {f"{path.name}/{name}": reason for name, reason in others.items()}
         for file in files:
-            if group := _group(file.relative_to(folder).parts):
-                groups.setdefault(group, []).append(file)
-            else:
-                left_out[file.relative_to(folder).as_posix()] = f"of no domain among {', '.join(DOMAINS)}"
-    if not groups:
-        raise nothing_to_read(folder / TRAIN, ", ".join(DOMAINS), left_out)
-    divided = {group.domain for group in groups if group.split == VAL}
-    found = []
-    for (number, split, rank, name), files in sorted(groups.items()):
-        domain, whole = DOMAINS[number], split if number in divided else None
-        about = folder / split / domain / name / "source.json" if rank < _BESIDE else None
-        found.append(_files_source(domain, whole, name or domain, folder, files, about, tally()))
-    return found
+            domain, group = _group(file.relative_to(folder).parts, str(file))
+            groups.setdefault(domain, {}).setdefault(group, []).append(file)
+    return groups, left_out
 
 
-def _group(parts: Sequence[str]) -> _Group | None:
-    """Return the source of the file `train/…` or `val/…`, or None if it is of no domain."""
-    found = re.match(f"({'|'.join(DOMAINS)})(?![^._-])", parts[1])
-    if not found or (len(parts) > 2 and found[1] != parts[1]):
-        return None
-    rank = _BESIDE if len(parts) == 2 else _LOOSE if len(parts) == 3 else _SUB_FOLDER
-    return _Group(DOMAINS.index(found[1]), parts[0], rank, parts[2] if rank == _SUB_FOLDER else "")
-
-
-def _files_source(
-    domain: str, split: str | None, name: str, root: Path, files: Sequence[Path], about: Path | None, tally: Tally
-) -> Source:
-    """Return the source of `files` below `root`; a `source.json` at `about` gives the name and the licence."""
-    record = read_json(about) if about and about.is_file() else {}
-
-    def documents() -> Iterator[str]:
-        for file in files:
-            yield from tally.counted(file.relative_to(root).as_posix(), read_texts(file))
-        tally.finish()
-
-    def fingerprint() -> str:
-        return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
-
-    name, licence = record.get("id", name), record.get("licence", "not stated")
-    return Source(domain, split, name, licence, documents, fingerprint, tally)
+def _group(parts: Sequence[str], path: str) -> tuple[str, _Group]:
+    """Return the domain and the source of the file `train/…` or `val/…`."""
+    split, first, *rest = parts
+    if not rest:
+        return _domain(_NUMBER.sub("", file_stem(first)), path), _Group(split, _BESIDE, "")
+    sub_folder = len(rest) > 1
+    return _domain(first, path), _Group(split, _SUB_FOLDER if sub_folder else _LOOSE, rest[0] if sub_folder else "")

@@ -12,9 +12,7 @@ class BadRows:
     """The rows that can't be used: the first of them are said, and more than a share of all rows is an error."""
 
     def __init__(self, share: float, say: Callable[[str], None]) -> None:
-        """Allow `share` of the rows to be bad, and one in any case. Raises ValueError if it is no share."""
-        if not 0 <= share <= 1:
-            raise ValueError(f"data: bad rows must be a share from 0 to 1, got {share}")
+        """Allow `share` of the rows to be bad, and one in any case."""
         self.share, self._say = share, say
         self._said: list[str] = []
         self._last = "in an earlier run"

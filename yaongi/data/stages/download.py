@@ -9,7 +9,7 @@ import gzip
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from yaongi.data.sources.hub import (
     BYTES_PER_TOKEN,
     FALLBACKS,
     HUB_SOURCES,
+    OTHER_BYTES_PER_TOKEN,
     BlobStore,
     HubRepository,
     HubSource,
@@ -57,6 +58,8 @@ class Progress:
     skipped: dict[str, int] = field(default_factory=dict)
     budget_bytes: int = 0
     done: bool = False
+    fields: list[str] = field(default_factory=list)
+    subset: str | None = None
 
     @property
     def rows(self) -> int:
@@ -81,29 +84,36 @@ class Places:
         return cls(lambda source, _: MirrorRepository(mirror, source), MirrorBlobs(mirror))
 
 
+def public_mix(names: Sequence[str] = ()) -> dict[tuple[str, str], HubSource]:
+    """Return the sources of the public mix, or those in `names`. Raises ValueError for a name that is none of them."""
+    for name in names:
+        if name not in HUB_SOURCES:
+            raise ValueError(f"download: sources must be among {', '.join(HUB_SOURCES)}, got {name!r}")
+    return {(HUB_SOURCES[name].domain, name): HUB_SOURCES[name] for name in names or HUB_SOURCES}
+
+
 def download(
     out: Path,
     total_tokens: float,
     places: Places,
+    sources: Mapping[tuple[str, str], HubSource],
     *,
-    names: tuple[str, ...] = (),
     bad_rows: float = BAD_ROWS,
     say: Callable[[str], None] = print,
 ) -> dict[str, Progress]:
-    """Download every source of `HUB_SOURCES` (or those in `names`) up to its share of `total_tokens`.
+    """Download sources up to their shares of `total_tokens`, to `out/train/DOMAIN/NAME`.
+
+    Args:
+        sources: as `public_mix` or `named_sources` gives them, by domain and name.
 
     Raises:
-        ValueError: a name is unknown, or a source gives no rows or too many bad ones.
+        ValueError: a source gives no rows or too many bad ones, or the folder holds another.
         OSError: a source could not be reached after several tries, and no fallback could replace it.
     """
-    for name in names:
-        if name not in HUB_SOURCES:
-            raise ValueError(f"download: sources must be among {', '.join(HUB_SOURCES)}, got {name!r}")
     found = {}
-    for name in names or HUB_SOURCES:
-        source = HUB_SOURCES[name]
-        budget = int(total_tokens * source.share / 100 * BYTES_PER_TOKEN[source.domain])
-        progress = download_source(source, out / "train" / source.domain / name, budget, places, say, bad_rows)
+    for (domain, name), source in sources.items():
+        budget = int(total_tokens * source.share / 100 * BYTES_PER_TOKEN.get(domain, OTHER_BYTES_PER_TOKEN))
+        progress = download_source(source, out / "train" / domain / name, budget, places, say, bad_rows)
         skipped = "".join(f", {count:,} {reason}" for reason, count in progress.skipped.items())
         size = f"{progress.documents:,} documents{skipped}, {progress.bytes / 1e6:.1f} MB"
         say(f"{name}: {size}, licence: {progress.licence}")
@@ -150,6 +160,10 @@ class _Download:
             self.source = next(s for s in FALLBACKS.values() if s.id == kept["id"])
         self.repository = self._patiently(lambda: places.repository(self.source, kept.get("revision")))
         fresh = Progress(self.source.id, self.repository.revision, self.repository.licence)
+        fresh.fields, fresh.subset = list(self.source.fields), self.source.subset
+        if kept and kept.get("fields", fresh.fields) != fresh.fields:
+            wanted = f"from field {fresh.fields[0]}, got {kept['fields'][0]}"
+            raise ValueError(f"download: text in {folder} must be {wanted}; remove it to download again")
         self.progress = Progress(**kept) if kept else fresh
         self.progress.done = self.progress.done and self.progress.budget_bytes >= budget_bytes
         self.progress.budget_bytes = max(budget_bytes, self.progress.budget_bytes)
@@ -157,7 +171,7 @@ class _Download:
     @cached_property
     def names(self) -> list[str]:
         """The files to read."""
-        return data_names(self.source, self.repository)
+        return self._patiently(lambda: data_names(self.source, self.repository))
 
     def run(self) -> Progress:
         """Write parts until the budget is reached or the source ends, and record each in `source.json`."""

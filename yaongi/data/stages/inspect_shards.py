@@ -5,8 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from yaongi.data.loader import TokenStream
 from yaongi.data.shards import ShardSet
+from yaongi.data.streams import TokenStream
 from yaongi.data.tokenizer import Tokenizer
 
 _SHOWN_CHARACTERS = 300
@@ -41,9 +41,9 @@ def inspect_shards(folder: Path, samples: int = 1, console: Console | None = Non
 
 
 def _show_documents(shard_set: ShardSet, tokenizer: Tokenizer, domain: str, samples: int, console: Console) -> None:
-    first = shard_set.shards("val", domain)[0]
-    ends = shard_set.index(first)[:samples, 0].astype(int).tolist()
-    stream = TokenStream(shard_set, "val", domain)
+    shards = shard_set.shards("val", domain)
+    ends = shard_set.index(shards[0])[:samples, 0].astype(int).tolist()
+    stream = TokenStream(shard_set, shards)
     for start, end in zip([0, *ends], ends, strict=False):
         text = tokenizer.decode(stream.read(start, end - start).tolist())
         console.rule(f"{domain}, {end - start} tokens")

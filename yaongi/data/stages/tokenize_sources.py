@@ -20,9 +20,9 @@ from yaongi.data import dedup
 from yaongi.data.decontaminate import Benchmarks, benchmark_texts
 from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWriter, write_manifest
 from yaongi.data.sources.files import describe
+from yaongi.data.sources.readers import PLAIN, Reading
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources, is_held_out
 from yaongi.data.sources.specs import open_sources
-from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.text import batches, normalize, word_hashes
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import sha256_file
@@ -38,7 +38,7 @@ class Options:
     near_duplicates: bool = True
     benchmarks: tuple[str, ...] = ()
     shard_tokens: int = 100_000_000
-    bad_rows: float = BAD_ROWS
+    reading: Reading = PLAIN
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def tokenize_sources(
         ValueError: a source has no documents, unreadable content or too many bad rows, or a benchmark has no items.
         FileNotFoundError: a source or benchmark does not exist.
     """
-    sources = open_sources(specs, options.bad_rows, say)
+    sources = open_sources(specs, options.reading, say)
     plan = _plan(sources, tokenizer, options)
     if (done := _finished(out, plan)) is not None:
         say(f"token shards in {out} are up to date")
@@ -137,6 +137,7 @@ def _build(
         token_bytes_sha256=sha256_file(folder / TOKEN_BYTES),
         token_bytes_size=(folder / TOKEN_BYTES).stat().st_size,
         benchmark_items=benchmarks.items,
+        shares=_shares(sources),
         counts=counts,
         files={label: source.tally.files for label, source in labels.items()},
         left_out=[{"file": name, "reason": reason} for name, reason in sources.left_out],
@@ -146,10 +147,19 @@ def _build(
 
 def _plan(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     """Return everything that decides the shards' content, so that a second run can see that nothing has changed."""
-    inputs = [[s.domain, s.split, s.name, s.fingerprint()] for s in sources]
+    inputs = [[s.domain, s.split, s.name, s.licence, s.share, s.fingerprint()] for s in sources]
     benchmarks = [sha256_file(Path(b)) if Path(b).is_file() else b for b in options.benchmarks]
     plan = {"inputs": inputs, "tokenizer": tokenizer.hash, **asdict(options), "benchmarks": benchmarks}
     return json.loads(json.dumps(plan))
+
+
+def _shares(sources: Sequence[Source]) -> dict[str, dict[str, float]]:
+    """Return the share of each source of the public mix, by domain."""
+    shares: dict[str, dict[str, float]] = {}
+    for source in sources:
+        if source.share is not None:
+            shares.setdefault(source.domain, {})[source.name] = source.share
+    return shares
 
 
 def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from yaongi.data.mix import mixed_documents
-from yaongi.data.sources.source import VAL, Source
+from yaongi.data.mix import choose_mix, in_order, mix_text
+from yaongi.data.sources.readers import PLAIN, Reading
+from yaongi.data.sources.sample import Sample
+from yaongi.data.sources.source import VAL
 from yaongi.data.sources.specs import open_sources
-from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
 from yaongi.files import sha256_file, write_atomically
 
@@ -20,39 +21,49 @@ def train_on_sources(
     specs: Sequence[str],
     out: Path,
     vocab_size: int,
-    mix: Mapping[str, float],
+    mix: str,
     total_bytes: int,
     *,
-    bad_rows: float = BAD_ROWS,
+    reading: Reading = PLAIN,
     say: Callable[[str], None] = print,
 ) -> Tokenizer:
-    """Train on about `total_bytes` of `specs` (see `sources.specs`), at the ratios of `mix`, and save into `out`.
+    """Train on about `total_bytes` of `specs` (see `sources.specs`), at the shares of `mix`, and save into `out`.
 
     Do nothing if `out` already holds the tokenizer of the same text and settings.
 
+    Args:
+        vocab_size: number of pieces; fewer if the text is too little for them.
+        mix: shares of the domains, such as `ko=40,law=20`; if empty, those that `mix.choose_mix` gives.
+
     Raises:
-        ValueError, FileNotFoundError: as in `open_sources`, `mixed_documents` and `train_tokenizer`.
+        ValueError, FileNotFoundError: as in `open_sources`, `choose_mix`, `Sample` and `train_tokenizer`.
     """
-    sources = [source for source in open_sources(specs, bad_rows, say) if source.split != VAL]
-    inputs = [[s.domain, s.name, s.fingerprint()] for s in sources]
-    plan = {"inputs": inputs, "vocab_size": vocab_size, "mix": dict(mix), "bytes": total_bytes, "bad_rows": bad_rows}
+    sources = [source for source in open_sources(specs, reading, say) if source.split != VAL]
+    sizes = {
+        domain: sum(s.bytes for s in sources if s.domain == domain) for domain in in_order(s.domain for s in sources)
+    }
+    shares = choose_mix(mix, sizes)
+    say(f"mix: {mix_text(shares)}")
+    plan = {
+        "inputs": [[s.domain, s.name, s.share, s.fingerprint()] for s in sources],
+        "vocab_size": vocab_size,
+        "mix": shares,
+        "bytes": total_bytes,
+        **asdict(reading),
+    }
     if (done := _finished(out, plan)) is not None:
         say(f"tokenizer in {out} is up to date")
         return done
     began = time.monotonic()
-    by_domain = {domain: [s for s in sources if s.domain == domain] for domain in {s.domain for s in sources}}
-    documents = {domain: _reader(found) for domain, found in by_domain.items()}
-    tokenizer = train_tokenizer(mixed_documents(documents, mix, total_bytes), vocab_size)
+    sample = Sample(sources, shares, total_bytes)
+    tokenizer = train_tokenizer(sample, vocab_size, say)
+    say(f"text for the tokenizer:\n{sample.lines()}")
     tokenizer.save(out)
     write_atomically(out / RECORD, json.dumps({**plan, "hash": tokenizer.hash}, indent=1).encode())
     say(
         f"tokenizer {tokenizer.hash[:12]} of {tokenizer.vocab_size:,} pieces in {out}, {time.monotonic() - began:.0f} s"
     )
     return tokenizer
-
-
-def _reader(sources: Sequence[Source]) -> Callable[[], Iterator[str]]:
-    return lambda: chain.from_iterable(source.documents() for source in sources)
 
 
 def _finished(out: Path, plan: Mapping[str, object]) -> Tokenizer | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from yaongi.data.sources.embedded.arithmetic import math_documents
 from yaongi.data.sources.embedded.korean import korean_documents, prose
 from yaongi.data.sources.embedded.stdlib import code_documents, english_documents
-from yaongi.data.sources.source import TRAIN, VAL, Source, is_held_out
+from yaongi.data.sources.source import TRAIN, VAL, Part, Source, is_held_out
 
 SEED = 20250101
 HELD_OUT = 0.04
@@ -51,6 +51,8 @@ _DOMAINS: dict[str, tuple[str, str, Callable[[], Iterator[str]]]] = {
     "math": ("embedded-math", OURS, mathematics),
 }
 
+_TEXT_BYTES = {"ko": 2_500_000, "en": 1_200_000, "code": 2_000_000, "math": 1_200_000}  # about
+
 
 def embedded_sources() -> list[Source]:
     """Return the sources of the four domains, in both splits."""
@@ -66,4 +68,4 @@ def _source(domain: str, split: str) -> Source:
     def fingerprint() -> str:
         return hashlib.sha256("\0".join(documents()).encode()).hexdigest()
 
-    return Source(domain, split, name, licence, documents, fingerprint)
+    return Source(domain, split, name, licence, [Part(_TEXT_BYTES[domain], documents)], fingerprint)
