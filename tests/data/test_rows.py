@@ -26,6 +26,7 @@ BAD = {
     "list": ('{"text": ["a", "b"]}', "must be an object, got str"),
     "surrogate": ('{"text": "broken \\ud800"}', r"lone surrogates, got U\+D800 at character 7"),
     "picture": ('{"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}]}', "got 'image'"),
+    "silence": ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}', "parts, got null"),
     "part": (
         '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}',
         "must be text, got NoneType",
@@ -67,6 +68,19 @@ def test_parts_of_a_message_are_its_text(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "2"}]
     path = write_rows(tmp_path / "a.jsonl", [json.dumps({"messages": messages})])
     assert texts_of(path) == ["<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"]
+
+
+def test_empty_messages_stay_and_empty_conversations_are_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def row(*contents: str) -> str:
+        roles = ("system", "user", "assistant")
+        return json.dumps({"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]})
+
+    path = write_rows(tmp_path / "a.jsonl", [row("", "1 + 1?", "2"), row("", " ", "")])
+    (text,) = texts_of(path)
+    assert text == (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+    )
+    assert build(f"ko={path}", tokenizer, tmp_path / "t")[0]["counts"]["ko/a"]["empty"] == 1
 
 
 def test_a_text_file_loses_its_mark_and_carriage_returns(tmp_path: Path) -> None:

@@ -10,28 +10,30 @@ CHAT_TEMPLATE = (
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return `<|im_start|>role⏎content<|im_end|>⏎` for each message that has content.
+    """Return `<|im_start|>role⏎content<|im_end|>⏎` for each message; an empty text if no message has content.
 
     Raises:
         ValueError: a message is no object or has no role, or its content is neither text nor parts of text.
     """
-    parts = []
+    parts, blank = [], True
     for message in messages:
         if not isinstance(message, Mapping):
             raise ValueError(f"chat: every message must be an object, got {type(message).__name__}")
         if not message.get("role"):
             raise ValueError(f"chat: every message must have a role, got keys {sorted(message)}")
-        if content := _content(message.get("content")):
-            parts.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
-    return "".join(parts)
+        content = _content(message.get("content"))
+        blank = blank and not content.strip()
+        parts.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
+    return "" if blank else "".join(parts)
 
 
-def _content(content: Any) -> str | None:
+def _content(content: Any) -> str:
     """Return a message's text, which may come in parts such as `{"type": "text", "text": "…"}`."""
     if isinstance(content, list):
         return "".join(map(_part, content))
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"chat: content must be text or a list of parts, got {type(content).__name__}")
+    if not isinstance(content, str):
+        got = "null" if content is None else type(content).__name__
+        raise ValueError(f"chat: content must be text or a list of parts, got {got}")
     return content
 
 
