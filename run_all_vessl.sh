@@ -14,6 +14,7 @@ usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
   --mix SHARES     shares of the domains, such as ko=40,law=20; default: those that have text
   --text-field F   field of the rows that holds the text
   --encoding E     encoding of local files, such as cp949; default: utf-8
+  --tokens N       tokens to train on; default: the preset's, but at most 4 epochs of what is there
   --vocab-size N   pieces of the tokenizer; fewer if the text is too little
   --stage NAME     only this one: env, data, tokenizer, tokens, train, report
   --smoke          everything in miniature, a minute or two
@@ -28,17 +29,18 @@ die() {
   exit 1
 }
 
-preset="" stage=all smoke=0 vocabulary=""
+preset="" stage=all smoke=0 vocabulary="" tokens=""
 sources=() extra=() mix=() field=() encoding=()
 while (($#)); do
   case $1 in
-    --preset | --source | --mix | --text-field | --encoding | --vocab-size | --stage)
+    --preset | --source | --mix | --text-field | --encoding | --tokens | --vocab-size | --stage)
       (($# > 1)) || die "$1 must have a value, got none" ;;&
     --preset) preset=$2 && shift 2 ;;
     --source) sources+=("$2") && shift 2 ;;
     --mix) mix=(--mix "$2") && shift 2 ;;
     --text-field) field=(--text-field "$2") && shift 2 ;;
     --encoding) encoding=(--encoding "$2") && shift 2 ;;
+    --tokens) tokens=$2 && shift 2 ;;
     --vocab-size) vocabulary=$2 && shift 2 ;;
     --stage) stage=$2 && shift 2 ;;
     --smoke) smoke=1 && shift ;;
@@ -174,12 +176,13 @@ name=$(corpus_name "${sources[@]}")
 folder=data/$name out=runs/$preset-$name
 
 # ---- stages
+preset_tokens() { "$python" -c 'import sys; from yaongi.presets import read_preset; print(read_preset(sys.argv[1])["train"]["tokens"])' "$preset"; }
 options=() named=()
 wants data && say "data: ${sources[*]}"
 for source in "${sources[@]}"; do
   case $source in
     hub)
-      if wants data; then "$python" -m yaongi.data download --out data/raw; fi
+      if wants data; then "$python" -m yaongi.data download --tokens "${tokens:-$(preset_tokens)}" --out data/raw; fi
       options+=(--source data/raw)
       ;;
     hf:* | *=hf:*) named+=(--source "$source") ;;
@@ -187,7 +190,9 @@ for source in "${sources[@]}"; do
   esac
 done
 if ((${#named[@]})); then
-  if wants data; then "$python" -m yaongi.data download "${named[@]}" "${field[@]}" --out "$folder/raw"; fi
+  if wants data; then
+    "$python" -m yaongi.data download "${named[@]}" "${field[@]}" --tokens "${tokens:-$(preset_tokens)}" --out "$folder/raw"
+  fi
   options+=(--source "$folder/raw")
 fi
 options+=("${field[@]}" "${encoding[@]}")
@@ -202,6 +207,11 @@ if wants tokens; then
 fi
 if wants train; then
   say "train"
+  if [[ -n $tokens ]]; then
+    extra=(--tokens "$tokens" "${extra[@]}")
+  elif [[ " ${extra[*]}" != *" --tokens"[\ =]* ]]; then
+    extra=(--max-epochs 4 "${extra[@]}")
+  fi
   ((smoke)) && extra=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24 "${extra[@]}")
   "$python" -m yaongi.train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
 fi

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
-from small_run import TOML, arguments, changed
+import torch
+from small_run import TOML, arguments, changed, config_of
 
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.model import compression_map
+from yaongi.train.build import build_model
 from yaongi.train.checkpoint.resume import differences
 from yaongi.train.command_line import parse
 from yaongi.train.config import as_dict, load_config
@@ -84,3 +88,15 @@ def test_layers_to_recompute(policy: str, layers: tuple[int, ...]) -> None:
 def test_no_such_layers_to_recompute(policy: str) -> None:
     with pytest.raises(ValueError, match=r"^config: recompute must (be none|name layers 0 to 4)"):
         recomputed_layers(policy, "ME*ME")
+
+
+@pytest.mark.parametrize("variant", ["paper", "korean", "none"])
+def test_the_compression_of_engram_is_a_field(tokens: Path, tmp_path: Path, variant: str) -> None:
+    tokenizer = Tokenizer.load(tokens / "tokenizer")
+    config = config_of(tokens, tmp_path / "out", "--engram-compression", variant)
+    table = build_model(config, tokenizer, "cpu", dtype=torch.float32).backbone.compression
+    if variant == "none":
+        assert table is None
+    else:
+        assert table is not None
+        assert table.tolist() == compression_map(tokenizer.pieces(), variant).tolist()  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from small_run import arguments, command, documents, environment, final_tensors, losses, run
 
+from yaongi.data.loader import Loader
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.kernels import moe_route
 from yaongi.model import Yaongi
@@ -121,6 +123,32 @@ def test_dry_run(tokens: Path, tmp_path: Path) -> None:
     for text in ("parameters", "12 steps of 8 x 64", "fits", "about $"):
         assert text in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "allowed"), [("4.2", False), ("17", True)])
+def test_many_epochs_are_a_warning(tokens: Path, tmp_path: Path, number: str, allowed: bool) -> None:
+    """Above four, and above sixteen with leave."""
+    wanted = ("--tokens", str(float(number) * Loader(tokens, row_tokens=64, batch_rows=8, mix="ko=1").tokens["ko"]))
+    done = run(tokens, tmp_path / "run", "--dry-run", "--mix", "ko=1", *wanted, *["--allow-epochs"] * allowed)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^data +ko: [\d,]+ tokens there, [\d,]+ wanted, [\d.]+ epochs$", done.stdout, re.MULTILINE)
+    assert re.search(r"warning: ko is read [\d.]+ times: above 4 epochs", done.stderr)
+
+
+def test_very_many_epochs_are_an_error(tokens: Path, tmp_path: Path) -> None:
+    """Before anything is written, in a dry run too; `--max-epochs` takes fewer tokens."""
+    for dry in ((), ("--dry-run",)):
+        done = run(tokens, tmp_path / "run", "--tokens", "15e9", *dry)
+        assert done.returncode == 1
+        assert "data         ko: " in done.stdout
+        (line,) = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+        assert line.startswith("error: epochs: must be at most 16, or allowed by --allow-epochs, got ")
+        assert not (tmp_path / "run").exists()
+    done = run(tokens, tmp_path / "run", "--tokens", "15e9", "--max-epochs", "4", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "at most 4 epochs of what is there, not the 15,000,000,000 asked for" in done.stdout
+    assert max(float(number) for number in re.findall(r"([\d.]+) epochs$", done.stdout, re.MULTILINE)) > 3.5
 
 
 def test_two_runs_in_a_folder(tokens: Path, tmp_path: Path) -> None:

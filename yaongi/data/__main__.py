@@ -101,11 +101,14 @@ class Inspect:
 
     folder: Path = Path("data/tokens")  # folder of the token shards
     samples: int = 1  # held-out documents to show per domain
+    mix: Mix = ""
+    tokens: float = 0  # of a run, to show how often it reads each source; 0: as many as read none more than 4 times
+    allow_epochs: bool = False  # no error where a source is read more than 16 times
 
     def run(self) -> None:
         from yaongi.data.stages.inspect_shards import inspect_shards
 
-        inspect_shards(self.folder, self.samples)
+        inspect_shards(self.folder, self.samples, mix=self.mix, tokens=self.tokens, allow_epochs=self.allow_epochs)
 
 
 def main() -> None:

@@ -94,6 +94,7 @@ class Loader:
         self._streams = [self._open(stream.shards, f"train, {stream.name}") for stream in self.streams]
         self._domains = np.array([self.domains.index(stream.domain) for stream in self.streams])
         self.rows = {name: s.tokens // row_tokens for name, s in zip(self.mixture.names, self._streams, strict=True)}
+        self.tokens = {name: s.tokens for name, s in zip(self.mixture.names, self._streams, strict=True)}
         self.samples = 0  # consumed so far by `stream`
 
     def read(self, samples: Iterable[int]) -> Batch:

@@ -21,7 +21,7 @@ from yaongi.train.step.guard import BadStepError
 def train(config: Config, world: World, arguments: Sequence[str]) -> int:
     """Train to the end, or until a signal, and return the exit code."""
     session = Session(config, world)
-    session.display.say(session.plan.lines())
+    session.show_plan()
     if config.run.dry_run:
         return 0
     if not session.plan.fits:

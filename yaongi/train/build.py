@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from yaongi.data.epochs import tokens_for
 from yaongi.data.loader import Loader
 from yaongi.data.mix import mix_text
 from yaongi.data.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def open_data(config: Config) -> tuple[Loader, Tokenizer]:
 
 
 def fit_to_data(config: Config, tokenizer: Tokenizer, loader: Loader) -> Config:
-    """Return `config` with the mix that the loader chose, and the tokenizer's vocabulary size and control ids."""
+    """Return `config` with the loader's mix, the tokens of at most `max_epochs`, and the tokenizer's size and ids."""
     model = dataclasses.replace(
         config.model,
         vocab_size=tokenizer.vocab_size,
@@ -42,12 +43,18 @@ def fit_to_data(config: Config, tokenizer: Tokenizer, loader: Loader) -> Config:
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, mix=mix_text(loader.mix)))
+    train = dataclasses.replace(config.train, mix=mix_text(loader.mix))
+    if config.run.max_epochs:
+        most = tokens_for(loader.tokens, loader.mixture.shares, config.run.max_epochs)
+        whole = max(1, most // train.batch_tokens) * train.batch_tokens
+        train = dataclasses.replace(train, tokens=min(train.tokens, float(whole)))
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def build_model(config: Config, tokenizer: Tokenizer, device: torch.device | str, *, dtype: torch.dtype) -> Yaongi:
     """Build the model with its initial weights; on the meta device it has none."""
-    compression = compression_map(tokenizer.pieces()) if config.model.engram else None
+    variant = config.train.engram_compression
+    compression = compression_map(tokenizer.pieces(), variant) if config.model.engram and variant != "none" else None
     model = Yaongi(config.model, seed=config.train.seed, device=device, dtype=dtype, compression=compression)
     model.recompute = recomputed_layers(config.run.recompute, config.model.pattern)
     return model

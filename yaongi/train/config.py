@@ -46,6 +46,7 @@ class Training:
     balance_loss: float = 1e-4  # weight of the experts' sequence balance loss; 0: none
     bias_rate: float = 1e-3  # step size of the router's balancing bias
     bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient to skip before the run stops
+    engram_compression: Literal["paper", "korean", "none"] = "paper"  # which token ids Engram takes for the same
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # weights; auto: bfloat16 on a GPU, else float32
     momentum_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # matrices' momentum buffer; auto: dtype
 
@@ -98,6 +99,8 @@ class Running:
     out: Path = Path("runs/train")  # folder of the run: checkpoints, metrics, report, model
     fresh: bool = False  # remove the run in the output folder and start from scratch
     dry_run: bool = False  # print the plan and stop
+    max_epochs: float = 0.0  # train on fewer tokens where more would read a source more often than this; 0: on all
+    allow_epochs: bool = False  # train even if a source is read more than 16 times
     stop_after: int = 0  # save a checkpoint after this step and stop; 0: run to the end
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU, else cpu
     micro_rows: int = 0  # rows per micro-batch and process; 0: as many as fit into memory
@@ -121,7 +124,15 @@ class Running:
         """Check the values. Raises ValueError for a number out of range."""
         FieldChecks("config").types(self)
         least = {"log_every": 1, "evaluate_every": 1, "evaluate_rows": 1, "keep_last": 1}
-        for name in ("micro_rows", "stop_after", "sample_tokens", "checkpoint_every", "keep_every", "dollars_per_hour"):
+        for name in (
+            "micro_rows",
+            "stop_after",
+            "sample_tokens",
+            "checkpoint_every",
+            "keep_every",
+            "dollars_per_hour",
+            "max_epochs",
+        ):
             least[name] = 0
         for name, low in least.items():
             if getattr(self, name) < low:

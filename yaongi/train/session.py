@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from yaongi.data.epochs import check_epochs, count_epochs, epoch_warnings
 from yaongi.data.loader import Batch
 from yaongi.train.build import build_model, fit_to_data, open_data
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
@@ -43,15 +44,35 @@ class Session:
         """
         self.world = world
         self.loader, self.tokenizer = open_data(config)
+        asked = config.train.tokens
         self.config = config = fit_to_data(config, self.tokenizer, self.loader)
         self.plan: Plan = make_plan(config, self.tokenizer, world)
         train = config.train
         self.schedule = Schedule(train.steps, train.schedule, train.warmup, train.decay, train.final_lr)
         self.display = Display(train.steps, quiet=not world.is_main)
         self.step = 0  # steps done
+        self._asked = asked
         self._record = as_dict(config)
         self._resources = contextlib.ExitStack()
         self._sinks: list[Sink] = []
+
+    def show_plan(self) -> None:
+        """Print the plan, and how often each source is read.
+
+        Raises:
+            ValueError: a source is read too often.
+        """
+        train, run = self.config.train, self.config.run
+        self.display.say(self.plan.lines())
+        epochs = count_epochs(self.loader.tokens, self.loader.mixture.shares, self.plan.tokens)
+        for number, stream in enumerate(epochs):
+            self.display.say(f"{'' if number else 'data':<12} {stream}")
+        if train.tokens < self._asked:
+            limit = f"at most {run.max_epochs:g} epochs of what is there, not the {self._asked:,.0f} asked for"
+            self.display.say(f"{'':<12} {train.tokens:,.0f} tokens: {limit}")
+        for line in epoch_warnings(epochs):
+            self.display.warn(line)
+        check_epochs(epochs, run.allow_epochs)
 
     def start(self) -> None:
         """Build the model, resume from the folder's newest checkpoint if there is one, and open the logs.
