@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yaongi.data import dedup
-from yaongi.data.decontaminate import Benchmarks, benchmark_texts
+from yaongi.data.filters import dedup
+from yaongi.data.filters.decontaminate import Benchmarks, benchmark_texts
 from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWriter, write_manifest
 from yaongi.data.sources.files import describe
 from yaongi.data.sources.readers import PLAIN, Reading

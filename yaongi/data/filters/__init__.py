@@ -1,0 +1,1 @@
+"""What is left out of the sources: duplicates, and texts of benchmarks."""
