@@ -108,11 +108,17 @@ def read(
 @torch.no_grad()
 def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
     """Read one more token of each row, (B,) integers, and return the logits of the token after it, (B, V)."""
+    return model.lm_head(step_hidden(model, tokens, cache).unsqueeze(1))[:, 0]
+
+
+@torch.no_grad()
+def step_hidden(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
+    """Do what `step` does, but return the normalised hidden states, (B, d)."""
     length = _attended(cache)
     check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)
-    logits = _advance(model, tokens, cache, length)
+    hidden = _advance(model, tokens, cache, length)
     cache.position += 1
-    return logits
+    return hidden
 
 
 class RecordedStep:
@@ -140,7 +146,8 @@ class RecordedStep:
         return self._logits
 
     def _run(self, tokens: Tensor) -> None:
-        logits = _advance(self._model, tokens, self._cache, self._length)
+        hidden = _advance(self._model, tokens, self._cache, self._length)
+        logits = self._model.lm_head(hidden.unsqueeze(1))[:, 0]
         if self._logits is None:
             self._logits = torch.empty_like(logits)
         self._logits.copy_(logits)
@@ -166,7 +173,7 @@ def _attended(cache: Cache) -> int:
 
 
 def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor:
-    """Do a step, which changes only tensors, in place: it may be recorded."""
+    """Read a token of each row, (B, d), changing only tensors, in place: this may be recorded."""
     backbone, window = model.backbone, None
     if cache.tail is not None:
         window = torch.cat([backbone.compress(tokens).unsqueeze(-1), cache.tail], dim=1).unsqueeze(-1)
@@ -180,7 +187,7 @@ def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor
     hidden, _ = backbone(tokens.unsqueeze(-1), Context(None, attention, window), caches=cache.layers)
     cache.place.add_(1)
     cache.steps.add_(1)
-    return model.lm_head(hidden)[:, 0]
+    return hidden[:, 0]
 
 
 def _empty_cache(model: Yaongi, batch: int, capacity: int, device: torch.device) -> Cache:

@@ -208,6 +208,10 @@ class Yaongi(nn.Module):
         """
         return self.lm_head(self._hidden(input_ids, document_ids, with_routing=False)[0])
 
+    def hidden_states(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Return what the head reads: the normalised hidden states (B, L, d); arguments as in `forward`."""
+        return self._hidden(input_ids, document_ids, with_routing=False)[0]
+
     def loss(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Return the mean loss in nats over the tokens that have a next one in their document; 0 if none has."""
         hidden, _ = self._hidden(input_ids, document_ids, with_routing=False)

@@ -6,9 +6,24 @@ from yaongi.model.count import ParameterCounts
 HUB_EXAMPLE = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(folder)  # transformers 5.17 or newer"""
+ANEW = """
+A new model of this architecture, with time steps that start between 1e-3 and 0.1 as this one's did:
+
+```python
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained(folder)
+config.time_step_min, config.time_step_floor = 1e-3, 1e-4  # config.json has others: transformers also clamps by them
+model = AutoModelForCausalLM.from_config(config)
+```
+"""
 OWN_EXAMPLE = """from yaongi.model import Yaongi
 
-model = Yaongi.from_pretrained(folder)"""
+model = Yaongi.from_pretrained(folder)
+
+from transformers import AutoModelForCausalLM  # with the yaongi package installed
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
 
 
 def model_card(config: ModelConfig, counts: ParameterCounts, dtype: str, *, hub: bool, lost: str | None = None) -> str:
@@ -48,4 +63,4 @@ A hybrid of Mamba-2, mixture-of-experts and grouped-query attention layers{"" if
 ```python
 {HUB_EXAMPLE if hub else OWN_EXAMPLE}
 ```
-"""
+{ANEW if hub else ""}"""

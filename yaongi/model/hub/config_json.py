@@ -36,6 +36,8 @@ SETTINGS: dict[str, tuple[str, Any]] = {  # our field: the hub's field and its d
 }
 FIXED: dict[str, Any] = {  # settings of nemotron_h that this model fixes; the values are the defaults there
     "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
     "mamba_hidden_act": "silu",
     "mamba_proj_bias": False,
     "mlp_bias": False,
@@ -49,9 +51,25 @@ FIXED: dict[str, Any] = {  # settings of nemotron_h that this model fixes; the v
     "use_bias": False,
     "use_conv_bias": True,
 }
-UNSUPPORTED = {"moe_latent_size": None}  # like FIXED, but not written, because older readers don't know the key
+UNSUPPORTED: dict[str, Any] = {  # like FIXED, but not written, because older readers don't know the keys
+    "moe_latent_size": None,
+    "per_layer_config": None,
+    "quantization_config": None,
+    "time_step_limit": [0.0, math.inf],
+}
+ALIASES = {  # names of older configs, which transformers takes before the present ones
+    "layer_types": "layers_block_type",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_n_groups": "n_groups",
+    "num_local_experts": "n_routed_experts",
+}
 LETTERS = {"mamba": "M", "linear_attention": "M", "moe": "E", "attention": "*", "full_attention": "*", "mlp": "-"}
-TIME_STEP_MIN = 1e-30  # in effect no clamp: transformers clamps dt to this in prefill, and its constructor refuses 0
+# transformers takes time_step_min both for the least dt of a prefill, where this model has none, and for the least dt
+# of initial weights. 1e-30 is in effect no clamp (0 is refused). Heads that would start below the floor start at the
+# floor, nearly all of them: it is the middle of our own range, 1e-3 to 0.1, on a logarithmic scale.
+TIME_STEP_MIN, TIME_STEP_FLOOR, TIME_STEP_MAX = 1e-30, 1e-2, 0.1
 
 
 def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -66,17 +84,15 @@ def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         **{hub: getattr(config, ours) for ours, (hub, _) in SETTINGS.items()},
         **control_tokens(config),
         **FIXED,
-        "attention_dropout": 0.0,
         "chunk_size": 128,
         "expand": 2,
-        "hidden_dropout": 0.0,
         "initializer_range": math.sqrt(0.8 / config.hidden_size),
         "intermediate_size": config.expert_size,
         "mamba_ssm_cache_dtype": "float32",
         "rescale_prenorm_residual": True,
         "residual_in_fp32": False,
-        "time_step_floor": 1e-4,
-        "time_step_max": 0.1,
+        "time_step_floor": TIME_STEP_FLOOR,
+        "time_step_max": TIME_STEP_MAX,
         "time_step_min": TIME_STEP_MIN,
         "use_cache": True,
     }
@@ -88,15 +104,29 @@ def yaongi_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "architectures": ["YaongiForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{REMOTE_CODE}.YaongiConfig",
+            "AutoModel": f"{REMOTE_CODE}.YaongiModel",
             "AutoModelForCausalLM": f"{REMOTE_CODE}.YaongiForCausalLM",
         },
         "model_type": YAONGI,
         "dtype": dtype,
+        **yaongi_sizes(config),
+        **control_tokens(config),
+        "model": config.to_dict(),
+    }
+
+
+def yaongi_sizes(config: ModelConfig) -> dict[str, Any]:
+    """Return the sizes that tools look for in any config, under the hub's names."""
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(config.pattern),
-        **control_tokens(config),
-        "model": config.to_dict(),
+        "num_attention_heads": config.attention_heads,
+        "num_key_value_heads": config.attention_kv_heads,
+        "head_dim": config.attention_head_dim,
+        "max_position_embeddings": config.max_sequence_length,
+        "tie_word_embeddings": False,
+        "use_cache": True,
     }
 
 
@@ -130,18 +160,36 @@ def _model_config(fields: Mapping[str, Any]) -> ModelConfig:
     if kind == YAONGI:
         if not isinstance(fields.get("model"), Mapping):
             raise ValueError(f"config.json: 'model' must be a table for model_type {YAONGI!r}, got none")
-        return ModelConfig.from_dict(fields["model"])
+        return ModelConfig.from_dict(_without_precision(fields["model"]))
     if kind != NEMOTRON_H:
         raise ValueError(f"config.json: model_type must be {NEMOTRON_H!r} or {YAONGI!r}, got {kind!r}")
+    fields = dict(fields) | {now: fields[old] for old, now in ALIASES.items() if old in fields}
     for key, value in (FIXED | UNSUPPORTED).items():
-        if fields.get(key, value) != value:
+        if _plain(fields.get(key, value)) != value:
             raise ValueError(f"config.json: {key} must be {value!r}, got {fields[key]!r}")
+    epsilon = fields.get("layer_norm_epsilon", SETTINGS["norm_eps"][1])
+    if fields.get("norm_eps", epsilon) != epsilon:
+        raise ValueError(f"config.json: norm_eps must be layer_norm_epsilon, {epsilon}, got {fields['norm_eps']}")
     missing = next((hub for hub in SIZES.values() if hub not in fields), None)
     if missing:
         raise ValueError(f"config.json: {missing!r} must be given, got {', '.join(fields)}")
     sizes = {ours: fields[hub] for ours, hub in SIZES.items()}
     settings = {ours: _first(fields.get(hub), default) for ours, (hub, default) in SETTINGS.items()}
     return ModelConfig.from_dict({"pattern": _pattern(fields), **sizes, **settings})
+
+
+def _without_precision(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out a table of precisions by role that is bf16 throughout, as the first models had it: it says nothing."""
+    table = model.get("precision")
+    says_nothing = isinstance(table, Mapping) and set(table.values()) <= {"bf16"}
+    return {key: value for key, value in model.items() if key != "precision" or not says_nothing}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of JSON with transformers' `{"__float__": "Infinity"}` as the number that it stands for."""
+    if isinstance(value, Mapping) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _first(value: Any, default: Any) -> Any:

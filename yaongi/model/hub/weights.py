@@ -118,6 +118,15 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
                     (target if place.expert is None else target[place.expert]).copy_(shard.get_tensor(name))
 
 
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """Read one tensor of a folder. Raises ValueError if it isn't there."""
+    for file in _weight_files(folder):
+        with _opened(file) as shard:
+            if name in shard.keys():  # noqa: SIM118 (not a dict)
+                return shard.get_tensor(name)
+    raise ValueError(f"{folder.name}: the tensor {name} must be there, got none")
+
+
 def _check_shape(place: Place, shape: tuple[int, ...], targets: Mapping[str, Tensor], file: Path) -> None:
     target = targets.get(place.name)
     if target is None or (place.expert is not None and place.expert >= target.shape[0]):
