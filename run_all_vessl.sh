@@ -84,7 +84,9 @@ hopper() { [[ $gpu == *", 9.0,"* ]]; }
 online() {
   [[ ${HF_HUB_OFFLINE:-0} != 1 ]] && "$python" - <<'PY' 2>/dev/null
 import urllib.request
-urllib.request.urlopen(urllib.request.Request("https://huggingface.co", method="HEAD"), timeout=5)
+import os
+hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5)
 PY
 }
 
@@ -196,6 +198,15 @@ if ((${#named[@]})); then
   options+=(--source "$folder/raw")
 fi
 options+=("${field[@]}" "${encoding[@]}")
+if wants data && [[ ! -f $folder/tokens/manifest.json ]]; then # tokens that are there keep the benchmarks they were made with
+  if online; then
+    "$python" -m yaongi.data benchmarks --out "$folder/benchmarks"
+  else
+    say "benchmarks: NOT fetched, the hub can't be reached; texts that quote them are trained on"
+  fi
+fi
+benchmarks=()
+compgen -G "$folder/benchmarks/*.jsonl" >/dev/null && benchmarks=(--benchmark "$folder/benchmarks")
 if wants tokenizer; then
   say "tokenizer"
   "$python" -m yaongi.data tokenizer "${options[@]}" "${mix[@]}" --vocab-size "${vocabulary:-$pieces}" \
@@ -203,7 +214,7 @@ if wants tokenizer; then
 fi
 if wants tokens; then
   say "tokens"
-  "$python" -m yaongi.data tokenize "${options[@]}" --tokenizer "$folder/tokenizer" --out "$folder/tokens"
+  "$python" -m yaongi.data tokenize "${options[@]}" "${benchmarks[@]}" --tokenizer "$folder/tokenizer" --out "$folder/tokens"
 fi
 if wants train; then
   say "train"

@@ -31,6 +31,9 @@ def serve_hub(sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, li
         def do_GET(self) -> None:
             requests.append(f"{self.command} {self.path}")
             path = unquote(urlsplit(self.path).path)
+            if path == "/":
+                self.answer(b"a hub")
+                return
             for name, files in sets.items():
                 if path.startswith(f"/datasets/{name}/resolve/"):
                     self.file(files.get(path.removeprefix(f"/datasets/{name}/resolve/").partition("/")[2]))

@@ -56,7 +56,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 
 def run_download(endpoint: str, out: Path, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
-    code = f"import yaongi.data.stages.download as d; {script}\nfrom yaongi.data.__main__ import main; main()"
+    code = f"import yaongi.data.sources.patience as p; {script}\nfrom yaongi.data.__main__ import main; main()"
     command = [sys.executable, "-c", code, "download", "--out", str(out), "--tokens", "1000", *arguments]
     environment = hub_environment(endpoint, str(out / "home"))
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -112,7 +112,7 @@ def test_what_can_not_be_downloaded_is_one_line(
 
 
 def test_no_network_is_one_line(tmp_path: Path) -> None:
-    done = run_download("http://127.0.0.1:9", tmp_path / "raw", "--only", "finemath", script="d.TRIES = 2")
+    done = run_download("http://127.0.0.1:9", tmp_path / "raw", "--only", "finemath", script="p.TRIES = 2")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]

@@ -98,8 +98,40 @@ def test_benchmark_texts_are_dropped(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert manifest["counts"]["ko/ko"]["contaminated"] == 2
     assert manifest["counts"]["ko/ko"]["documents"] == 21
     assert manifest["benchmark_items"] == 2, "an item of two words tells nothing"
-    with pytest.raises(ValueError, match="name must be a path or one of kmmlu"):
+    with pytest.raises(FileNotFoundError, match=r"must be a file or folder; .* benchmarks fetches some, got nothing"):
         build([f"ko={source}"], tokenizer, tmp_path / "u", benchmarks=("nothing",))
+
+
+def test_each_string_of_a_row_is_an_item(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A question of twelve words, and then choices: it is quoted without them."""
+    question = "다음 보기 가운데 우리 나라에서 가장 높은 산의 이름을 하나만 골라 적으시오"
+    assert len(question.split()) == 12
+    source = write_jsonl(
+        tmp_path / "ko.jsonl", [f"어제 시험에는 “{question}” 라는 물음이 있었다.", *random_texts(6, 20)]
+    )
+    benchmark = tmp_path / "benchmark"
+    write_jsonl(benchmark / "a.jsonl", [])
+    (benchmark / "a.jsonl").write_text(json.dumps({"question": question, "choices": ["백두산", "한라산", "설악산"]}))
+    manifest = build([f"ko={source}"], tokenizer, tmp_path / "t", benchmarks=(str(benchmark),), held_out=0.0)
+    assert manifest["counts"]["ko/ko"]["contaminated"] == 1
+
+
+def test_a_changed_benchmark_makes_shards_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Every file of a folder counts, and so does its name."""
+    source = write_jsonl(tmp_path / "ko.jsonl", random_texts(6, 20))
+    folder = tmp_path / "benchmark"
+    write_jsonl(folder / "deep" / "a.jsonl", random_texts(7, 3))
+
+    def plan() -> object:
+        return build([f"ko={source}"], tokenizer, tmp_path / "t", benchmarks=(str(folder),))["plan"]
+
+    plans = [plan(), plan()]
+    assert plans[0] == plans[1]
+    write_jsonl(folder / "deep" / "a.jsonl", random_texts(8, 3))
+    plans.append(plan())
+    write_jsonl(folder / "b.jsonl", random_texts(9, 3))
+    plans.append(plan())
+    assert len({json.dumps(plan) for plan in plans}) == 3
 
 
 def test_documents_are_held_out_by_hash(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""`python -m yaongi.data download|tokenizer|tokenize|inspect`: the stages from sources to token shards."""
+"""`python -m yaongi.data download|benchmarks|tokenizer|tokenize|inspect`: the stages from sources to token shards."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -81,7 +82,7 @@ class Tokenize:
     out: Path = Path("data/tokens")  # folder to write
     held_out: float = 0.005  # share of the documents to hold out where a domain has no val/ of its own
     near_duplicates: bool = True  # drop near duplicates too (MinHash), not only exact ones
-    benchmark: Words = ()  # drop documents that quote these: kmmlu, haerae, logickor, gsm8k, or files
+    benchmark: Words = ()  # files or folders of benchmarks: training documents that quote them are left out
     shard_tokens: int = 100_000_000  # tokens per shard
     reading: Read = PLAIN
     workers: int = 0  # worker processes; 0: one per core
@@ -93,6 +94,20 @@ class Tokenize:
         options = Options(self.held_out, self.near_duplicates, joined(self.benchmark), self.shard_tokens, self.reading)
         specs = joined(self.source) or ("embedded",)
         tokenize_sources(specs, Tokenizer.load(self.tokenizer), self.out, options, workers=self.workers)
+
+
+@dataclass(frozen=True)
+class FetchBenchmarks:
+    """Fetch the benchmarks whose texts must not be trained on: KMMLU, HAE-RAE, KoBEST, HRM8K, GSM8K and others."""
+
+    out: Path = Path("data/benchmarks")  # folder to write, for tokenize --benchmark
+    mirror: Path | None = None  # read a local copy, MIRROR/owner/name/..., instead of the hub; None: the hub
+
+    def run(self) -> None:
+        from yaongi.data.stages.download import Places
+        from yaongi.data.stages.fetch_benchmarks import fetch_benchmarks
+
+        fetch_benchmarks(self.out, Places.of(self.mirror))
 
 
 @dataclass(frozen=True)
@@ -113,8 +128,15 @@ class Inspect:
 
 def main() -> None:
     """Run one stage; an error is one line on standard error, and exit code 1."""
+    stages: dict[str, Callable[..., Any]] = {
+        "download": Download,
+        "benchmarks": FetchBenchmarks,
+        "tokenizer": TrainTokenizer,
+        "tokenize": Tokenize,
+        "inspect": Inspect,
+    }
     stage = tyro.extras.subcommand_cli_from_dict(
-        {"download": Download, "tokenizer": TrainTokenizer, "tokenize": Tokenize, "inspect": Inspect},
+        stages,
         prog="python -m yaongi.data",
         description="From sources to token shards, one stage each.",
     )

@@ -5,9 +5,8 @@ with fewer words are ignored, because such phrases are too common.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +19,6 @@ NGRAM = 13
 SHORTEST = 8
 
 
-@dataclass(frozen=True)
-class HubBenchmark:
-    """A benchmark on the hub: the configs and splits whose items are excluded from training."""
-
-    id: str
-    configs: tuple[str, ...] | None = None  # None: all of them
-    splits: tuple[str, ...] | None = None  # None: all of them
-
-
-HUB_BENCHMARKS: Mapping[str, HubBenchmark] = {
-    "kmmlu": HubBenchmark("HAERAE-HUB/KMMLU"),  # its train split too, which must never be trained on
-    "haerae": HubBenchmark("HAERAE-HUB/HAE_RAE_BENCH_1.1"),
-    "logickor": HubBenchmark("maywell/LogicKor"),
-    "gsm8k": HubBenchmark("openai/gsm8k", ("main",), ("test",)),
-}
-
-
 class Benchmarks:
     """The word n-grams of the benchmarks: by length, their sorted 64-bit hashes."""
 
@@ -44,7 +26,7 @@ class Benchmarks:
         """Hash the n-grams of all items.
 
         Args:
-            items: texts of the benchmarks, each a question with its choices.
+            items: texts of the benchmarks, each a question, a choice, an answer.
         """
         by_length: dict[int, list[NDArray[np.uint64]]] = {}
         self.items = 0
@@ -69,52 +51,44 @@ class Benchmarks:
         return bool(self._hashes)
 
 
-def benchmark_texts(names: Sequence[str]) -> Iterator[str]:
-    """Yield the items of local files or folders, or of `kmmlu`, `haerae`, `logickor`, `gsm8k` from the hub.
-
-    An item is a row with all its strings joined, those in lists too; in a .txt file it is a line.
+def benchmark_items(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the items of files and folders: every string of a row, those in lists too; in a .txt file every line.
 
     Raises:
-        ValueError: a name is neither a path nor a known benchmark, or a benchmark has no items.
+        FileNotFoundError: a path does not exist or has no readable files.
+        ValueError: a file can't be read, or a path has no items.
     """
-    for name in names:
-        if Path(name).exists():
-            items = _local_items(Path(name))
-        elif name in HUB_BENCHMARKS:
-            items = _hub_items(HUB_BENCHMARKS[name])
-        else:
-            raise ValueError(f"benchmark: name must be a path or one of {', '.join(HUB_BENCHMARKS)}, got {name!r}")
-        count = 0
-        for item in items:
-            count += 1
-            yield item
-        if not count:
-            raise ValueError(f"benchmark: {name} holds no items")
+    for path in paths:
+        empty = True
+        for file in benchmark_files(path):
+            with file.open("rb") as stream:
+                for item in row_items(stream, file.name):
+                    empty = False
+                    yield item
+        if empty:
+            raise ValueError(f"benchmark: {path} must hold items, got none")
 
 
-def _local_items(path: Path) -> Iterator[str]:
-    for file in data_files(path)[0]:
-        if file_format(file.name) == ".parquet":
-            from pyarrow import parquet
-
-            fields: Sequence[str] = parquet.read_schema(file).names
-        else:
-            fields = ("text",)
-        with file.open("rb") as stream:
-            for row in read_rows(stream, file.name, fields):
-                if isinstance(row, ValueError):
-                    raise row
-                item = " ".join(_strings(row))
-                yield from item.splitlines() if file_format(file.name) == ".txt" else [item]
+def benchmark_files(path: str) -> list[Path]:
+    """Return the files of a benchmark. Raises FileNotFoundError if there are none."""
+    if not Path(path).exists():
+        wanted = "a file or folder; python -m yaongi.data benchmarks fetches some"
+        raise FileNotFoundError(f"benchmark: must be {wanted}, got {path}")
+    return data_files(Path(path))[0]
 
 
-def _hub_items(benchmark: HubBenchmark) -> Iterator[str]:
-    from datasets import get_dataset_config_names, load_dataset
+def row_items(stream: IO[bytes], name: str) -> Iterator[str]:
+    """Yield the items in a file. Raises ValueError if it can't be read."""
+    fields: Sequence[str] = ("text",)
+    if file_format(name) == ".parquet":
+        from pyarrow import parquet
 
-    for config in benchmark.configs or get_dataset_config_names(benchmark.id):
-        for split, rows in load_dataset(benchmark.id, config).items():
-            if benchmark.splits is None or split in benchmark.splits:
-                yield from (" ".join(_strings(row)) for row in rows)
+        fields = parquet.read_schema(stream).names
+    for row in read_rows(stream, name, fields):
+        if isinstance(row, ValueError):
+            raise row
+        for item in _strings(row):
+            yield from item.splitlines() if file_format(name) == ".txt" else [item]
 
 
 def _strings(value: Any) -> Iterator[str]:

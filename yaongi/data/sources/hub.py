@@ -108,8 +108,16 @@ class Repository(Protocol):
     def names(self) -> list[str]:
         """Return the names of all files."""
 
-    def train_files(self, subset: str) -> list[str]:
-        """Return the names of the files of the train split of `subset`; if it is empty, of the only one."""
+    def subsets(self) -> list[str]:
+        """Return the names of its subsets."""
+
+    def splits(self, subset: str) -> dict[str, list[str]]:
+        """Return the names of the files of each split of `subset`; if that is empty, of the only or default one.
+
+        Raises:
+            ValueError: there is no such subset, or several and none is named, or its files can't be read.
+            OSError: it can't be reached.
+        """
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file, seekable; only what is read is transferred."""
@@ -133,10 +141,13 @@ class HubRepository:
         """Return the names of all files."""
         return self._names
 
-    def train_files(self, subset: str) -> list[str]:
-        """Return the names of the files of the train split of `subset`; if it is empty, of the only one."""
-        root = f"hf://datasets/{self._id}@{self.revision}/"
-        return [name.removeprefix(root) for name in _train_files(self._id, subset, self.revision)]
+    def subsets(self) -> list[str]:
+        """Return the names of its subsets."""
+        return _subsets(self._id, self.revision)
+
+    def splits(self, subset: str) -> dict[str, list[str]]:
+        """Return the names of the files of each split of `subset`; if that is empty, of the only or default one."""
+        return _splits(self._id, subset, self.revision, f"hf://datasets/{self._id}@{self.revision}/")
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file that is read in ranges."""
@@ -158,28 +169,30 @@ class MirrorRepository:
         files = (path for path in self._folder.rglob("*") if path.is_file())
         return [path.relative_to(self._folder).as_posix() for path in files]
 
-    def train_files(self, subset: str) -> list[str]:
-        """Return the names of the files of the train split of `subset`; if it is empty, of the only one."""
-        return [
-            Path(name).relative_to(self._folder.absolute()).as_posix()
-            for name in _train_files(str(self._folder), subset, None)
-        ]
+    def subsets(self) -> list[str]:
+        """Return the names of its subsets."""
+        return _subsets(str(self._folder), None)
+
+    def splits(self, subset: str) -> dict[str, list[str]]:
+        """Return the names of the files of each split of `subset`; if that is empty, of the only or default one."""
+        return _splits(str(self._folder), subset, None, f"{self._folder.resolve()}/")
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file."""
         return (self._folder / name).open("rb")
 
 
-def _train_files(path: str, subset: str, revision: str | None) -> list[str]:
-    """Return the files of a data set's train split, as its card or their names tell the `datasets` library.
+def _subsets(path: str, revision: str | None) -> list[str]:
+    from datasets import get_dataset_config_names
 
-    Raises:
-        ValueError: there is no such subset, or several and none is named, or no train split.
-        OSError: it can't be reached.
-    """
-    from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
+    return get_dataset_config_names(path, revision=revision)
 
-    subsets = get_dataset_config_names(path, revision=revision)
+
+def _splits(path: str, subset: str, revision: str | None, root: str) -> dict[str, list[str]]:
+    """Return the files of a subset below `root`, as the data set's card or their names tell the `datasets` library."""
+    from datasets import get_dataset_default_config_name, load_dataset_builder
+
+    subsets = _subsets(path, revision)
     chosen = subset or get_dataset_default_config_name(path, revision=revision)
     if chosen not in subsets:
         raise ValueError(f"download: the subset of {path} must be one of {', '.join(subsets)}, got {chosen or 'none'}")
@@ -187,9 +200,10 @@ def _train_files(path: str, subset: str, revision: str | None) -> list[str]:
         splits = load_dataset_builder(path, chosen, revision=revision).config.data_files or {}
     except ValueError as error:
         raise ValueError(f"download: {path} can't be used: {error}") from error
-    if "train" not in splits:
-        raise ValueError(f"download: {path} must have a train split, got {', '.join(map(str, splits)) or 'none'}")
-    return [str(file) for file in splits["train"]]
+    found = {str(split): [str(file).removeprefix(root) for file in files] for split, files in splits.items()}
+    if unknown := [file for files in found.values() for file in files if not file_format(file)]:
+        raise ValueError(f"download: files of {path} must be {' '.join(FORMATS)}, got {unknown[0]}")
+    return found
 
 
 def data_names(source: HubSource, repository: Repository) -> list[str]:
@@ -199,10 +213,10 @@ def data_names(source: HubSource, repository: Repository) -> list[str]:
         ValueError: no file matches, or a file of the subset can't be read.
     """
     if source.subset is not None:
-        found = repository.train_files(source.subset)
-        if unknown := [name for name in found if not file_format(name)]:
-            raise ValueError(f"download: files of {source.id} must be {' '.join(FORMATS)}, got {unknown[0]}")
-        return sorted(found, key=_hash)
+        splits = repository.splits(source.subset)
+        if "train" not in splits:
+            raise ValueError(f"download: {source.id} must have a train split, got {', '.join(splits) or 'none'}")
+        return sorted(splits["train"], key=_hash)
     found = [
         name
         for name in repository.names()

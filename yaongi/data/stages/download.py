@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from yaongi.data.sources.hub import (
     BYTES_PER_TOKEN,
@@ -31,16 +31,15 @@ from yaongi.data.sources.hub import (
     SoftwareHeritage,
     data_names,
 )
+from yaongi.data.sources.patience import Patience, network_errors, unavailable_errors
 from yaongi.data.sources.readers import Row, read_rows, row_text
 from yaongi.data.sources.tally import BAD_ROWS, BadRows
 from yaongi.data.text import normalize
 from yaongi.files import read_json, write_atomically
 
 PART_BYTES = 64_000_000
-TRIES = 6
 _BLOBS_AT_ONCE = 64
 _FETCHERS = 32
-T = TypeVar("T")
 
 
 @dataclass
@@ -132,7 +131,7 @@ def download_source(
     """Download one source up to `budget_bytes` of UTF-8 text or its end; if it is unavailable, its fallback."""
     try:
         return _Download(source, folder, budget_bytes, places, say, bad_rows).run()
-    except _unavailable() as error:
+    except unavailable_errors() as error:
         if source.fallback is None or _kept(folder).get("documents"):
             raise
         say(f"{source.id}: {' '.join(str(error).split())}; taking {FALLBACKS[source.fallback].id} instead")
@@ -154,11 +153,12 @@ class _Download:
     ) -> None:
         self.source, self.folder, self.places, self.say = source, folder, places, say
         self.bad_rows = BadRows(bad_rows, say)
+        self.patience = Patience(source.id, say, places.sleep)
         folder.mkdir(parents=True, exist_ok=True)
         kept = _kept(folder)
         if kept and kept["id"] in {s.id for s in FALLBACKS.values()}:
             self.source = next(s for s in FALLBACKS.values() if s.id == kept["id"])
-        self.repository = self._patiently(lambda: places.repository(self.source, kept.get("revision")))
+        self.repository = self.patience(lambda: places.repository(self.source, kept.get("revision")))
         fresh = Progress(self.source.id, self.repository.revision, self.repository.licence)
         fresh.fields, fresh.subset = list(self.source.fields), self.source.subset
         if kept and kept.get("fields", fresh.fields) != fresh.fields:
@@ -171,7 +171,7 @@ class _Download:
     @cached_property
     def names(self) -> list[str]:
         """The files to read."""
-        return self._patiently(lambda: data_names(self.source, self.repository))
+        return self.patience(lambda: data_names(self.source, self.repository))
 
     def run(self) -> Progress:
         """Write parts until the budget is reached or the source ends, and record each in `source.json`."""
@@ -236,7 +236,7 @@ class _Download:
         missing = 0
         with ThreadPoolExecutor(_FETCHERS) as pool:
             while batch := list(islice(rows, _BLOBS_AT_ONCE)):
-                contents = pool.map(lambda item: self._patiently(lambda: self._blob(*item)), batch)
+                contents = pool.map(lambda item: self.patience(lambda: self._blob(*item)), batch)
                 for (file, row, _), text in zip(batch, contents, strict=True):
                     missing = 0 if text else missing + 1
                     if missing > 4 * _BLOBS_AT_ONCE:
@@ -272,48 +272,11 @@ class _Download:
                         row, failures = row + 1, 0
                         yield file, row, record
                 file, row = file + 1, 0
-            except _network_errors() as error:
+            except network_errors() as error:
                 failures += 1
-                self._wait(failures, error)
-
-    def _patiently(self, action: Callable[[], T]) -> T:
-        failures = 0
-        while True:
-            try:
-                return action()
-            except _network_errors() as error:
-                failures += 1
-                self._wait(failures, error)
-
-    def _wait(self, failures: int, error: Exception) -> None:
-        """Sleep before the next try, twice as long each time; raise after `TRIES` failures or a permanent error."""
-        if isinstance(error, _hopeless_errors()):
-            raise FileNotFoundError(f"download: {self.source.id} is not to be had: {error}") from error
-        if failures >= TRIES:
-            kind = type(error).__name__
-            raise ConnectionError(f"download: {self.source.id} not reached in {TRIES} tries: {kind} {error}") from error
-        seconds = min(60.0, 2.0**failures)
-        self.say(f"{self.source.id}: {type(error).__name__}, trying again in {seconds:.0f} s")
-        self.places.sleep(seconds)
+                self.patience.wait(failures, error)
 
 
 def _kept(folder: Path) -> dict[str, Any]:
     path = folder / "source.json"
     return read_json(path) if path.is_file() else {}
-
-
-def _unavailable() -> tuple[type[Exception], ...]:
-    return *_network_errors(), ValueError
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """Return the errors worth another try; `HTTPError` is the base of all errors of the hub's HTTP client."""
-    from huggingface_hub.errors import HTTPError
-
-    return OSError, HTTPError
-
-
-def _hopeless_errors() -> tuple[type[Exception], ...]:
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-
-    return FileNotFoundError, PermissionError, EntryNotFoundError, GatedRepoError, RepositoryNotFoundError

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yaongi.data.filters import dedup
-from yaongi.data.filters.decontaminate import Benchmarks, benchmark_texts
+from yaongi.data.filters.decontaminate import Benchmarks, benchmark_files, benchmark_items
 from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWriter, write_manifest
 from yaongi.data.sources.files import describe
 from yaongi.data.sources.readers import PLAIN, Reading
@@ -96,7 +96,7 @@ def tokenize_sources(
 
     Raises:
         ValueError: a source has no documents, unreadable content or too many bad rows, or a benchmark has no items.
-        FileNotFoundError: a source or benchmark does not exist.
+        FileNotFoundError: a source or benchmark does not exist, or holds no files that can be read.
     """
     sources = open_sources(specs, options.reading, say)
     plan = _plan(sources, tokenizer, options)
@@ -120,7 +120,9 @@ def _build(
     workers: int,
     say: Callable[[str], None],
 ) -> None:
-    benchmarks = Benchmarks(benchmark_texts(options.benchmarks))
+    if not options.benchmarks:
+        say("no --benchmark given: texts that quote benchmarks are NOT left out")
+    benchmarks = Benchmarks(benchmark_items(options.benchmarks))
     with _pool(_Worker(tokenizer.model, benchmarks, options), workers) as process:
         labels = _labels(sources)
         splits, counts = _write_all(labels, process, folder, tokenizer.vocab_size, options, say)
@@ -148,7 +150,7 @@ def _build(
 def _plan(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     """Return everything that decides the shards' content, so that a second run can see that nothing has changed."""
     inputs = [[s.domain, s.split, s.name, s.licence, s.share, s.fingerprint()] for s in sources]
-    benchmarks = [sha256_file(Path(b)) if Path(b).is_file() else b for b in options.benchmarks]
+    benchmarks = [[b, file.name, sha256_file(file)] for b in options.benchmarks for file in benchmark_files(b)]
     plan = {"inputs": inputs, "tokenizer": tokenizer.hash, **asdict(options), "benchmarks": benchmarks}
     return json.loads(json.dumps(plan))
 
