@@ -104,6 +104,6 @@ def sequence_balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
     top_k = expert_ids.shape[-1]
     chosen = expert_ids.flatten(1).unsqueeze(-1) == torch.arange(experts, device=logits.device)
     share = chosen.sum(1) * (experts / (top_k * length))
-    scores = logits.sigmoid()
-    probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    # σ / Σσ as a softmax of log σ: far below 0 every score, and with them their sum, would be zero.
+    probability = nn.functional.logsigmoid(logits).softmax(-1).mean(1)
     return (share * probability).sum(-1).mean()
