@@ -102,6 +102,7 @@ def refuse_serialised_wgmma() -> None:
 REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tyro", "rich", "wandb"]
 REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokenizers", "zstandard", "datasketch"]
 EXTRAS = {
+    "gguf": ["gguf>=0.18"],
     "peers": [
         "mamba-ssm",
         "causal-conv1d",
@@ -110,7 +111,18 @@ EXTRAS = {
         "gram-newton-schulz",
         "liger-kernel",
     ],
-    "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers>=5.17", "psutil"],
+    "dev": [
+        "pytest",
+        "pytest-benchmark",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "transformers>=5.17",
+        "psutil",
+        "gguf>=0.18",
+        "trl",
+    ],
 }
 
 CLASSIFIERS = [

@@ -1,12 +1,18 @@
-"""`python -m yaongi.export FOLDER --out DIR`: a model folder in the layout that Hugging Face's tools read."""
+"""`python -m yaongi.export FOLDER --out DIR --gguf FILE`: a model for Hugging Face's tools, and for llama.cpp."""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from yaongi import cli
+
+if TYPE_CHECKING:
+    from yaongi.data.tokenizer import Tokenizer
+    from yaongi.model import Yaongi
+    from yaongi.model.hub.gguf_file import Vocabulary
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -19,25 +25,90 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Export:
-    """Convert a model folder to nemotron_h, the layout that transformers, vLLM and llama.cpp read."""
+    """Convert a model folder to nemotron_h, which transformers reads, or to a GGUF file, which llama.cpp reads."""
 
     folder: tyro.conf.Positional[Path]  # model folder, written by the trainer or by save_pretrained
-    out: Path  # folder to write; must not be the model folder
-    drop_engram: bool = False  # leave out the Engrams, which the layout can't hold; without this they are an error
+    out: Path | None = None  # folder to write in nemotron_h; must not be the model folder
+    gguf: Path | None = None  # file to write for llama.cpp
+    drop_engram: bool = False  # leave out the Engrams, which neither can hold; without this they are an error
+    measure: Path | None = None  # folder of tokens: before the Engrams are dropped, print what that costs on its text
+    measure_rows: int = 16  # held-out rows per domain to measure on
+    device: str = "auto"  # where to measure: auto (a GPU where there is one), cpu, gpu, cuda or cuda:N
 
     def run(self) -> None:
-        """Write config, weights, generation config, model card and tokenizer. Raises ValueError or OSError."""
+        """Measure, if asked, then write. Raises ValueError or OSError with a message of one line."""
         from yaongi.model import Yaongi
-        from yaongi.model.hub.folder import export_nemotron_h
+        from yaongi.model.hub.folder import export_nemotron_h, lost_without_engram
 
-        if self.out.resolve() == self.folder.resolve():
+        if self.out is None and self.gguf is None:
+            raise ValueError("export: --out or --gguf must be given, got neither")
+        if self.out is not None and self.out.resolve() == self.folder.resolve():
             raise ValueError(f"export: --out must be another folder than the model's, got {self.out}")
         model = Yaongi.from_pretrained(self.folder, dtype=None)
-        export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
-        for name in TOKENIZER_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, self.out / name)
-        print(f"wrote {self.out}")
+        lost = lost_without_engram(model.config, model.count_parameters())
+        if self.measure is not None:
+            self._print_cost(model, self.measure, lost)
+        elif lost and self.drop_engram:
+            print(f"leaving out {lost}; --measure TOKENS prints what that costs")
+        if self.out is not None:
+            export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
+            for name in TOKENIZER_FILES:
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, self.out / name)
+            print(f"wrote {self.out}")
+        if self.gguf is not None:
+            self._write_gguf(model, self.gguf)
+            print(f"wrote {self.gguf}")
+
+    def _write_gguf(self, model: "Yaongi", file: Path) -> None:
+        from yaongi.data.tokenizer import Tokenizer
+        from yaongi.model.hub.gguf_file import write_gguf
+
+        whole = without_engram(model) if self.drop_engram else model
+        vocabulary = vocabulary_of(Tokenizer.load(self.folder))
+        write_gguf(whole.state_dict(), whole.config, vocabulary, file, self.folder.resolve().name)
+
+    def _print_cost(self, model: "Yaongi", tokens: Path, lost: str | None) -> None:
+        """Print bits per byte with and without Engram, by domain."""
+        import torch
+
+        from yaongi.data.tokenizer import Tokenizer
+        from yaongi.eval.held_out import held_out_bits, held_out_rows
+        from yaongi.model.devices import device_of
+
+        if lost is None:
+            raise ValueError("export: --measure must be used with a model that has an Engram, got one without")
+        device, length = device_of(self.device, "export"), model.config.max_sequence_length
+        rows = held_out_rows(tokens, Tokenizer.load(self.folder).hash, length, self.measure_rows, warn=print)
+        model = model.to(device)
+        with torch.no_grad():
+            costs = [held_out_bits(m, rows, device) for m in (model, without_engram(model))]
+        counts = ", ".join(f"{domain} {len(part.input_ids)}" for domain, part in rows.items())
+        print(f"bits per byte on held-out rows of {length} tokens ({counts}), with and without {lost}:")
+        for domain in rows:
+            before, after = (cost[domain] for cost in costs)
+            print(f"  {domain:<8} {before:.3f} -> {after:.3f} ({after / before - 1:+.1%})")
+
+
+def without_engram(model: "Yaongi") -> "Yaongi":
+    """Return the model without its Engrams; both share their tensors."""
+    from yaongi.model import Yaongi
+
+    smaller = Yaongi(model.config.without_engram(), device="meta")
+    kept = smaller.state_dict().keys()
+    smaller.load_state_dict({name: t for name, t in model.state_dict().items() if name in kept}, assign=True)
+    return smaller
+
+
+def vocabulary_of(tokenizer: "Tokenizer") -> "Vocabulary":
+    """Return what a GGUF file holds of a tokenizer."""
+    from yaongi.data.chat import CHAT_TEMPLATE
+    from yaongi.data.pieces import END_OF_TURN
+    from yaongi.model.hub.gguf_file import Vocabulary
+
+    return Vocabulary(
+        tokenizer.pieces(), tokenizer.scores(), tokenizer.kinds(), CHAT_TEMPLATE, tokenizer.piece_to_id(END_OF_TURN)
+    )
 
 
 def main() -> None:

@@ -167,3 +167,16 @@ def test_transformers_reads_the_folder(tokenizer: Tokenizer, tmp_path: Path) -> 
     assert (fast.pad_token_id, fast.eos_token_id, fast.padding_side) == (0, 3, "left")
     messages = [{"role": "user", "content": "안녕?"}, {"role": "assistant", "content": "네."}]
     assert fast.apply_chat_template(messages, tokenize=False) == render_chat(messages)
+
+
+def test_trl_accepts_the_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Run TRL's own checks: turns never change by what follows, and the end of an answer is trained."""
+    checks = pytest.importorskip("trl.chat_template_utils")
+    tokenizer.save(tmp_path)
+    fast = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert checks.is_chat_template_prefix_preserving(fast)
+    assert checks.is_chat_template_stop_token_trained(fast)
+    messages = [{"role": "user", "content": "안녕?"}, {"role": "assistant", "content": "네.\n"}]
+    found = fast.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    trained = [i for i, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+    assert fast.decode(trained) == "네.\n<|im_end|>"

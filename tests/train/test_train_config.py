@@ -35,6 +35,13 @@ def test_every_field_can_be_overridden(tmp_path: Path) -> None:
     assert config.preset == "small"
 
 
+def test_engram_can_be_left_out() -> None:
+    assert parse(["--preset", "yaongi-4b", "--model.engram", "none"]).model.engram == ()
+    assert parse(["--preset", "yaongi-4b"]).model.engram
+    with pytest.raises(ValueError, match=r"^train: --model.engram must be none, to leave Engram out, got 'all'$"):
+        parse(["--model.engram", "all"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

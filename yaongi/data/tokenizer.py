@@ -120,6 +120,24 @@ class Tokenizer:
         """Return all pieces in the order of their ids, as SentencePiece writes them."""
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
+    def scores(self) -> list[float]:
+        """Return the score of each piece, by which SentencePiece chooses what to merge first."""
+        return [self._processor.get_score(i) for i in range(self.vocab_size)]
+
+    def kinds(self) -> list[str]:
+        """Return what each piece is: unknown, control, byte, user_defined or normal."""
+
+        def kind(token: int, piece: str) -> str:
+            if self._processor.is_unknown(token):
+                return "unknown"
+            if self._processor.is_control(token):
+                return "control"
+            if self.is_byte(token):
+                return "byte"
+            return "user_defined" if piece in USER_PIECES else "normal"
+
+        return [kind(token, piece) for token, piece in enumerate(self.pieces())]
+
     def is_byte(self, token: int) -> bool:
         """Return whether `token` is one of the 256 byte pieces."""
         return self._processor.is_byte(token)

@@ -1,6 +1,7 @@
 """The command line: a preset or a TOML file gives the defaults, and every field of the config is an option."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -25,8 +26,13 @@ def parse(arguments: Sequence[str]) -> Config:
     source = first.add_mutually_exclusive_group()
     source.add_argument("--preset", default=DEFAULT_PRESET)
     source.add_argument("--config")
+    first.add_argument("--model.engram", dest="engram")
     chosen, rest = first.parse_known_args(arguments)
     defaults = load_config(chosen.config or chosen.preset)
+    if chosen.engram not in (None, "none"):
+        raise ValueError(f"train: --model.engram must be none, to leave Engram out, got {chosen.engram!r}")
+    if chosen.engram == "none":
+        defaults = dataclasses.replace(defaults, model=defaults.model.without_engram())
 
     def collect(
         model: ModelConfig = defaults.model,
@@ -39,5 +45,6 @@ def parse(arguments: Sequence[str]) -> Config:
         collect,
         args=rest,
         prog="python -m yaongi.train",
-        description="Pretraining. --preset NAME (yaongi/presets) or --config FILE.toml gives the defaults below.",
+        description="Pretraining. --preset NAME (yaongi/presets) or --config FILE.toml gives the defaults below; "
+        "--model.engram none leaves Engram out.",
     )

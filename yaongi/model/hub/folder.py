@@ -54,12 +54,12 @@ def export_nemotron_h(
     drop_engram: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model as `nemotron_h`, which transformers, vLLM and llama.cpp read.
+    """Write the model as `nemotron_h`, which transformers reads.
 
     Raises:
         ValueError: the model has an Engram, which this layout can't hold, and `drop_engram` is not set.
     """
-    lost = _lost(config, counts)
+    lost = lost_without_engram(config, counts)
     if lost and not drop_engram:
         raise ValueError(
             f"export: model must be without Engram for nemotron_h, got {lost}: --drop-engram leaves that out, "
@@ -69,7 +69,7 @@ def export_nemotron_h(
         _write_nemotron_h(model, config, counts, temporary, shard_bytes, lost=lost)
 
 
-def _lost(config: ModelConfig, counts: ParameterCounts) -> str | None:
+def lost_without_engram(config: ModelConfig, counts: ParameterCounts) -> str | None:
     """Describe what nemotron_h can't hold of this model; None if nothing."""
     if not config.engram:
         return None
