@@ -11,10 +11,12 @@ from model_support import ENGRAM, packed, roughened, small_config, small_model, 
 from oracle import assert_equal_to_float64
 
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
-from yaongi.model import EngramConfig, Yaongi
-from yaongi.model.decoding import Cache, prefill, step
+from yaongi.model import EngramConfig, Yaongi, decoding, generation
+from yaongi.model.count import bytes_per_step
+from yaongi.model.decoding import LENGTH_STEP, Cache, RecordedStep, prefill, step, stepper
 from yaongi.model.devices import device_of
 from yaongi.model.generation import generate, stream, stream_text
+from yaongi.model.mixers.mamba2 import MambaCache
 from yaongi.model.sampling import Sampling
 
 LENGTH = 30
@@ -119,6 +121,83 @@ def test_the_config_s_ends_stop_by_default() -> None:
     first = generate(model, PROMPTS[:1], max_new_tokens=1, stop=())[0][0]
     for ends in ({"eos_token_id": first}, {"stop_token_ids": (first + 1, first)}):
         assert generate(small_model(**ends), PROMPTS[:1], max_new_tokens=5) == [[]]
+
+
+class Repeated:
+    """In place of `GraphedFunction`: runs the function at every call, and counts what would be recorded."""
+
+    made: list["Repeated"] = []  # noqa: RUF012
+
+    def __init__(self, function: Any, what: str, otherwise: str) -> None:
+        self.function, self.calls = function, 0
+        Repeated.made.append(self)
+
+    def __call__(self, *inputs: torch.Tensor) -> None:
+        """Run the function on copies, as a graph reads its own."""
+        self.calls += 1
+        self.function(*(given.clone() for given in inputs))
+
+
+def test_a_recorded_step_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the logic without a GPU: equal logits, caches changed in place alone, a new recording per LENGTH_STEP."""
+    monkeypatch.setattr(decoding, "GraphedFunction", Repeated)
+    monkeypatch.setattr(Repeated, "made", [])
+    model = model_of(engram=True)
+    ids = token_ids(model, 2, 2 * LENGTH_STEP + 9)
+    caches = [prefill(model, ids[:, :250], capacity=ids.shape[1])[1] for _ in range(2)]
+    recorded, places = RecordedStep(model, caches[0]), {t.data_ptr() for t in tensors_of(caches[0])}
+    for place in range(250, ids.shape[1]):
+        assert torch.equal(recorded(ids[:, place]), step(model, ids[:, place], caches[1])), place
+        assert caches[0].position == caches[1].position == place + 1
+    assert [graph.calls for graph in Repeated.made] == [6, LENGTH_STEP, 9]
+    assert {t.data_ptr() for t in tensors_of(caches[0])} == places
+    with pytest.raises(ValueError, match=r"^step: position must be below 521 \(capacity\), got 521$"):
+        recorded(ids[:, 0])
+
+
+def tensors_of(cache: Cache) -> list[torch.Tensor]:
+    """Return every tensor of a cache."""
+    parts = [cache, *(part for layer in cache.layers for part in (layer.mixer, layer.engram) if part is not None)]
+    return [value for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("stop", [(), tuple(range(0, 61, 3))], ids=["to the limit", "with ends"])
+def test_running_ahead_changes_nothing(stop: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(engram=True)
+    options: dict[str, Any] = {"max_new_tokens": 12, "stop": stop, "temperature": 1.0, "repetition_penalty": 1.2}
+    expected = generate(model, PROMPTS, **options)
+    monkeypatch.setattr(generation, "_runs_ahead", lambda device: True)
+    assert generate(model, PROMPTS, **options) == expected
+
+
+def test_only_plain_models_on_one_gpu_are_recorded() -> None:
+    model = model_of(engram=False)
+    cache = prefill(model, token_ids(model, 1, 3), capacity=5)[1]
+    assert not isinstance(stepper(model, cache, cuda_graph=True), RecordedStep)
+
+
+def test_the_bytes_of_a_step_are_those_of_weights_and_caches() -> None:
+    """Count the bytes of all tensors that a step reads or writes, for a model whose tokens take every expert."""
+    model = small_model(dtype=torch.bfloat16, experts_per_token=6, engram=[ENGRAM])
+    batch, position = 3, 7
+    cache = prefill(model, token_ids(model, batch, position + 1), capacity=position + 1)[1]
+    weights = sum(
+        p.nbytes for n, p in model.named_parameters() if not n.endswith(("embeddings.weight", "table.weight"))
+    )
+    wide = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)  # counted as two bytes each
+    rows = 2 * batch * (24 + 2 * 2 * 4)
+    moved = 0
+    for layer in cache.layers:
+        if isinstance(layer.mixer, MambaCache):
+            moved += 2 * (layer.mixer.state.nbytes + layer.mixer.conv.nbytes)
+        elif layer.mixer is not None:
+            moved += layer.mixer.keys.nbytes + layer.mixer.values.nbytes
+    counted = bytes_per_step(model.count_parameters(), model.config, batch, position)
+    assert counted == weights - 2 * wide + rows + moved
+    few = small_model(dtype=torch.bfloat16, experts_per_token=2, engram=[ENGRAM])
+    expert = 2 * 2 * 24 * 10 * 6 / 6
+    missing = len(few.config.layers_of("E")) * 6 * (4 / 6) ** batch * expert
+    assert bytes_per_step(few.count_parameters(), few.config, batch, position) == pytest.approx(counted - missing)
 
 
 def test_a_repetition_penalty_counts_prompt_and_answer_but_no_padding() -> None:

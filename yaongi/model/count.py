@@ -55,6 +55,29 @@ def count_parameters(model: nn.Module, config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(total, total - parts["embedding"] - tables - idle, tables, parts)
 
 
+def bytes_per_step(counts: ParameterCounts, config: ModelConfig, batch: int, position: int, itemsize: int = 2) -> float:
+    """Return the least bytes that a step of generation reads and writes.
+
+    They are the weights that the batch's tokens need (of the routed experts the share that is expected to be chosen,
+    if each token takes any K of the E), the rows of embedding and Engram tables, Mamba-2's float32 states and
+    convolutions, read and written, and keys and values of all positions so far.
+
+    Args:
+        batch: rows.
+        position: tokens of each row that were read before.
+        itemsize: bytes per number of weights, keys and values.
+    """
+    experts = counts.parts.get("experts", 0)
+    chosen = 1 - (1 - config.experts_per_token / config.experts) ** batch
+    weights = counts.total - counts.parts["embedding"] - counts.engram_tables - experts * (1 - chosen)
+    rows = batch * (config.hidden_size + sum(engram.width for engram in config.engram))
+    states = 2 * batch * config.mamba_width * config.mamba_state * 4
+    convolutions = 2 * batch * config.conv_width * (config.mamba_conv - 1) * itemsize
+    keys = 2 * batch * (position + 1) * config.attention_kv_heads * config.attention_head_dim * itemsize
+    mamba, attention = len(config.layers_of("M")), len(config.layers_of("*"))
+    return itemsize * (weights + rows) + mamba * (states + convolutions) + attention * keys
+
+
 def flops_per_token(config: ModelConfig, active: int, sequence_length: int) -> float:
     """Return the model FLOPs per token of training, forward and backward, for `active` parameters.
 

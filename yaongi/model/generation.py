@@ -87,9 +87,8 @@ def stream(
     running = [True] * len(prompts)
     for count in range(max_new_tokens):
         chosen = sampler(logits)
-        # A GPU reads the tokens already while the host looks at them. At an answer's end that step was in vain.
         copied = _Copied(chosen)
-        ahead = device.type == "cuda" and count < max_new_tokens - 1
+        ahead = _runs_ahead(device) and count < max_new_tokens - 1
         if ahead:
             logits = advance(chosen.clamp(min=0))
         tokens = copied.tokens()
@@ -167,6 +166,14 @@ class _Sampler:
         if self._seen is not None:
             self._seen.scatter_(1, chosen.clamp(min=0).unsqueeze(-1), True)
         return chosen
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    """Return whether a step is begun before the host knows whether it is needed.
+
+    A GPU then has work while the host looks at the tokens. At an answer's end that step was in vain.
+    """
+    return device.type == "cuda"
 
 
 class _Copied:

@@ -71,13 +71,12 @@ def row_uniforms(seed: int, prompt: Sequence[int], copy: int, count: int) -> NDA
 
 def _sampled(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """Sample by the inverse of the cumulative distribution, in float64."""
-    wide = logits.double()
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    wide = ranked.double()
     # The difference comes first: at the smallest temperatures it is 0 / T for the likeliest and −∞ for the others.
-    scaled = (wide - wide.amax(-1, keepdim=True)) / sampling.temperature
-    ranked, order = scaled.sort(dim=-1, descending=True, stable=True)
+    weights = ((wide - wide[:, :1]) / sampling.temperature).exp()
     if sampling.top_k is not None:
-        ranked[:, sampling.top_k :] = -torch.inf
-    weights = ranked.exp()
+        weights[:, sampling.top_k :] = 0
     if sampling.top_p is not None and sampling.top_p < 1:
         sums = weights.cumsum(-1)
         reached = (sums - weights) >= sums[:, -1:] * (sampling.top_p * (1 - ROUNDING))

@@ -1,0 +1,131 @@
+"""Generation with `yaongi-4b` in bfloat16, beside transformers' and vLLM's on the exported model.
+
+A call for n new tokens takes t₀ + n·t. Calls of two lengths give t, the time of a step. The floor is the bytes that a
+step must move, at COPY_BYTES_PER_S: weights, states, keys and values (`bytes_per_step`), at the middle of the longer
+call. Ours has its Engrams, which the others can't hold.
+"""
+
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measure import COPY_BYTES_PER_S, report
+
+from yaongi.model import Yaongi, load_preset
+from yaongi.model.count import bytes_per_step
+from yaongi.model.generation import generate
+from yaongi.model.hub.folder import export_nemotron_h
+
+PRESET = "yaongi-4b"
+PROMPT, LENGTHS, ROUNDS = 128, (16, 128), 3
+Call = Callable[[int], Any]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Yaongi]:
+    """Give the model, with initial weights."""
+    yield Yaongi(load_preset(PRESET), device="cuda", dtype=torch.bfloat16).eval()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def exported(model: Yaongi, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of the same model without its Engrams."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_nemotron_h(model, model.config, model.count_parameters(), folder, drop_engram=True)
+    return folder
+
+
+def prompts_of(model: Yaongi, batch: int) -> list[list[int]]:
+    """Return random prompts of PROMPT tokens."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(4, model.config.vocab_size, (batch, PROMPT), generator=random).tolist()
+
+
+def step_ms(call: Call) -> float:
+    """Return the milliseconds of a step: of the fastest calls of each length, host and GPU together."""
+    best = dict.fromkeys(LENGTHS, float("inf"))
+    for length in LENGTHS:
+        call(length)
+    for _ in range(ROUNDS):
+        for length in LENGTHS:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call(length)
+            torch.cuda.synchronize()
+            best[length] = min(best[length], time.perf_counter() - start)
+    short, long = LENGTHS
+    return 1e3 * (best[long] - best[short]) / (long - short)
+
+
+def report_step(benchmark: Any, request: pytest.FixtureRequest, model: Yaongi, batch: int, ms: float) -> None:
+    """Report a step's time, its floor, and tokens/s."""
+    position = PROMPT + LENGTHS[1] // 2
+    moved = bytes_per_step(model.count_parameters(), model.config, batch, position)
+    floor = 1e3 * moved / COPY_BYTES_PER_S
+    figures = {"ms": ms, "floor_ms": floor, "of_floor": floor / ms, "tokens_per_s": 1e3 * batch / ms}
+    report(benchmark, request, figures | {"gb_per_step": moved / 1e9})
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("cuda_graph", [True, False], ids=["recorded", "unrecorded"])
+def test_ours(batch: int, cuda_graph: bool, model: Yaongi, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Time greedy steps, recorded as a CUDA graph and not."""
+    prompts = prompts_of(model, batch)
+
+    def call(length: int) -> None:
+        answers = generate(model, prompts, max_new_tokens=length, stop=(), cuda_graph=cuda_graph)
+        assert all(len(answer) == length for answer in answers)
+
+    report_step(benchmark, request, model, batch, step_ms(call))
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_sampled(batch: int, model: Yaongi, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Time steps that sample as the command does by default."""
+    prompts, options = prompts_of(model, batch), {"temperature": 0.8, "top_p": 0.95}
+    ms = step_ms(lambda length: generate(model, prompts, max_new_tokens=length, stop=(), **options))  # type: ignore[arg-type]
+    report_step(benchmark, request, model, batch, ms)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_transformers(
+    batch: int, model: Yaongi, exported: Path, benchmark: Any, request: pytest.FixtureRequest
+) -> None:
+    """Time transformers' own greedy generation on the export."""
+    transformers = pytest.importorskip("transformers", reason="absent: pip install transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.bfloat16).to("cuda").eval()
+    ids = torch.tensor(prompts_of(model, batch), device="cuda")
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def call(length: int) -> None:
+        assert theirs.generate(ids, max_new_tokens=length, **options).shape == (batch, PROMPT + length)
+
+    bare = Yaongi(model.config.without_engram(), device="meta")
+    report_step(benchmark, request, bare, batch, step_ms(call))
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_vllm(batch: int, model: Yaongi, exported: Path, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Time vLLM's greedy generation on the export, without its prefix cache."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is absent: pip install vllm")
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        str(exported), skip_tokenizer_init=True, dtype="bfloat16", enable_prefix_caching=False, max_model_len=1024,
+        gpu_memory_utilization=0.6,
+    )  # fmt: skip
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(model, batch)]
+
+    def call(length: int) -> None:
+        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False))
+
+    bare = Yaongi(model.config.without_engram(), device="meta")
+    report_step(benchmark, request, bare, batch, step_ms(call))
