@@ -100,7 +100,7 @@ def refuse_serialised_wgmma() -> None:
 
 
 REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tyro", "rich", "wandb"]
-REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokenizers", "zstandard", "datasketch"]
+REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokenizers", "zstandard", "rensa"]
 EXTRAS = {
     "gguf": ["gguf>=0.18"],
     "peers": [

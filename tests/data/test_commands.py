@@ -67,7 +67,7 @@ def test_errors_are_one_line(
 def test_the_loader_needs_numpy_and_torch_only() -> None:
     script = (
         "import sys, yaongi.data.loader; "
-        "heavy = ('tyro', 'datasets', 'datasketch', 'sentencepiece', 'tokenizers', 'pyarrow'); "
+        "heavy = ('tyro', 'datasets', 'rensa', 'sentencepiece', 'tokenizers', 'pyarrow'); "
         "print([name for name in heavy if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

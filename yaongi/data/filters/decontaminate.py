@@ -87,7 +87,11 @@ def row_items(stream: IO[bytes], name: str) -> Iterator[str]:
     for row in read_rows(stream, name, fields):
         if isinstance(row, ValueError):
             raise row
-        for item in _strings(row):
+        try:
+            items = list(_strings(row))
+        except RecursionError:
+            raise ValueError(f"benchmark: rows of {name} must not be nested so deeply") from None
+        for item in items:
             yield from item.splitlines() if file_format(name) == ".txt" else [item]
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, count
@@ -47,8 +48,7 @@ class _Document:
 
     tokens: NDArray[np.int32]
     text_bytes: int
-    digest: bytes
-    sketch: NDArray[Any] | None
+    keys: list[int]  # for `dedup.Seen`
     held_out: bool
     contaminated: bool
 
@@ -68,8 +68,7 @@ class _Worker:
         return _Document(
             tokens=np.array(self.tokenizer.encode(text, eos=True), np.int32),
             text_bytes=len(text.encode()),
-            digest=dedup.digest(text),
-            sketch=dedup.signature(words) if near else None,
+            keys=[dedup.exact_key(text), *(dedup.band_keys(words) if near else [])],
             held_out=is_held_out(text, self.options.held_out),
             contaminated=self.benchmarks.touches(words),
         )
@@ -122,6 +121,8 @@ def _build(
 ) -> None:
     if not options.benchmarks:
         say("no --benchmark given: texts that quote benchmarks are NOT left out")
+    if options.near_duplicates:
+        say(f"near duplicates found, by the Jaccard similarity of their runs of five words: {dedup.curve()}")
     benchmarks = Benchmarks(benchmark_items(options.benchmarks))
     with _pool(_Worker(tokenizer.model, benchmarks, options), workers) as process:
         labels = _labels(sources)
@@ -151,7 +152,13 @@ def _plan(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> 
     """Return everything that decides the shards' content, so that a second run can see that nothing has changed."""
     inputs = [[s.domain, s.split, s.name, s.licence, s.share, s.fingerprint()] for s in sources]
     benchmarks = [[b, file.name, sha256_file(file)] for b in options.benchmarks for file in benchmark_files(b)]
-    plan = {"inputs": inputs, "tokenizer": tokenizer.hash, **asdict(options), "benchmarks": benchmarks}
+    plan = {
+        "inputs": inputs,
+        "tokenizer": tokenizer.hash,
+        "dedup": dedup.INDEX_VERSION,
+        **asdict(options),
+        "benchmarks": benchmarks,
+    }
     return json.loads(json.dumps(plan))
 
 
@@ -195,13 +202,13 @@ def _labels(sources: Sequence[Source]) -> dict[str, Source]:
 
 def _write_all(
     sources: Mapping[str, Source],
-    process: Callable[[Iterator[list[str]]], Iterator[_Document]],
+    process: Callable[[Iterator[list[str]]], Iterator[list[_Document]]],
     folder: Path,
     vocab_size: int,
     options: Options,
     say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, list[Shard]]], dict[str, dict[str, int]]]:
-    seen = dedup.Seen(near=options.near_duplicates)
+    seen = dedup.Seen()
     splits: dict[str, dict[str, list[Shard]]] = {TRAIN: {}, VAL: {}}
     counts: dict[str, dict[str, int]] = {}
     for number, (label, source) in sorted(enumerate(sources.items()), key=lambda item: item[1][1].split != VAL):
@@ -230,24 +237,23 @@ def _write_all(
 
 def _write_source(
     source: Source,
-    process: Callable[[Iterator[list[str]]], Iterator[_Document]],
+    process: Callable[[Iterator[list[str]]], Iterator[list[_Document]]],
     writers: dict[str, ShardWriter],
     seen: dedup.Seen,
 ) -> Counter[str]:
     counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", "exact", "near", "contaminated"), 0))
-    for document in process(batches(source.documents(), _BATCH_CHARACTERS)):
-        split = source.split or (VAL if document.held_out else TRAIN)
-        if split == TRAIN and document.contaminated:
-            counts["contaminated"] += 1
-            continue
-        kind = seen.kind(document.digest, document.sketch)
-        if kind:
-            counts[kind] += 1
-            continue
-        writers[split].add(document.tokens, document.text_bytes)
-        counts["documents"] += 1
-        counts["tokens"] += len(document.tokens)
-    counts.update({key: source.tally.total(key) for key in ("empty", "bad")})
+    for documents in process(batches(source.documents(), _BATCH_CHARACTERS)):
+        splits = [source.split or (VAL if document.held_out else TRAIN) for document in documents]
+        clean = [pair for pair in zip(splits, documents, strict=True) if pair[0] == VAL or not pair[1].contaminated]
+        counts["contaminated"] += len(documents) - len(clean)
+        for (split, document), kind in zip(clean, seen.kinds([document.keys for _, document in clean]), strict=True):
+            if kind:
+                counts[kind] += 1
+                continue
+            writers[split].add(document.tokens, document.text_bytes)
+            counts["documents"] += 1
+            counts["tokens"] += len(document.tokens)
+    counts.update({key: source.tally.total(key) for key in ("empty", "bad", "cut")})
     if not counts["documents"]:
         raise ValueError(f"data: source {source.name} of {source.domain} gave no documents ({dict(counts)})")
     return counts
@@ -268,21 +274,31 @@ def _run_worker(texts: list[str]) -> list[_Document]:
 
 
 @contextmanager
-def _pool(worker: _Worker, workers: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[_Document]]]:
-    """Give a function from batches of texts to their documents, in order, computed on `workers` processes."""
+def _killed() -> Iterator[None]:
+    """Tell of a worker process that was killed."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        ended = "a worker process was killed, perhaps for lack of memory"
+        raise ChildProcessError(f"tokenize: {ended}; run again, with fewer --workers") from error
+
+
+@contextmanager
+def _pool(worker: _Worker, workers: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[list[_Document]]]]:
+    """Give a function from batches of texts to those of their documents, in order, computed on `workers` processes."""
     if workers == 1:
-        yield lambda batches: chain.from_iterable(map(worker, batches))
+        yield lambda batches: map(worker, batches)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (worker,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (worker,)) as pool, _killed():
 
-        def ordered(batches: Iterator[list[str]]) -> Iterator[_Document]:
+        def ordered(batches: Iterator[list[str]]) -> Iterator[list[_Document]]:
             running: deque[Any] = deque()
             for batch in batches:
                 running.append(pool.submit(_run_worker, batch))
                 if len(running) > 2 * workers:
-                    yield from running.popleft().result()
+                    yield running.popleft().result()
             while running:
-                yield from running.popleft().result()
+                yield running.popleft().result()
 
         yield ordered
