@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read the object of a JSON file. Raises ValueError if the file isn't a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path.name}: must be JSON, got {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name}: must be a JSON object, got {type(value).__name__}")

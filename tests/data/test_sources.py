@@ -99,7 +99,14 @@ def test_a_compressed_file_that_ends_early_or_was_altered_is_refused(tmp_path: P
     path = tmp_path / f"a.jsonl.{ending}"
     path.write_bytes(whole)
     assert list(read_documents(path)) == TEXTS
-    for content in (whole[:-1], whole[:-20], pack(LINES) + b"more", b"not compressed", whole[:20] + b"??" + whole[22:]):
+    garbage = (b"more", b"more than a few bytes", b"\0" * 8 + b"more than a few bytes")
+    for content in (
+        whole[:-1],
+        whole[:-20],
+        *(pack(LINES) + more for more in garbage),
+        b"not compressed",
+        whole[:20] + b"??" + whole[22:],
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"a.jsonl.{ending} cannot be read") as caught:
             list(read_documents(path))

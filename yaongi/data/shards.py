@@ -144,7 +144,7 @@ class ShardSet:
         try:
             manifest = json.loads(content)
             version, built_for = manifest["version"], manifest["tokenizer_hash"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"shards: {path} is damaged ({error}); run python -m yaongi.data tokenize again"
             ) from error
@@ -187,7 +187,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
     record = folder / VERIFIED
     try:
         known = json.loads(record.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         known = {}
     fresh = {}
     for name, (sha256, size) in described_files(manifest).items():

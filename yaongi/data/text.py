@@ -52,6 +52,22 @@ def pieces(lines: Iterable[str], characters: int) -> Iterator[str]:
     return map("".join, batches(lines, characters))
 
 
+def cut(text: str, longest: int) -> list[str]:
+    """Return a text in parts of up to `longest` UTF-8 bytes, none of them blank; if it can be, it is cut at blanks."""
+    if len(text.encode()) <= longest:
+        return [text]
+    parts, start, most = [], 0, longest // 4
+    while start < len(text):
+        end = start + most
+        if end < len(text):
+            end = 1 + max(text.rfind(blank, start, end) for blank in "\n ")
+            end = end if end > start else start + most
+        if not (part := text[start:end]).isspace():
+            parts.append(part)
+        start = end
+    return parts
+
+
 def word_hashes(text: str) -> NDArray[np.uint64]:
     """Return a 64-bit hash of each word (a run of letters, digits and marks, case-folded): (words,).
 

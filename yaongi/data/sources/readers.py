@@ -4,7 +4,6 @@ import codecs
 import gzip
 import io
 import json
-import lzma
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ from typing import IO, Any, cast
 
 from yaongi.data.chat import render_chat
 from yaongi.data.sources.files import file_format
-from yaongi.data.sources.frames import open_bz2, open_zst
+from yaongi.data.sources.frames import open_bz2, open_xz, open_zst
 from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.text import pieces, refuse_surrogates
 
 TEXT_FIELDS = ("text", "content", "messages")
 Row = dict[str, Any] | ValueError  # an error says which row is bad and why
+LONGEST = 4_000_000
 _TXT_DOCUMENT_CHARACTERS = 1 << 16
+_LINE = 16  # characters that a JSON line may have for each byte of the longest document
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,13 @@ class Reading:
         ""  # field of the rows that holds the text; none: the first of text, content and messages with text
     )
     encoding: str = "utf-8"  # encoding of text files and JSON lines, such as cp949
+    max_document_bytes: int = LONGEST  # a longer text is cut into several documents
     bad_rows: float = BAD_ROWS  # share of a source's rows that may be bad and are skipped; one in any case
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError for one that doesn't fit."""
+        if self.max_document_bytes < 1000:
+            raise ValueError(f"data: max_document_bytes must be 1000 or more, got {self.max_document_bytes}")
         if not 0 <= self.bad_rows <= 1:
             raise ValueError(f"data: bad_rows must be a share from 0 to 1, got {self.bad_rows}")
         try:
@@ -58,7 +62,8 @@ def read_texts(path: Path, reading: Reading = PLAIN) -> Iterator[str | ValueErro
         ValueError: compression or encoding is broken, or a .parquet has none of the fields.
     """
     with path.open("rb") as file:
-        for number, row in enumerate(read_rows(file, str(path), reading.fields, encoding=reading.encoding)):
+        rows = read_rows(file, str(path), reading.fields, encoding=reading.encoding, longest=reading.max_document_bytes)
+        for number, row in enumerate(rows):
             fields = ("text",) if file_format(path.name) == ".txt" else reading.fields
             yield row_text(row, fields, f"{path}, row {number}")
 
@@ -97,7 +102,13 @@ def _no_text(fields: Sequence[str], got: str) -> str:
 
 
 def read_rows(
-    file: IO[bytes], name: str, fields: Sequence[str], start: int = 0, *, encoding: str = "utf-8"
+    file: IO[bytes],
+    name: str,
+    fields: Sequence[str],
+    start: int = 0,
+    *,
+    encoding: str = "utf-8",
+    longest: int = LONGEST,
 ) -> Iterator[Row]:
     """Yield the rows of a file from number `start` on; for a row that is no JSON object, the error.
 
@@ -105,6 +116,7 @@ def read_rows(
         name: its ending gives the format.
         fields: columns to read of a parquet file; other formats give all fields.
         encoding: of text files and JSON lines.
+        longest: bytes of text that a row may need; a JSON line of sixteen times as many characters is an error.
 
     Raises:
         ValueError: the content does not have the format; the message names the file.
@@ -117,21 +129,22 @@ def read_rows(
         utf8 = codecs.lookup(encoding).name == "utf-8"
         lines = io.TextIOWrapper(_decompressed(file, name), encoding="utf-8-sig" if utf8 else encoding, newline="")
         if kind == ".txt":
-            unix = (line[:-2] + "\n" if line.endswith("\r\n") else line for line in lines)
+            cut = iter(lambda: lines.readline(4 * longest), "")
+            unix = (line[:-2] + "\n" if line.endswith("\r\n") else line for line in cut)
             yield from islice(({"text": text} for text in pieces(unix, _TXT_DOCUMENT_CHARACTERS)), start, None)
         else:
-            yield from islice(_json_rows(lines, name, start), start, None)
+            yield from islice(_json_rows(_lines(lines, _LINE * longest), name, start), start, None)
     except UnicodeError as error:
         another = "cp949" if utf8 else "utf-8"
         raise ValueError(f"data: {name} cannot be read as {encoding}; try --encoding {another} ({error})") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"data: {name} cannot be read: {error}") from error
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     ending = Path(name.lower()).suffix
     if ending == ".xz":
-        return lzma.open(file)
+        return open_xz(file)
     if ending == ".gz":
         return cast(IO[bytes], gzip.open(file))
     if ending == ".bz2":
@@ -141,11 +154,25 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
     return file
 
 
-def _json_rows(lines: io.TextIOWrapper, name: str, start: int) -> Iterator[Row]:
-    rows = (line for line in lines if line.strip())
-    for number, line in enumerate(rows):
+def _lines(file: io.TextIOWrapper, longest: int) -> Iterator[str | None]:
+    """Yield the lines that are not blank; None for one of more than `longest` characters, which is never held."""
+    while line := file.readline(longest):
+        if len(line) < longest or line.endswith("\n"):
+            if not line.isspace():
+                yield line
+            continue
+        while line and not line.endswith("\n"):
+            line = file.readline(longest)
+        yield None
+
+
+def _json_rows(lines: Iterator[str | None], name: str, start: int) -> Iterator[Row]:
+    for number, line in enumerate(lines):
         if number < start:
             yield {}
+            continue
+        if line is None:
+            yield ValueError(f"data: {name}, row {number}: line too long (--max-document-bytes allows longer ones)")
             continue
         try:
             record = json.loads(line)

@@ -95,7 +95,7 @@ class _Opener:
     """The sources of paths."""
 
     def __init__(self, reading: Reading, say: Callable[[str], None]) -> None:
-        self._reading, self._tally = reading, partial(Tally, reading.bad_rows, say)
+        self._reading, self._tally = reading, partial(Tally, reading.bad_rows, say, reading.max_document_bytes)
 
     def path(self, domain: str, path: Path) -> tuple[list[Source], dict[str, str]]:
         """Return the source of a file or folder, and what is not read."""

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
+from yaongi.data.text import cut
+
 BAD_ROWS = 1e-4
 _EARLY = 1_000_000  # before a source's end its rows count as at least so many: bad rows may lie close together
 _SHOWN = 5
@@ -39,8 +41,17 @@ class BadRows:
 class Tally:
     """Counts of one source's rows: for each file, as of its last reading, documents, UTF-8 bytes, `empty` and `bad`."""
 
-    def __init__(self, bad_rows: float = BAD_ROWS, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, bad_rows: float = BAD_ROWS, say: Callable[[str], None] = print, longest: int | None = None
+    ) -> None:
+        """Start with no rows.
+
+        Args:
+            bad_rows: share of the rows that may be bad.
+            longest: bytes of the longest document; longer texts are cut, and counted as `cut`. None: no limit.
+        """
         self.files: dict[str, Counter[str]] = {}
+        self._longest = longest
         self._bad_rows = BadRows(bad_rows, say)
 
     def counted(self, file: str, texts: Iterable[str | ValueError]) -> Iterator[str]:
@@ -57,9 +68,18 @@ class Tally:
             elif not text or text.isspace():
                 counts["empty"] += 1
             else:
-                counts["documents"] += 1
-                counts["bytes"] += len(text.encode())
-                yield text
+                for part in self._parts(text, counts):
+                    counts["documents"] += 1
+                    counts["bytes"] += len(part.encode())
+                    yield part
+
+    def _parts(self, text: str, counts: Counter[str]) -> list[str]:
+        if self._longest is None or 4 * len(text) <= self._longest:
+            return [text]
+        parts = cut(text, self._longest)
+        if len(parts) > 1:
+            counts["cut"] += 1
+        return parts
 
     def total(self, key: str) -> int:
         """Return the sum of a count over all files."""

@@ -12,7 +12,7 @@ from yaongi.data.sources.sample import Sample
 from yaongi.data.sources.source import VAL
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
-from yaongi.files import sha256_file, write_atomically
+from yaongi.files import read_json, sha256_file, write_atomically
 
 RECORD = "training.json"
 
@@ -71,4 +71,7 @@ def _finished(out: Path, plan: Mapping[str, object]) -> Tokenizer | None:
     if not record.is_file() or not (out / MODEL_FILE).is_file():
         return None
     wanted = {**plan, "hash": sha256_file(out / MODEL_FILE)}
-    return Tokenizer.load(out) if json.loads(record.read_text()) == json.loads(json.dumps(wanted)) else None
+    try:
+        return Tokenizer.load(out) if read_json(record) == json.loads(json.dumps(wanted)) else None
+    except ValueError:
+        return None  # damaged: train again
