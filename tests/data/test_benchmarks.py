@@ -80,4 +80,4 @@ def test_from_the_hub_to_the_shards(
     run(monkeypatch, *write, "--out", str(tmp_path / "t"), "--benchmark", str(tmp_path / "b"))
     assert "1 contaminated" in capsys.readouterr().out
     run(monkeypatch, *write, "--out", str(tmp_path / "u"))
-    assert "no --benchmark given: texts that quote benchmarks are NOT left out" in capsys.readouterr().out
+    assert "no --benchmark given: texts that quote benchmarks are NOT dropped" in capsys.readouterr().out

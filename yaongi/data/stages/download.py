@@ -34,12 +34,15 @@ from yaongi.data.sources.hub import (
 from yaongi.data.sources.patience import Patience, network_errors, unavailable_errors
 from yaongi.data.sources.readers import Row, read_rows, row_text
 from yaongi.data.sources.tally import BAD_ROWS, BadRows
+from yaongi.data.stages.forecast import PACKED_BYTES, check_disk, duration, size
 from yaongi.data.text import normalize
 from yaongi.files import read_json, write_atomically
 
 PART_BYTES = 64_000_000
 _BLOBS_AT_ONCE = 64
 _FETCHERS = 32
+_USUAL_SPEED = 20e6  # bytes of text per second
+_SAID_EVERY = 1_000_000_000  # bytes of text between two lines on how far a download is
 
 
 @dataclass
@@ -107,15 +110,25 @@ def download(
 
     Raises:
         ValueError: a source gives no rows or too many bad ones, or the folder holds another.
-        OSError: a source could not be reached after several tries, and no fallback could replace it.
+        OSError: the disk has no room for the public mix, or a source could not be reached after several tries, and no
+            fallback could replace it.
     """
+    budgets = {
+        (domain, name): int(total_tokens * source.share / 100 * BYTES_PER_TOKEN.get(domain, OTHER_BYTES_PER_TOKEN))
+        for (domain, name), source in sources.items()
+    }
+    left = {key: _left(out.joinpath("train", *key), budget) for key, budget in budgets.items()}
+    text = sum(left.values())
+    disk, time = size(text * PACKED_BYTES), duration(text / _USUAL_SPEED)
+    say(f"to download: up to {size(text)} of text, {disk} on the disk, {time} at {size(_USUAL_SPEED)}/s")
+    planned = sum(left[key] for key, source in sources.items() if source.subset is None)  # others may be smaller
+    check_disk("download", out, planned * PACKED_BYTES)
     found = {}
     for (domain, name), source in sources.items():
-        budget = int(total_tokens * source.share / 100 * BYTES_PER_TOKEN.get(domain, OTHER_BYTES_PER_TOKEN))
-        progress = download_source(source, out / "train" / domain / name, budget, places, say, bad_rows)
+        folder = out / "train" / domain / name
+        progress = download_source(source, folder, budgets[domain, name], places, say, bad_rows)
         skipped = "".join(f", {count:,} {reason}" for reason, count in progress.skipped.items())
-        size = f"{progress.documents:,} documents{skipped}, {progress.bytes / 1e6:.1f} MB"
-        say(f"{name}: {size}, licence: {progress.licence}")
+        say(f"{name}: {progress.documents:,} documents{skipped}, {size(progress.bytes)}, licence: {progress.licence}")
         found[name] = progress
     return found
 
@@ -176,6 +189,7 @@ class _Download:
     def run(self) -> Progress:
         """Write parts until the budget is reached or the source ends, and record each in `source.json`."""
         progress = self.progress
+        began, begun = time.monotonic(), progress.bytes
         texts = iter(()) if progress.done else self._texts()
         while not progress.done:
             progress = self._write_part(texts, progress)
@@ -184,6 +198,10 @@ class _Download:
             if progress.done:
                 self.bad_rows.check(progress.skipped.get("bad", 0), progress.rows)
             self._record(progress)
+            if progress.bytes // _SAID_EVERY > self.progress.bytes // _SAID_EVERY and not progress.done:
+                speed = (progress.bytes - begun) / (time.monotonic() - began)
+                left = duration((progress.budget_bytes - progress.bytes) / speed)
+                self.say(f"{progress.id}: {size(progress.bytes)} at {size(speed)}/s, up to {left} left")
             self.progress = progress
         return progress
 
@@ -275,6 +293,14 @@ class _Download:
             except network_errors() as error:
                 failures += 1
                 self.patience.wait(failures, error)
+
+
+def _left(folder: Path, budget_bytes: int) -> int:
+    """Return how many bytes of text a source still lacks."""
+    kept = _kept(folder)
+    if kept.get("done") and kept["budget_bytes"] >= budget_bytes:
+        return 0
+    return max(0, budget_bytes - kept.get("bytes", 0))
 
 
 def _kept(folder: Path) -> dict[str, Any]:

@@ -24,11 +24,13 @@ from yaongi.data.sources.files import describe
 from yaongi.data.sources.readers import PLAIN, Reading
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources, is_held_out
 from yaongi.data.sources.specs import open_sources
+from yaongi.data.stages.forecast import SHARD_BYTES, check_disk, duration, size
 from yaongi.data.text import batches, normalize, word_hashes
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import sha256_file
 
 _BATCH_CHARACTERS = 1 << 19
+_USUAL_SPEED = 4e6  # bytes of text per second and core
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def tokenize_sources(
     Raises:
         ValueError: a source has no documents, unreadable content or too many bad rows, or a benchmark has no items.
         FileNotFoundError: a source or benchmark does not exist, or holds no files that can be read.
+        OSError: the disk has no room for the shards.
     """
     sources = open_sources(specs, options.reading, say)
     plan = _plan(sources, tokenizer, options)
@@ -104,10 +107,20 @@ def tokenize_sources(
         return done
     building = out.with_name(out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
+    workers = workers or os.cpu_count() or 1
+    _forecast(sources, out, workers, say)
     building.mkdir(parents=True)
-    _build(sources, tokenizer, building, options, plan, workers or os.cpu_count() or 1, say)
+    _build(sources, tokenizer, building, options, plan, workers, say)
     _replace(out, building)
     return ShardSet.open(out).manifest
+
+
+def _forecast(sources: Sources, out: Path, workers: int, say: Callable[[str], None]) -> None:
+    """Say how much there is to do, and check the disk."""
+    text = sum(source.bytes for source in sources)
+    shards, time = size(text * SHARD_BYTES), duration(text / _USUAL_SPEED / workers)
+    say(f"to tokenize: about {size(text)} of text to {shards} of shards, {time} on {workers} cores")
+    check_disk("tokenize", out, text * SHARD_BYTES)
 
 
 def _build(
@@ -120,7 +133,7 @@ def _build(
     say: Callable[[str], None],
 ) -> None:
     if not options.benchmarks:
-        say("no --benchmark given: texts that quote benchmarks are NOT left out")
+        say("no --benchmark given: texts that quote benchmarks are NOT dropped")
     if options.near_duplicates:
         say(f"near duplicates found, by the Jaccard similarity of their runs of five words: {dedup.curve()}")
     benchmarks = Benchmarks(benchmark_items(options.benchmarks))
@@ -148,12 +161,13 @@ def _build(
     )
 
 
-def _plan(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
+def _plan(sources: Sources, tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     """Return everything that decides the shards' content, so that a second run can see that nothing has changed."""
     inputs = [[s.domain, s.split, s.name, s.licence, s.share, s.fingerprint()] for s in sources]
     benchmarks = [[b, file.name, sha256_file(file)] for b in options.benchmarks for file in benchmark_files(b)]
     plan = {
         "inputs": inputs,
+        "left_out": sources.left_out,
         "tokenizer": tokenizer.hash,
         "dedup": dedup.INDEX_VERSION,
         **asdict(options),
