@@ -30,7 +30,14 @@ void raise_on_failure(const char* op, const char* message) {
 }
 
 YaongiType type_of(const Tensor& t) {
-  return t.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? YaongiType::bfloat16 : YaongiType::float16;
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return YaongiType::bfloat16;
+    case ScalarType::Float: return YaongiType::float32;
+    case ScalarType::Float8_e4m3fn: return YaongiType::float8_e4m3fn;
+    case ScalarType::Float8_e5m2: return YaongiType::float8_e5m2;
+    default: return YaongiType::float16;
+  }
 }
 
 // (…, rows, columns): Python has checked that the leading dimensions can be flattened into one.
@@ -52,12 +59,40 @@ void symmetric_product(Tensor x, std::optional<Tensor> y, std::optional<Tensor> 
                                             static_cast<float>(alpha), static_cast<float>(beta), current_stream(x)));
 }
 
+void matmul8(Tensor a, Tensor b, Tensor unit_a, Tensor unit_b, std::optional<Tensor> addend, Tensor out, bool exact,
+             Tensor workspace) {
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  const YaongiMatmul problem = {matrices(a),
+                                matrices(b),
+                                matrices(addend),
+                                matrices(out),
+                                type_of(a),
+                                type_of(b),
+                                type_of(out),
+                                static_cast<const float*>(unit_a.data_ptr()),
+                                static_cast<const float*>(unit_b.data_ptr()),
+                                exact,
+                                static_cast<int>(a.get_device_index())};
+  raise_on_failure("matmul8", yaongi_matmul(problem, workspace.data_ptr(), workspace.numel(), current_stream(a)));
+}
+
+int64_t cublaslt_version() { return yaongi_cublaslt_version(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(yaongi_cuda, library) {
+  library.def(
+      "matmul8(Tensor a, Tensor b, Tensor unit_a, Tensor unit_b, Tensor? addend, Tensor(a!) out, bool exact, "
+      "Tensor workspace) -> ()");
+  library.def("cublaslt_version() -> int");
   library.def("symmetric_product(Tensor x, Tensor? y, Tensor? c, float alpha, float beta, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(yaongi_cuda, CUDA, library) {
   library.impl("symmetric_product", TORCH_BOX(&symmetric_product));
+  library.impl("matmul8", TORCH_BOX(&matmul8));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(yaongi_cuda, CompositeExplicitAutograd, library) {
+  library.impl("cublaslt_version", TORCH_BOX(&cublaslt_version));
 }

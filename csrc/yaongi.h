@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-enum class YaongiType : int { float16, bfloat16 };
+enum class YaongiType : int { float16, bfloat16, float32, float8_e4m3fn, float8_e5m2 };
 
 // A batch of row-major matrices; strides count elements. `data` is nullptr if an optional argument is absent.
 struct YaongiMatrices {
@@ -18,3 +18,18 @@ struct YaongiMatrices {
 const char* yaongi_symmetric_product(YaongiType type, const YaongiMatrices& x, const YaongiMatrices& y,
                                      const YaongiMatrices& c, const YaongiMatrices& out, float alpha, float beta,
                                      cudaStream_t stream);
+
+// out = unit_a·unit_b · a·bᵀ + addend; a (M, K) and b (N, K) in 8-bit floats, out and addend (M, N) in bfloat16 or float32,
+// which may be the same memory. The units are on the device. `exact`: sums are promoted to float32 within the product.
+struct YaongiMatmul {
+  YaongiMatrices a, b, addend, out;
+  YaongiType a_type, b_type, out_type;
+  const float *unit_a, *unit_b;
+  bool exact;
+  int device;
+};
+
+const char* yaongi_matmul(const YaongiMatmul& problem, void* workspace, size_t workspace_bytes, cudaStream_t stream);
+
+// Version of the cuBLASLt that torch has loaded, such as 130101; 0 if there is none.
+int64_t yaongi_cublaslt_version();

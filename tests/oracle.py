@@ -8,6 +8,12 @@ plus a share of the row's largest value: 0.1 % and eight times the plain computa
 
 import torch
 
+# FP8. A cast may fall on the other side of a boundary where float32 itself was rounded: this share, by one code each.
+FLIPPED_CODES = 1e-4
+# Relative Frobenius errors of products of codes against float64: results in float32, of zero mean and of one sign, and
+# in bfloat16. By `exact`.
+PRODUCT_ERRORS = {True: {"zero mean": 5e-4, "one sign": 1.2e-3}, False: {"zero mean": 4e-3, "one sign": 0.25}}
+BFLOAT16_PRODUCT_ERROR = 2.5e-3
 SMALLEST = 1e-35  # kernels flush denormals, and what is computed from them
 ROW = 1e-3  # of a row's largest value; the scan's float32 gradients have this error at step sizes of 1e4
 TINY = 1e-6  # tolerance for a plain result that happens to be exact; relative to the largest exact value
@@ -56,3 +62,27 @@ def assert_equal_to_float64(actual: torch.Tensor, exact: torch.Tensor, relative:
         error = (actual.double() - exact.double()).abs().max()
         allowed = relative * exact.double().abs().max().clamp(min=1e-30)
         assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}"
+
+
+def frobenius_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return ‖actual − exact‖ / ‖exact‖."""
+    exact = exact.double()
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def assert_codes_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "codes") -> None:
+    """Assert that 8-bit floats are equal but for few, which are off by one code; NaN is any NaN."""
+    assert actual.dtype == expected.dtype, f"{name}: {actual.dtype} != {expected.dtype}"
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    if actual.numel():
+        steps = (_ordinal(actual) - _ordinal(expected)).abs()
+        assert steps.max() <= 1, f"{name}: off by {int(steps.max())} codes at flat index {int(steps.argmax())}"
+        share = float(steps.double().mean())
+        assert share <= FLIPPED_CODES, f"{name}: {share:.2e} of the codes differ, allowed {FLIPPED_CODES:.0e}"
+
+
+def _ordinal(codes: torch.Tensor) -> torch.Tensor:
+    """Number the codes in the order of their values; ±0 have one number, NaNs one."""
+    bits = codes.contiguous().view(torch.uint8).int()
+    signed = (bits & 127) * (1 - 2 * (bits >> 7))
+    return torch.where(codes.half().isnan(), 10_000, signed)

@@ -9,13 +9,23 @@ from functools import cache
 from typing import Any
 
 import torch
-from support import Results, converted, document_ids, outputs_and_gradients
+from support import Results, converted, document_ids, outputs_and_gradients, tensors_in, widened
 
 import yaongi.kernels
 from yaongi.kernels.backend import OPS
 
 Tensor = torch.Tensor
-IN_PLACE = {"causal_conv1d_step": ("state",), "mamba_step": ("state",), "teon_update": ("params", "momenta", "masters")}
+IN_PLACE = {
+    "causal_conv1d_step": ("state",),
+    "mamba_step": ("state",),
+    "teon_update": ("params", "momenta", "masters"),
+    "quantize8": ("amax",),
+    "squared_relu8": ("amax",),
+    "squared_relu8_backward": ("amax",),
+    "rms_norm8": ("amax",),
+    "rms_norm8_backward": ("amax",),
+    "matmul8_add": ("total",),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class Case:
     wanted: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     keep_float32: tuple[str, ...] = ()  # arguments that stay float32 in a narrower dtype
+    codes: tuple[str, ...] = ()  # arguments in float8_e4m3fn, which stand here as bytes
+    scalars: tuple[str, ...] = ()  # arguments that are scalar tensors in float32, which stand here as numbers
     rows: tuple[str, ...] = ()  # arguments whose first dimension counts independent rows: sequences, tokens, matrices
 
     def on(self, device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -34,6 +46,10 @@ class Case:
         wide = torch.promote_types(narrow, torch.float32)
         moved = {}
         for name, value in self.arguments.items():
+            if name in self.codes or name in self.scalars:
+                value = torch.as_tensor(value) if name in self.scalars else value.view(torch.float8_e4m3fn)
+                moved[name] = value.to(device, copy=True)
+                continue
             kind = wide if name in self.keep_float32 else narrow
             value = converted(value, lambda t, kind=kind: t.to(device, kind, copy=True))
             moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
@@ -67,12 +83,39 @@ def one_token(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value[:, 0] if name in ("x", "dt", "b", "c") else value for name, value in arguments.items()}
 
 
+def codes(*shape: int) -> Tensor:
+    """The bytes of random 8-bit floats."""
+    return torch.randn(*shape).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def fp8_cases() -> dict[str, Case]:
+    """The casts to FP8 and the products; sizes are multiples of 16, as the other order needs them."""
+    scale, scalars = {"scale": 64.0, "amax": 0.5}, ("scale", "amax")
+    operands = {"a": codes(40, 64), "b": codes(48, 64), "unit_a": 0.5, "unit_b": 0.125}
+    product = {"codes": ("a", "b"), "scalars": ("unit_a", "unit_b")}
+    norm = {"x": randn(48, 96), "weight": randn(96)}
+    scales = {"scale_y": 64.0, "scale_d": 32.0, "amax": 0.5}
+    gradients = {"dy": randn(48, 96), "extra": randn(48, 96), **norm, "inverse_rms": randn(48).abs()}
+    relu = {"da": randn(48, 96), "a8": codes(48, 96) & 127, "unit": 0.5, **scale}
+    return {
+        "quantize8": Case({"x": randn(48, 96), **scale, "column": True}, scalars=scalars),
+        "transpose8": Case({"x8": codes(3, 48, 96)}, codes=("x8",)),
+        "quantize_weight8": Case({"w": randn(3, 48, 96)}, dtype=torch.float32),
+        "squared_relu8": Case({"h": randn(48, 96), **scale}, scalars=scalars),
+        "squared_relu8_backward": Case(relu, codes=("a8",), scalars=("unit", *scalars)),
+        "rms_norm8": Case(norm | {"eps": 1e-3, **scale, "wide": True}, scalars=scalars, rows=("x",)),
+        "rms_norm8_backward": Case(gradients | scales, keep_float32=("inverse_rms",), scalars=tuple(scales)),
+        "matmul8": Case(operands | {"addend": randn(40, 48)}, rows=("a", "addend"), **product),
+        "matmul8_add": Case(operands | {"total": randn(40, 48)}, dtype=torch.float32, rows=("a", "total"), **product),
+    }
+
+
 @cache
 def cases() -> dict[str, Case]:
     """One call of every public op with all its optional tensors, by the op's name; the same numbers every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _cases()
+        return _cases() | fp8_cases()
 
 
 def _cases() -> dict[str, Case]:
@@ -167,13 +210,13 @@ def run(op: str, arguments: dict[str, Any], wanted: tuple[str, ...] = ()) -> Res
     """All that a call returns, changes or gives as a gradient."""
     function: Callable[..., Any] = getattr(yaongi.kernels, op)
     if op in IN_PLACE:
-        returned = function(**arguments)
-        results = {"output": returned} if isinstance(returned, torch.Tensor) else {}
+        results = {f"output {i}": t for i, t in enumerate(tensors_in(function(**arguments)))}
         for name in IN_PLACE[op]:
             value = arguments[name]
             results |= {f"{name} {i}": t for i, t in enumerate(value)} if isinstance(value, list) else {name: value}
-        return results
-    return outputs_and_gradients(function, arguments, wanted)
+    else:
+        results = outputs_and_gradients(function, arguments, wanted)
+    return widened(results)
 
 
 PUBLIC = {name for name in yaongi.kernels.__all__ if name in OPS}

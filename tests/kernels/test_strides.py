@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from op_cases import IN_PLACE, PUBLIC, UNCASED, Case, cases
-from support import Results, tensors_in, with_backends
+from support import Results, tensors_in, widened, with_backends
 
 import yaongi.kernels
 from yaongi.kernels import use_backend
@@ -74,6 +74,11 @@ def odd_unit_strides(t: Tensor) -> Tensor | None:
     return t.as_strided(t.shape, [7 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)])
 
 
+def entry_of_a_vector(t: Tensor) -> Tensor | None:
+    """A scalar that starts at a multiple of its own size alone."""
+    return None if t.dim() else torch.stack([t, t, t])[1]
+
+
 LAYOUTS: dict[str, Layout] = {
     function.__name__: function
     for function in (
@@ -87,6 +92,7 @@ LAYOUTS: dict[str, Layout] = {
         one_column_for_all,
         unaligned,
         odd_unit_strides,
+        entry_of_a_vector,
     )
 }
 
@@ -96,7 +102,7 @@ def laid_out(value: Any, layout: Layout) -> tuple[Any, Any] | None:
     if isinstance(value, list):
         pairs = [laid_out(t, layout) for t in value]
         return None if None in pairs else tuple(map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]
-    other = layout(value)
+    other = layout(value) if value.dim() or layout is entry_of_a_vector else None
     return None if other is None else (other, other.clone(memory_format=torch.contiguous_format))
 
 
@@ -125,7 +131,7 @@ def call(op: str, case: Case, arguments: dict[str, Any], layout: Layout | None =
             found = torch.autograd.grad(floats, inputs, others, retain_graph=True)
             results |= {f"plain {name}": d for name, d in zip(names, found, strict=True)}
         results |= dict(zip(names, torch.autograd.grad(floats, inputs, waves), strict=True))
-    return results
+    return widened(results)
 
 
 def assert_equal(results: Results, expected: Results, backend: str) -> None:
@@ -140,7 +146,8 @@ def places() -> list[tuple[str, str]]:
     """(op, argument) for every tensor argument of every op."""
     found = []
     for op, case in cases().items():
-        found += [(op, name) for name, value in case.arguments.items() if isinstance(value, (Tensor, list))]
+        tensors = [name for name, value in case.arguments.items() if isinstance(value, (Tensor, list))]
+        found += [(op, name) for name in (*tensors, *case.scalars)]
     return found
 
 

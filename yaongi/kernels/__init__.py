@@ -3,12 +3,21 @@
 from yaongi.kernels.backend import check_values, info, unavailable, use_backend
 from yaongi.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from yaongi.kernels.cross_entropy.op import cross_entropy, cross_entropy_backward
+from yaongi.kernels.fp8_quantize.op import (
+    quantize8,
+    quantize_weight8,
+    squared_relu8,
+    squared_relu8_backward,
+    transpose8,
+)
+from yaongi.kernels.fp8_quantize.reference import power_of_two_scale
 from yaongi.kernels.mamba_core.op import mamba_core
 from yaongi.kernels.mamba_scan.op import mamba_scan, mamba_step
+from yaongi.kernels.matmul8.op import matmul8, matmul8_add
 from yaongi.kernels.moe.op import moe, moe_route
 from yaongi.kernels.newton_schulz.op import newton_schulz, teon_update
 from yaongi.kernels.newton_schulz.reference import teon_direction, teon_weight
-from yaongi.kernels.rms_norm.op import gated_rms_norm, rms_norm
+from yaongi.kernels.rms_norm.op import gated_rms_norm, rms_norm, rms_norm8, rms_norm8_backward
 from yaongi.kernels.symmetric_product.op import symmetric_product
 
 __all__ = [
@@ -22,14 +31,24 @@ __all__ = [
     "mamba_core",
     "mamba_scan",
     "mamba_step",
+    "matmul8",
+    "matmul8_add",
     "moe",
     "moe_route",
     "newton_schulz",
+    "power_of_two_scale",
+    "quantize8",
+    "quantize_weight8",
     "rms_norm",
+    "rms_norm8",
+    "rms_norm8_backward",
+    "squared_relu8",
+    "squared_relu8_backward",
     "symmetric_product",
     "teon_direction",
     "teon_update",
     "teon_weight",
+    "transpose8",
     "unavailable",
     "use_backend",
 ]

@@ -135,9 +135,9 @@ def addressable(t: Tensor) -> Tensor:
 
     They read in place what starts at a multiple of 16 bytes and is contiguous, or has unit stride along the last
     dimension and positive multiples of 16 bytes as its other strides, as TMA needs them. The strides of dimensions of
-    size 1 don't count.
+    size 1 don't count. A scalar may be anywhere: it can be an entry of a vector.
     """
-    if t.data_ptr() % 16 == 0 and (t.is_contiguous() or _tma_can_read(t)):
+    if not t.dim() or (t.data_ptr() % 16 == 0 and (t.is_contiguous() or _tma_can_read(t))):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 

@@ -35,7 +35,7 @@ class Arguments:
         """Check a tensor's rank, sizes, dtype and device, and record the size of each letter.
 
         Args:
-            dims: a letter per dimension; a leading `"..."` stands for any number of dimensions.
+            dims: a letter per dimension, none for a scalar; a leading `"..."` stands for any number of dimensions.
             unit_stride: the last dimension must be contiguous.
             written: no two elements may share memory, because the op writes the tensor.
 
@@ -66,7 +66,7 @@ class Arguments:
             self.tensor(name, value, dims, dtypes)
 
     def _shape(self, name: str, shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
-        open_ended = dims[0] == "..."
+        open_ended = dims[:1] == ("...",)
         named = dims[1:] if open_ended else dims
         tail = shape[-len(named) :] if open_ended else shape
         if len(tail) != len(named):
@@ -116,8 +116,11 @@ class Arguments:
 def finite(op: str, **tensors: torch.Tensor | None) -> None:
     """Refuse non-finite values. For checked mode only, as it synchronises."""
     for name, value in tensors.items():
-        if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{op}: {name} must be finite, got {int((~value.isfinite()).sum())} non-finite values")
+        if value is None or not value.is_floating_point():
+            continue
+        finite = (value.half() if value.element_size() == 1 else value).isfinite()  # torch has none for 8-bit floats
+        if not bool(finite.all()):
+            raise ValueError(f"{op}: {name} must be finite, got {int((~finite).sum())} non-finite values")
 
 
 def documents(op: str, document_ids: torch.Tensor | None) -> None:

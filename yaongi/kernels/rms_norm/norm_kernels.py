@@ -135,7 +135,7 @@ def _norm_backward_kernel(
     tl.store(place, tl.sum(dweight, 0)[None, :], mask=i < size)
 
 
-def _blocks(config: Config, size: int) -> dict[str, int]:
+def row_blocks(config: Config, size: int) -> dict[str, int]:
     """Return the launch constants for groups of `size` channels."""
     block = triton.next_power_of_2(size)
     rows = max(1, config.elements // block)
@@ -156,7 +156,7 @@ def _forward(
         return
     rows, size = _rows(x), x.shape[-1] // groups
     others = None if other is None else _rows(other)
-    blocks = _blocks(FORWARD, size)
+    blocks = row_blocks(FORWARD, size)
     _norm_kernel[(triton.cdiv(rows.shape[0], blocks["ROWS"]), groups)](
         rows,
         others,
@@ -193,7 +193,7 @@ def fill_gradients(
     dys, us, dus = _rows(dy), _rows(u), _rows(du)
     extras, zs, dzs = (None if t is None else _rows(t) for t in (extra, z, dz))
     size = width // groups
-    blocks = _blocks(BACKWARD, size)
+    blocks = row_blocks(BACKWARD, size)
     programs = min(triton.cdiv(us.shape[0], blocks["ROWS"]), triton.cdiv(PROGRAMS, groups))
     partial = torch.empty(programs, width, dtype=torch.float32, device=u.device)
     _norm_backward_kernel[(programs, groups)](

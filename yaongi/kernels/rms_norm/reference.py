@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from yaongi.kernels.common.dtypes import compute_dtype
+from yaongi.kernels.fp8_quantize.reference import note_largest, quantized, transpose8_reference
 
 Tensor = torch.Tensor
 
@@ -86,3 +87,43 @@ def _norm_gradients(dy: Tensor, u: Tensor, weight: Tensor, eps: float, groups: i
     du = inverse_rms * (dnormalised - normalised * (dnormalised * normalised).mean(-1, keepdim=True))
     dweight = (dy * normalised.flatten(-2)).reshape(-1, dy.shape[-1]).sum(0)
     return du.flatten(-2), dweight
+
+
+def rms_norm8_reference(
+    x: Tensor,  # (T, D)
+    weight: Tensor,  # (D)
+    eps: float,
+    scale: Tensor,  # ()
+    amax: Tensor,  # ()
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # (T, D), (T, D) or empty, (T)
+    """Return the normalised x in E4M3, with `wide` also in x's dtype, and r of each row."""
+    kept = compute_dtype(x, weight)
+    inverse_rms = _inverse_rms(x.to(kept), eps)
+    y = x.to(kept) * inverse_rms * weight.to(kept)
+    note_largest(amax, y)
+    return quantized(y, scale).contiguous(), _rounded(y, x.dtype) if wide else x.new_empty(0), inverse_rms.squeeze(-1)
+
+
+def rms_norm8_backward_reference(
+    dy: Tensor,  # (T, D)
+    extra: Tensor | None,  # (T, D), another gradient of x
+    x: Tensor,  # (T, D)
+    weight: Tensor,  # (D)
+    inverse_rms: Tensor,  # (T)
+    scale_y: Tensor,  # ()
+    scale_d: Tensor,  # ()
+    amax: Tensor,  # ()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # like x, (T, D), (D, T), (D, T), (D) float32 or float64
+    """Return dx, dx in E4M3 in both orders, the forward's output transposed, and dweight."""
+    wide = compute_dtype(x, weight)
+    dy, weight, inverse_rms = dy.to(wide), weight.to(wide), inverse_rms.to(wide)[:, None]
+    normalised = x.to(wide) * inverse_rms
+    dnormalised = dy * weight
+    dx = inverse_rms * (dnormalised - normalised * (dnormalised * normalised).mean(-1, keepdim=True))
+    if extra is not None:
+        dx = dx + extra.to(wide)
+    note_largest(amax, dx)
+    d8, y8 = quantized(dx, scale_d).contiguous(), quantized(normalised * weight, scale_y)
+    dweight = (dy * normalised).sum(0)
+    return _rounded(dx, x.dtype), d8, transpose8_reference(d8), transpose8_reference(y8), dweight
