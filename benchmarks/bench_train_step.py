@@ -30,11 +30,13 @@ from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.step.stepper import Stepper
 
 CUDA = torch.device("cuda")
-MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-pairs": 1, "yaongi-small": 32}  # rows that fit into 80 GB beside the state
+# Rows that fit into 80 GB beside the state.
+MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-fp8": 2, "yaongi-4b-pairs": 1, "yaongi-small": 32}
 PEER_ROWS = {"yaongi-4b": 3, "yaongi-4b-pairs": 2}  # rows of 4096 tokens that fit with the composition
 LENGTHS = (2, 6)  # micro-batches per timed step
 PARTS = {  # of a step, by substrings of kernel names; the first match counts
     "experts": ("_moe",),
+    "casts to fp8": ("_quantize8", "_transpose8", "_squared_relu8", "_weight8"),
     "scan and step sizes": ("_mamba",),
     "convolution": ("_causal_conv1d", "_conv1d"),
     "norms": ("_norm", "_rms"),

@@ -70,7 +70,7 @@ def test_a_wheel_counts_and_lists_its_presets(run: Run) -> None:
     assert "4,278,461,952" in count.stdout, count.stderr
     unknown = run("model", "count", "yaongi-9b")
     assert unknown.returncode == 1
-    assert "yaongi-4b, yaongi-4b-pairs, yaongi-small, yaongi-tiny" in unknown.stderr
+    assert "yaongi-4b, yaongi-4b-fp8, yaongi-4b-pairs, yaongi-small, yaongi-tiny" in unknown.stderr
 
 
 def test_a_wheel_says_what_it_is(site: Path) -> None:

@@ -15,7 +15,9 @@ from yaongi.settings import FieldChecks, from_table, to_table
 
 AttentionBackend = Literal["auto", "sdpa", "varlen", "flex", "flash"]
 Gate = Literal["paper", "demo"]
+Precision = Literal["bf16", "fp8"]
 LAYER_LETTERS = "ME*"  # Mamba-2, experts, attention
+PRECISION_ROLES = {"M": "mamba_projections", "E": "shared_experts", "*": "attention_projections"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,35 @@ class EngramConfig:
 
 
 @dataclass(frozen=True)
+class PrecisionConfig:
+    """Which products run in FP8 while training, by role; everything else keeps the model's dtype."""
+
+    mamba_projections: Precision = "bf16"  # in_proj (its dt columns stay bf16 forwards) and out_proj of Mamba-2 layers
+    attention_projections: Precision = "bf16"  # q, k, v and o of attention layers
+    shared_experts: Precision = "bf16"  # both matrices of the shared expert
+    high_layers: tuple[int, ...] = (0, -1)  # layers that stay bf16 all the same; negative ones count from the end
+    exact: bool = True  # add products in full float32; false: faster on Hopper and less exact, except in gradients
+    margin: float = 4.0  # room above the largest value of the last steps before a cast saturates
+    history: int = 16  # optimizer steps whose largest values decide the scale of the next one
+
+    def __post_init__(self) -> None:
+        check = FieldChecks("precision")
+        check.types(self)
+        check.positive(self, "history", "margin")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The names of the roles in FP8."""
+        return tuple(name for name in PRECISION_ROLES.values() if getattr(self, name) == "fp8")
+
+    def layers(self, pattern: str) -> tuple[int, ...]:
+        """Return the indices of the layers with FP8 products."""
+        high = {layer % len(pattern) for layer in self.high_layers}
+        chosen = [i for i, kind in enumerate(pattern) if PRECISION_ROLES[kind] in self.roles]
+        return tuple(i for i in chosen if i not in high)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The model's architecture: its layers and every size."""
 
@@ -75,6 +106,7 @@ class ModelConfig:
     attention_backend: AttentionBackend = "auto"  # auto: the fastest that is right for the device and data
     compressed_vocab_size: int | None = None  # compressed ids for Engram (V_c); training sets it; None: no compression
     engram: tuple[EngramConfig, ...] = ()  # the Engrams, by ascending layer
+    precision: PrecisionConfig = PrecisionConfig()  # what is multiplied in FP8 while training; models are saved without
 
     def __post_init__(self) -> None:
         """Check the fields. Raises ValueError, with a message of one line, for one that doesn't fit."""
@@ -87,6 +119,22 @@ class ModelConfig:
         self._check_sizes(check)
         self._check_tokens(check)
         self._check_engram(check)
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Check that FP8 products have sizes that tensor cores take, and that `high_layers` are layers."""
+        check, count = FieldChecks("precision"), len(self.pattern)
+        fits = all(-count <= layer < count for layer in self.precision.high_layers)
+        check.require(fits, "high_layers", f"layers of {-count} to {count - 1}", self.precision.high_layers)
+        inner = {
+            "M": self.mamba_width,
+            "E": self.shared_expert_size,
+            "*": self.attention_heads * self.attention_head_dim,
+        }
+        for kind in sorted({self.pattern[i] for i in self.precision.layers(self.pattern)}):
+            sizes = self.hidden_size, inner[kind]
+            if any(size % 16 for size in sizes):
+                raise ValueError(f"linear: sizes must be multiples of 16 for fp8, got {sizes[0]} and {sizes[1]}")
 
     def _check_sizes(self, check: FieldChecks) -> None:
         heads, groups = self.mamba_heads, self.mamba_groups
@@ -136,8 +184,12 @@ class ModelConfig:
         return dataclasses.replace(self, engram=(), compressed_vocab_size=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a dict of numbers, strings, lists and dicts for `from_dict`; fields that are None are left out."""
+        """Return a dict of numbers, strings, lists and dicts for `from_dict`.
+
+        Fields that are None are left out, and so is the precision, which belongs to a training.
+        """
         fields = dataclasses.asdict(self)
+        del fields["precision"]
         fields["engram"] = [to_table(engram) for engram in fields["engram"]]
         return to_table(fields)
 
@@ -146,7 +198,8 @@ class ModelConfig:
         """Make a config from a dict such as a TOML `[model]` table. A ValueError names an unknown or missing key."""
         engram = fields.get("engram", ())
         FieldChecks("config").require(isinstance(engram, (list, tuple)), "engram", "a list of tables", repr(engram))
-        nested = {"engram": tuple(from_table(EngramConfig, table, "engram") for table in engram)}
+        nested: dict[str, Any] = {"engram": tuple(from_table(EngramConfig, table, "engram") for table in engram)}
+        nested["precision"] = from_table(PrecisionConfig, fields.get("precision", {}), "precision")
         return from_table(cls, dict(fields) | nested, "config")
 
 

@@ -17,12 +17,15 @@ from yaongi.model.engram.hashing import hash_plans, ngram_window
 from yaongi.model.hub import folder as hub
 from yaongi.model.hub.weights import read_shards
 from yaongi.model.initialize import initialize
+from yaongi.model.layers.fp8_layers import Travelling
+from yaongi.model.layers.fp8_scales import Fp8Scales
 from yaongi.model.layers.linear import Embedding, Linear
 from yaongi.model.layers.norm import RMSNorm, add_and_norm
 from yaongi.model.layers.plain import is_plain
 from yaongi.model.losses import NO_TARGET, Losses, head_cross_entropy, module_cross_entropy, next_tokens
 from yaongi.model.mixers.attention import Attention
 from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, plan_attention
+from yaongi.model.mixers.fp8_mixers import LETTERS, Fp8Products
 from yaongi.model.mixers.mamba2 import Mamba2
 from yaongi.model.mixers.moe import MoE, Routing
 
@@ -56,10 +59,11 @@ class Layer(nn.Module):
         self.engram = engram
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, device, dtype)
         self.mixer: Any = MIXERS[self.kind](config, device, dtype)
+        self.fp8: Fp8Products | None = None  # set where the dense products run in FP8
 
     def forward(
         self, hidden: Tensor, delta: Tensor | None, context: Context, cache: Any = None
-    ) -> tuple[Tensor, Tensor, Routing | None]:
+    ) -> tuple[Tensor, Tensor | None, Routing | None]:
         """Apply the layer.
 
         Args:
@@ -74,6 +78,10 @@ class Layer(nn.Module):
             hidden = hidden if delta is None else hidden + delta
             engram_cache = None if cache is None else cache.engram
             delta = self.engram(hidden, context.window, context.document_ids, engram_cache)
+        if self.fp8 is not None and self.fp8.scales.enabled and cache is None:
+            hidden = hidden if delta is None else hidden + delta
+            out, routing = self.fp8(hidden, context.document_ids, context.attention, context.with_routing)
+            return out, None, routing
         hidden, normed = add_and_norm(self.norm, hidden, delta)
         mixer_cache = None if cache is None else cache.mixer
         if self.kind == "M":
@@ -95,12 +103,28 @@ class Backbone(nn.Module):
         engrams = {e.layer: Engram(config, e, plan, device, dtype) for e, plan in plans}
         self.layers = nn.ModuleList(Layer(config, i, engrams.get(i), device, dtype) for i in range(len(config.pattern)))
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps, device, dtype)
+        self.fp8_scales = self._use_fp8(device)
         self.longest = max((max(e.orders) for e in config.engram), default=0)
         self.compression: Tensor | None
         if config.engram and config.compressed_vocab_size is not None:
             self.register_buffer("compression", torch.zeros(config.vocab_size, dtype=torch.int64, device=device))
         else:
             self.compression = None
+
+    def _use_fp8(self, device: torch.device | None) -> Fp8Scales | None:
+        """Give the layers that the config's precision names FP8 products, and return the scales, if there are any."""
+        precision, pattern = self.config.precision, self.config.pattern
+        chosen = precision.layers(pattern)
+        if not chosen:
+            return None
+        sites = [f"layers.{i} {letter}" for i in chosen for letter in LETTERS[pattern[i]]]
+        scales, travelling = Fp8Scales(sites, precision.margin, precision.history, device), Travelling()
+        for i in chosen:
+            layer: Any = self.layers[i]
+            alone = i - 1 in chosen and layer.engram is None
+            before = f"layers.{i - 1}" if alone else None
+            layer.fp8 = Fp8Products(layer, f"layers.{i}", before, scales, travelling, precision.exact)
+        return scales
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None, *, with_routing: bool = False) -> Context:
         """Prepare the inputs that the layers share, for these tokens."""
@@ -275,6 +299,24 @@ class Yaongi(nn.Module):
         if other is not None:
             got = "the extra" if other in found else "none of"
             raise ValueError(f"save_pretrained: tensors must be those of the config, got {got} {other}")
+
+    @property
+    def fp8_scales(self) -> Fp8Scales | None:
+        """The scales of the FP8 casts; None where the config's precision has no FP8."""
+        return self.backbone.fp8_scales
+
+    def fp8_weights(self) -> list[Tensor]:
+        """Return the weights that training multiplies in FP8, which are float32 or wider."""
+        return [weight for fp8 in self._fp8_products() for part in fp8.weights for weight in part]
+
+    def refresh_fp8(self) -> None:
+        """Cast those weights anew where they have changed; call it before a recorded micro-batch is replayed."""
+        for fp8 in self._fp8_products():
+            fp8.refresh()
+
+    def _fp8_products(self) -> list[Fp8Products]:
+        layers: Any = self.backbone.layers
+        return [layer.fp8 for layer in layers if layer.fp8 is not None]
 
     def count_parameters(self) -> ParameterCounts:
         """Count the parameters: total, active and by part; works on the meta device too."""

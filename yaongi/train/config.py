@@ -149,8 +149,12 @@ class Config:
     run: Running = field(default_factory=Running)
 
     def __post_init__(self) -> None:
-        """Check `recompute`. Raises ValueError if it names layers that the model doesn't have."""
+        """Check `recompute`, and that FP8 fits. Raises ValueError if it names layers that the model doesn't have."""
         recomputed_layers(self.run.recompute, self.model.pattern)
+        tokens = self.train.row_tokens
+        if tokens % 16 and self.model.precision.layers(self.model.pattern):
+            rows = self.run.micro_rows or 1
+            raise ValueError(f"train: a micro-batch must be a multiple of 16 tokens for fp8, got {rows} x {tokens}")
 
 
 def load_config(name: str) -> Config:

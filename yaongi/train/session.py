@@ -14,7 +14,7 @@ from yaongi.data.loader import Batch
 from yaongi.train.build import build_model, fit_to_data, open_data
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
 from yaongi.train.checkpoint.model_folder import save_model
-from yaongi.train.checkpoint.resume import find_run
+from yaongi.train.checkpoint.resume import compare_sites, find_run, fp8_sites
 from yaongi.train.config import Config, as_dict
 from yaongi.train.distributed.sharding import shard
 from yaongi.train.distributed.world import World
@@ -114,10 +114,16 @@ class Session:
         self.evaluator = Evaluator(self.loader, config.run.evaluate_rows, world, self.display.warn)
 
     def _restore(self, path: Path, meta: dict[str, Any]) -> None:
-        tensors = self._tensors()
+        saved, here = meta.get("fp8_sites", []), fp8_sites(self.model)
+        note = compare_sites(saved, here)
+        if note:
+            self.display.say(note)
+        tensors = self._tensors(with_scales=saved == here)
         self.loader.load_state_dict(meta["data"])
         self.checkpoints.load(path, tensors)
         self.optimizer.refresh()
+        if self.model.fp8_scales is not None and saved:
+            self.model.fp8_scales.restore()
         set_rng_state(tensors["rng"], self.world.device)
         self.guard.load_state_dict(meta["guard"])
         self.step = int(meta["step"])
@@ -210,14 +216,23 @@ class Session:
         with self.meter.paused():
             bits = self.evaluator.bits_per_byte(self.model, self.plan.micro_rows)
             self.metrics.write("evaluation", self.step, bpb=bits, tokens=self._tokens())
-            text = " ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
-            self.display.say(f"step {self.step}: held-out bits per byte {text}")
+            self._say_bits("", bits)
+            scales = self.model.fp8_scales
+            if scales is not None and self.step == self.schedule.steps:
+                with scales.disabled():  # as the saved model will be run
+                    without = self.evaluator.bits_per_byte(self.model, self.plan.micro_rows)
+                self.metrics.write("evaluation_without_fp8", self.step, bpb=without, tokens=self._tokens())
+                self._say_bits(" without fp8", without)
             self._log({f"bpb/{domain}": value for domain, value in bits.items()})
             if self.config.run.sample_tokens:
                 drawn = draw_samples(self.model, self.tokenizer, self.config.run.sample_tokens, self.world.device)
                 self.metrics.write("samples", self.step, texts=drawn)
                 for name, sample in drawn.items():
                     self.display.say(f"  {name}: {' '.join(sample.split())}")
+
+    def _say_bits(self, how: str, bits: dict[str, float]) -> None:
+        text = " ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
+        self.display.say(f"step {self.step}: held-out bits per byte{how} {text}")
 
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint, and record how long training stood still for it.
@@ -239,6 +254,7 @@ class Session:
                 "data": self.loader.state_dict(),
                 "tokenizer": self.tokenizer.hash,
                 "guard": self.guard.state_dict(),
+                "fp8_sites": fp8_sites(self.model),
                 "seconds": self.meter.seconds,
             }
             waited = self.checkpoints.save(self.step, self._tensors(), meta)
@@ -267,13 +283,15 @@ class Session:
         """Return whether something that happens every `every` steps, and after the last one, is due now."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self, *, with_scales: bool = True) -> dict[str, Any]:
         """Return the tensors of a checkpoint; a weight with a master copy is left out, for it is that copy's cast."""
         state = self.optimizer.tensors()
         weights = {
             name: p.detach() for name, p in self.model.state_dict().items() if "master" not in state.get(name, {})
         }
-        return {"model": weights, "optimizer": state, "rng": rng_state(self.world.device)}
+        tensors = {"model": weights, "optimizer": state, "rng": rng_state(self.world.device)}
+        scales = self.model.fp8_scales
+        return tensors | ({"fp8": {"history": scales.history}} if scales is not None and with_scales else {})
 
     def _tokens(self) -> int:
         return self.step * self.config.train.batch_tokens

@@ -81,7 +81,7 @@ def _write_nemotron_h(
     model: nn.Module, config: ModelConfig, counts: ParameterCounts, folder: Path, shard_bytes: int, *, lost: str | None
 ) -> None:
     config, counts, dtype = config.without_engram(), counts.without_engram(), _dtype_name(model)
-    kept = {n: t for n, t in model.state_dict().items() if not any(mark in n for mark in ENGRAM_TENSORS)}
+    kept = {n: t for n, t in _state(model).items() if not any(mark in n for mark in ENGRAM_TENSORS)}
     write_shards(kept, folder, shard_bytes)
     write_json(folder / "config.json", nemotron_h_config(config, dtype))
     _write_rest(config, folder, model_card(config, counts, dtype, hub=True, lost=lost))
@@ -91,7 +91,7 @@ def _write_yaongi(
     model: nn.Module, config: ModelConfig, counts: ParameterCounts, folder: Path, shard_bytes: int
 ) -> None:
     dtype = _dtype_name(model)
-    write_shards(model.state_dict(), folder, shard_bytes)
+    write_shards(_state(model), folder, shard_bytes)
     write_json(folder / "config.json", yaongi_config(config, dtype))
     shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), folder / f"{REMOTE_CODE}.py")
     _write_rest(config, folder, model_card(config, counts, dtype, hub=False))
@@ -101,6 +101,12 @@ def _write_rest(config: ModelConfig, folder: Path, card: str) -> None:
     """Write the generation config and the model card."""
     write_json(folder / "generation_config.json", control_tokens(config))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors to store; projections that training keeps in float32, for FP8, in the dtype of the others."""
+    dtype, state = model.get_parameter("lm_head.weight").dtype, model.state_dict()
+    return {n: t.to(dtype) if n.endswith("_proj.weight") else t for n, t in state.items()}
 
 
 def _dtype_name(model: nn.Module) -> str:

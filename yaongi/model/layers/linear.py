@@ -25,10 +25,10 @@ class Linear(nn.Linear):
         Args:
             into: (T, outputs) for x (T, inputs): add the result to it in place, with one rounding.
         """
-        gradient = accumulation_target(self.weight)
+        gradient, weight = accumulation_target(self.weight), self.weight.to(x.dtype)  # float32 where FP8 is trained
         if gradient is None:
-            return linear_product(x, self.weight, into)
-        return AccumulatingLinear.apply(x, self.weight, gradient, into)
+            return linear_product(x, weight, into)
+        return AccumulatingLinear.apply(x, weight, gradient, into)
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (…, inputs) to (…, outputs), and return x again for another product or kernel that reads it.
@@ -39,7 +39,7 @@ class Linear(nn.Linear):
         gradient = accumulation_target(self.weight)
         if gradient is None or not x.requires_grad:
             return self(x), x
-        return ForkedLinear.apply(x, self.weight, gradient)
+        return ForkedLinear.apply(x, self.weight.to(x.dtype), gradient)
 
 
 def fork(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,12 @@ class Attention(nn.Module):
             cache.fill(k, v)
         return self.o_proj(attend(q, k, v, plan).flatten(-2))
 
+    def core(self, projected: Tensor, plan: AttentionPlan) -> Tensor:
+        """Map q, k and v side by side, (B, L, …), to o_proj's input (B, L, heads·D)."""
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in projected.split([width, kv_width, kv_width], dim=-1))
+        return attend(q, k, v, plan).flatten(-2)
+
     def _step(self, q: Tensor, k: Tensor, v: Tensor, plan: CachedAttention, cache: AttentionCache | None) -> Tensor:
         """Add one token's key and value to the cache, and attend to it; all (B, 1, …, D)."""
         if cache is None or cache.keys is None or cache.values is None:

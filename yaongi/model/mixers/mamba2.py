@@ -64,19 +64,7 @@ class Mamba2(KeepsFloat32):
             return self._step(x, cache)
         projected = self.in_proj(x)
         if cache is None and is_plain(self.norm, GatedRMSNorm):
-            y = mamba_core(
-                projected,
-                self.conv1d.taps,
-                self.conv1d.bias,  # type: ignore[arg-type]  # this convolution has one
-                self._rates(),
-                self.D,
-                self.dt_bias,
-                self.norm.weight,
-                groups=self.groups,
-                eps=self.norm.eps,
-                document_ids=document_ids,
-            )
-            return self.out_proj(y)
+            return self.out_proj(self.core(projected, document_ids))
         z, xbc, dt = projected.split(self.splits, dim=-1)
         taps, bias, rates = self.conv1d.taps, self.conv1d.bias, self._rates()
         xbc, conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
@@ -85,6 +73,21 @@ class Mamba2(KeepsFloat32):
         if cache is not None:
             cache.conv, cache.state, cache.rates = conv, state, rates
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def core(self, projected: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Map in_proj's output to out_proj's input: convolution, scan and gated norm, (B, L, H·P)."""
+        return mamba_core(
+            projected,
+            self.conv1d.taps,
+            self.conv1d.bias,  # type: ignore[arg-type]  # this convolution has one
+            self._rates(),
+            self.D,
+            self.dt_bias,
+            self.norm.weight,
+            groups=self.groups,
+            eps=self.norm.eps,
+            document_ids=document_ids,
+        )
 
     def _step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """Map the next token (B, 1, d) to (B, 1, d), and update the filled cache in place."""

@@ -77,18 +77,33 @@ class MoE(nn.Module):
         """
         require_plain(self.experts, Experts, "experts")
         rows = x.reshape(-1, x.shape[-1])
-        logits, rows = self.gate.fork(rows) if is_plain(self.gate, Router) else (self.gate(rows), rows)
+        logits, rows = self._logits(rows)
         shared = is_plain(self.shared_experts, SharedExpert)
         h, rows = self.shared_experts.up(rows) if shared else (rows, rows)
+        y, ids, load = self._routed(rows, logits)
+        y = (self.shared_experts.down(h, y) if shared else y + self.shared_experts(rows)).view(x.shape)
+        return y, Routing(load, self._balance(logits, ids, x.shape[0])) if with_routing else None
+
+    def core(self, rows: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (T, d), the tokens of `batch` rows, to the routed experts' sum (T, d), the balance loss and the load."""
+        require_plain(self.experts, Experts, "experts")
+        logits, rows = self._logits(rows)
+        y, ids, load = self._routed(rows, logits)
+        return y, self._balance(logits, ids, batch), load
+
+    def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the router's logits, and the rows again for the experts."""
+        return self.gate.fork(rows) if is_plain(self.gate, Router) else (self.gate(rows), rows)
+
+    def _routed(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the routed experts' sum (T, d), the experts (T, K), and the tokens that each expert got (E)."""
         bias = correction_bias(self.gate).to(logits.dtype)
         ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
         up, down = self.experts.up_proj, self.experts.down_proj
         dw_up, dw_down = accumulation_target(up), accumulation_target(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
-        y = moe(rows, up, down, ids, weights, weight_gradients=sums)
-        y = (self.shared_experts.down(h, y) if shared else y + self.shared_experts(rows)).view(x.shape)
-        if not with_routing:
-            return y, None
-        batch = x.shape[0]
-        balance = compiled(sequence_balance, x.device.type)
-        return y, Routing(load, balance(logits.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1))))
+        return moe(rows, up, down, ids, weights, weight_gradients=sums), ids, load
+
+    def _balance(self, logits: Tensor, ids: Tensor, batch: int) -> Tensor:
+        balance = compiled(sequence_balance, logits.device.type)
+        return balance(logits.unflatten(0, (batch, -1)), ids.unflatten(0, (batch, -1)))

@@ -75,6 +75,8 @@ def console_line(record: dict[str, Any], steps: int) -> str:
         f"mem {record['memory'] / 1e9:.1f}G",
         f"data {100 * record['data_wait']:.1f}%",
     ]
+    if "fp8_saturated" in record:
+        parts.append(f"fp8 saturated {100 * record['fp8_saturated']:.1f}%")
     if "experts_cv" in record:
         parts.append(f"experts cv {record['experts_cv']:.2f} dead {record['experts_dead']}")
     return " | ".join([*parts, f"eta {duration(record['eta'])}"])

@@ -55,7 +55,7 @@ class Meter:
         elapsed = self._lap()
         self._steps += 1
         self._seconds += elapsed
-        values = {
+        values: dict[str, Any] = {
             "loss": result.loss,
             "bpb": result.loss * result.targets / result.text_bytes / math.log(2),
             "z": result.z,
@@ -67,6 +67,8 @@ class Meter:
             **self._speed(elapsed),
             "memory": self._memory(),
         }
+        if result.fp8_saturated is not None:
+            values |= {"fp8_saturated": result.fp8_saturated, "fp8_reach": result.fp8_reach}
         if self._is_hopper():
             values["mfu"] = values["tflops"] * 1e12 / _H100_FLOPS / self._plan.processes
         return values

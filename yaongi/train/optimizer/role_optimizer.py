@@ -8,8 +8,9 @@ Each parameter has a role (`roles.py`):
 - Engram tables take Adam on the rows that have a gradient.
 
 A parameter narrower than float32 has a float32 master copy: the update changes the master copy, and the parameter is
-its cast. Under FSDP the state is sharded like the parameters. Frozen parameters, which require no gradient, are left
-out. A step doesn't synchronise with the GPU, except to find the tables' rows.
+its cast. Beside such parameters a float32 one, whose casts are FP8, is its own master. Under FSDP the state is sharded
+like the parameters. Frozen parameters, which require no gradient, are left out. A step doesn't
+synchronise with the GPU, except to find the tables' rows.
 """
 
 from collections import defaultdict
@@ -45,6 +46,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         """
         self._train = train
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self._own_masters = set(model.fp8_weights()) if model.lm_head.weight.dtype not in WIDE else set()
         self._units, self._vectors, self._tables = partition_parameters(model, train)
         self._matrices = list(dict.fromkeys(p for unit in self._units for p in unit.parameters))
         in_groups: dict[str, list[nn.Parameter]] = {
@@ -118,6 +120,8 @@ class RoleOptimizer(torch.optim.Optimizer):
         casts, masters = [], []
         for parameter, rows in parts:
             if "master" in self.state[parameter]:
+                if parameter in self._own_masters:
+                    continue
                 casts.append(rows_of(local_part(parameter.detach()), rows))
                 masters.append(rows_of(local_part(self.state[parameter]["master"]), rows))
         if casts:
@@ -128,6 +132,8 @@ class RoleOptimizer(torch.optim.Optimizer):
             if parameter.dtype not in WIDE:
                 self.state[parameter]["master"] = parameter.detach().float()
                 parameter.grad_dtype = torch.float32  # for gradient accumulation
+            elif parameter in self._own_masters:
+                self.state[parameter]["master"] = parameter.detach()
         for parameter in self._matrices:
             self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=momentum_dtype)
         for vector in self._vectors:

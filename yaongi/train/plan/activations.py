@@ -17,6 +17,7 @@ def activation_bytes(model: Yaongi, rows: int, length: int, device: torch.device
     dense = [p for name, p in model.named_parameters() if not name.endswith("engram.table.weight")]
     for parameter in dense:
         parameter.grad = torch.zeros_like(parameter)  # so that gradients aren't counted as activations
+    model.refresh_fp8()
     with PeakMode() as peak:
         losses = model.losses(ids, documents)
         (losses.cross_entropy_sum + losses.balance).backward()

@@ -98,9 +98,10 @@ def _state_bytes(model: Yaongi, config: Config, world: World) -> dict[str, int]:
     train, roles = config.train, parameter_roles(model)
     momentum = train.matrix_momentum_dtype(world.device) if train.matrix_optimizer == "teon" else None
     sizes = {"weights": 0, "masters": 0, "gradients": 0, "momentum": 0, "moments": 0}
+    fp8 = {id(weight) for weight in model.fp8_weights()}
     for name, parameter in model.named_parameters():
         role, count = roles[name], parameter.numel() // world.size
-        sizes["weights"] += count * parameter.element_size()
+        sizes["weights"] += count * (parameter.element_size() + (2 if id(parameter) in fp8 else 0))  # two casts
         sizes["masters"] += 4 * count if parameter.element_size() < 4 else 0
         if role.kind != "table" or world.size == 1:  # with several processes the tables' gradients are sparse
             sizes["gradients"] += 4 * count

@@ -13,7 +13,7 @@ from yaongi.train.distributed.world import World
 from yaongi.train.formatting import duration, gigabytes
 from yaongi.train.plan.advice import advise
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
-from yaongi.train.plan.speed import kernels_here, step_speed
+from yaongi.train.plan.speed import fp8_here, kernels_here, step_speed
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Plan:
     dollars: float
     advice: str  # empty if it fits
     kernels: str  # the implementations that run here and, on other devices than an H100, how much slower they are
+    precision: str  # what runs in FP8; empty if nothing does
 
     @property
     def share(self) -> int:
@@ -61,7 +62,8 @@ class Plan:
             "processes",
             "flops_per_token",
         )
-        return {name: getattr(self, name) for name in names} | {"predicted_memory": self.memory.total}
+        figures = {name: getattr(self, name) for name in names} | {"predicted_memory": self.memory.total}
+        return figures | ({"precision": self.precision} if self.precision else {})
 
     def lines(self) -> str:
         """Return the figures as lines to print."""
@@ -81,6 +83,8 @@ class Plan:
             ("", by_part),
             ("time", f"about {duration(self.seconds)}, guessed from the speed of a matrix product"),
         ]
+        if self.precision:
+            rows.insert(5, ("precision", self.precision))
         if self.dollars:
             rows.append(("cost", f"about ${self.dollars:,.2f}"))
         return "\n".join(f"{name:<12} {text}" for name, text in rows)
@@ -90,9 +94,13 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
     """Work out the figures; this takes a second or two.
 
     Raises:
-        ValueError: the global batch can't be divided into equal micro-batches on every process.
+        ValueError: the global batch can't be divided into equal micro-batches on every process, or there are several
+            processes with FP8.
     """
     train, device = config.train, world.device
+    precision = fp8_here(config.model, device)
+    if precision and world.size > 1:
+        raise ValueError(f"train: fp8 must run in one process, got {world.size}: its scales and weights aren't sharded")
     dtype = train.weight_dtype(device)
     model = build_model(config, tokenizer, "meta", dtype=dtype)
     forecast = MemoryForecast(model, config, world)
@@ -123,6 +131,7 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
         dollars=seconds / 3600 * config.run.dollars_per_hour,
         advice="" if forecast.fits(rows) else advise(share, rows, config.run.recompute, forecast.fits),
         kernels=kernels_here(device, speed),
+        precision=precision,
     )
 
 

@@ -5,8 +5,11 @@ import time
 import torch
 
 from yaongi.kernels import unavailable
+from yaongi.model import ModelConfig
+from yaongi.model.config import PRECISION_ROLES
 
 _SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # FLOP/s of a training step over FLOP/s of a large matrix product
+FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 _H100_SPEED = 0.5 * 7.3e14  # FLOP/s of a bfloat16 training step on an H100, by the same estimate
 
 
@@ -34,6 +37,18 @@ def kernels_here(device: torch.device, speed: float) -> str:
         return f"plain torch, right and slow: {slower}; the fast ones want an NVIDIA GPU"
     reason = unavailable("cuda")
     return "CUDA and Triton" if reason is None else f"Triton and torch's products, {slower}: {reason}"
+
+
+def fp8_here(model: ModelConfig, device: torch.device) -> str:
+    """Return what runs in FP8 and where it is only emulated; empty without FP8."""
+    layers = model.precision.layers(model.pattern)
+    if not layers:
+        return ""
+    kinds = {PRECISION_ROLES[model.pattern[i]] for i in layers}
+    roles = ", ".join(role for role in model.precision.roles if role in kinds).replace("_", " ")
+    real = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    how = "" if real else "; emulated here, slower than bf16"
+    return f"fp8: {roles} in {len(layers)} of {len(model.pattern)} layers{how}"
 
 
 def _synchronize(device: torch.device) -> None:

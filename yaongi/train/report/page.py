@@ -73,6 +73,9 @@ def _facts(records: Records, steps: Records) -> list[tuple[str, str]]:
         ("device", plan["device"]),
         ("skipped steps, spikes", f"{bad}, {sum(bool(r.get('spike')) for r in steps)}"),
     ]
+    if "precision" in plan:
+        saturated = max(r.get("fp8_saturated", 0.0) for r in steps)
+        facts.append(("precision", f"{plan['precision']}; up to {100 * saturated:.1f}% of a step's casts saturated"))
     if "loss" in last:
         speed = f"{short(last['tokens_per_second'])} tokens/s, {significant(last['tflops'])} TFLOP/s"
         facts.append(("speed at the end", speed + (f", MFU {100 * last['mfu']:.1f}%" if "mfu" in last else "")))
@@ -84,8 +87,12 @@ def _bits_table(records: Records) -> str:
     if not evaluations:
         return "<p>none measured</p>"
     first, last = evaluations[0], evaluations[-1]
-    rows = [("", f"step {first['step']}", f"step {last['step']}")]
+    rows: list[tuple[str, ...]] = [("", f"step {first['step']}", f"step {last['step']}")]
     rows += [(d, f"{first['bpb'][d]:.3f}", f"{last['bpb'][d]:.3f}") for d in last["bpb"]]
+    without: dict[str, float] = next((r["bpb"] for r in records if r["event"] == "evaluation_without_fp8"), {})
+    if without:
+        more = ["without fp8", *(f"{value:.3f}" for value in without.values())]
+        rows = [(*row, cell) for row, cell in zip(rows, more, strict=True)]
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 

@@ -36,6 +36,8 @@ class StepResult:
     text_bytes: int  # UTF-8 bytes of the predicted tokens
     loads: torch.Tensor  # (MoE layers, E) int64: tokens each expert got
     bad: str | None  # None, or the non-finite tensor nearest to the loss; then nothing was updated
+    fp8_saturated: float | None = None  # share of the FP8 casts that saturated; None without FP8
+    fp8_reach: float | None = None  # the largest magnitude before an FP8 cast, as a share of what it can hold
 
 
 class Stepper:
@@ -58,6 +60,7 @@ class Stepper:
             cuda_graph: on one GPU, record a micro-batch as a CUDA graph and replay it.
         """
         self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
+        self._scales = model.fp8_scales
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
@@ -89,15 +92,18 @@ class Stepper:
         average_unsharded_gradients((p for _, p in self._named if not is_sharded(p)), self._world)
         gnorm = total_norm(self._gradients(), self._world)
         sums = self._world.all_reduce(self._sums.clone())
-        loss, z, balance, norm, count, size = torch.stack(
-            [*sums.unbind(), gnorm, targets.double(), text_bytes.double()]
+        measured = [] if self._scales is None else self._scales.measures().double().unbind()
+        loss, z, balance, norm, count, size, *fp8 = torch.stack(
+            [*sums.unbind(), gnorm, targets.double(), text_bytes.double(), *measured]
         ).tolist()
         bad = None
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad = self._name_nonfinite(sums[0])
-        else:
+        if all(map(math.isfinite, (loss, norm, *fp8))):
             self._update(loads, norm, lr)
-        return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad)
+        else:
+            bad = self._name_nonfinite(sums[0])
+        if self._scales is not None:
+            (self._scales.advance if bad is None else self._scales.discard)()
+        return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad, *fp8)
 
     def _count(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the predicted tokens of the global batch and their UTF-8 bytes."""
@@ -121,7 +127,10 @@ class Stepper:
             torch._foreach_zero_(self._gradients())
         else:
             self._optimizer.zero_grad(set_to_none=True)
-        for ids, documents in moved:
+        self._model.refresh_fp8()
+        with self._scales.first_micro_batch() if self._scales is not None else contextlib.nullcontext():
+            self._accumulate(*moved[0], targets)
+        for ids, documents in moved[1:]:
             self._accumulate(ids, documents, targets)
 
     def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
@@ -177,7 +186,11 @@ class Stepper:
         gradients = (
             (f"the gradient of {n}", local_part(p.grad)) for n, p in reversed(self._named) if p.grad is not None
         )
-        here = first_nonfinite(itertools.chain(weights, [("the loss", loss)], gradients))
+        here = first_nonfinite(weights)
+        site = None if here or self._scales is None else self._scales.bad_site()
+        if site is not None:
+            return f"{site}, before its cast to fp8,"
+        here = here or first_nonfinite(itertools.chain([("the loss", loss)], gradients))
         names = [here]
         if self._world.size > 1:
             names = [None] * self._world.size

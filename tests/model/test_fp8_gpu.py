@@ -1,0 +1,146 @@
+"""FP8 layers on an H100: kernels against the emulation in a whole model, recorded micro-batches, and evaluation."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fp8_support import FP8
+from model_support import ENGRAM, packed, small_model, token_ids
+from test_model_gpu import SIZES, PinnedRoutes
+from torch.nn.functional import cosine_similarity
+
+from yaongi.kernels import use_backend
+from yaongi.model import Yaongi
+from yaongi.model.layers.accumulation import fused_accumulation
+from yaongi.model.mixers import moe as moe_module
+
+pytestmark = pytest.mark.gpu
+Tensor = torch.Tensor
+OPS = ("quantize8", "transpose8", "quantize_weight8", "squared_relu8", "rms_norm8", "matmul8", "matmul8_add")
+
+
+def fp8_model() -> Yaongi:
+    return small_model("MEM*ME", torch.bfloat16, precision=FP8, **SIZES).to("cuda")
+
+
+def gradients(model: Yaongi, ids: Tensor, documents: Tensor) -> dict[str, Tensor]:
+    """Every gradient of a micro-batch, and the largest magnitudes of its casts."""
+    scales: Any = model.fp8_scales
+    scales.discard()
+    model.zero_grad()
+    with scales.first_micro_batch():
+        losses = model.losses(ids, documents)
+        (losses.cross_entropy_sum / losses.targets + 1e-2 * losses.balance).backward()
+    found = {name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"amax": scales.amax[:-1].clone()}
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """Run the FP8 ops by their references, everything else by its kernels."""
+    with contextlib.ExitStack() as stack:
+        for op in OPS:
+            stack.enter_context(use_backend("reference", op=op))
+        yield
+
+
+def test_kernels_are_near_the_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same scales and routes, every gradient of a whole model: cosine of at least 0.999; and the same bits in
+    two runs."""
+    model = fp8_model()
+    ids, documents = token_ids(model, 2, 208).cuda(), packed((60, 1, 147), (208,)).cuda()
+    routes = PinnedRoutes()
+    monkeypatch.setattr(moe_module, "moe_route", routes)
+    gradients(model, ids, documents)  # calibrates: each layer asks once, whatever is cast twice
+    routes.recording = False
+    routes.calls = 0
+    first = gradients(model, ids, documents)
+    routes.calls = 0
+    second = gradients(model, ids, documents)
+    routes.calls = 0
+    with emulated():
+        expected = gradients(model, ids, documents)
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), name
+        cosine = cosine_similarity(gradient.flatten().double(), expected[name].flatten().double(), dim=0)
+        assert cosine >= 0.999, f"{name}: {cosine}"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_recorded_micro_batch_reads_new_scales_and_weights(rows: int) -> None:
+    """Replays give the bits of plain runs, also after a step has changed weights and scales."""
+    model = fp8_model()
+    scales: Any = model.fp8_scales
+    batches = [(token_ids(model, rows, 208).cuda(), packed(*[(60, 1, 147)] * rows).cuda()) for _ in range(4)]
+    ids, documents = (t.clone() for t in batches[0])
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+    stream = torch.cuda.Stream()
+
+    def micro_batch() -> None:
+        with fused_accumulation():
+            losses = model.losses(ids, documents)
+            (losses.cross_entropy_sum / losses.targets).backward()
+
+    def run(recorded: bool) -> list[dict[str, Tensor]]:
+        found = []
+        for given_ids, given_documents in batches:
+            ids.copy_(given_ids)
+            documents.copy_(given_documents)
+            for parameter in model.parameters():
+                parameter.grad.zero_()  # type: ignore[union-attr]
+            model.refresh_fp8()
+            if recorded:
+                graph.replay()
+            else:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream), scales.first_micro_batch():
+                    micro_batch()
+                torch.cuda.current_stream().wait_stream(stream)
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            scales.advance()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.01)
+        return found
+
+    run(recorded=False)  # calibrates, and makes workspaces and casts of weights
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    buffers = {name: t.clone() for name, t in scales.named_buffers()}
+    expected = run(recorded=False)
+    model.refresh_fp8()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        micro_batch()
+    model.load_state_dict(state)
+    for name, buffer in scales.named_buffers():
+        buffer.copy_(buffers[name])
+    for results, wanted in zip(run(recorded=True), expected, strict=True):
+        for name, gradient in results.items():
+            assert torch.equal(gradient, wanted[name]), name
+
+
+def test_an_evaluation_runs_any_length_and_leaves_no_trace() -> None:
+    model = fp8_model()
+    scales: Any = model.fp8_scales
+    gradients(model, token_ids(model, 2, 208).cuda(), packed((208,), (208,)).cuda())
+    before = {name: t.clone() for name, t in scales.named_buffers() if name != "amax"}
+    amax, ids = scales.amax[:-1].clone(), token_ids(model, 1, 77).cuda()
+    with torch.no_grad():
+        ours = model(ids)
+        with scales.disabled():
+            plain = model(ids)
+    assert torch.equal(scales.amax[:-1], amax)
+    assert all(torch.equal(t, before[name]) for name, t in scales.named_buffers() if name != "amax")
+    cosine = cosine_similarity(ours.flatten().double(), plain.flatten().double(), dim=0)
+    assert 0.9 < cosine < 1  # some tokens go to other experts
+
+
+def test_engrams_layers_run() -> None:
+    assert ENGRAM in SIZES["engram"]  # type: ignore[operator]
+    model = fp8_model()
+    found = gradients(model, token_ids(model, 2, 208).cuda(), packed((60, 148), (208,)).cuda())
+    assert all(gradient.isfinite().all() for gradient in found.values())
