@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from small_run import FOR_KERNELS, arguments, config_of, final_tensors, losses, session_of
+from study_fp8_sites import study, table
 
 from yaongi.kernels.fp8_quantize.op import refuses_gpu
 from yaongi.model import load_preset
@@ -129,7 +130,7 @@ def test_what_is_not_finite_before_a_cast_is_named_and_skipped(tokens: Path, tmp
 def test_plan_log_metrics_report_and_both_evaluations(
     tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tokens, tmp_path / "run", *FP8)
+    train(tokens, tmp_path / "run", *FP8, *AS_ON_A_GPU, "--sample-tokens", "3")
     out = capsys.readouterr().out
     said = "fp8: mamba projections, shared experts, attention projections in 4 of 5 layers; emulated here, slower than"
     assert said in out
@@ -143,6 +144,7 @@ def test_plan_log_metrics_report_and_both_evaluations(
     page = (tmp_path / "run" / "report.html").read_text()
     assert "emulated here" in page
     assert "without fp8" in page
+    assert len(records(tmp_path / "run", "samples")[-1]["texts"]) == 3  # generated in bf16
 
 
 def test_what_fp8_cannot_do_is_refused(tokens: Path, tmp_path: Path) -> None:
@@ -193,3 +195,15 @@ def test_tiny_learns_as_without(tokens: Path, tmp_path: Path) -> None:
         means[name] = sum(loss for _, loss, _ in found[-10:]) / 10
         assert found[-1][1] < found[0][1] - 1
     assert abs(means["fp8"] / means["bf16"] - 1) < 5e-3, means
+
+
+def test_the_study_of_sites(tokens: Path, tmp_path: Path) -> None:
+    """All sites are looked at; what is far below the others is lost to zero, and nothing saturates."""
+    found = study([*arguments(tokens, tmp_path / "run"), *FP8, "--sample-tokens", "0"], 2)
+    assert len(found) == 16
+    assert all(shares["saturated"] == 0 and 0 <= shares["to_zero"] < 0.5 for shares in found.values())
+    assert all(0 < shares["reach"] <= 1 for shares in found.values())
+    assert "| sa | 1 |" in table(found)
+    assert (tmp_path / "run" / "fp8_sites.json").exists()
+    with pytest.raises(ValueError, match=r"^study_fp8_sites: some role must be fp8, got none"):
+        study(arguments(tokens, tmp_path / "other"), 1)
