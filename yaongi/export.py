@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from yaongi import cli
+from yaongi.files import read_json, write_json
 
 if TYPE_CHECKING:
     from yaongi.data.tokenizer import Tokenizer
@@ -52,9 +53,7 @@ class Export:
             print(f"leaving out {lost}; --measure TOKENS prints what that costs")
         if self.out is not None:
             export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
-            for name in TOKENIZER_FILES:
-                if (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, self.out / name)
+            copy_tokenizer(self.folder, self.out)
             print(f"wrote {self.out}")
         if self.gguf is not None:
             self._write_gguf(model, self.gguf)
@@ -98,6 +97,16 @@ def without_engram(model: "Yaongi") -> "Yaongi":
     kept = smaller.state_dict().keys()
     smaller.load_state_dict({name: t for name, t in model.state_dict().items() if name in kept}, assign=True)
     return smaller
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the tokenizer's files; one that doesn't say on which side it pads, as older ones don't, pads on the left."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    config = out / "tokenizer_config.json"
+    if config.is_file():
+        write_json(config, {"padding_side": "left", **read_json(config)})
 
 
 def vocabulary_of(tokenizer: "Tokenizer") -> "Vocabulary":

@@ -10,7 +10,16 @@ import torch
 from model_support import ENGRAM, roughened, small_config
 from oracle import assert_equal_to_float64
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 from yaongi.model import EngramConfig, Yaongi, compression_map
@@ -224,6 +233,25 @@ def test_gradient_checkpointing_gives_the_same_gradient(theirs: Any) -> None:
     theirs.gradient_checkpointing_disable()
     theirs.zero_grad()
     assert_equal_to_float64(found[1], found[0], NEAR)
+
+
+def test_transformers_trainer_trains_and_saves_it(folder: Path, fast: Any, tmp_path: Path) -> None:
+    """Run a few steps on padded batches of the library's own collator, and read what it saved."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    fast.pad_token = "<|pad|>"
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[], use_cpu=True,
+        gradient_checkpointing=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": fast(text)["input_ids"]} for text in TEXTS * 4]
+    trainer = Trainer(model, settings, DataCollatorForLanguageModeling(fast, mlm=False), rows)
+    assert trainer.train().training_loss < 20
+    trainer.save_model(str(tmp_path / "trained"))
+    after = Yaongi.from_pretrained(tmp_path / "trained").state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in model.model.state_dict().items())
+    same = [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
+    assert set(same) <= {"backbone.compression", *(n for n in before if n.endswith("e_score_correction_bias"))}
 
 
 @pytest.mark.parametrize(

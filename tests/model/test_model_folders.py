@@ -201,6 +201,7 @@ def test_engram_is_exported_only_when_told_to_be_dropped(tmp_path: Path) -> None
 def test_the_export_command(tmp_path: Path) -> None:
     engram_model().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "<|eos|>"}')
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "yaongi.export", str(tmp_path / "model"), "--out", *arguments]
@@ -215,6 +216,8 @@ def test_the_export_command(tmp_path: Path) -> None:
     done = run(str(tmp_path / "out"), "--drop-engram")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert said == {"padding_side": "left", "eos_token": "<|eos|>"}
     Yaongi.from_pretrained(tmp_path / "out")
 
 

@@ -89,7 +89,6 @@ def nemotron_h_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "initializer_range": math.sqrt(0.8 / config.hidden_size),
         "intermediate_size": config.expert_size,
         "mamba_ssm_cache_dtype": "float32",
-        "norm_eps": config.norm_eps,
         "rescale_prenorm_residual": True,
         "residual_in_fp32": False,
         "time_step_floor": TIME_STEP_FLOOR,
