@@ -11,6 +11,7 @@ from model_support import ENGRAM, packed, roughened, small_config, small_model, 
 from oracle import assert_equal_to_float64
 
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
+from yaongi.generate import Generate
 from yaongi.model import EngramConfig, Yaongi, decoding, generation
 from yaongi.model.count import bytes_per_step
 from yaongi.model.decoding import LENGTH_STEP, Cache, RecordedStep, prefill, step, stepper
@@ -21,6 +22,7 @@ from yaongi.model.sampling import Sampling
 
 LENGTH = 30
 ENGRAMS = (ENGRAM, EngramConfig(layer=3, heads=2, head_dim=4, rows=70, orders=(2, 3, 4), gate="demo"))
+GOT = f"got cuda:99 with {torch.cuda.device_count()} GPUs there"
 PROMPTS = [[5, 7, 11], list(range(17)), [60] * 8, [1]]
 
 
@@ -85,15 +87,6 @@ def test_unequal_prompts_in_a_batch(engram: bool, sampling: dict[str, float]) ->
         assert len(set(map(tuple, copies))) == 3
 
 
-def test_attention_over_more_places_than_a_step_adds() -> None:
-    """Read past two multiples of LENGTH_STEP, so that the places attended to grow twice."""
-    model = model_of(engram=True)
-    input_ids = token_ids(model, 2, 530)
-    with torch.no_grad():
-        full = model(input_ids)[:, 249:]
-    assert_equal_to_float64(cached_logits(model, input_ids, 250), full, 1e-5)
-
-
 def test_a_cache_grows_and_its_rows_are_chosen() -> None:
     model, chosen = model_of(engram=True), torch.tensor([2, 0, 0])
     input_ids = token_ids(model, 3, LENGTH)
@@ -147,7 +140,7 @@ def test_a_recorded_step_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     caches = [prefill(model, ids[:, :250], capacity=ids.shape[1])[1] for _ in range(2)]
     recorded, places = RecordedStep(model, caches[0]), {t.data_ptr() for t in tensors_of(caches[0])}
     for place in range(250, ids.shape[1]):
-        assert torch.equal(recorded(ids[:, place]), step(model, ids[:, place], caches[1])), place
+        assert_equal_to_float64(recorded(ids[:, place]), step(model, ids[:, place], caches[1]), 1e-5)
         assert caches[0].position == caches[1].position == place + 1
     assert [graph.calls for graph in Repeated.made] == [6, LENGTH_STEP, 9]
     assert {t.data_ptr() for t in tensors_of(caches[0])} == places
@@ -297,50 +290,61 @@ def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
 
 
-def test_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run it as a program with prompts of both kinds, and in this process for the rest."""
     small_model(vocab_size=tokenizer.vocab_size, max_sequence_length=64).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    options = ("--max-new-tokens", "5", "--seed", "3")
-    done = run(str(tmp_path), "--prompt", "aq", "--prompt", "qa b", *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("aq")
-    assert "\nqa b" in done.stdout
-    assert done.stdout == run(str(tmp_path), "--prompt", "aq", "--prompt", "qa b", *options).stdout
     (tmp_path / "prompt.txt").write_text("qa b\n")
+
+    def printed(**options: Any) -> str:
+        Generate(tmp_path, **{"max_new_tokens": 5, "seed": 3, "device": "cpu"} | options).run()
+        return capsys.readouterr().out
+
+    both = printed(prompt=("aq", "qa b"))
+    assert both.startswith("aq")
+    assert "\nqa b" in both
+    assert both == printed(prompt=("aq", "qa b"))
     files = ("--prompt-file", "-", "--prompt-file", str(tmp_path / "prompt.txt"))
-    assert run(str(tmp_path), *files, *options, stdin="aq\n").stdout == done.stdout
-    alone = run(str(tmp_path), "--prompt", "qa b", *options).stdout
-    assert alone == "qa b" + done.stdout.split("\nqa b")[1]
-    stop = alone[6:8]
-    assert run(str(tmp_path), "--prompt", "qa b", *options, "--stop", stop).stdout == alone[:6] + "\n"
+    done = run(str(tmp_path), *files, "--max-new-tokens", "5", "--seed", "3", "--device", "cpu", stdin="aq\n")
+    assert done.stdout == both, done.stderr
+    alone = printed(prompt=("qa b",))
+    assert alone == "qa b" + both.split("\nqa b")[1]
+    assert printed(prompt=("qa b",), stop=(alone[6:8],)) == alone[:6] + "\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    small_model("M", vocab_size=tokenizer.vocab_size, max_sequence_length=64).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        (["--prompt", "aq" * 200], "generate: prompts must be at most "),
-        ([], "generate: --prompt or --prompt-file must be given, got neither\n"),
-        (["--prompt-file", "/none"], "[Errno 2] No such file or directory: '/none'\n"),
-        (["--prompt", "a", "--stop", ""], "generate: stop strings must be one character or longer, got an empty one\n"),
-        (
-            ["--prompt", "a", "--device", "gpux"],
-            "generate: device must be auto, cpu, gpu, cuda or cuda:N, got 'gpux'\n",
-        ),
-        (
-            ["--prompt", "a", "--device", "cuda:9"],
-            "generate: device must be one that this machine has, got cuda:9 with ",
-        ),
+        ({}, "generate: --prompt or --prompt-file must be given, got neither"),
+        ({"prompt_file": (Path("/none"),)}, "[Errno 2] No such file or directory: '/none'"),
+        ({"prompt": ("a",), "stop": ("",)}, "generate: stop strings must be one character or longer, got an empty one"),
+        ({"prompt": ("a",), "device": "gpux"}, "generate: device must be auto, cpu, gpu, cuda or cuda:N, got 'gpux'"),
+        ({"prompt": ("a",), "device": "cuda:99"}, f"generate: device must be one that this machine has, {GOT}"),
     ],
-    ids=lambda value: None if isinstance(value, str) else "_".join(value[::2]) or "nothing",
+    ids=lambda value: None if isinstance(value, str) else "_".join(value) or "nothing",
 )
-def test_the_command_refuses_in_one_line(
-    tokenizer: Tokenizer, tmp_path: Path, arguments: list[str], message: str
+def test_the_command_refuses_before_it_prints(
+    folder: Path, options: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small_model("M", vocab_size=tokenizer.vocab_size, max_sequence_length=64).save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    done = run(str(tmp_path), *arguments)
+    with pytest.raises((ValueError, OSError)) as caught:
+        Generate(folder, **options).run()
+    assert str(caught.value) == message
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_s_mistake_is_one_line(folder: Path) -> None:
+    done = run(str(folder), "--prompt", "aq" * 200)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.startswith("error: generate: prompts must be at most ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 

@@ -22,10 +22,10 @@ from yaongi.data.sources.embedded.corpus import embedded_sources
 from yaongi.data.sources.sample import Sample
 from yaongi.data.text import normalize
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
+from yaongi.export import Export
 from yaongi.model import Yaongi
 from yaongi.model.generation import generate
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES: dict[str, Any] = {  # sizes that llama.cpp's kernels take
     "hidden_size": 128,
     "vocab_size": 4096,
@@ -56,20 +56,13 @@ def texts() -> list[str]:
     return [*CHAT, *odd, *lines[::step]][:200]
 
 
-def export(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m yaongi.export`."""
-    command = [sys.executable, "-m", "yaongi.export", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model without Engram, and its GGUF file `model.gguf`."""
     folder = tmp_path_factory.mktemp("model")
     small_model("MEM*ME", **SIZES).save_pretrained(folder)
     tokenizer.save(folder)
-    done = export(folder, "--gguf", str(folder / "model.gguf"))
-    assert done.stdout == f"wrote {folder / 'model.gguf'}\n", done.stderr
+    Export(folder, gguf=folder / "model.gguf").run()
     return folder
 
 
@@ -103,7 +96,7 @@ def test_every_tensor_comes_back(dtype: torch.dtype, tokenizer: Tokenizer, tmp_p
     model = small_model("MEM*ME", dtype, **SIZES)
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    assert export(tmp_path, "--gguf", str(tmp_path / "m.gguf")).returncode == 0
+    Export(tmp_path, gguf=tmp_path / "m.gguf").run()
     stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     state = model.state_dict()
     assert len(stored) == len(state)
@@ -180,18 +173,20 @@ def test_the_files_vocabulary_gives_the_ids_of_200_texts(folder: Path, tokenizer
         assert reader.encode(text) == tokenizer.encode(text), ascii(text)
 
 
-def test_a_model_with_engram_is_written_without_it_only_when_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_model_with_engram_is_written_without_it_only_when_told(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     roughened(Yaongi(small_config(engram=[ENGRAM], **SIZES))).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     file = tmp_path / "model.gguf"
     file.write_bytes(b"a file of before")
-    done = export(tmp_path, "--gguf", str(file))
-    assert (
-        done.stderr == "error: export: model must be without Engram for a GGUF file, got one with it: --drop-engram\n"
-    )
+    with pytest.raises(
+        ValueError, match=r"^export: model must be without Engram for a GGUF file, got one with it: --dr"
+    ):
+        Export(tmp_path, gguf=file).run()
     assert file.read_bytes() == b"a file of before"
-    done = export(tmp_path, "--gguf", str(file), "--drop-engram")
-    assert done.stdout.startswith("leaving out the Engram of layer 1 with ")
+    Export(tmp_path, gguf=file, drop_engram=True).run()
+    assert capsys.readouterr().out.startswith("leaving out the Engram of layer 1 with ")
     assert not any("engram" in tensor.name for tensor in gguf.GGUFReader(file).tensors)
     assert sorted(path.suffix for path in tmp_path.iterdir() if "gguf" in path.name) == [".gguf"]
 

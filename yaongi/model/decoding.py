@@ -14,7 +14,7 @@ from yaongi.model.mixers.mamba2 import MambaCache
 from yaongi.model.model import Context, Yaongi, check_tokens
 
 Tensor = torch.Tensor
-LENGTH_STEP = 256  # a step attends to a multiple of so many places; those after its own are masked
+LENGTH_STEP = 256  # on a GPU a step attends to a multiple of so many places; those after its own are masked
 
 
 @dataclass
@@ -114,7 +114,7 @@ def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
 @torch.no_grad()
 def step_hidden(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
     """Do what `step` does, but return the normalised hidden states, (B, d)."""
-    length = _attended(cache)
+    length = _attended(cache, 1 if tokens.device.type == "cpu" else LENGTH_STEP)
     check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)
     hidden = _advance(model, tokens, cache, length)
     cache.position += 1
@@ -137,7 +137,7 @@ class RecordedStep:
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Do what `step` does; the logits are valid until the next call."""
-        length = _attended(self._cache)
+        length = _attended(self._cache, LENGTH_STEP)
         if self._graphed is None or length != self._length:
             self._length, self._graphed = length, GraphedFunction(self._run, "a step", "generate without cuda_graph")
         self._graphed(tokens)
@@ -165,11 +165,11 @@ def stepper(model: Yaongi, cache: Cache, *, cuda_graph: bool) -> Callable[[Tenso
     return lambda tokens: step(model, tokens, cache)
 
 
-def _attended(cache: Cache) -> int:
-    """Return how many places the next step attends to; a full cache is an error."""
+def _attended(cache: Cache, multiple: int) -> int:
+    """Return how many places the next step attends to, a multiple of this number; a full cache is an error."""
     if cache.position >= cache.capacity:
         raise ValueError(f"step: position must be below {cache.capacity} (capacity), got {cache.position}")
-    return min(cache.capacity, -(-(cache.position + 1) // LENGTH_STEP) * LENGTH_STEP)
+    return min(cache.capacity, -(-(cache.position + 1) // multiple) * multiple)
 
 
 def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor:
