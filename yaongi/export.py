@@ -1,6 +1,5 @@
 """`python -m yaongi.export FOLDER --out DIR --gguf FILE`: a model for Hugging Face's tools, and for llama.cpp."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,20 +7,11 @@ from typing import TYPE_CHECKING
 import tyro
 
 from yaongi import cli
-from yaongi.files import read_json, write_json
 
 if TYPE_CHECKING:
     from yaongi.data.tokenizer import Tokenizer
     from yaongi.model import Yaongi
     from yaongi.model.hub.gguf_file import Vocabulary
-
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,7 @@ class Export:
     def run(self) -> None:
         """Measure, if asked, then write. Raises ValueError or OSError with a message of one line."""
         from yaongi.model import Yaongi
-        from yaongi.model.hub.folder import export_nemotron_h, lost_without_engram
+        from yaongi.model.hub.folder import copy_tokenizer, export_nemotron_h, lost_without_engram
 
         if self.out is None and self.gguf is None:
             raise ValueError("export: --out or --gguf must be given, got neither")
@@ -97,16 +87,6 @@ def without_engram(model: "Yaongi") -> "Yaongi":
     kept = smaller.state_dict().keys()
     smaller.load_state_dict({name: t for name, t in model.state_dict().items() if name in kept}, assign=True)
     return smaller
-
-
-def copy_tokenizer(folder: Path, out: Path) -> None:
-    """Copy the tokenizer's files; one that doesn't say on which side it pads, as older ones don't, pads on the left."""
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-    config = out / "tokenizer_config.json"
-    if config.is_file():
-        write_json(config, {"padding_side": "left", **read_json(config)})
 
 
 def vocabulary_of(tokenizer: "Tokenizer") -> "Vocabulary":

@@ -13,6 +13,13 @@ from yaongi.model.hub.card import model_card
 from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, control_tokens, nemotron_h_config, yaongi_config
 from yaongi.model.hub.weights import SHARD_BYTES, staged, write_shards
 
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 ENGRAM_TENSORS = (".engram.", "backbone.compression")  # substrings of the tensor names that nemotron_h can't hold
 
 
@@ -111,3 +118,13 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _dtype_name(model: nn.Module) -> str:
     return str(model.get_parameter("lm_head.weight").dtype).removeprefix("torch.")
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the tokenizer's files; one that doesn't say on which side it pads, as older ones don't, pads on the left."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    config = out / "tokenizer_config.json"
+    if config.is_file():
+        write_json(config, {"padding_side": "left", **read_json(config)})
