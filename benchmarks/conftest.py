@@ -67,17 +67,23 @@ def built() -> None:
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any, l2_flush: Callable[[], Any]) -> Compare:
-    """Return `compare(ours, work, peers, notes)`, which times all in turn and returns milliseconds by name."""
+    """Return `compare(ours, work, peers, notes)`, which times all in turn and returns milliseconds by name.
+
+    Notes are added to the row; they may be a function of the times.
+    """
 
     def run(
-        ours: Callable[[], Any], work: Work, peers: dict[str, Peer], notes: dict[str, str] | None = None
+        ours: Callable[[], Any],
+        work: Work,
+        peers: dict[str, Peer],
+        notes: dict[str, str] | Callable[[dict[str, float]], dict[str, str]] | None = None,
     ) -> dict[str, float]:
         present = {name: peer for name, peer in peers.items() if not isinstance(peer, Absent)}
         times = interleaved_ms({"yaongi": ours, **present}, l2_flush)
         benchmark.pedantic(ours, setup=l2_flush, rounds=5, iterations=1)
         info = figures(times, work)
         info |= {name: f"absent: {peer.reason}" for name, peer in peers.items() if isinstance(peer, Absent)}
-        info |= notes or {}
+        info |= notes(times) if callable(notes) else notes or {}
         info |= machine()
         benchmark.extra_info.update(info)
         request.config.stash[_ROWS].append((request.node.name.removeprefix("test_"), info))

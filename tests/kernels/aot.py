@@ -41,10 +41,16 @@ class Compiled:
     """Resources and machine code of one kernel."""
 
     name: str
+    constants: dict[str, Any]
     registers: int
     spilled_bytes: int
     shared_bytes: int
     sass: str
+
+    @property
+    def rare(self) -> bool:
+        """Whether it computes only where something isn't finite: how fast it is doesn't matter."""
+        return bool(self.constants.get("ISOLATE"))
 
 
 @contextmanager
@@ -85,7 +91,8 @@ def _compile(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any],
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return _inspect(kernel.__name__, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _inspect(kernel.__name__, constants, compiled)
 
 
 def _type(value: Any) -> str:
@@ -102,13 +109,13 @@ def _type(value: Any) -> str:
     return "fp32"
 
 
-def _inspect(name: str, kernel: Any) -> Compiled:
+def _inspect(name: str, constants: dict[str, Any], kernel: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage, sass = disassemble(cubin, "-res-usage"), disassemble(cubin, "-sass")
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return Compiled(name, registers, stack + local, kernel.metadata.shared, sass)
+    return Compiled(name, constants, registers, stack + local, kernel.metadata.shared, sass)
 
 
 def disassemble(path: Path, what: str) -> str:

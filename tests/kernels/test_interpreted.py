@@ -224,6 +224,59 @@ def test_mamba_scan_at_the_ends_of_float32(dt: float, A: float) -> None:
         assert_equal_to_float64(ours, expected, 1e-4, f"result {i}")  # tiny decays
 
 
+@pytest.mark.parametrize(
+    ("broken", "token", "L", "states_bytes"),
+    [
+        *itertools.product(("x", "dt", "b", "c", "dy"), (29, 31), (44,), (1e9,)),
+        *(
+            ("state", 0, 44, 1e9),
+            ("dfinal", 43, 44, 1e9),
+            ("x", 29, 44, 1.0),
+            ("dt", 31, 260, 1e9),
+            ("dy", 29, 260, 1e9),
+        ),
+    ],
+)
+def test_what_is_not_finite_stays_in_its_document(
+    broken: str, token: int, L: int, states_bytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the first or the last of three documents; one segment or two (L 260); heads in slices (1.0) or not."""
+    from yaongi.kernels.mamba_scan import decays
+    from yaongi.kernels.mamba_scan import scan_backward as backwards
+
+    monkeypatch.setattr(decays, "RESIDENT_PROGRAMS", 9999)
+    monkeypatch.setattr(backwards, "STATES_BYTES", states_bytes)
+    inputs = list(mamba_inputs(1, L, 2, 8, 1, 16, True, True))
+    ids = inputs[7] = torch.tensor([[0] * 30 + [1] + [2] * (L - 31)], dtype=torch.int32)
+    gradients = [torch.randn(1, L, 2, 8), torch.randn(1, 2, 8, 16)]
+    clean = run_mamba_scan(inputs, gradients)
+    if broken in ("state", "dfinal"):
+        (inputs[8] if broken == "state" else gradients[1])[0, 1, 3, 5] = torch.nan
+    else:
+        target = {"x": inputs[0], "dt": inputs[1], "b": inputs[3], "c": inputs[4], "dy": gradients[0]}[broken]
+        target[0, token].view(-1)[-1] = torch.nan
+    changed = run_mamba_scan(inputs, gradients)
+    others = ids[0] != ids[0, token]
+    lost = False
+    for name in ("y", "dx", "ddt", "db", "dc"):
+        lost |= not changed[name].isfinite().all()
+        torch.testing.assert_close(changed[name][:, others], clean[name][:, others], rtol=1e-5, atol=1e-5)
+    assert lost
+    assert changed["final"].isfinite().all() or ids[0, token] == 2
+    assert changed["dstate"].isfinite().all() or ids[0, token] == 0
+    assert changed["dA"].isfinite().tolist() == ([False, False] if broken in ("b", "c") else [True, False])
+
+
+def run_mamba_scan(inputs: list[Any], gradients: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The results of both directions, by name."""
+    from yaongi.kernels.mamba_scan import scan_backward, scan_forward
+
+    outputs = scan_forward.mamba_scan_triton(*inputs, True)
+    results = scan_backward.mamba_scan_backward_triton(*gradients, *inputs)
+    names = ("y", "final", "dx", "ddt", "dA", "db", "dc", "dD", "dbias", "dstate")
+    return dict(zip(names, (*outputs, *results), strict=True))
+
+
 @pytest.mark.parametrize("optional", [False, True])
 def test_mamba_step(optional: bool) -> None:
     """One token, from slices, into a transposed state."""

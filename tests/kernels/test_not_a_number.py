@@ -9,6 +9,7 @@ from op_cases import Case, cases, run
 from support import Results, backends, with_backends
 from test_strides import backend_of
 
+import yaongi.kernels
 from yaongi.kernels import moe_route, use_backend
 
 Tensor = torch.Tensor
@@ -73,6 +74,60 @@ def test_a_nan_reaches_all_that_depends_on_it(op: str, name: str, backend: str) 
     if name in case.rows:
         for key, result in rows_of(results, case).items():
             assert torch.equal(result[1:], clean[key][1:]), f"{key}: another row changed"
+
+
+def sequences() -> list[tuple[str, str]]:
+    """(op, argument) for every floating-point argument that documents divide, and the gradient that comes in."""
+    found = []
+    for op, case in cases().items():
+        ids = case.arguments.get("document_ids")
+        if ids is not None:
+            names = [n for n in case.rows if n != "document_ids" and case.arguments[n].shape[:2] == ids.shape]
+            found += [(op, name) for name in (*names, "incoming gradient")]
+    return found
+
+
+def by_token_shape(op: str, case: Case) -> torch.Size:
+    """The output's shape: that of x, or (B, L, H·P)."""
+    ids = case.arguments["document_ids"]
+    return case.arguments["x"].shape if "x" in case.arguments else (*ids.shape, case.arguments["weight"].shape[0])
+
+
+def by_token(op: str, arguments: dict[str, Any], names: list[str], dy: Tensor) -> Results:
+    """The output and the gradients of some arguments, which all have (row, token) as their first dimensions."""
+    inputs = [arguments[name].requires_grad_() for name in names]
+    output = getattr(yaongi.kernels, op)(**arguments)
+    y = output[0] if isinstance(output, tuple) else output
+    gradients = torch.autograd.grad(y, inputs, dy)
+    return {"output": y.detach()} | {f"d{n}": t for n, t in zip(names, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("token", ["the first document's last token", "the last document's first token"])
+@pytest.mark.parametrize(("op", "name", "backend"), with_backends(sequences()))
+def test_a_nan_stays_in_its_document(op: str, name: str, token: str, value: float, backend: str) -> None:
+    case = cases()[op]
+    device, dtype = backend_of(backend)
+    ids = case.arguments["document_ids"]
+    names = [n for n in case.wanted if case.arguments[n].shape[:2] == ids.shape]
+    first, last = int((ids[0] == ids[0, 0]).sum()) - 1, int((ids[0] != ids[0, -1]).sum())
+    broken = first if "first document" in token else last
+    others = (ids != ids[0, broken]).to(device)
+    others[1:] = True
+    dy = torch.randn(by_token_shape(op, case), generator=torch.manual_seed(0)).to(device, dtype or case.dtype)
+    results = []
+    for v in (None, value):
+        arguments, incoming = case.on(device, dtype), dy.clone()
+        if v is not None:
+            target = incoming if name == "incoming gradient" else arguments[name]
+            target[0, broken].view(-1)[3 % target[0, broken].numel()] = v
+        with use_backend("reference" if backend == "reference" else None):
+            results.append(by_token(op, arguments, names, incoming))
+    clean, changed = results
+    of_document = [t[~others] for t in changed.values()]
+    assert not all(t.isfinite().all() for t in of_document) or (name == "dt" and value < 0), "the value is lost"
+    for key, wanted in clean.items():
+        torch.testing.assert_close(changed[key][others], wanted[others], msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("backend", backends("triton"))

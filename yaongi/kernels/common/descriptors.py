@@ -1,17 +1,44 @@
-"""TMA descriptors of tensors."""
+"""TMA descriptors of tensors, remembered: making one costs the host as much as half a launch."""
+
+from dataclasses import dataclass
 
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Tensor = torch.Tensor
 UNUSED = 16  # stride of a dimension of size 1: any multiple of 16 bytes will do
+REMEMBERED = 1024  # most descriptors that are kept; then all are forgotten
+INTERPRETED = triton.knobs.runtime.interpret  # the interpreter reads the tensor itself
+_remembered: dict[tuple[object, ...], TensorDescriptor] = {}
+
+
+@dataclass(frozen=True)
+class _Address:
+    """What a launch asks of a descriptor's tensor; the tensor itself would be kept alive."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        """Return the address of the first element."""
+        return self.address
 
 
 def descriptor(t: Tensor, *box: int) -> TensorDescriptor:
     """Return a TMA descriptor whose box covers the last dimensions of a tensor, and 1 along the others."""
+    key = (t.data_ptr(), t.shape, t.stride(), t.dtype, box)
+    if key in _remembered:
+        return _remembered[key]
     strides = [stride if n > 1 else UNUSED for n, stride in zip(t.shape, t.stride(), strict=True)]
     strides[-1] = 1
-    return TensorDescriptor(t, list(t.shape), strides, [*(1 for _ in t.shape[len(box) :]), *box])
+    base = t if INTERPRETED else _Address(t.dtype, t.data_ptr())
+    made = TensorDescriptor(base, list(t.shape), strides, [*(1 for _ in t.shape[len(box) :]), *box])
+    if not INTERPRETED:
+        if len(_remembered) >= REMEMBERED:
+            _remembered.clear()
+        _remembered[key] = made
+    return made
 
 
 def matrix_descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:

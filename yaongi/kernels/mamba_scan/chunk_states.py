@@ -11,6 +11,19 @@ import triton.language as tl
 from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.mamba_scan.decays import PLANES, Scan, exp2, load_into, load_out, load_through, row_descriptor
+from yaongi.kernels.mamba_scan.isolation import (
+    ISOLATING,
+    any_not_finite,
+    broken_rows,
+    flags_for,
+    kept,
+    kept_rows,
+    load_documents,
+    lost_at,
+    lost_tokens,
+    not_finite,
+    program,
+)
 from yaongi.kernels.mamba_scan.tiles import (
     Config,
     by_head,
@@ -38,9 +51,12 @@ def _mamba_scan_states_kernel(
     b_desc,  # b (B, G, L, N); c in reverse
     steps_desc,  # (B·H·4, padded)
     steps_ptr,
+    document_ptr,  # (B, L)
+    flags_ptr,  # (programs): isolation.py
     entry_desc,  # (S·B·H, P, N), fp32: the state at each segment's start
     states_desc,  # (B·H·chunks, N, P): the state at each chunk's entry; in reverse, the gradient at its end
     end_desc,  # fp32: with TOTALS segments' totals, (S·B·H, P, N), else the last state, (B·H, P, N)
+    L,
     H,
     P,
     padded,
@@ -48,6 +64,8 @@ def _mamba_scan_states_kernel(
     chunks,
     chunks_per_segment,
     TOTALS: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    ISOLATE: tl.constexpr,
     HAS_ENTRY: tl.constexpr,
     HAS_END: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -59,6 +77,8 @@ def _mamba_scan_states_kernel(
     blocks_p = tl.cdiv(P, BLOCK_P)
     row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
     batch, head, segment = row // H, row % H, tl.program_id(1)
+    if ISOLATE and tl.load(flags_ptr + program()) == 0:
+        return
     if TOTALS and REVERSE:
         segment += 1  # no total is needed of the walk's last segment, in reverse segment 0
     segment_row = segment * (tl.num_programs(0) // blocks_p) + row
@@ -66,12 +86,16 @@ def _mamba_scan_states_kernel(
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     if HAS_ENTRY:
         state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
+    if ISOLATE:
+        state_lost = any_not_finite(state)
+        state = kept(state, state_lost)
     first = segment * chunks_per_segment
     end = tl.minimum(first + chunks_per_segment, chunks)
     for i in tl.range(first, end, disable_licm=True):
         chunk = first + end - 1 - i if REVERSE else i
         if not TOTALS:
-            tile = state.to(states_desc.dtype).reshape(1, BLOCK_N, BLOCK_P)
+            stored = tl.where(state_lost != 0, float("nan"), state) if ISOLATE else state
+            tile = stored.to(states_desc.dtype).reshape(1, BLOCK_N, BLOCK_P)
             states_desc.store([row * chunks + chunk, 0, column], tile)
         start = chunk * CHUNK
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
@@ -81,11 +105,22 @@ def _mamba_scan_states_kernel(
         else:
             weight = load_out(steps_desc, row, start, CHUNK)
         through = load_through(steps_ptr, start, CHUNK)
+        if ISOLATE:
+            documents, before, last = load_documents(document_ptr, batch, start, L, CHUNK)
+            broken = broken_rows(x) | broken_rows(b) | not_finite(weight)
+            lost = lost_tokens(broken, state_lost, documents, last if REVERSE else before)
+            state_lost = lost_at(lost, documents, before if REVERSE else last)
+            x, b, weight = kept_rows(x, lost), kept_rows(b, lost), kept(weight, lost)
+            through = kept(through, state_lost | not_finite(through))
         weighted = x.to(tl.float32) * weight[:, None]
         rounded = weighted.to(x.dtype)
         state = tl.dot(b.T, rounded, state * through, input_precision="ieee")
         if x.dtype != tl.float32:  # add the rounding error, most of dA's error; memory-bound, so it is free
             state = tl.dot(b.T, (weighted - rounded.to(tl.float32)).to(x.dtype), state, input_precision="ieee")
+    if ISOLATE:
+        state = tl.where(state_lost != 0, float("nan"), state)
+    elif HAS_DOCUMENTS:
+        tl.store(flags_ptr + program(), any_not_finite(state))
     if TOTALS:
         store_state(end_desc, segment_row, column, state, BLOCK_P, BLOCK_N)
     elif HAS_END and segment == (0 if REVERSE else tl.num_programs(1) - 1):
@@ -119,11 +154,11 @@ def _mamba_scan_chain_kernel(
         start = segment * chunks_per_segment * CHUNK
         ends = start + z * CHUNK + (CHUNK - 1)
         inside = (z < chunks_per_segment) & (ends < padded)
-        through = exp2(tl.sum(tl.load(steps_ptr + ends, mask=inside, other=0.0)))
+        through = exp2(tl.sum(tl.load(steps_ptr + ends, mask=inside, other=0.0)))  # if NaN, so is the total
         segment_ptr = totals_ptr + segment.to(tl.int64) * tl.num_programs(0) * size + place
         total = tl.load(segment_ptr, mask=(i < size) & (k < segments - 1), other=0.0)
         tl.store(segment_ptr, state, mask=i < size)
-        state = state * through + total
+        state = tl.where(through > 0, state * through, 0.0) + total
 
 
 def _walk(
@@ -132,32 +167,40 @@ def _walk(
     """Launch the states kernel; without `states` it writes the totals of all segments but the walk's last to `end`."""
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
-    config = for_gpu(STATES, x)[x.element_size()]
     segments = scan.segments - (states is None)
-    _mamba_scan_states_kernel[(B * H * triton.cdiv(P, block_p), segments)](
-        by_head(x, scan.chunk, block_p),
-        by_head(b, scan.chunk, block_n),
-        row_descriptor(scan),
-        scan.steps,
-        state_descriptor(entry, block_p, block_n),
-        None if states is None else descriptor(states, block_n, block_p),
-        state_descriptor(end, block_p, block_n),
-        H,
-        P,
-        scan.padded,
-        H // G,
-        scan.chunks,
-        scan.chunks_per_segment,
-        TOTALS=states is None,
-        HAS_ENTRY=entry is not None,
-        HAS_END=end is not None,
-        REVERSE=reverse,
-        CHUNK=scan.chunk,
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    grid = (B * H * triton.cdiv(P, block_p), segments)
+    flags = flags_for(scan.document_ids, grid[0] * grid[1], x)
+    for isolate in (False,) if flags is None else (False, True):
+        config = ISOLATING if isolate else for_gpu(STATES, x)[x.element_size()]
+        _mamba_scan_states_kernel[grid](
+            by_head(x, scan.chunk, block_p),
+            by_head(b, scan.chunk, block_n),
+            row_descriptor(scan),
+            scan.steps,
+            scan.document_ids,
+            flags,
+            state_descriptor(entry, block_p, block_n),
+            None if states is None else descriptor(states, block_n, block_p),
+            state_descriptor(end, block_p, block_n),
+            scan.length,
+            H,
+            P,
+            scan.padded,
+            H // G,
+            scan.chunks,
+            scan.chunks_per_segment,
+            TOTALS=states is None,
+            HAS_DOCUMENTS=flags is not None,
+            ISOLATE=isolate,
+            HAS_ENTRY=entry is not None,
+            HAS_END=end is not None,
+            REVERSE=reverse,
+            CHUNK=scan.chunk,
+            BLOCK_P=block_p,
+            BLOCK_N=block_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
 def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, reverse: bool = False) -> Tensor | None:

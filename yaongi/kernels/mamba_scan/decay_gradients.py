@@ -14,9 +14,9 @@ UNDERFLOW = tl.constexpr(-126.0)
 
 
 @triton.jit
-def _add_until_boundary(later, later_ends, value, ends):
-    """Combine two stretches of a reversed sum within documents; `ends` says that a stretch holds a document's end."""
-    return tl.where(ends != 0, value, later + value), later_ends | ends
+def _add_within_document(summed, summed_ends, value, ends):
+    """Combine two stretches of a sum within documents; `ends` says that a stretch starts its sum anew."""
+    return tl.where(ends != 0, value, summed + value), summed_ends | ends
 
 
 @triton.jit
@@ -65,11 +65,14 @@ def _mamba_scan_decays_backward_kernel(
         document_ptr += batch * L
         document = tl.load(document_ptr + token, mask=token < L, other=0)
         following = tl.load(document_ptr + token + 1, mask=token + 1 < L, other=0)
+        preceding = tl.load(document_ptr + token - 1, mask=(token > 0) & (token < L), other=0)
         ends = tl.broadcast_to(((document != following) & (token + 1 < L)).to(tl.int32), after.shape)
-        after, _ = tl.associative_scan((after, ends), 0, _add_until_boundary, reverse=True)
+        begins = tl.broadcast_to(((document != preceding) & (token > 0) & (token < L)).to(tl.int32), after.shape)
+        after, _ = tl.associative_scan((after, ends), 0, _add_within_document, reverse=True)
+        before, _ = tl.associative_scan((earlier, begins), 0, _add_within_document)
     else:
-        after = tl.cumsum(after, 0, reverse=True)
-    dexponent = after + (tl.cumsum(earlier, 0) - earlier)
+        after, before = tl.cumsum(after, 0, reverse=True), tl.cumsum(earlier, 0)
+    dexponent = after + (before - earlier)
     dexponent = tl.where(delta * A * LOG2E < UNDERFLOW, 0.0, dexponent)
     # σ = 1 − e^−δ is softplus' derivative. σ/δ isn't a division for small δ, which may be flushed to zero.
     small = delta < 1e-3
@@ -94,7 +97,6 @@ def decay_gradients(
     dt: Tensor,
     A: Tensor,
     dt_bias: Tensor | None,
-    document_ids: Tensor | None,
     *,
     has_d: bool,
 ) -> Tensor:
@@ -107,7 +109,7 @@ def decay_gradients(
         dt,
         A.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),
-        None if document_ids is None else document_ids.contiguous(),
+        scan.document_ids,
         ddt,
         partial,
         scan.length,
@@ -117,7 +119,7 @@ def decay_gradients(
         *ddt.stride(),
         HAS_D=has_d,
         HAS_BIAS=dt_bias is not None,
-        HAS_DOCUMENTS=document_ids is not None,
+        HAS_DOCUMENTS=scan.document_ids is not None,
         BLOCKS_P=blocks_p,
         CHUNK=scan.chunk,
         BLOCK_H=block_h,

@@ -4,7 +4,8 @@ One launch computes them for all later kernels. It stores four numbers per token
 entry of its chunk; s, the rounding error of S in fp32; s − log2(δ); and o·δ. Then E_ij·δ_j = 2^((S_i − S_j) + (s_i −
 (s_j − log2(δ_j)))) keeps small differences even after a decay of e^−100000, costs one exponential, and needs no product
 with δ. The first token of a document gets the exponent ZERO_DECAY, so every decay across it is zero, and only this
-kernel needs the document ids.
+kernel needs the document ids. A token whose step size or exponent is not finite gets NaN for S and o·δ, and decays
+past it go on as if it were not there: isolation.py says what follows.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.mamba_scan.isolation import not_finite
 from yaongi.kernels.mamba_scan.tiles import state_block
 
 Tensor = torch.Tensor
@@ -46,6 +48,7 @@ class Scan:
     length: int
     chunk: int
     segments: int
+    document_ids: Tensor | None  # (B, L), contiguous
 
     @property
     def padded(self) -> int:
@@ -159,6 +162,8 @@ def _mamba_scan_decays_kernel(
     delta = load_delta(dt_ptr, bias_ptr, batch, row, head, inside, stride_b, stride_l, stride_h, HAS_BIAS)
     A = tl.load(A_ptr + head, mask=head < H, other=0.0).to(tl.float64)
     exponent = tl.maximum(delta.to(tl.float64) * (A * LOG2E), ZERO_DECAY, propagate_nan=tl.PropagateNan.ALL)
+    broken = (not_finite(delta) != 0) | (exponent != exponent)
+    exponent = tl.where(broken, 0.0, exponent)
     if HAS_DOCUMENTS:
         document_ptr += batch * L
         document = tl.load(document_ptr + row, mask=row < L, other=0)
@@ -170,10 +175,10 @@ def _mamba_scan_decays_kernel(
     whole = tl.sum(tl.where(row == chunk * CHUNK + CHUNK - 1, total, 0.0), 0)[None, :]
     out = tl.exp2((whole - total).to(tl.float32)) * delta
     place = steps_ptr + (batch * H + head) * PLANES * padded + row
-    tl.store(place, high, mask=head < H)
+    tl.store(place, tl.where(broken, float("nan"), high), mask=head < H)
     tl.store(place + padded, low, mask=head < H)
     tl.store(place + 2 * padded, low - tl.log2(delta), mask=head < H)  # +inf where δ is 0
-    tl.store(place + 3 * padded, out, mask=head < H)
+    tl.store(place + 3 * padded, tl.where(broken, float("nan"), out), mask=head < H)
 
 
 def row_descriptor(scan: Scan) -> TensorDescriptor:
@@ -194,12 +199,13 @@ def scan_decays(
     (B, L, H, P), chunk = x.shape, for_gpu(CHUNK, x)[x.element_size()]
     chunks = triton.cdiv(L, chunk)
     steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)
+    ids = None if document_ids is None else document_ids.contiguous()
     block_h = min(4, triton.next_power_of_2(H))
     _mamba_scan_decays_kernel[(B * chunks, triton.cdiv(H, block_h))](
         dt,
         A.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),
-        None if document_ids is None else document_ids.contiguous(),
+        ids,
         steps,
         L,
         H,
@@ -216,4 +222,4 @@ def scan_decays(
     if backward and walks >= UNSEGMENTED_FROM:
         segments = 1
     segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
-    return Scan(steps, L, chunk, segments)
+    return Scan(steps, L, chunk, segments, ids)

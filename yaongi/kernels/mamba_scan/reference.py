@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from yaongi.kernels.common.dtypes import compute_dtype
+from yaongi.kernels.mamba_scan.isolated_reference import isolated, isolated_backward
 
 Tensor = torch.Tensor
 ZERO_DECAY = -1e4  # exponent of a decay that is zero in float64; sums of larger ones would bury the small exponents
@@ -53,6 +54,7 @@ class _Chunked:
         return self.factor(entering), final
 
 
+@isolated
 def mamba_scan_reference(
     x: Tensor,  # (B, L, H, P)
     dt: Tensor,  # (B, L, H)
@@ -79,6 +81,7 @@ def mamba_scan_reference(
     return _rounded(y, x), final.flatten(1, 2).contiguous() if return_final_state else final.new_empty(0)
 
 
+@isolated_backward
 def mamba_scan_backward_reference(
     dy: Tensor,  # (B, L, H, P)
     dfinal_state: Tensor | None,  # (B, H, P, N)

@@ -10,6 +10,7 @@ The heads are processed in slices, so that the states of all heads never exist a
 `scores` K = c·bᵀ, `into` e, `out` o·δ, `through` t, `decay` E∘δ. Sums have a fixed order: results are reproducible.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,20 @@ from yaongi.kernels.mamba_scan.decays import (
     load_through,
     row_descriptor,
     scan_decays,
+)
+from yaongi.kernels.mamba_scan.isolation import (
+    ISOLATING,
+    any_not_finite,
+    broken_rows,
+    flags_for,
+    kept,
+    kept_rows,
+    load_documents,
+    lost_tokens,
+    marked_rows,
+    not_finite,
+    program,
+    reached_by,
 )
 from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, state_block, store_tile
 
@@ -64,6 +79,16 @@ def sum_rows(a, b, c, d):
 
 
 @triton.jit
+def _add_projection(
+    desc, batch, start, group, gradient, ACCUMULATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store the gradient of a chunk of b or c, or add it to what other heads have stored."""
+    if ACCUMULATE:
+        gradient += load_tile(desc, batch, start, group, 0, CHUNK, BLOCK_N)
+    store_tile(desc, batch, start, group, 0, gradient, CHUNK, BLOCK_N)
+
+
+@triton.jit
 def _mamba_scan_gradients_kernel(
     x_desc,  # (B, H, L, P)
     dy_desc,  # (B, H, L, P)
@@ -73,17 +98,22 @@ def _mamba_scan_gradients_kernel(
     dstates_desc,  # (B·H·chunks, N, P)
     steps_desc,  # (B·H·4, padded)
     steps_ptr,
+    document_ptr,  # (B, L)
+    flags_ptr,  # (programs): isolation.py
     D_ptr,  # (H)
     dx_desc,  # (B, H, L, P)
     db_desc,  # (B, G, L, N)
     dc_desc,  # (B, G, L, N)
     sums_ptr,  # (B, H, BLOCKS_P, padded, 4): x·du·δ, da_k's terms for tokens ≥ k, those for tokens < k, dy·x
+    L,
     H,
     N,
     padded,
     heads_per_group,
     chunks,
     HAS_D: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    ISOLATE: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # add db and dc to the sums of other heads' launches, which are fp32
     CHUNK: tl.constexpr,
     BLOCKS_P: tl.constexpr,
@@ -93,6 +123,10 @@ def _mamba_scan_gradients_kernel(
     """Process one chunk of one group, head after head; the diagonal's terms are computed separately, in fp32."""
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = chunk * CHUNK
+    if ISOLATE and tl.load(flags_ptr + program()) == 0:
+        return
+    if ISOLATE:
+        documents, before, last = load_documents(document_ptr, batch, start, L, CHUNK)
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
     # Without this loop of one iteration, Triton lays all warps along the rows of a product that feeds another one, and
     # each row is computed twice.
@@ -102,6 +136,11 @@ def _mamba_scan_gradients_kernel(
         scores = tl.dot(c, b.T, scores, input_precision="ieee")
     b = load_tile(b_desc, batch, start, group, 0, CHUNK, BLOCK_N)
     c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
+    if ISOLATE:
+        lost_projections = reached_by(broken_rows(b) | broken_rows(c), documents)
+        lost_in_group = lost_projections
+        b, c = kept_rows(b, lost_projections), kept_rows(c, lost_projections)
+        scores = kept(scores, lost_projections[:, None] | lost_projections[None, :])
     diagonal = tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
     own_score = tl.sum(tl.where(diagonal, scores, 0.0), 1)
     scores = tl.where(diagonal, 0.0, scores)  # no decay is on the diagonal; its terms, maybe the largest, cancel in da
@@ -117,12 +156,22 @@ def _mamba_scan_gradients_kernel(
         x = load_tile(x_desc, batch, start, head, column, CHUNK, BLOCK_P)
         into, out = load_into(steps_desc, row, start, CHUNK), load_out(steps_desc, row, start, CHUNK)
         through = load_through(steps_ptr + row.to(tl.int64) * PLANES * padded, start, CHUNK)
+        if ISOLATE:
+            broken = broken_rows(x) | broken_rows(dy) | not_finite(into) | not_finite(out)
+            h_lost, g_lost = any_not_finite(h), any_not_finite(g)
+            lost = lost_tokens(broken, h_lost, documents, before) | lost_tokens(broken, g_lost, documents, last)
+            lost |= lost_projections
+            x, dy, into, out = kept_rows(x, lost), kept_rows(dy, lost), kept(into, lost), kept(out, lost)
+            h, g, through = kept(h, h_lost), kept(g, g_lost), kept(through, h_lost | g_lost)
+            lost_in_group |= lost
         passing = through * tl.sum(h.to(tl.float32) * g.to(tl.float32))
         products = tl.dot(dy, x.T, input_precision="ieee")
         # These two products aren't needed before the next head, so they overlap with the computation below.
         dc = tl.dot(scaled(dy, into), h.T, dc, input_precision="ieee")
         db = tl.dot(scaled(x, out), g.T, db, input_precision="ieee")
         decay = load_decays(steps_desc, row, start, CHUNK)
+        if ISOLATE:
+            decay = kept(decay, lost[:, None] | lost[None, :])
         dscore = decay * products
         dscores += dscore
         within = scores * dscore
@@ -139,19 +188,26 @@ def _mamba_scan_gradients_kernel(
         direct += leaving + own_step * skip
         D = tl.load(D_ptr + head).to(tl.float32) if HAS_D else 0.0
         dx += dx_leaving + (own_step + D)[:, None] * dy_wide
+        if ISOLATE:
+            dx = marked_rows(dx, lost)
         store_tile(dx_desc, batch, start, head, column, dx, CHUNK, BLOCK_P)
         sums = tl.join(tl.join(direct, leaving), tl.join(dexponent, skip)).reshape(CHUNK, 4)
+        if ISOLATE:
+            sums = marked_rows(sums, lost)
         sums_row = sums_ptr + ((row * BLOCKS_P + k % BLOCKS_P).to(tl.int64) * padded + start) * 4
         tl.store(sums_row + tl.arange(0, CHUNK)[:, None] * 4 + tl.arange(0, 4)[None, :], sums)
+    if HAS_DOCUMENTS and not ISOLATE:
+        broken_sums = any_not_finite(scores + dscores) | any_not_finite(db + dc)
+        tl.store(flags_ptr + program(), broken_sums)
+        if ACCUMULATE and broken_sums != 0:  # the other heads' sums must stay as they are
+            return
     narrow = dscores.to(b.dtype)
     dc = tl.dot(narrow, b, dc, input_precision="ieee")
-    if ACCUMULATE:
-        dc += load_tile(dc_desc, batch, start, group, 0, CHUNK, BLOCK_N)
-    store_tile(dc_desc, batch, start, group, 0, dc, CHUNK, BLOCK_N)
+    if ISOLATE:
+        dc, db = marked_rows(dc, lost_in_group), marked_rows(db, lost_in_group)
+    _add_projection(dc_desc, batch, start, group, dc, ACCUMULATE, CHUNK, BLOCK_N)
     db = tl.dot(narrow.T, c, db, input_precision="ieee")
-    if ACCUMULATE:
-        db += load_tile(db_desc, batch, start, group, 0, CHUNK, BLOCK_N)
-    store_tile(db_desc, batch, start, group, 0, db, CHUNK, BLOCK_N)
+    _add_projection(db_desc, batch, start, group, db, ACCUMULATE, CHUNK, BLOCK_N)
 
 
 @dataclass(frozen=True)
@@ -181,31 +237,39 @@ def scan_gradients(
     block_p, block_n = state_block(x, N)
     blocks_p = triton.cdiv(P, block_p)
     sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
-    config = for_gpu(GRADIENTS if block_n <= 128 else WIDE_GRADIENTS, x)[x.element_size()]
-    _mamba_scan_gradients_kernel[(scan.chunks, G, B)](
-        *(by_head(t, scan.chunk, block_p) for t in (x, dy)),
-        *(by_head(t, scan.chunk, block_n) for t in (b, c)),
-        *(descriptor(t, block_n, block_p) for t in (states, dstates)),
-        row_descriptor(scan),
-        scan.steps,
-        None if D is None else D.contiguous(),
-        by_head(out.dx, scan.chunk, block_p),
-        *(by_head(t, scan.chunk, block_n) for t in (out.db, out.dc)),
-        sums,
-        H,
-        N,
-        scan.padded,
-        H // G,
-        scan.chunks,
-        HAS_D=D is not None,
-        ACCUMULATE=out.accumulated,
-        CHUNK=scan.chunk,
-        BLOCKS_P=blocks_p,
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    grid = (scan.chunks, G, B)
+    flags = flags_for(scan.document_ids, math.prod(grid), x)
+    for isolate in (False,) if flags is None else (False, True):
+        config = ISOLATING if isolate else for_gpu(GRADIENTS if block_n <= 128 else WIDE_GRADIENTS, x)[x.element_size()]
+        _mamba_scan_gradients_kernel[grid](
+            *(by_head(t, scan.chunk, block_p) for t in (x, dy)),
+            *(by_head(t, scan.chunk, block_n) for t in (b, c)),
+            *(descriptor(t, block_n, block_p) for t in (states, dstates)),
+            row_descriptor(scan),
+            scan.steps,
+            scan.document_ids,
+            flags,
+            None if D is None else D.contiguous(),
+            by_head(out.dx, scan.chunk, block_p),
+            *(by_head(t, scan.chunk, block_n) for t in (out.db, out.dc)),
+            sums,
+            scan.length,
+            H,
+            N,
+            scan.padded,
+            H // G,
+            scan.chunks,
+            HAS_D=D is not None,
+            HAS_DOCUMENTS=flags is not None,
+            ISOLATE=isolate,
+            ACCUMULATE=out.accumulated,
+            CHUNK=scan.chunk,
+            BLOCKS_P=blocks_p,
+            BLOCK_P=block_p,
+            BLOCK_N=block_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return sums
 
 
@@ -230,7 +294,7 @@ def _slice_gradients(
     states = scan_states(scan, x, b, first, None)
     dstates = scan_states(scan, dy, c, dlast, dfirst, reverse=True)
     sums = scan_gradients(scan, out, dy, x, b, c, D, states, dstates)
-    return decay_gradients(scan, out.ddt, sums, dt, A, dt_bias, document_ids, has_d=D is not None), dfirst
+    return decay_gradients(scan, out.ddt, sums, dt, A, dt_bias, has_d=D is not None), dfirst
 
 
 def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice, slice]]:

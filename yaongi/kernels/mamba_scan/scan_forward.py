@@ -21,6 +21,20 @@ from yaongi.kernels.mamba_scan.decays import (
     row_descriptor,
     scan_decays,
 )
+from yaongi.kernels.mamba_scan.isolation import (
+    ISOLATING,
+    any_not_finite,
+    broken_rows,
+    flags_for,
+    kept,
+    kept_rows,
+    load_documents,
+    lost_at,
+    lost_tokens,
+    marked_rows,
+    not_finite,
+    program,
+)
 from yaongi.kernels.mamba_scan.tiles import (
     Config,
     by_head,
@@ -42,6 +56,7 @@ OUTPUT = {
     9: {2: Config(num_warps=4, num_stages=2), 4: Config(num_warps=8, num_stages=1)},
     12: {2: Config(num_warps=8, num_stages=1), 4: Config(num_warps=8, num_stages=1)},
 }
+WIDE_OUTPUT = OUTPUT | {9: OUTPUT[9] | {2: Config(num_warps=8, num_stages=2)}}  # N > 128: four warps would spill
 
 
 @triton.jit
@@ -51,6 +66,8 @@ def _mamba_scan_output_kernel(
     c_desc,  # (B, G, L, N)
     steps_desc,  # (B·H·4, padded)
     steps_ptr,
+    document_ptr,  # (B, L)
+    flags_ptr,  # (programs): isolation.py
     D_ptr,  # (H)
     entry_desc,  # (S·B·H, P, N), fp32
     y_desc,  # (B, H, L, P)
@@ -62,6 +79,8 @@ def _mamba_scan_output_kernel(
     heads_per_group,
     chunks_per_segment,
     HAS_D: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    ISOLATE: tl.constexpr,
     HAS_ENTRY: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -73,11 +92,16 @@ def _mamba_scan_output_kernel(
     row, column = tl.program_id(0) // blocks_p, (tl.program_id(0) % blocks_p) * BLOCK_P
     batch, head, segment = row // H, row % H, tl.program_id(1)
     group = head // heads_per_group
+    if ISOLATE and tl.load(flags_ptr + program()) == 0:
+        return
     steps_ptr += row.to(tl.int64) * PLANES * padded
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)  # transposed
     if HAS_ENTRY:
         segment_row = segment * (tl.num_programs(0) // blocks_p) + row
         state = load_state(entry_desc, segment_row, column, BLOCK_P, BLOCK_N)
+    if ISOLATE:
+        state_lost = any_not_finite(state)
+        state = kept(state, state_lost)
     if HAS_D:
         D = tl.load(D_ptr + head).to(tl.float32)
     first = segment * chunks_per_segment
@@ -88,16 +112,33 @@ def _mamba_scan_output_kernel(
         b = load_tile(b_desc, batch, start, group, 0, CHUNK, BLOCK_N)
         c = load_tile(c_desc, batch, start, group, 0, CHUNK, BLOCK_N)
         into = load_into(steps_desc, row, start, CHUNK)
+        if ISOLATE:
+            documents, before, last = load_documents(document_ptr, batch, start, L, CHUNK)
+            broken = broken_rows(x) | broken_rows(b) | not_finite(load_out(steps_desc, row, start, CHUNK))
+            lost = lost_tokens(broken, state_lost, documents, before)
+            x, b, into = kept_rows(x, lost), kept_rows(b, lost), kept(into, lost)
         y = tl.dot(c, state.to(x.dtype), input_precision="ieee") * into[:, None]
         scores = tl.dot(c, b.T, input_precision="ieee")
         mixing = scores * load_decays(steps_desc, row, start, CHUNK)
+        if ISOLATE:
+            mixing = kept(mixing, lost[:, None] | lost[None, :])
         y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
         if HAS_D:
             y += D * x.to(tl.float32)
+        if ISOLATE:
+            y = marked_rows(y, lost)
         store_tile(y_desc, batch, start, head, column, y, CHUNK, BLOCK_P)
         out = load_out(steps_desc, row, start, CHUNK)
         through = load_through(steps_ptr, start, CHUNK)
+        if ISOLATE:
+            out = kept(out, lost)
+            state_lost = lost_at(lost, documents, last)
+            through = kept(through, state_lost)
         state = tl.dot(b.T, scaled(x, out), state * through, input_precision="ieee")
+    if ISOLATE:
+        state = tl.where(state_lost != 0, float("nan"), state)
+    elif HAS_DOCUMENTS:
+        tl.store(flags_ptr + program(), any_not_finite(state))
     if HAS_FINAL and segment == tl.num_programs(1) - 1:
         store_state(final_desc, row, column, state, BLOCK_P, BLOCK_N)
 
@@ -124,30 +165,37 @@ def mamba_scan_triton(
     first = None if initial_state is None else initial_state.contiguous()
     entry = segment_entries(scan, x, b, first)
     block_p, block_n = state_block(x, N)
-    config = for_gpu(OUTPUT, x)[x.element_size()]
-    _mamba_scan_output_kernel[(B * H * triton.cdiv(P, block_p), scan.segments)](
-        by_head(x, scan.chunk, block_p),
-        by_head(b, scan.chunk, block_n),
-        by_head(c, scan.chunk, block_n),
-        row_descriptor(scan),
-        scan.steps,
-        None if D is None else D.contiguous(),
-        state_descriptor(entry, block_p, block_n),
-        by_head(y, scan.chunk, block_p),
-        state_descriptor(final if return_final_state else None, block_p, block_n),
-        L,
-        H,
-        P,
-        scan.padded,
-        H // G,
-        scan.chunks_per_segment,
-        HAS_D=D is not None,
-        HAS_ENTRY=entry is not None,
-        HAS_FINAL=return_final_state,
-        CHUNK=scan.chunk,
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    grid = (B * H * triton.cdiv(P, block_p), scan.segments)
+    flags = flags_for(document_ids, grid[0] * grid[1], x)
+    for isolate in (False,) if flags is None else (False, True):
+        config = ISOLATING if isolate else for_gpu(OUTPUT if block_n <= 128 else WIDE_OUTPUT, x)[x.element_size()]
+        _mamba_scan_output_kernel[grid](
+            by_head(x, scan.chunk, block_p),
+            by_head(b, scan.chunk, block_n),
+            by_head(c, scan.chunk, block_n),
+            row_descriptor(scan),
+            scan.steps,
+            scan.document_ids,
+            flags,
+            None if D is None else D.contiguous(),
+            state_descriptor(entry, block_p, block_n),
+            by_head(y, scan.chunk, block_p),
+            state_descriptor(final if return_final_state else None, block_p, block_n),
+            L,
+            H,
+            P,
+            scan.padded,
+            H // G,
+            scan.chunks_per_segment,
+            HAS_D=D is not None,
+            HAS_DOCUMENTS=flags is not None,
+            ISOLATE=isolate,
+            HAS_ENTRY=entry is not None,
+            HAS_FINAL=return_final_state,
+            CHUNK=scan.chunk,
+            BLOCK_P=block_p,
+            BLOCK_N=block_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return y, final
