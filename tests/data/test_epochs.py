@@ -21,7 +21,7 @@ def test_epochs_are_tokens_wanted_by_tokens_there() -> None:
 def test_four_is_enough_and_sixteen_too_many() -> None:
     enough, much, too_much = (Epochs("ko", 100, wanted) for wanted in (400, 1600, 1601))
     assert epoch_warnings([enough]) == []
-    assert epoch_warnings([enough, much]) == ["ko is read 16.0 times: above 4 epochs little is learnt from them"]
+    assert epoch_warnings([enough, much]) == ["ko is read 16.0 times: above 4 epochs little more is learnt"]
     check_epochs([enough, much], allowed=False)
     check_epochs([too_much], allowed=True)
     with pytest.raises(ValueError, match=r"at most 16, or allowed by --allow-epochs, got ko: 100 tokens there, 1,601"):

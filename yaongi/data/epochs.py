@@ -47,7 +47,7 @@ def tokens_for(there: Mapping[str, int], shares: Mapping[str, int], epochs: floa
 def epoch_warnings(streams: Sequence[Epochs]) -> list[str]:
     """Return a line for each stream that is read more than four times."""
     return [
-        f"{stream.name} is read {stream.number:,.1f} times: above {WORTHWHILE} epochs little is learnt from them"
+        f"{stream.name} is read {stream.number:,.1f} times: above {WORTHWHILE} epochs little more is learnt"
         for stream in streams
         if stream.number > WORTHWHILE
     ]

@@ -76,8 +76,8 @@ def mix_text(mix: Mapping[str, float]) -> str:
 def choose_mix(asked: str, sizes: Mapping[str, int]) -> dict[str, float]:
     """Return the shares that the text `asked` names; if it is empty, shares for the domains that have text.
 
-    Those are the shares of `PLAN` if it knows all of the domains, else the domains' sizes, so that every text is read
-    equally often.
+    Those are the shares of `PLAN` if it knows all of the domains, else the domains' sizes in percent, so that every
+    text is read equally often.
 
     Args:
         sizes: how much text each domain has, in any unit; 0 is none.
@@ -88,8 +88,11 @@ def choose_mix(asked: str, sizes: Mapping[str, int]) -> dict[str, float]:
     there = [domain for domain in in_order(sizes) if sizes[domain]]
     if not there:
         raise ValueError("mix: a domain must have text, got none")
+    if not asked and set(there) <= set(PLAN):
+        return check_mix({domain: PLAN[domain] for domain in there})
     if not asked:
-        return check_mix({domain: PLAN[domain] if set(there) <= set(PLAN) else sizes[domain] for domain in there})
+        percent = {domain: 100 * sizes[domain] / sum(sizes.values()) for domain in there}
+        return check_mix({domain: max(0.01, round(share, 2)) for domain, share in percent.items()})
     mix = parse_mix(asked)
     if missing := [domain for domain in mix if domain not in there]:
         raise ValueError(f"mix: domains must be among {', '.join(there)}, which have text, got {', '.join(missing)}")

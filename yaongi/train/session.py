@@ -64,6 +64,7 @@ class Session:
         """
         train, run = self.config.train, self.config.run
         self.display.say(self.plan.lines())
+        self.display.say(f"{'mix':<12} {train.mix}")
         epochs = count_epochs(self.loader.tokens, self.loader.mixture.shares, self.plan.tokens)
         for number, stream in enumerate(epochs):
             self.display.say(f"{'' if number else 'data':<12} {stream}")

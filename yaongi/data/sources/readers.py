@@ -7,13 +7,14 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
 from yaongi.data.chat import render_chat
 from yaongi.data.sources.files import file_format
 from yaongi.data.sources.frames import open_bz2, open_xz, open_zst
+from yaongi.data.sources.json_array import array_items
 from yaongi.data.sources.tally import BAD_ROWS
 from yaongi.data.text import pieces, refuse_surrogates
 
@@ -133,7 +134,7 @@ def read_rows(
             unix = (line[:-2] + "\n" if line.endswith("\r\n") else line for line in cut)
             yield from islice(({"text": text} for text in pieces(unix, _TXT_DOCUMENT_CHARACTERS)), start, None)
         else:
-            yield from islice(_json_rows(_lines(lines, _LINE * longest), name, start), start, None)
+            yield from islice(_json_rows(lines, name, start, _LINE * longest), start, None)
     except UnicodeError as error:
         another = "cp949" if utf8 else "utf-8"
         raise ValueError(f"data: {name} cannot be read as {encoding}; try --encoding {another} ({error})") from error
@@ -166,8 +167,14 @@ def _lines(file: io.TextIOWrapper, longest: int) -> Iterator[str | None]:
         yield None
 
 
-def _json_rows(lines: Iterator[str | None], name: str, start: int) -> Iterator[Row]:
-    for number, line in enumerate(lines):
+def _json_rows(file: io.TextIOWrapper, name: str, start: int, longest: int) -> Iterator[Row]:
+    """Yield the rows of JSON lines, or of a .json file that is an array."""
+    lines = _lines(file, longest)
+    first = next(lines, "")
+    if first and first.lstrip().startswith("[") and ".json" in Path(name.lower()).suffixes:
+        yield from _array_rows(file, first, name, longest)
+        return
+    for number, line in enumerate(chain([first], lines) if first != "" else ()):
         if number < start:
             yield {}
             continue
@@ -179,9 +186,23 @@ def _json_rows(lines: Iterator[str | None], name: str, start: int) -> Iterator[R
         except (ValueError, RecursionError) as error:
             yield ValueError(f"data: {name}, row {number}: not JSON ({error})")
             continue
-        if not isinstance(record, dict):
-            record = ValueError(f"data: {name}, row {number}: must be a JSON object, got {type(record).__name__}")
-        yield record
+        yield _object(record, name, number)
+
+
+def _array_rows(file: io.TextIOWrapper, start: str, name: str, longest: int) -> Iterator[Row]:
+    try:
+        for number, record in enumerate(array_items(file, start, longest)):
+            yield _object(record, name, number)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeError):
+            raise
+        raise ValueError(f"data: {name} cannot be read: {error}") from error
+
+
+def _object(record: Any, name: str, number: int) -> Row:
+    if isinstance(record, dict):
+        return record
+    return ValueError(f"data: {name}, row {number}: must be a JSON object, got {type(record).__name__}")
 
 
 def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int) -> Iterator[Row]:

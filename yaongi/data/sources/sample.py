@@ -6,13 +6,14 @@ from yaongi.data.mix import check_mix, in_order, planned_shares
 from yaongi.data.sources.source import Part, Source
 
 _FILES_AT_ONCE = 64
+_READINGS = 2  # of every source; more would repeat what is known
 
 
 class Sample:
     """About `total_bytes` of the documents of sources; each iteration gives the same ones.
 
     Within a domain, sources of the public mix have their shares in it, others go by size. A source that runs out starts
-    again, until all have been read once.
+    again, until all have been read twice.
     """
 
     def __init__(self, sources: Sequence[Source], mix: Mapping[str, float], total_bytes: int) -> None:
@@ -38,7 +39,7 @@ class Sample:
         scale = sum(share for _, share in self._shares)
         shares = [share / scale for _, share in self._shares]
         self.given = given = [0] * len(sources)
-        while (done := sum(given)) < self._total and not all(source.ended for source in sources):
+        while (done := sum(given)) < self._total and any(source.readings < _READINGS for source in sources):
             chosen = max(range(len(shares)), key=lambda i: shares[i] * done - given[i])
             yield self._next(sources, chosen)
         for number in range(len(sources)):
@@ -61,16 +62,16 @@ class _Repeated:
 
     def __init__(self, source: Source) -> None:
         self._source, self._documents = source, _from_all_files(source)
-        self.ended = False  # whether every document has been given
+        self.readings = 0  # how often every document has been given
         first = next(self._documents, None)
         if first is None:
             raise ValueError(f"mix: source {source.name} of {source.domain} must have text, got none")
-        self._ahead = first  # so that `ended` is known with the last document
+        self._ahead = first  # so that a reading ends with its last document
 
     def __next__(self) -> str:
         text, following = self._ahead, next(self._documents, None)
         if following is None:
-            self.ended, self._documents = True, _from_all_files(self._source)
+            self.readings, self._documents = self.readings + 1, _from_all_files(self._source)
             following = next(self._documents)
         self._ahead = following
         return text

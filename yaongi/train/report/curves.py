@@ -1,12 +1,14 @@
 """The plots of a run."""
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
 from yaongi.train.metrics.records import plan_record
@@ -14,7 +16,9 @@ from yaongi.train.metrics.records import plan_record
 Records = list[dict[str, Any]]
 _COLUMNS = 4
 
+_KOREAN_FONTS = {"Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo"}  # for names of domains
 STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans", *sorted(_KOREAN_FONTS & {font.name for font in fontManager.ttflist})],
     "font.size": 8,
     "axes.grid": True,
     "grid.alpha": 0.25,
@@ -57,7 +61,9 @@ def draw(panels: Sequence[Callable[[Axes], None]]) -> bytes:
     for axis, panel in zip(axes, panels, strict=False):
         panel(axis)
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # then boxes stand for the name of a domain
+        figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
 
 
