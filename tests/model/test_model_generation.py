@@ -14,7 +14,7 @@ from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 from yaongi.generate import Generate
 from yaongi.model import EngramConfig, Yaongi, decoding, generation
 from yaongi.model.count import bytes_per_step
-from yaongi.model.decoding import LENGTH_STEP, Cache, RecordedStep, prefill, step, stepper
+from yaongi.model.decoding import SHORTEST, Cache, RecordedStep, prefill, step, stepper
 from yaongi.model.devices import device_of
 from yaongi.model.generation import generate, stream, stream_text
 from yaongi.model.mixers.mamba2 import MambaCache
@@ -132,17 +132,17 @@ class Repeated:
 
 
 def test_a_recorded_step_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the logic without a GPU: equal logits, caches changed in place alone, a new recording per LENGTH_STEP."""
+    """Check the logic without a GPU: equal logits, caches changed in place alone, a recording per length."""
     monkeypatch.setattr(decoding, "GraphedFunction", Repeated)
     monkeypatch.setattr(Repeated, "made", [])
     model = model_of(engram=True)
-    ids = token_ids(model, 2, 2 * LENGTH_STEP + 9)
+    ids = token_ids(model, 2, 2 * SHORTEST + 9)
     caches = [prefill(model, ids[:, :250], capacity=ids.shape[1])[1] for _ in range(2)]
     recorded, places = RecordedStep(model, caches[0]), {t.data_ptr() for t in tensors_of(caches[0])}
     for place in range(250, ids.shape[1]):
         assert_equal_to_float64(recorded(ids[:, place]), step(model, ids[:, place], caches[1]), 1e-5)
         assert caches[0].position == caches[1].position == place + 1
-    assert [graph.calls for graph in Repeated.made] == [6, LENGTH_STEP, 9]
+    assert [graph.calls for graph in Repeated.made] == [6, SHORTEST, 9]
     assert {t.data_ptr() for t in tensors_of(caches[0])} == places
     with pytest.raises(ValueError, match=r"^step: position must be below 521 \(capacity\), got 521$"):
         recorded(ids[:, 0])

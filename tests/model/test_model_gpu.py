@@ -9,7 +9,7 @@ from oracle import assert_close
 
 from yaongi.kernels import use_backend
 from yaongi.model import Yaongi
-from yaongi.model.decoding import LENGTH_STEP, RecordedStep, prefill, stepper
+from yaongi.model.decoding import SHORTEST, RecordedStep, prefill, stepper
 from yaongi.model.generation import generate
 from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.mixers import moe as moe_module
@@ -186,10 +186,10 @@ def test_generation_of_unequal_prompts(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_recorded_step_gives_the_same_bits(batch: int) -> None:
-    """Generate past two multiples of LENGTH_STEP: each is recorded anew."""
+    """Generate until the places attended to have doubled twice: each length is recorded anew."""
     model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
     prompts = [list(range(1 + row % 40)) for row in range(batch)]
-    options = {"max_new_tokens": 2 * LENGTH_STEP, "stop": (), "temperature": 1.0, "top_p": 0.9}
+    options = {"max_new_tokens": 2 * SHORTEST, "stop": (), "temperature": 1.0, "top_p": 0.9}
     set_determinism(deterministic=True)
     recorded = generate(model, prompts, **options)  # type: ignore[arg-type]
     assert recorded == generate(model, prompts, cuda_graph=False, **options)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from yaongi.model.mixers.mamba2 import MambaCache
 from yaongi.model.model import Context, Yaongi, check_tokens
 
 Tensor = torch.Tensor
-LENGTH_STEP = 256  # on a GPU a step attends to a multiple of so many places; those after its own are masked
+SHORTEST = 256  # places that a step on a GPU attends to at first, then twice as many; those after its own are masked
 
 
 @dataclass
@@ -114,7 +114,8 @@ def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
 @torch.no_grad()
 def step_hidden(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
     """Do what `step` does, but return the normalised hidden states, (B, d)."""
-    length = _attended(cache, 1 if tokens.device.type == "cpu" else LENGTH_STEP)
+    _check_room(cache)
+    length = _attended(cache) if tokens.device.type == "cuda" else cache.position + 1
     check_tokens(tokens.unsqueeze(-1), None, model.config.vocab_size)
     hidden = _advance(model, tokens, cache, length)
     cache.position += 1
@@ -124,8 +125,8 @@ def step_hidden(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
 class RecordedStep:
     """`step` on a GPU, recorded as a CUDA graph: a call is one launch, and the GPU never waits for Python.
 
-    A graph attends to a fixed number of places. Every LENGTH_STEP tokens a new one is recorded: the first step of that
-    length runs as usual, the second one is recorded.
+    A graph attends to a fixed number of places. When they are read, a new one of twice as many is recorded: the first
+    step of that length runs as usual, the second one is recorded.
     """
 
     def __init__(self, model: Yaongi, cache: Cache) -> None:
@@ -137,7 +138,8 @@ class RecordedStep:
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Do what `step` does; the logits are valid until the next call."""
-        length = _attended(self._cache, LENGTH_STEP)
+        _check_room(self._cache)
+        length = _attended(self._cache)
         if self._graphed is None or length != self._length:
             self._length, self._graphed = length, GraphedFunction(self._run, "a step", "generate without cuda_graph")
         self._graphed(tokens)
@@ -165,11 +167,17 @@ def stepper(model: Yaongi, cache: Cache, *, cuda_graph: bool) -> Callable[[Tenso
     return lambda tokens: step(model, tokens, cache)
 
 
-def _attended(cache: Cache, multiple: int) -> int:
-    """Return how many places the next step attends to, a multiple of this number; a full cache is an error."""
+def _check_room(cache: Cache) -> None:
     if cache.position >= cache.capacity:
         raise ValueError(f"step: position must be below {cache.capacity} (capacity), got {cache.position}")
-    return min(cache.capacity, -(-(cache.position + 1) // multiple) * multiple)
+
+
+def _attended(cache: Cache) -> int:
+    """Return how many places the next step attends to on a GPU: SHORTEST, doubled until its own is among them."""
+    length = SHORTEST
+    while length <= cache.position:
+        length *= 2
+    return min(length, cache.capacity)
 
 
 def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor:

@@ -17,6 +17,7 @@ from yaongi.model.sampling import Sampling, choose, penalise, row_uniforms
 from yaongi.model.text_stream import TextStream
 
 Tensor = torch.Tensor
+EVEN = 64  # capacities are multiples of it: attention kernels would pad the mask of others at every step
 Until = Callable[[int, int], bool]  # (row, its new token) → whether the row ends with it
 
 
@@ -81,7 +82,8 @@ def stream(
     ends = set(model.config.answer_ends if stop is None else stop)
     device = next(model.parameters()).device
     input_ids, document_ids = _padded(prompts, model.config.pad_token_id, device)
-    logits, cache = prefill(model, input_ids, document_ids, capacity=input_ids.shape[1] + max_new_tokens)
+    capacity = -(-(input_ids.shape[1] + max_new_tokens) // EVEN) * EVEN
+    logits, cache = prefill(model, input_ids, document_ids, capacity=capacity)
     advance = stepper(model, cache, cuda_graph=cuda_graph)
     sampler = _Sampler(prompts, sampling, seed, max_new_tokens, logits)
     running = [True] * len(prompts)
