@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from op_cases import cases, run
 from torch.utils.flop_counter import FlopCounterMode
 
 import yaongi.kernels
@@ -102,10 +103,9 @@ def test_a_choice_outside_a_block_stays_until_it_is_undone() -> None:
 
 
 def test_the_shortcut_past_the_dispatcher_takes_only_plain_calls() -> None:
-    """A gradient, a mode or a tensor without memory must reach torch's dispatcher."""
+    """A mode, a transform or a tensor without memory must reach torch's dispatcher."""
     x = torch.ones(8, 8)
     assert not backend._dispatcher_needed((x, None, 1.0))
-    assert backend._dispatcher_needed((x.clone().requires_grad_(), None))
     assert backend._dispatcher_needed((x.to("meta"), None))
     with torch.no_grad():
         assert not backend._dispatcher_needed((torch.nn.Parameter(x), None))
@@ -119,6 +119,17 @@ def test_the_shortcut_past_the_dispatcher_takes_only_plain_calls() -> None:
 
     torch.func.vmap(look)(x)
     assert seen == [True]
+
+
+@pytest.mark.parametrize("op", [op for op, case in cases().items() if case.wanted])
+def test_gradients_past_the_dispatcher_are_its_gradients(op: str) -> None:
+    case = cases()[op]
+    direct = run(op, case.on("cpu", torch.float32), case.wanted)
+    with mock.patch.object(backend, "_dispatcher_needed", return_value=True):
+        dispatched = run(op, case.on("cpu", torch.float32), case.wanted)
+    assert direct.keys() == dispatched.keys()
+    for name, result in direct.items():
+        assert torch.equal(result, dispatched[name]), name
 
 
 def test_the_command_prints_the_table() -> None:

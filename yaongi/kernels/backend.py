@@ -45,16 +45,24 @@ class Op:
     written: tuple[int, ...]  # positions of the arguments that it modifies
     resolved: dict[Backend, Callable[..., Any]] = field(default_factory=dict)
     candidates: dict[int, list[tuple[Backend, Callable[..., str | None] | None]]] = field(default_factory=dict)
+    differentiable: type[torch.autograd.Function] | None = None  # the autograd formula without the dispatcher
 
     def __call__(self, *args: Any) -> Any:
         """Call the op through torch's dispatcher, or directly where the dispatcher would add nothing.
 
         The dispatcher and its Python autograd layer cost as much host time as the rest of a call (docs/LAB.md). So a
-        call on plain tensors, without gradients, transforms or modes, goes straight to an implementation.
+        call on plain tensors, without transforms or modes, goes straight to its autograd formula, or without gradients
+        to an implementation.
         """
         if self.written or _dispatcher_needed(args):
             return self.overload(*args)
-        return self.run_on_gpu(*args) if args[0].is_cuda else self.run_on_cpu(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.differentiable.apply(*args) if self.differentiable else self.overload(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Run the op where its tensors are, without autograd."""
+        return self.run_on_gpu(*args) if _first_tensor(args).is_cuda else self.run_on_cpu(*args)
 
     def implementation(self, backend: Backend) -> Callable[..., Any]:
         """Return a backend's function; a name such as `package.module:function` is imported at its first use."""
@@ -165,9 +173,7 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor:
 
 def _dispatcher_needed(args: tuple[Any, ...]) -> bool:
     """Return whether a call must go through torch's dispatcher. The first argument is a tensor."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-        return True
-    if _transforms() is not None or _modes():
+    if torch.compiler.is_compiling() or _transforms() is not None or _modes():
         return True
     for arg in args:
         if type(arg) not in PLAIN_ARGUMENTS and isinstance(arg, torch.Tensor):
@@ -222,6 +228,20 @@ def define(
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Register the autograd formula of an op; arguments as for `torch.library.register_autograd`."""
     torch.library.register_autograd(f"yaongi::{name}", backward, setup_context=setup_context, lib=_library)
+    op = OPS[name]
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            results = op.run(*args)
+            setup_context(ctx, args, results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    op.differentiable = Differentiable
 
 
 def define_no_autograd(name: str) -> None:
