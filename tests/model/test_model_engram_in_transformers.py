@@ -247,6 +247,7 @@ def test_transformers_trainer_trains_and_saves_it(folder: Path, fast: Any, tmp_p
     rows = [{"input_ids": fast(text)["input_ids"]} for text in TEXTS * 4]
     trainer = Trainer(model, settings, DataCollatorForLanguageModeling(fast, mlm=False), rows)
     assert trainer.train().training_loss < 20
+    assert 0 < trainer.evaluate(rows)["eval_loss"] < 20
     trainer.save_model(str(tmp_path / "trained"))
     after = Yaongi.from_pretrained(tmp_path / "trained").state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in model.model.state_dict().items())

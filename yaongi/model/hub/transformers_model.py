@@ -40,7 +40,7 @@ class YaongiConfig(PreTrainedConfig):
     """A transformers config that keeps a `yaongi.model.ModelConfig` as a dict in `model`."""
 
     model_type = "yaongi"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as the base class has it)
 
     def __init__(self, model: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.model = model
@@ -260,12 +260,13 @@ class YaongiForCausalLM(YaongiPreTrainedModel, GenerationMixin):
                 are no position embeddings.
             past_key_values: what an earlier call returned.
             labels: (B, L), the input ids, −100 where there is no target; shifted here.
-            use_cache: by default as in the config, but not where gradients are wanted.
+            use_cache: by default as in the config, but not with labels or where gradients are wanted.
             logits_to_keep: only the last so many positions; 0 for all.
 
         Raises:
             ValueError: an argument is not one of this model.
         """
+        use_cache = False if use_cache is None and labels is not None else use_cache
         hidden, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, kwargs)
         logits = self.model.lm_head(slice_logits_to_keep(hidden, logits_to_keep)).float()
         loss = None
