@@ -98,6 +98,19 @@ def test_another_field(tmp_path: Path) -> None:
     assert list(source.documents()) == ["yes", "yes", "a text"]
 
 
+def test_a_table_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes('id\tdocument\r\n1\t한 "글"\r\n2\t\r\n3\r\n'.encode("cp949"))
+    said: list[str] = []
+    reading = Reading(text_field="document", encoding="cp949")
+    (source,) = open_sources([f"ko={tmp_path / 'a.tsv'}"], reading, said.append)
+    assert list(source.documents()) == ['한 "글"']
+    assert source.tally.total("empty") == 1
+    assert "a.tsv, row 2: one of ['document'] must hold text, got document null" in said[0]
+    (tmp_path / "b.csv").write_text('text\n"x')
+    with pytest.raises(ValueError, match=r"b.csv cannot be read: unexpected end of data"):
+        list(open_sources([f"ko={tmp_path / 'b.csv'}"])[0].documents())
+
+
 def test_options_that_change_the_text_make_shards_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [{"text": text, "body": other} for text, other in zip(random_texts(1, 9), random_texts(2, 9), strict=True)]
     path = tmp_path / "a.jsonl"

@@ -92,7 +92,7 @@ def test_what_is_read_and_what_is_left_out_stands_in_the_manifest(tokenizer: Tok
         "dataset_dict.json": "metadata",
         "dataset_infos.json": "metadata",
         "deep/state.json": "metadata",
-        "table.csv": "unknown extension",
+        "table.csv": "a table: read if it is named itself",
     }
     (line,) = [line for line in said if "left out" in line]
     assert line.startswith("left out 7 files: .c.jsonl (hidden), .git (hidden), README.md (metadata)")

@@ -43,12 +43,13 @@ def hub() -> Iterator[tuple[str, list[str]]]:
             "README.md": b"",
         },
         "me/one": {"train.jsonl": b'{"text": "a"}\n{"text": "b"}\n', "test.jsonl": b'{"text": "no"}\n'},
+        "me/table": {"train.csv": 'document,label\n"하나, 둘\n셋",1\n넷,0\n'.encode()},
         "me/many": {
             "README.md": CARD.encode(),
             "news/1.parquet": packed(body=["소식 하나", "소식 둘"], title=["x", "y"]),
             "news/held-1.parquet": packed(body=["no"]),
             "law/1.txt": "제1조".encode(),
-            "law/2.csv": b"text\nno\n",
+            "law/2.arrow": b"no",
         },
     }
     with serve_hub(sets) as server:
@@ -87,6 +88,9 @@ def test_any_data_set_by_its_name(hub: tuple[str, list[str]], tmp_path: Path) ->
     done = run_download(hub[0], raw, "--source", "소식=hf:me/many:news", "--text-field", "body")
     assert done.returncode == 0, done.stderr
     assert texts(raw / "train" / "소식" / "me--many--news") == ["소식 하나", "소식 둘"]
+    done = run_download(hub[0], raw, "--source", "hf:me/table", "--text-field", "document")
+    assert done.returncode == 0, done.stderr
+    assert texts(raw / "train" / "table" / "me--table") == ["하나, 둘\n셋", "넷"]
     done = run_download(hub[0], raw, "--source", "소식=hf:me/many:news", "--text-field", "title")
     assert "must be from field title, got body; remove it to download again" in done.stderr
 
@@ -96,7 +100,7 @@ def test_any_data_set_by_its_name(hub: tuple[str, list[str]], tmp_path: Path) ->
     [
         ("hf:me/many", "the subset of me/many must be one of news, law, got none"),
         ("hf:me/many:sport", "the subset of me/many must be one of news, law, got sport"),
-        ("hf:me/many:law", "files of me/many must be .txt .jsonl .ndjson .json .parquet, got law/2.csv"),
+        ("hf:me/many:law", "files of me/many must be .txt .jsonl .ndjson .json .parquet .csv .tsv, got law/2.arrow"),
         ("hf:me/nothing", "me/nothing is not to be had"),
         ("hf:one", "source must be hf:OWNER/NAME, hf:OWNER/NAME:SUBSET or DOMAIN=hf:…, got 'hf:one'"),
     ],

@@ -12,6 +12,7 @@ FORMATS: Mapping[str, str] = {
     ".json": ".jsonl",
     ".parquet": ".parquet",
 }
+TABLES = (".csv", ".tsv")  # read where they are named, or are a data set of the hub; beside texts they are often none
 METADATA = {  # what data sets keep beside their rows, and `source.json` of a download
     "dataset_dict.json",
     "dataset_info.json",
@@ -27,9 +28,10 @@ _EXPANSION = {".xz": 4.5, ".zst": 3.0, ".gz": 3.0, ".bz2": 4.0, ".parquet": 2.0}
 
 
 def file_format(name: str) -> str | None:
-    """Return `.txt`, `.jsonl` or `.parquet` for a file that can be read, compressed or not; else None."""
+    """Return the format of a file that can be read, compressed or not: an ending without compression; else None."""
     inner = _uncompressed(name)
-    found = FORMATS.get(Path(inner).suffix.lower())
+    ending = Path(inner).suffix.lower()
+    found = ending if ending in TABLES else FORMATS.get(ending)
     return None if found == ".parquet" and inner != name else found
 
 
@@ -55,7 +57,10 @@ def reason_to_leave(name: str) -> str | None:
         return "hidden"
     if parts[-1].lower() in METADATA:
         return "metadata"
-    return None if file_format(parts[-1]) else "unknown extension"
+    found = file_format(parts[-1])
+    if found in TABLES:
+        return "a table: read if it is named itself"
+    return None if found else "unknown extension"
 
 
 def find_files(path: Path) -> tuple[list[Path], dict[str, str]]:

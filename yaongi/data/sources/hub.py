@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from yaongi.data.mix import check_domain
-from yaongi.data.sources.files import FORMATS, file_format, reason_to_leave
+from yaongi.data.sources.files import FORMATS, TABLES, file_format, reason_to_leave
 
 BYTES_PER_TOKEN: Mapping[str, float] = {"ko": 4.8, "en": 4.1, "code": 3.3, "math": 3.4}  # to convert a budget
 OTHER_BYTES_PER_TOKEN = 4.0
@@ -202,7 +202,7 @@ def _splits(path: str, subset: str, revision: str | None, root: str) -> dict[str
         raise ValueError(f"download: {path} can't be used: {error}") from error
     found = {str(split): [str(file).removeprefix(root) for file in files] for split, files in splits.items()}
     if unknown := [file for files in found.values() for file in files if not file_format(file)]:
-        raise ValueError(f"download: files of {path} must be {' '.join(FORMATS)}, got {unknown[0]}")
+        raise ValueError(f"download: files of {path} must be {' '.join((*FORMATS, *TABLES))}, got {unknown[0]}")
     return found
 
 

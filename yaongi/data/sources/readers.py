@@ -1,6 +1,7 @@
 """Reading documents from the formats of `files`, on disk or in any binary stream."""
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from yaongi.data.chat import render_chat
-from yaongi.data.sources.files import file_format
+from yaongi.data.sources.files import TABLES, file_format
 from yaongi.data.sources.frames import open_bz2, open_xz, open_zst
 from yaongi.data.sources.json_array import array_items
 from yaongi.data.sources.tally import BAD_ROWS
@@ -133,12 +134,14 @@ def read_rows(
             cut = iter(lambda: lines.readline(4 * longest), "")
             unix = (line[:-2] + "\n" if line.endswith("\r\n") else line for line in cut)
             yield from islice(({"text": text} for text in pieces(unix, _TXT_DOCUMENT_CHARACTERS)), start, None)
+        elif kind in TABLES:
+            yield from islice(_table_rows(lines, kind, longest), start, None)
         else:
             yield from islice(_json_rows(lines, name, start, _LINE * longest), start, None)
     except UnicodeError as error:
         another = "cp949" if utf8 else "utf-8"
         raise ValueError(f"data: {name} cannot be read as {encoding}; try --encoding {another} ({error})") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, csv.Error, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"data: {name} cannot be read: {error}") from error
 
 
@@ -197,6 +200,11 @@ def _array_rows(file: io.TextIOWrapper, start: str, name: str, longest: int) -> 
         if isinstance(error, UnicodeError):
             raise
         raise ValueError(f"data: {name} cannot be read: {error}") from error
+
+
+def _table_rows(file: io.TextIOWrapper, kind: str, longest: int) -> Iterator[Row]:
+    csv.field_size_limit(_LINE * longest)
+    yield from csv.DictReader(file, delimiter="," if kind == ".csv" else "\t", restkey="", strict=True)
 
 
 def _object(record: Any, name: str, number: int) -> Row:
