@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from model_support import ENGRAM, roughened, small_config
 from oracle import assert_equal_to_float64
 from torch.nn import functional as F
@@ -128,7 +129,7 @@ def test_labels_are_shifted_and_may_have_no_target(ours: Yaongi, theirs: Any) ->
     loss.backward()
     wanted.backward()
     expected = dict(ours.named_parameters())
-    for name, parameter in theirs.model.named_parameters():
+    for name, parameter in theirs.yaongi.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.is_sparse, name
         assert_equal_to_float64(parameter.grad, expected[name].grad.to_dense(), 1e-4, name)
@@ -210,12 +211,12 @@ def test_new_models_from_the_config(folder: Path, ours: Yaongi) -> None:
     assert (config.max_position_embeddings, config.vocab_size, config.num_hidden_layers) == (300, 512, 6)
     new = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     wanted = Yaongi(ours.config, compression=ours.backbone.compression.numpy()).state_dict()
-    for name, tensor in new.model.state_dict().items():
+    for name, tensor in new.yaongi.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
     ids = ids_of(2, 8)
     base = AutoModel.from_config(config, trust_remote_code=True)
     with torch.no_grad():
-        assert_equal_to_float64(new.model.lm_head(base(ids).last_hidden_state), new(ids).logits, NEAR)
+        assert_equal_to_float64(new.yaongi.lm_head(base(ids).last_hidden_state), new(ids).logits, NEAR)
     assert (
         AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.bfloat16).dtype == torch.bfloat16
     )
@@ -238,7 +239,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(theirs: Any) -> None:
 def test_transformers_trainer_trains_and_saves_it(folder: Path, fast: Any, tmp_path: Path) -> None:
     """Run a few steps on padded batches of the library's own collator, and read what it saved."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.yaongi.state_dict().items()}
     fast.pad_token = "<|pad|>"
     settings = TrainingArguments(
         str(tmp_path), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[], use_cpu=True,
@@ -250,9 +251,24 @@ def test_transformers_trainer_trains_and_saves_it(folder: Path, fast: Any, tmp_p
     assert 0 < trainer.evaluate(rows)["eval_loss"] < 20
     trainer.save_model(str(tmp_path / "trained"))
     after = Yaongi.from_pretrained(tmp_path / "trained").state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in model.model.state_dict().items())
+    assert all(torch.equal(after[name], tensor) for name, tensor in model.yaongi.state_dict().items())
     same = [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
     assert set(same) <= {"backbone.compression", *(n for n in before if n.endswith("e_score_correction_bias"))}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_tunes_it(packing: bool, folder: Path, fast: Any, tmp_path: Path) -> None:
+    """Run two steps of supervised tuning: padded rows with the answers' mask of our template, or packed rows."""
+    trl = pytest.importorskip("trl")
+    turns = [{"role": "user", "content": "aq qa"}, {"role": "assistant", "content": "bq"}]
+    settings = trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, max_length=64, packing=packing, bf16=False,
+        assistant_only_loss=not packing, report_to=[], use_cpu=True, disable_tqdm=True, dataset_num_proc=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    rows = Dataset.from_list([{"messages": turns}] * 8)
+    trainer = trl.SFTTrainer(model, settings, processing_class=fast, train_dataset=rows)
+    assert 0 < trainer.train().training_loss < 20
 
 
 @pytest.mark.parametrize(

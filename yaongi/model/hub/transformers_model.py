@@ -73,7 +73,7 @@ class YaongiCache:
 
 
 class YaongiPreTrainedModel(PreTrainedModel):
-    """What the model has in transformers with and without its head: a `yaongi.model.Yaongi` in `model`."""
+    """What the model has in transformers with and without its head: `yaongi`, a `yaongi.model.Yaongi`."""
 
     config_class = YaongiConfig
     base_model_prefix = "model"
@@ -81,14 +81,7 @@ class YaongiPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Layer"]  # noqa: RUF012 (as the base class has it)
     _supports_sdpa = True
     _is_stateful = True
-
-    def __init__(self, config: YaongiConfig, model: Yaongi | None = None) -> None:
-        super().__init__(config)
-        self.model = model or _made(config)
-        for module in self.model.modules():
-            if isinstance(module, Engram):
-                module.sparse = False  # optimizers of other trainers take dense gradients
-        self.post_init()
+    yaongi: Yaongi
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the weights as they are: `Yaongi` has drawn or read them."""
@@ -135,10 +128,10 @@ class YaongiPreTrainedModel(PreTrainedModel):
         """
         if not is_main_process:
             return
-        model = self.model
+        model = self.yaongi
         if state_dict is not None:
             model = Yaongi(model.config, device="meta")
-            own = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+            own = {name.rpartition("yaongi.")[2]: tensor for name, tensor in state_dict.items()}
             model.load_state_dict(own, assign=True)
         model.save_pretrained(save_directory)
         if self.can_generate():
@@ -146,67 +139,45 @@ class YaongiPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embeddings."""
-        return self.model.backbone.embeddings
+        return self.yaongi.backbone.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embeddings."""
-        self.model.backbone.embeddings = value
+        self.yaongi.backbone.embeddings = value  # type: ignore[assignment]
 
     def resize_token_embeddings(  # type: ignore[override]
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Module:
         """Return the embeddings. Raises ValueError for another size: Engram's hashes depend on the vocabulary."""
-        size = self.model.config.vocab_size
+        size = self.yaongi.config.vocab_size
         if new_num_tokens not in (None, size):
             raise ValueError(f"yaongi: vocabulary must keep its {size} entries, got {new_num_tokens}")
         return self.get_input_embeddings()
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the activations of all layers in the backward pass."""
-        self.model.recompute = "all"
+        self.yaongi.recompute = "all"
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
-        self.model.recompute = "none"
+        self.yaongi.recompute = "none"
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
-        return self.model.recompute != "none"
-
-    def _hidden(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past: YaongiCache | None,
-        use_cache: bool | None,
-        options: Mapping[str, Any],
-    ) -> tuple[Tensor, Any]:
-        """Return the normalised hidden states (B, L, d), and the cache if one is wanted."""
-        ids = _checked(input_ids, past, options)
-        if past is not None:
-            needed = past.cache.position + ids.shape[1]
-            if needed > past.cache.capacity:
-                past.cache.grow(needed + ROOM)
-            return torch.stack([step_hidden(self.model, token, past.cache) for token in ids.unbind(1)], dim=1), past
-        alignment = None if attention_mask is None else align(attention_mask)
-        document_ids = _packed(position_ids, ids) if attention_mask is None else None
-        if alignment is not None:
-            ids, document_ids = rows_of(ids, alignment.order), alignment.document_ids
-        if use_cache is None:
-            use_cache = getattr(self.config, "use_cache", True) and not torch.is_grad_enabled()
-        cache = None
-        if use_cache:
-            hidden, state = read(self.model, ids, document_ids, capacity=ids.shape[1] + ROOM)
-            cache = YaongiCache(state)
-        else:
-            hidden = self.model.hidden_states(ids, document_ids)
-        return hidden if alignment is None else rows_of(hidden, alignment.back), cache
+        return self.yaongi.recompute != "none"
 
 
 class YaongiModel(YaongiPreTrainedModel):
     """The model without its head: ids to hidden states."""
+
+    def __init__(self, config: YaongiConfig, yaongi: Yaongi | None = None) -> None:
+        super().__init__(config)
+        self.yaongi = yaongi or _made(config)
+        for module in self.yaongi.modules():
+            if isinstance(module, Engram):
+                module.sparse = False  # optimizers of other trainers take dense gradients
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -219,20 +190,48 @@ class YaongiModel(YaongiPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the normalised hidden states (B, L, d); arguments as in `YaongiForCausalLM.forward`."""
-        hidden, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        ids = _checked(input_ids, past_key_values, kwargs)
+        if past_key_values is not None:
+            needed = past_key_values.cache.position + ids.shape[1]
+            if needed > past_key_values.cache.capacity:
+                past_key_values.cache.grow(needed + ROOM)
+            steps = [step_hidden(self.yaongi, token, past_key_values.cache) for token in ids.unbind(1)]
+            return _output(torch.stack(steps, dim=1), past_key_values)
+        alignment = None if attention_mask is None else align(attention_mask)
+        document_ids = _packed(position_ids, ids) if attention_mask is None else None
+        if alignment is not None:
+            ids, document_ids = rows_of(ids, alignment.order), alignment.document_ids
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True) and not torch.is_grad_enabled()
+        cache = None
+        if use_cache:
+            hidden, state = read(self.yaongi, ids, document_ids, capacity=ids.shape[1] + ROOM)
+            cache = YaongiCache(state)
+        else:
+            hidden = self.yaongi.hidden_states(ids, document_ids)
+        return _output(hidden if alignment is None else rows_of(hidden, alignment.back), cache)
 
 
 class YaongiForCausalLM(YaongiPreTrainedModel, GenerationMixin):
     """The model with its head: logits, loss, and transformers' own `generate`."""
 
+    def __init__(self, config: YaongiConfig, yaongi: Yaongi | None = None) -> None:
+        super().__init__(config)
+        self.model = YaongiModel(config, yaongi)
+        self.post_init()
+
+    @property
+    def yaongi(self) -> Yaongi:  # type: ignore[override]
+        """The model itself."""
+        return self.model.yaongi
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the head."""
-        return self.model.lm_head
+        return self.yaongi.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
-        self.model.lm_head = new_embeddings
+        self.yaongi.lm_head = new_embeddings  # type: ignore[assignment]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -267,12 +266,17 @@ class YaongiForCausalLM(YaongiPreTrainedModel, GenerationMixin):
             ValueError: an argument is not one of this model.
         """
         use_cache = False if use_cache is None and labels is not None else use_cache
-        hidden, cache = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, kwargs)
-        logits = self.model.lm_head(slice_logits_to_keep(hidden, logits_to_keep)).float()
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, **kwargs)
+        kept = slice_logits_to_keep(output.last_hidden_state, logits_to_keep)
+        logits = self.yaongi.lm_head(kept).float()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.model.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            loss = self.loss_function(logits, labels, self.yaongi.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+
+
+def _output(hidden: Tensor, cache: Any) -> BaseModelOutputWithPast:
+    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
 def _made(config: YaongiConfig) -> Yaongi:
