@@ -288,7 +288,7 @@ def test_what_it_cannot_do_is_refused_by_name(theirs: Any, options: dict[str, An
     assert str(caught.value) == message
 
 
-def test_loading_refuses_what_it_does_not_know(theirs: Any, folder: Path) -> None:
+def test_loading_and_saving_refuse_what_they_do_not_know(theirs: Any, folder: Path) -> None:
     load = type(theirs).from_pretrained
     with pytest.raises(ValueError, match=r"^yaongi: options must be among .*, got quantization_config$"):
         load(folder, quantization_config={"bits": 4})
@@ -296,6 +296,8 @@ def test_loading_refuses_what_it_does_not_know(theirs: Any, folder: Path) -> Non
         load(folder, device_map={"a": 0, "b": 1})
     with pytest.raises(ValueError, match=r"^yaongi: vocabulary must keep its 512 entries, got 600$"):
         theirs.resize_token_embeddings(600)
+    with pytest.raises(ValueError, match=r"^yaongi: push_to_hub must be left out of save_pretrained, got True$"):
+        theirs.save_pretrained(folder / "nowhere", push_to_hub=True)
     model, report = load(folder, output_loading_info=True, device_map="auto")
     assert not any(report.values())
     assert model.device.type == "cpu" or torch.cuda.is_available()

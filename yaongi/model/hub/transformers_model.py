@@ -125,7 +125,13 @@ class YaongiPreTrainedModel(PreTrainedModel):
         """Write the folder that `Yaongi.save_pretrained` writes, with this model's generation config.
 
         Of transformers' other options none changes anything.
+
+        Raises:
+            ValueError: the folder is to be pushed to the hub, or the weights are to be a variant.
         """
+        for name in ("push_to_hub", "variant"):
+            if kwargs.get(name):
+                raise ValueError(f"yaongi: {name} must be left out of save_pretrained, got {kwargs[name]!r}")
         if not is_main_process:
             return
         model = self.yaongi
