@@ -7,6 +7,7 @@ import torch
 from yaongi.kernels import backend, check
 from yaongi.kernels.fp8_quantize.op import FLOAT8, SCALAR, refuses_gpu
 from yaongi.kernels.matmul8.reference import matmul8_add_reference, matmul8_reference
+from yaongi.kernels.matmul8.scaled_mm import aligned_unit
 
 Tensor = torch.Tensor
 WORKSPACE_BYTES = 32 << 20  # what cuBLASLt may use for one call on Hopper
@@ -25,13 +26,15 @@ def _matmul8_cuda(
     if not (a.numel() and b.numel()):
         return matmul8_reference(a, b, unit_a, unit_b, addend, dtype, exact)
     out = a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-    backend.cuda_launcher("matmul8")(a, b, unit_a, unit_b, addend, out, exact, _workspace(a.get_device()))
+    units = aligned_unit(unit_a), aligned_unit(unit_b)
+    backend.cuda_launcher("matmul8")(a, b, *units, addend, out, exact, _workspace(a.get_device()))
     return out
 
 
 def _matmul8_add_cuda(a: Tensor, b: Tensor, unit_a: Tensor, unit_b: Tensor, total: Tensor, exact: bool) -> None:
     if a.numel() and b.numel():
-        backend.cuda_launcher("matmul8")(a, b, unit_a, unit_b, total, total, exact, _workspace(a.get_device()))
+        units = aligned_unit(unit_a), aligned_unit(unit_b)
+        backend.cuda_launcher("matmul8")(a, b, *units, total, total, exact, _workspace(a.get_device()))
 
 
 def _workspace(device: int) -> Tensor:

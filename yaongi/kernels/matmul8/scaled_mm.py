@@ -5,6 +5,11 @@ import torch
 Tensor = torch.Tensor
 
 
+def aligned_unit(unit: Tensor) -> Tensor:
+    """Return a unit where cuBLASLt takes it: at a multiple of 16 bytes, which an entry of a vector may not be."""
+    return unit if unit.data_ptr() % 16 == 0 else unit.clone()
+
+
 def matmul8_scaled_mm(
     a: Tensor,
     b: Tensor,
@@ -19,7 +24,8 @@ def matmul8_scaled_mm(
     if not (a.numel() and b.numel()):
         product = torch.zeros(a.shape[0], b.shape[0], dtype=wide, device=a.device)
     else:
-        product = torch._scaled_mm(a, b.T, unit_a, unit_b, out_dtype=wide, use_fast_accum=not exact)
+        units = aligned_unit(unit_a), aligned_unit(unit_b)
+        product = torch._scaled_mm(a, b.T, *units, out_dtype=wide, use_fast_accum=not exact)
     return product if addend is None else product.add_(addend).to(dtype)
 
 

@@ -38,7 +38,7 @@ class Fp8Scales(nn.Module):
         self.known = False  # whether there are scales: from a calibration or a checkpoint
         count = len(sites)
         self.scale = nn.Buffer(torch.ones(count, device=device), persistent=False)
-        self.unit = nn.Buffer(torch.ones(count, device=device), persistent=False)
+        self.unit = nn.Buffer(torch.ones(count, 4, device=device), persistent=False)  # 16 bytes apart, for cuBLASLt
         self.amax = nn.Buffer(torch.zeros(count + 1, device=device), persistent=False)  # the last: of no site
         self.history = nn.Buffer(torch.zeros(count, history, device=device), persistent=False)
 
@@ -49,7 +49,7 @@ class Fp8Scales(nn.Module):
     def site(self, name: str, *, seen: bool = True) -> Site:
         """Return a site; unless `seen`, what is cast leaves no trace in its amax."""
         i = self._places[name]
-        return Site(self.scale[i], self.unit[i], self.amax[i if seen else -1])
+        return Site(self.scale[i], self.unit[i, 0], self.amax[i if seen else -1])
 
     def cast(self, name: str, produce: Callable[[Site], Any], *, seen: bool = True) -> Any:
         """Return produce(site). While calibrating it runs twice, and its own amax makes the scale in between."""
@@ -64,7 +64,7 @@ class Fp8Scales(nn.Module):
         scale = power_of_two_scale(largest * self.margin)
         known = (largest > 0) & scale.isfinite()
         self.scale[i] = torch.where(known, scale, self.scale[i])
-        self.unit[i] = 1 / self.scale[i]
+        self.unit[i, 0] = 1 / self.scale[i]
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
