@@ -20,7 +20,8 @@ const char* yaongi_symmetric_product(YaongiType type, const YaongiMatrices& x, c
                                      cudaStream_t stream);
 
 // out = unit_a·unit_b · a·bᵀ + addend; a (M, K) and b (N, K) in 8-bit floats, out and addend (M, N) in bfloat16 or float32,
-// which may be the same memory. The units are on the device. `exact`: sums are promoted to float32 within the product.
+// which may be the same memory. The units are on the device, at multiples of 16 bytes. `exact`: sums are promoted to
+// float32 within the product.
 struct YaongiMatmul {
   YaongiMatrices a, b, addend, out;
   YaongiType a_type, b_type, out_type;

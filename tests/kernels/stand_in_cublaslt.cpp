@@ -1,6 +1,7 @@
 // A stand-in for libcublasLt on the CPU, for what csrc/cublaslt.cpp calls: column-major products in float32 by the
 // documented meaning of each argument. It refuses what cuBLASLt refuses on Hopper for FP8: anything but a transposed A and
-// a plain B, leading dimensions that aren't multiples of 16 bytes, and alignments that the addresses don't have.
+// a plain B, leading dimensions that aren't multiples of 16 bytes, alignments that the addresses don't have, and scales
+// that don't lie at multiples of 16 bytes (seen on an H100).
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -159,7 +160,7 @@ int cublasLtMatmul(void* handle, Descriptor* op, const float* alpha, const void*
   for (int i = 0; i < 4; ++i)
     if (!algorithm->data[i] || uintptr_t(addresses[i]) % algorithm->data[i]) return 7;
   if (handle != &handles || !workspace || algorithm->data[4] > workspace_bytes) return 7;
-  if (!op->scale_a || !op->scale_b) return 7;
+  if (!op->scale_a || !op->scale_b || (uintptr_t(op->scale_a) | uintptr_t(op->scale_b)) % 16) return 7;
   fast_calls += op->fast;
   for (uint64_t i = 0; i < ld->rows; ++i)
     for (uint64_t j = 0; j < ld->columns; ++j) {

@@ -75,7 +75,8 @@ def codes(rows: int, columns: int, dtype: torch.dtype = E4M3) -> torch.Tensor:
 
 def check(folder: str) -> None:
     """Run in a process of its own, whose loader finds the stand-in."""
-    seam, units = Seam(folder), (torch.tensor(0.5), torch.tensor(4.0))
+    seam, vector = Seam(folder), torch.tensor([0.5, 0.0, 0.0, 0.0, 4.0])  # 16 bytes apart
+    units = vector[0], vector[4]
     assert seam.version() == 130101
     for kinds in ((E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3)):
         a, b = codes(6, 96, kinds[0])[1:, 16:64], codes(32, 48, kinds[1])
@@ -102,6 +103,8 @@ def check(folder: str) -> None:
     after = seam.counts()
     assert after[1] - before[1] <= 3
     assert after[2:] == [2, 3]
+    message = seam(a, b, (vector[1], vector[4]), None, out)
+    assert message == "cublasLtMatmul returned cuBLAS status 7"
     half = codes(5, 48, E5M2), codes(32, 48, E5M2)
     wanted_message = "cuBLASLt has no algorithm for M = 5, N = 32, K = 48 (status 15)"
     assert seam(*half, units, None, torch.empty(5, 32)) == wanted_message

@@ -215,6 +215,16 @@ def test_the_chosen_backend_is_cublaslt() -> None:
     assert torch.ops.yaongi_cuda.cublaslt_version() >= 120_000
 
 
+def test_a_unit_is_copied_only_where_it_must_be() -> None:
+    """cuBLASLt reads it at a multiple of 16 bytes."""
+    vector = torch.arange(8.0)
+    for i in range(8):
+        aligned = scaled_mm.aligned_unit(vector[i])
+        assert aligned == i
+        assert aligned.data_ptr() % 16 == 0
+        assert (aligned.data_ptr() == vector[i].data_ptr()) == (i % 4 == 0)
+
+
 def test_a_torch_without_cublaslt_says_so() -> None:
     arguments = codes(16, 16), codes(16, 16), scalar(1.0), scalar(1.0), None, torch.bfloat16, True
     with mock.patch.object(matmul8_op, "_cublaslt_missing", return_value="torch has no libcublasLt.so.13"):
