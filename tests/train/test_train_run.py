@@ -131,6 +131,7 @@ def test_many_epochs_are_a_warning(tokens: Path, tmp_path: Path, number: str, al
     wanted = ("--tokens", str(float(number) * Loader(tokens, row_tokens=64, batch_rows=8, mix="ko=1").tokens["ko"]))
     done = run(tokens, tmp_path / "run", "--dry-run", "--mix", "ko=1", *wanted, *["--allow-epochs"] * allowed)
     assert done.returncode == 0, done.stderr
+    assert "mix          ko=1; not in it: en, code, math" in done.stdout
     assert re.search(r"^data +ko: [\d,]+ tokens there, [\d,]+ wanted, [\d.]+ epochs$", done.stdout, re.MULTILINE)
     assert re.search(r"warning: ko is read [\d.]+ times: above 4 epochs", done.stderr)
 

@@ -64,7 +64,8 @@ class Session:
         """
         train, run = self.config.train, self.config.run
         self.display.say(self.plan.lines())
-        self.display.say(f"{'mix':<12} {train.mix}")
+        unused = [domain for domain in self.loader.shard_set.tokens("train") if domain not in self.loader.mix]
+        self.display.say(f"{'mix':<12} {train.mix}" + (f"; not in it: {', '.join(unused)}" if unused else ""))
         epochs = count_epochs(self.loader.tokens, self.loader.mixture.shares, self.plan.tokens)
         for number, stream in enumerate(epochs):
             self.display.say(f"{'' if number else 'data':<12} {stream}")

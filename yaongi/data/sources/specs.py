@@ -73,6 +73,8 @@ def _open(spec: str, opener: "_Opener") -> tuple[list[Source], dict[str, str]]:
         return embedded_sources(), {}
     if (Path(spec) / TRAIN).is_dir():
         return opener.folder(Path(spec))
+    if (Path(spec) / VAL).is_dir():
+        raise ValueError(f"data: {spec} must hold {TRAIN}/ beside {VAL}/, got none")
     if Path(spec).exists():
         name = Path(spec).absolute().name
         return opener.path(_domain(name if Path(spec).is_dir() else file_stem(name), spec), Path(spec))
@@ -112,7 +114,8 @@ class _Opener:
         for domain in in_order(groups):
             divided = any(group.split == VAL for group in groups[domain])
             for group, files in sorted(groups[domain].items()):
-                about = folder / group.split / domain / group.name / "source.json" if group.rank < _BESIDE else None
+                depth = {_SUB_FOLDER: 3, _LOOSE: 2}.get(group.rank)  # of the folder that a download describes
+                about = folder.joinpath(*files[0].relative_to(folder).parts[:depth], "source.json") if depth else None
                 split = group.split if divided else None
                 found.append(self._source(domain, split, group.name or domain, folder, files, about))
         return found, left_out

@@ -44,6 +44,8 @@ def train_on_sources(
     }
     shares = choose_mix(mix, sizes)
     say(f"mix: {mix_text(shares)}")
+    if unused := [domain for domain in sizes if domain not in shares]:
+        say(f"not in the mix, so not read: {', '.join(unused)}")
     plan = {
         "inputs": [[s.domain, s.name, s.share, s.fingerprint()] for s in sources],
         "vocab_size": vocab_size,
