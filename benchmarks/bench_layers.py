@@ -107,6 +107,7 @@ def _recorded(model: Any, layer: Any, hidden: torch.Tensor, dy: torch.Tensor, co
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run()
+    graph.replay()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
     return graph.replay
