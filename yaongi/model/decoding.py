@@ -159,10 +159,12 @@ def stepper(model: Yaongi, cache: Cache, *, cuda_graph: bool) -> Callable[[Tenso
     """Return a function that does a `step` with these caches, recorded where that is possible and wanted.
 
     Hooks are Python, which a graph would run only once: a model that has some is not recorded. Neither is one with a
-    part on another device, such as a table in host memory.
+    part on another device, such as a table in host memory, nor one with experts in float32: their kernels take 16 bits,
+    and their reference waits for the GPU.
     """
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if cuda_graph and len(places) == 1 and next(iter(places)).type == "cuda" and not any_hooks(model):
+    waits = "E" in model.config.pattern and cache.dtype.itemsize != 2
+    if cuda_graph and len(places) == 1 and next(iter(places)).type == "cuda" and not any_hooks(model) and not waits:
         return RecordedStep(model, cache)
     return lambda tokens: step(model, tokens, cache)
 
