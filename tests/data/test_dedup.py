@@ -57,6 +57,19 @@ def test_the_curve_is_what_is_measured() -> None:
         assert share == pytest.approx(found(similarity), abs=0.03)
 
 
+def test_memory_is_bounded_and_the_oldest_go() -> None:
+    """Three times as many keys as there is room for: the newest are known, the oldest not, in no more memory."""
+    most = 1 << 25
+    known = Fingerprints(most)
+    keys = np.random.default_rng(0).integers(0, 2**64, 3 * most // 4, dtype=np.uint64)
+    for part in np.array_split(keys, 50):
+        known.add(part)
+        assert known.bytes <= most
+    assert known.forgets
+    assert known.has(keys[-most // 16 :]).all()
+    assert not known.has(keys[: most // 16]).any()
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_the_first_is_kept_and_equal_texts_are_exact(together: bool) -> None:
     """Whether they come in one call or in several."""
@@ -72,7 +85,7 @@ def test_the_first_is_kept_and_equal_texts_are_exact(together: bool) -> None:
 def test_fingerprints_are_a_set() -> None:
     """Over several tables, with equal keys, and with keys that begin at one place."""
     rng = np.random.default_rng(0)
-    known, added = Fingerprints(), []
+    known, added = Fingerprints(1 << 30), []
     for number in range(6):
         new = rng.integers(0, 1 << 64, 500_000, np.uint64)
         new[:1000] = new[1000:2000]

@@ -5,7 +5,9 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from test_commands import run
 from texts import random_texts, write_jsonl
 
@@ -126,6 +128,16 @@ def test_a_table_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text('text\n"x')
     with pytest.raises(ValueError, match=r"b.csv cannot be read: unexpected end of data"):
         list(open_sources([f"ko={tmp_path / 'b.csv'}"])[0].documents())
+
+
+def test_text_in_an_object_of_the_row(tmp_path: Path) -> None:
+    rows = [{"pair": {"ko": "고양이", "en": "cat"}}, {"pair": {"ko": "개", "en": None}}, {"pair": None}, {"pair": {}}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), tmp_path / "b.parquet")
+    for name, counted in (("a.jsonl", 2), ("b.parquet", 0)):
+        (source,) = open_sources([f"ko={tmp_path / name}"], Reading(text_field="pair.ko", bad_rows=1.0), lambda _: None)
+        assert list(source.documents()) == ["고양이", "개"]
+        assert source.tally.total("bad") == counted
 
 
 def test_options_that_change_the_text_make_shards_again(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_every_option_of_tokenize(folder: Path, tokenizer: Tokenizer, tmp_path: 
     changes: dict[str, Any] = {
         "held_out": 0.1,
         "near_duplicates": False,
+        "index_bytes": 1 << 26,
         "benchmarks": (str(benchmark),),
         "shard_tokens": 3000,
     }

@@ -82,6 +82,7 @@ class Tokenize:
     out: Path = Path("data/tokens")  # folder to write
     held_out: float = 0.005  # share of the documents to hold out where a domain has no val/ of its own
     near_duplicates: bool = True  # drop near duplicates too (MinHash), not only exact ones
+    index_gb: float = 8.0  # most memory for what was seen; where it is full, what was seen longest ago is forgotten
     benchmark: Words = ()  # files or folders of benchmarks: training documents that quote them are left out
     shard_tokens: int = 100_000_000  # tokens per shard
     reading: Read = PLAIN
@@ -91,7 +92,16 @@ class Tokenize:
         from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
         from yaongi.data.tokenizer import Tokenizer
 
-        options = Options(self.held_out, self.near_duplicates, joined(self.benchmark), self.shard_tokens, self.reading)
+        if self.index_gb < 0.02:
+            raise ValueError(f"tokenize: --index-gb must be at least 0.02, got {self.index_gb:g}")
+        options = Options(
+            self.held_out,
+            self.near_duplicates,
+            int(self.index_gb * 1e9),
+            joined(self.benchmark),
+            self.shard_tokens,
+            self.reading,
+        )
         specs = joined(self.source) or ("embedded",)
         tokenize_sources(specs, Tokenizer.load(self.tokenizer), self.out, options, workers=self.workers)
 

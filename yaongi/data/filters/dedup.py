@@ -19,6 +19,7 @@ from yaongi.data.text import ngram_hashes
 
 BANDS, ROWS = 18, 8
 SHINGLE_WORDS = 5
+MOST_BYTES = 8_000_000_000  # for what was seen: some 40 million documents
 INDEX_VERSION = 2  # another number, another choice of documents
 _SEED = 42
 
@@ -53,10 +54,18 @@ def band_keys(words: NDArray[np.uint64]) -> list[int]:
 
 
 class Seen:
-    """The documents seen so far. The first of several duplicates is kept, so a fixed order gives a fixed result."""
+    """The documents seen so far. The first of several duplicates is kept, so a fixed order gives a fixed result.
 
-    def __init__(self) -> None:
-        self._known = Fingerprints()
+    In `most_bytes` of memory: where they are full, duplicates of what was seen longest ago are not found any more.
+    """
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._known = Fingerprints(most_bytes)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether documents were forgotten, because the memory was full."""
+        return self._known.forgets
 
     def kinds(self, documents: Sequence[Sequence[int]]) -> list[str | None]:
         """Return "exact" or "near" for each document seen before; None for a new one, which is then remembered.

@@ -2,7 +2,7 @@
 
 A key's low bits name its place in a table, its high bits are what is stored there. A table is never filled above 60 %;
 then one twice as large is added, and a key is looked up in all. A key that was never added is taken for a known one
-with a probability of about 1e-9 per table.
+with a probability of about 1e-9 per table. Tables that would not fit into the memory allowed make the oldest ones go.
 """
 
 import numpy as np
@@ -10,13 +10,22 @@ from numpy.typing import NDArray
 
 _FIRST_SLOTS = 1 << 21
 _FULL = 0.6
+_SLOT_BYTES = 4
 
 
 class Fingerprints:
-    """The set; it grows by tables, the newest first."""
+    """The set; it grows by tables, the newest first, and forgets the oldest keys where it would exceed `most_bytes`."""
 
-    def __init__(self) -> None:
-        self._tables: list[_Table] = []
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._tables = most_bytes, list[_Table]()
+        self._next = _FIRST_SLOTS
+        self._largest = 1 << (most_bytes // (2 * _SLOT_BYTES)).bit_length() - 1  # so that two tables fit
+        self.forgets = False  # whether keys were forgotten
+
+    @property
+    def bytes(self) -> int:
+        """The memory of all tables."""
+        return sum(table.bytes for table in self._tables)
 
     def has(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return which of `keys` (n,) were added: (n,)."""
@@ -29,16 +38,25 @@ class Fingerprints:
         """Add `keys` (n,)."""
         while len(keys):
             if not self._tables or not self._tables[0].room:
-                self._tables.insert(0, _Table(_FIRST_SLOTS << len(self._tables)))
+                self._grow()
             here = keys[: self._tables[0].room]
             self._tables[0].add(here)
             keys = keys[len(here) :]
+
+    def _grow(self) -> None:
+        slots = min(self._next, self._largest)
+        while self._tables and self.bytes + slots * _SLOT_BYTES > self._most_bytes:
+            self._tables.pop()
+            self.forgets = True
+        self._tables.insert(0, _Table(slots))
+        self._next = 2 * slots
 
 
 class _Table:
     def __init__(self, slots: int) -> None:
         self._tags = np.zeros(slots, np.uint32)  # 0: free
         self._last = np.uint64(slots - 1)
+        self.bytes = self._tags.nbytes
         self.room = int(slots * _FULL)
 
     def has(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:

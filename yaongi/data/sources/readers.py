@@ -31,7 +31,7 @@ class Reading:
     """How files are read; each of these can change the documents."""
 
     text_field: str = (
-        ""  # field of the rows that holds the text; none: the first of text, content and messages with text
+        ""  # field of the rows that holds the text, a.b for field b of object a; none: text, content or messages
     )
     encoding: str = "utf-8"  # encoding of text files and JSON lines, such as cp949
     max_document_bytes: int = LONGEST  # a longer text is cut into several documents
@@ -86,7 +86,7 @@ def row_text(row: Row, fields: Sequence[str], where: str) -> str | ValueError:
 def _text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
     empty = False
     for field in fields:
-        value = row.get(field)
+        value = _value(row, field)
         text = render_chat(value) if isinstance(value, list) else value
         if isinstance(text, str) and text and not text.isspace():
             refuse_surrogates(text)
@@ -94,9 +94,18 @@ def _text(row: Mapping[str, Any], fields: Sequence[str]) -> str:
         empty |= isinstance(text, str)
     if empty:
         return ""
-    there = {field: row[field] for field in fields if field in row}
+    there = {field: _value(row, field) for field in fields if field.partition(".")[0] in row}
     got = [f"{field} {'null' if value is None else type(value).__name__}" for field, value in there.items()]
     raise ValueError(_no_text(fields, ", ".join(got) or f"fields {sorted(row)} (--text-field names another)"))
+
+
+def _value(row: Mapping[str, Any], field: str) -> Any:
+    """Return what a row holds in a field; `a.b` is field b of the object in field a."""
+    if field in row or "." not in field:
+        return row.get(field)
+    first, _, rest = field.partition(".")
+    inner = row.get(first)
+    return _value(inner, rest) if isinstance(inner, Mapping) else None
 
 
 def _no_text(fields: Sequence[str], got: str) -> str:
@@ -219,9 +228,10 @@ def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int)
 
     try:
         table = parquet.ParquetFile(file, page_checksum_verification=True)
-        columns = [field for field in fields if field in table.schema_arrow.names]
+        names = table.schema_arrow.names
+        columns = [field for field in fields if field in names or field.partition(".")[0] in names]
         if not columns:
-            got = f"fields {table.schema_arrow.names} (--text-field names another)"
+            got = f"fields {names} (--text-field names another)"
             raise ValueError(f"data: {name}: {_no_text(fields, got)}")
         first = 0
         for group in range(table.num_row_groups):

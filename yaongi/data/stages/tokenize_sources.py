@@ -39,6 +39,7 @@ class Options:
 
     held_out: float = 0.005
     near_duplicates: bool = True
+    index_bytes: int = dedup.MOST_BYTES
     benchmarks: tuple[str, ...] = ()
     shard_tokens: int = 100_000_000
     reading: Reading = PLAIN
@@ -222,7 +223,7 @@ def _write_all(
     options: Options,
     say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, list[Shard]]], dict[str, dict[str, int]]]:
-    seen = dedup.Seen()
+    seen = dedup.Seen(options.index_bytes)
     splits: dict[str, dict[str, list[Shard]]] = {TRAIN: {}, VAL: {}}
     counts: dict[str, dict[str, int]] = {}
     for number, (label, source) in sorted(enumerate(sources.items()), key=lambda item: item[1][1].split != VAL):
@@ -246,6 +247,9 @@ def _write_all(
             if writer.shards:
                 splits[split].setdefault(source.domain, []).extend(writer.shards)
         say(f"{label}: " + ", ".join(f"{total:,} {name}" for name, total in counts[label].items()))
+    if seen.forgets:
+        full = f"{options.index_bytes / 1e9:g} GB"
+        say(f"the index of duplicates was full at {full} (--index-gb): duplicates far behind each other were NOT found")
     return splits, counts
 
 
