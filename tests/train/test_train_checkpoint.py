@@ -1,20 +1,23 @@
 """Checkpoints are complete or absent, and a save that fails says so."""
 
 import json
+import random
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_run import ALONE, arguments, environment, run, session_of
+from small_run import ALONE, arguments, environment, final_tensors, losses, run, session_of
 from torch.distributed.checkpoint import FileSystemWriter
 
-from yaongi.train.checkpoint.checkpoints import Checkpoints, read_meta
+from yaongi.train.checkpoint.checkpoints import Checkpoints, DamagedError, read_meta
 from yaongi.train.distributed.world import World
 
 Tensors = dict[str, dict[str, torch.Tensor]]
@@ -158,16 +161,156 @@ def test_a_write_that_fails(tokens: Path, tmp_path: Path) -> None:
     assert run(tokens, out, *more).returncode == 0
 
 
-def test_a_damaged_checkpoint(tokens: Path, tmp_path: Path) -> None:
-    """Check that a truncated checkpoint is reported in one line."""
+SHORT = ("--tokens", "2048", "--checkpoint-every", "1", "--keep-last", "3", "--sample-tokens", "0")  # four steps
+
+
+@pytest.fixture(scope="module")
+def short(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of four steps, with the checkpoints of the last three."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    done = run(tokens, out, *SHORT)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def flip(file: Path, place: int) -> None:
+    """Flip a bit."""
+    content = bytearray(file.read_bytes())
+    content[place % len(content)] ^= 16
+    file.write_bytes(content)
+
+
+def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
+    """Anywhere in any file of a checkpoint, and a file that is gone."""
+    saved = checkpoints(tmp_path)
+    saved.save(1, tensors(1), {"step": 1})
+    path = saved.wait()
+    assert path is not None
+    assert sorted(file.name for file in path.iterdir()) == [".metadata", "SHA256SUMS", "__0_0.distcp", "run.json"]
+    checked = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
+    assert checked.stdout.count(": OK\n") == 3, checked
+    rng = random.Random(0)
+    for file in path.iterdir():
+        for _ in range(10):
+            place = rng.randrange(file.stat().st_size)
+            flip(file, place)
+            with pytest.raises(DamagedError, match="is damaged: "):
+                saved.load(path, tensors(0))
+            flip(file, place)
+    saved.load(path, tensors(0))
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(DamagedError, match=r"__0_0\.distcp is missing$"):
+        saved.load(path, tensors(0))
+
+
+def spoil_tensors(folder: Path) -> None:
+    """Flip a bit of the newest checkpoint's tensors."""
+    flip(folder / "step-00000004" / "__0_0.distcp", 12345)
+
+
+def cut_tensors(folder: Path) -> None:
+    """Keep the first 100 bytes of the newest checkpoint's tensors."""
+    file = folder / "step-00000004" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def spoil_meta(folder: Path) -> None:
+    """Flip a bit of the newest checkpoint's `run.json`."""
+    flip(folder / "step-00000004" / "run.json", 77)
+
+
+def spoil_two(folder: Path) -> None:
+    """Flip a bit in each of the two newest checkpoints."""
+    spoil_tensors(folder)
+    flip(folder / "step-00000003" / ".metadata", 5)
+
+
+def empty_latest(folder: Path) -> None:
+    """Leave an empty file, as some file systems do after a power cut."""
+    (folder / "latest").write_bytes(b"")
+
+
+def wrong_latest(folder: Path) -> None:
+    """Name a checkpoint that isn't there."""
+    (folder / "latest").write_bytes(b"step-00000009")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message", "step"),
+    [
+        (spoil_tensors, "step-00000004 is damaged: __0_0.distcp has changed since it was saved", 3),
+        (cut_tensors, "step-00000004 is damaged: __0_0.distcp has changed since it was saved", 3),
+        (spoil_meta, "step-00000004 is damaged: run.json has changed since it was saved", 3),
+        (spoil_two, "step-00000004 is damaged: __0_0.distcp has changed since it was saved", 2),
+        (empty_latest, "checkpoints/latest must name a checkpoint, got ''", 4),
+        (wrong_latest, "checkpoints/latest must name a checkpoint, got 'step-00000009'", 4),
+    ],
+)
+def test_a_damaged_checkpoint(
+    tokens: Path, short: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str, step: int
+) -> None:
+    """One line names the command that goes on from the newest undamaged one; that command ends with the same bits."""
     out = tmp_path / "run"
-    assert run(tokens, out, "--tokens", "1536", "--sample-tokens", "0").returncode == 0
-    for file in (out / "checkpoints" / "step-00000003").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:100])
-    failed = run(tokens, out, "--tokens", "1536", "--sample-tokens", "0")
+    shutil.copytree(short, out)
+    spoil(out / "checkpoints")
+    failed = run(tokens, out, *SHORT)
     assert failed.returncode == 1
-    assert "is damaged or of another model" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    error, _, advice = failed.stderr.partition("; go on from an older one with: ")
+    assert error.startswith("error: checkpoint: ")
+    assert error.endswith(message)
+    assert advice.endswith(f" --from-step {step}\n")
+    assert advice.count("\n") == 1
+    words = [sys.executable, *shlex.split(advice)[1:]]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from step {step}" in done.stdout
+    assert losses(out) == losses(short)
+    mine, theirs = final_tensors(out), final_tensors(short)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+def test_no_checkpoint_is_whole(tokens: Path, short: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(short, out)
+    for file in (out / "checkpoints").glob("*/.metadata"):
+        flip(file, 9)
+    failed = run(tokens, out, *SHORT)
+    assert failed.returncode == 1
+    assert failed.stderr.endswith(".metadata has changed since it was saved; there is no older one that is whole\n")
+
+
+def test_back_to_an_older_step(tokens: Path, short: Path, tmp_path: Path) -> None:
+    """Later checkpoints stay until the next save, and a run stopped before it goes on from the chosen step."""
+    out = tmp_path / "run"
+    shutil.copytree(short, out)
+    refused = run(tokens, out, *SHORT, "--from-step", "1")
+    assert refused.returncode == 1
+    kept = f"{out}/checkpoints (2, 3, 4)"
+    assert refused.stderr == f"error: checkpoint: --from-step must be one of the steps kept in {kept}, got 1\n"
+    assert losses(out) == losses(short)
+    with session_of(tokens, out, *SHORT, "--from-step", "2") as session:
+        assert session.step == 2
+    assert sorted(session.checkpoints.kept()) == [2, 3, 4]
+    with session_of(tokens, out, *SHORT) as session:
+        assert session.step == 2
+        session.train_step(next(session.batches()))
+        session.save(wait=True)
+        assert sorted(session.checkpoints.kept()) == [2, 3]
+    assert run(tokens, out, *SHORT).returncode == 0
+    assert losses(out) == losses(short)
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "from_step"] == [2]
+
+
+def test_a_checkpoint_of_an_earlier_version(tokens: Path, short: Path, tmp_path: Path) -> None:
+    """Without hashes: it is loaded, with a warning."""
+    out = tmp_path / "run"
+    shutil.copytree(short, out)
+    (out / "checkpoints" / "step-00000004" / "SHA256SUMS").unlink()
+    done = run(tokens, out, *SHORT)
+    assert done.returncode == 0
+    assert "step-00000004 has no hashes, an earlier version saved it: it is loaded unchecked" in done.stderr
 
 
 def test_a_slow_disk_is_named(

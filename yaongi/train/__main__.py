@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from yaongi import cli
+from yaongi.train.checkpoint.checkpoints import DamagedError
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.distributed.world import World, init_world, set_determinism
@@ -65,6 +66,11 @@ def run(arguments: Sequence[str]) -> int:
     try:
         set_determinism(config.run.deterministic)
         return train(config, world, arguments)
+    except DamagedError as error:
+        advice = "there is no older one that is whole"
+        if error.whole is not None:
+            advice = f"go on from an older one with: {resume_command(arguments, error.whole)}"
+        raise ValueError(f"{error}; {advice}") from error
     except BadStepError as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:

@@ -98,6 +98,7 @@ class Running:
     data: Path = Path("data/tokens")  # folder of the token shards
     out: Path = Path("runs/train")  # folder of the run: checkpoints, metrics, report, model
     fresh: bool = False  # remove the run in the output folder and start from scratch
+    from_step: int = 0  # go on from this step's checkpoint, later ones go at the next save; 0: from the newest
     dry_run: bool = False  # print the plan and stop
     max_epochs: float = 0.0  # train on fewer tokens where more would read a source more often than this; 0: on all
     allow_epochs: bool = False  # train even if a source is read more than 16 times
@@ -127,6 +128,7 @@ class Running:
         for name in (
             "micro_rows",
             "stop_after",
+            "from_step",
             "sample_tokens",
             "checkpoint_every",
             "keep_every",
@@ -137,6 +139,8 @@ class Running:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"config: {name} must be {low} or more, got {getattr(self, name)}")
+        if self.fresh and self.from_step:
+            raise ValueError(f"config: from_step must be 0 with fresh, got {self.from_step}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from yaongi.data.epochs import check_epochs, count_epochs, epoch_warnings
 from yaongi.data.loader import Batch
 from yaongi.train.build import build_model, fit_to_data, open_data
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
+from yaongi.train.checkpoint.hashes import has_sums
 from yaongi.train.checkpoint.model_folder import save_model
 from yaongi.train.checkpoint.resume import compare_sites, find_run, fp8_sites
 from yaongi.train.config import Config, as_dict
@@ -80,7 +81,8 @@ class Session:
         """Build the model, resume from the folder's newest checkpoint if there is one, and open the logs.
 
         Raises:
-            ValueError: the folder holds a run with another configuration or other data, or a damaged checkpoint.
+            DamagedError: the checkpoint to go on from is damaged.
+            ValueError: the folder holds a run with another configuration or other data.
             OSError: the folder can't be written to.
         """
         config, world, out = self.config, self.world, self.config.run.out
@@ -92,11 +94,13 @@ class Session:
         world.barrier()
         run = config.run
         self.checkpoints = Checkpoints(out / CHECKPOINTS, world, keep_last=run.keep_last, keep_every=run.keep_every)
-        found = find_run(out, self.checkpoints, self._record)
+        found = find_run(out, self.checkpoints, self._record, run.from_step)
         self.checkpoints.prepare()
         self._build()
         if found is not None:
             self._restore(*found)
+            if run.from_step:
+                self.checkpoints.point_to(found[0])
         if 0 < run.checkpoint_every < self.schedule.steps - self.step:
             self.checkpoints.reserve(self._tensors())
         self._open_logs(resumed=found is not None)
@@ -122,6 +126,8 @@ class Session:
             self.display.say(note)
         tensors = self._tensors(with_scales=saved == here)
         self.loader.load_state_dict(meta["data"])
+        if not has_sums(path):
+            self.display.warn(f"{path} has no hashes, an earlier version saved it: it is loaded unchecked")
         self.checkpoints.load(path, tensors)
         self.optimizer.refresh()
         if self.model.fp8_scales is not None and saved:
@@ -152,6 +158,8 @@ class Session:
             say=self.display.say,
         )
         if resumed:
+            if config.run.from_step:
+                self.metrics.write("from_step", self.step)
             self.display.say(f"resumed from step {self.step} of {out}")
 
     def __enter__(self) -> "Session":

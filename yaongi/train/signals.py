@@ -39,14 +39,20 @@ class StopRequest:
         self._former = {}
 
 
-def resume_command(arguments: Sequence[str]) -> str:
-    """Return the command that resumes this run: the same command line without `--fresh` and `--stop-after`."""
+def resume_command(arguments: Sequence[str], from_step: int = 0) -> str:
+    """Return the command that resumes this run: the same command line, without the options that act once.
+
+    Args:
+        from_step: the checkpoint to go on from; 0: the newest.
+    """
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         option, _, value = argument.replace("_", "-").partition("=")
-        if option == "--stop-after" and not value:
+        if option in ("--stop-after", "--from-step") and not value:
             next(rest, None)
-        elif option not in ("--fresh", "--stop-after"):
+        elif option not in ("--fresh", "--no-fresh", "--stop-after", "--from-step"):
             kept.append(argument)
+    if from_step:
+        kept += ["--from-step", str(from_step)]
     return shlex.join(["python", "-m", "yaongi.train", *kept])

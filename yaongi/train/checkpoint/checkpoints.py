@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from yaongi.files import write_atomically
+from yaongi.train.checkpoint.hashes import HashingWriter, find_damage
 from yaongi.train.checkpoint.staging import PinnedStaging
 from yaongi.train.distributed.sharding import local_part
 from yaongi.train.distributed.world import World
@@ -35,13 +36,21 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a 
 _MARGIN = 1.05  # free disk space that a save needs, as a multiple of the checkpoint's bytes
 
 
+class DamagedError(ValueError):
+    """The checkpoint to go on from can't be read; `whole` is the step of the newest one that can, if there is one."""
+
+    def __init__(self, message: str, whole: int | None) -> None:
+        super().__init__(message)
+        self.whole = whole
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, world: World, *, keep_last: int = 2, keep_every: int = 0) -> None:
         self.folder, self._world = folder, world
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._writing: tuple[int, Future[Any], dict[str, Any]] | None = None
+        self._writing: tuple[int, Future[Any]] | None = None
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._stager = PinnedStaging(world.device)
 
@@ -58,11 +67,41 @@ class Checkpoints:
         self._stager.reserve(tensors)
 
     def latest(self) -> Path | None:
-        """Return the newest complete checkpoint, if there is one."""
-        pointer = self.folder / LATEST
-        if pointer.is_file() and (named := self.folder / pointer.read_text().strip()).is_dir():
-            return named
-        return max(self._whole().values(), default=None, key=lambda path: path.name)
+        """Return the checkpoint that `latest` names, without that file the newest one; None if there is none.
+
+        Raises:
+            DamagedError: the file `latest` is empty, or names no checkpoint.
+        """
+        pointer, kept = self.folder / LATEST, self.kept()
+        if not pointer.is_file() or not kept:
+            return kept[max(kept)] if kept else None
+        name = pointer.read_bytes().decode(errors="replace").strip()
+        found = next((path for path in kept.values() if path.name == name), None)
+        if found is None:
+            raise self.damaged(f"{pointer} must name a checkpoint, got {name!r}", max(kept) + 1)
+        return found
+
+    def at(self, step: int) -> Path:
+        """Return the checkpoint of `step`. Raises ValueError if there is none, and names those that there are."""
+        kept = self.kept()
+        if step not in kept:
+            steps = ", ".join(map(str, sorted(kept))) or "none"
+            raise ValueError(
+                f"checkpoint: --from-step must be one of the steps kept in {self.folder} ({steps}), got {step}"
+            )
+        return kept[step]
+
+    def point_to(self, path: Path) -> None:
+        """Make `path` the checkpoint to go on from; the next save removes those of later steps."""
+        if self._world.is_main:
+            write_atomically(self.folder / LATEST, path.name.encode())
+        self._world.barrier()
+
+    def damaged(self, what: str, step: int) -> DamagedError:
+        """Return the error to raise for `what`, after a search for the newest undamaged checkpoint before `step`."""
+        older = sorted(((s, path) for s, path in self.kept().items() if s < step), reverse=True)
+        whole = next((s for s, path in older if find_damage(path) is None), None)
+        return DamagedError(f"checkpoint: {what}", whole)
 
     def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> float:
         """Copy `tensors` and begin to write them; wait first for the previous save, if it is still in progress.
@@ -83,15 +122,14 @@ class Checkpoints:
         waited = time.perf_counter() - began
         self._check_finite(step, tensors)
         self._check_space(tensors)
-        path = self._temporary(step)
         single = self._world.size == 1
-        writer = dcp.FileSystemWriter(path)  # one thread: with more, an error in one may go unnoticed
+        writer = HashingWriter(self._temporary(step), {META: json.dumps(meta, indent=1).encode()})
         future = dcp.async_save(
             tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager, no_dist=single
         )
         if not isinstance(future, Future):
             raise RuntimeError(f"checkpoint: the upload must be a future, got {type(future).__name__}")
-        self._writing = (step, future, meta)
+        self._writing = (step, future)
         return waited
 
     def poll(self) -> Path | None:
@@ -105,7 +143,7 @@ class Checkpoints:
         """
         if self._writing is None or not self._writing[1].done():
             return None
-        step, future, meta = self._writing
+        step, future = self._writing
         self._writing = None
         try:
             future.result()
@@ -113,7 +151,7 @@ class Checkpoints:
             raise self._failure(step, _cause(error)) from error
         except (OSError, RuntimeError) as error:
             raise self._failure(step, error) from error
-        return self._finish(step, meta) if self._world.is_main else self._path(step)
+        return self._finish(step) if self._world.is_main else self._path(step)
 
     def wait(self) -> Path | None:
         """Wait for the save in progress, then `poll`. All processes return only when the checkpoint is complete."""
@@ -125,11 +163,18 @@ class Checkpoints:
         return finished
 
     def load(self, path: Path, tensors: dict[str, Any]) -> None:
-        """Fill `tensors` from a checkpoint, which any number of processes may have written.
+        """Check the hash of every file of a checkpoint, then fill `tensors` from it.
+
+        Any number of processes may have written it; each process checks a share of its files.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of another model.
+            DamagedError: a file is missing, or has changed since it was saved.
+            ValueError: the checkpoint is of another model.
         """
+        rank, size = self._world.rank, self._world.size
+        damage = find_damage(path, slice(rank, None, size))
+        if self._world.any(damage is not None):
+            raise self.damaged(f"{path} is damaged: {damage or 'another process found it'}", step_of(path))
         try:
             dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._world.size == 1)
         except CheckpointException as error:
@@ -149,10 +194,9 @@ class Checkpoints:
             text = f"{self.folder} must have {wanted / 1e9:.3f} GB free, got {free / 1e9:.3f} GB; {self._intact()}"
             raise OSError(errno.ENOSPC, f"checkpoint: {text}")
 
-    def _finish(self, step: int, meta: dict[str, Any]) -> Path:
+    def _finish(self, step: int) -> Path:
         temporary, path = self._temporary(step), self._path(step)
         try:
-            write_atomically(temporary / META, json.dumps(meta, indent=1).encode())
             if path.exists():
                 shutil.rmtree(path)
             temporary.rename(path)
@@ -160,7 +204,7 @@ class Checkpoints:
             write_atomically(self.folder / LATEST, path.name.encode())
         except OSError as error:
             raise self._failure(step, error) from error
-        self._remove_old()
+        self._remove_old(step)
         return path
 
     def _failure(self, step: int, cause: BaseException) -> OSError:
@@ -171,16 +215,21 @@ class Checkpoints:
         return OSError(number, f"checkpoint: step {step} could not be saved: {_line(cause)}; {self._intact()}")
 
     def _intact(self) -> str:
-        latest = self.latest()
-        return f"the last checkpoint is {latest}" if latest else "there is no earlier checkpoint"
+        kept = self.kept()
+        return f"the last checkpoint is {kept[max(kept)]}" if kept else "there is no earlier checkpoint"
 
-    def _remove_old(self) -> None:
-        whole = sorted(self._whole().items())
-        for step, path in whole[: -self._keep_last]:
+    def _remove_old(self, newest: int) -> None:
+        """Remove what need not be kept, and what a run that went on from an older step left of its later steps."""
+        kept = sorted(self.kept().items())
+        for step, path in kept:
+            if step > newest:
+                shutil.rmtree(path)
+        for step, path in [(s, p) for s, p in kept if s <= newest][: -self._keep_last]:
             if not (self._keep_every and step % self._keep_every == 0):
                 shutil.rmtree(path)
 
-    def _whole(self) -> dict[int, Path]:
+    def kept(self) -> dict[int, Path]:
+        """Return the folders of all complete checkpoints, by step."""
         if not self.folder.is_dir():
             return {}
         named = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
@@ -195,10 +244,17 @@ class Checkpoints:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """Return the `meta` that `save` was given. Raises ValueError if the file is damaged."""
+    if damage := find_damage(path, names=(META,)):
+        raise ValueError(f"checkpoint: {path} is damaged: {damage}")
     try:
         return json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint: {path / META} can't be read: {_line(error)}") from error
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _flat(tensors: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,28 +4,37 @@ from pathlib import Path
 from typing import Any
 
 from yaongi.model import Yaongi
-from yaongi.train.checkpoint.checkpoints import Checkpoints, read_meta
+from yaongi.train.checkpoint.checkpoints import Checkpoints, read_meta, step_of
 
 FREE = ("precision",)  # fields of the model that may change when a run is resumed
 
 
-def find_run(folder: Path, checkpoints: Checkpoints, config: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint of the run in `folder` and its `meta`; None if there is no checkpoint.
+def find_run(
+    folder: Path, checkpoints: Checkpoints, config: dict[str, Any], step: int = 0
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to go on from of the run in `folder`, and its `meta`; None if there is no checkpoint.
+
+    Args:
+        step: go on from the checkpoint of this step; 0: from the newest.
 
     Raises:
-        ValueError: that run has another configuration; the message shows what differs.
+        DamagedError: what `latest` names, or the checkpoint's `meta`, can't be read.
+        ValueError: that run has another configuration (the message shows what differs), or no checkpoint of `step`.
     """
-    latest = checkpoints.latest()
-    if latest is None:
+    path = checkpoints.at(step) if step else checkpoints.latest()
+    if path is None:
         return None
-    meta = read_meta(latest)
+    try:
+        meta = read_meta(path)
+    except ValueError as error:
+        raise checkpoints.damaged(str(error).removeprefix("checkpoint: "), step_of(path)) from error
     differing = differences(meta["config"], config)
     if differing:
         raise ValueError(
             f"train: {folder} holds a run of another configuration ({'; '.join(differing)}); "
             "--out names another folder, --fresh removes this run"
         )
-    return latest, meta
+    return path, meta
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
