@@ -1,8 +1,11 @@
-"""How every command ends: a user's mistake is one line on standard error, never a traceback."""
+"""How every command ends: a user's mistake is one line on standard error, never a traceback; numbers such as 15B."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 
+_UNITS = {"k": 3, "M": 6, "B": 9, "T": 12}
 USER_ERRORS = (ValueError, TypeError, OSError, MemoryError)
 
 
@@ -21,6 +24,25 @@ def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") 
         raise SystemExit(130) from None
     if status:
         raise SystemExit(status)
+
+
+def with_digits(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return a command line with the values of `options` in digits where they have a unit: 15B, 1.5M, 4k."""
+
+    def digits(text: str) -> str:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT])", text)
+        return f"{Decimal(match[1]).scaleb(_UNITS[match[2]]):f}" if match else text
+
+    written: list[str] = []
+    is_value = False
+    for argument in arguments:
+        option, separator, value = argument.partition("=")
+        named = option.replace("_", "-") in options
+        written.append(
+            f"{option}={digits(value)}" if named and separator else digits(argument) if is_value else argument
+        )
+        is_value = named and not separator
+    return written
 
 
 def one_line(error: BaseException) -> str:

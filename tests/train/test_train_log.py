@@ -28,9 +28,17 @@ def test_the_line_of_a_step() -> None:
         "eta": 165_870.0,
     }
     assert console_line(record, 14305) == (
-        "step 1200/14305 (8.4%) | loss 3.412 | bpb 1.30 | lr 2.0e-3 stable | gnorm 0.41 | 83k tok/s | 632 TFLOP/s | "
-        "mem 61.2G | data 0.3% | experts cv 0.12 dead 0 | eta 46h04m"
+        "step 1200/14305 | loss 3.412 | bpb 1.30 | lr 2.0e-3 | gnorm 0.41 | 83k tok/s | cv 0.12 | eta 46h04m"
     )
+    short_run = record | {"step": 3, "experts_dead": 2, "data_wait": 0.021, "eta": 4.0, "memory": 1e9, "tflops": 0.5}
+    assert console_line(short_run, 12) == (
+        "step 3/12 | loss 3.412 | lr 2.0e-3 | gnorm 0.41 | 83k tok/s | data 2% | cv 0.12 dead 2 | eta 4s"
+    )
+    worst = {"step": 143050, "gnorm": 12345.678, "data_wait": 0.99, "experts_dead": 1408, "fp8_saturated": 0.123}
+    for more in ({}, {"loss": 123.4567, "bpb": 46.123, "tokens_per_second": 999_000}):
+        line = console_line(record | worst | more, 143050)
+        assert len(line) <= 100, line
+        assert "dead 1408" in line
 
 
 def test_numbers() -> None:

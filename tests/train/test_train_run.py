@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert "http" not in page.split("<pre>")[0].replace("http-equiv", "")
     printed = (whole / "stdout.txt").read_text()
     assert "wandb: no connection, so this run is logged offline" in printed
-    assert "step 12/12 (100.0%) | loss " in printed
+    assert "step 12/12 | loss " in printed
     assert "held-out bits per byte ko " in printed
 
 
@@ -161,6 +162,42 @@ def test_two_runs_in_a_folder(tokens: Path, tmp_path: Path) -> None:
         refused = run(tokens, out)
     assert refused.returncode == 1
     assert "another process trains in" in refused.stderr
+    assert refused.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--matrix-lr", "0.01"), "train.matrix_lr: the run has 0.02, got 0.01"),
+        (("--from-step", "7"), "--from-step must be one of the steps kept in "),
+    ],
+)
+def test_errors_come_before_the_plan(tokens: Path, whole: Path, more: tuple[str, ...], message: str) -> None:
+    refused = run(tokens, whole, *more)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_a_folder_that_is_none(tokens: Path, tmp_path: Path) -> None:
+    """A file, and a folder below a file: one line before the plan."""
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused = subprocess.run(
+            [*command(tokens, tmp_path / "run"), "--out", str(out)], capture_output=True, text=True, env=environment()
+        )
+        assert refused.returncode == 1
+        wanted = f"error: train: --out must be a folder, got {out}: {tmp_path}/file is a file\n"
+        assert (refused.stdout, refused.stderr) == ("", wanted)
+
+
+def test_data_that_is_missing(tokens: Path, tmp_path: Path) -> None:
+    """Name the command that makes exactly that folder, tokenizer and shards alike."""
+    for folder in (tmp_path / "no where", tokens / "tokenizer"):
+        refused = run(folder, tmp_path / "run")
+        made = f"python -m yaongi.data tokenize --out {shlex.quote(str(folder))} makes one"
+        rule = "--data must be a folder of token shards with their tokenizer"
+        assert refused.stderr == f"error: train: {rule}, got {folder}; {made}\n"
 
 
 def spoil_shard(folder: Path) -> None:

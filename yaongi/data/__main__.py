@@ -1,5 +1,6 @@
 """`python -m yaongi.data download|benchmarks|tokenizer|tokenize|inspect`: the stages from sources to token shards."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -149,6 +150,7 @@ def main() -> None:
         stages,
         prog="python -m yaongi.data",
         description="From sources to token shards, one stage each.",
+        args=cli.with_digits(sys.argv[1:], ("--tokens", "--shard-tokens")),
     )
     cli.run(stage.run, interrupted="interrupted; run the same command to go on")
 

@@ -13,6 +13,7 @@ folder is built under another name and renamed when complete, so a manifest alwa
 import errno
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ class ShardSet:
         folder = Path(folder)
         path = folder / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"shards: no {MANIFEST} in {folder}; make it with python -m yaongi.data tokenize")
+            made = f"python -m yaongi.data tokenize --out {shlex.quote(str(folder))}"
+            raise FileNotFoundError(f"shards: no {MANIFEST} in {folder}; make it with {made}")
         content = path.read_bytes()
         try:
             manifest = json.loads(content)

@@ -11,6 +11,7 @@ It adds two things to SentencePiece.
 import hashlib
 import io
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,8 @@ class Tokenizer:
         path = Path(path)
         file = path / MODEL_FILE if path.is_dir() else path
         if not file.is_file():
-            raise FileNotFoundError(
-                f"tokenizer: no {MODEL_FILE} at {path}; train one with python -m yaongi.data tokenizer"
-            )
+            made = f"python -m yaongi.data tokenizer --out {shlex.quote(str(path))}"
+            raise FileNotFoundError(f"tokenizer: no {MODEL_FILE} at {path}; train one with {made}")
         try:
             return cls(file.read_bytes())
         except RuntimeError as error:

@@ -22,6 +22,8 @@ from yaongi.train.step.guard import BadStepError
 def train(config: Config, world: World, arguments: Sequence[str]) -> int:
     """Train to the end, or until a signal, and return the exit code."""
     session = Session(config, world)
+    if not config.run.dry_run:
+        session.claim()
     session.show_plan()
     if config.run.dry_run:
         return 0

@@ -1,13 +1,15 @@
 """From a configuration to the loader and the model."""
 
 import dataclasses
+import shlex
 
 import torch
 
 from yaongi.data.epochs import tokens_for
 from yaongi.data.loader import Loader
 from yaongi.data.mix import mix_text
-from yaongi.data.tokenizer import Tokenizer
+from yaongi.data.shards import MANIFEST
+from yaongi.data.tokenizer import MODEL_FILE, Tokenizer
 from yaongi.model import Yaongi, compression_map
 from yaongi.train.config import Config
 from yaongi.train.recompute import recomputed_layers
@@ -17,11 +19,16 @@ def open_data(config: Config) -> tuple[Loader, Tokenizer]:
     """Open the token shards, and the tokenizer stored with them.
 
     Raises:
-        FileNotFoundError: there are no shards or no tokenizer.
+        FileNotFoundError: there are no shards or no tokenizer; the message names the command that makes them.
         ValueError: a shard was changed or truncated, the shards were made with another tokenizer, or a domain is
             missing.
     """
-    train = config.train
+    train, data = config.train, config.run.data
+    if not (data / MANIFEST).is_file() or not (data / "tokenizer" / MODEL_FILE).is_file():
+        made = f"python -m yaongi.data tokenize --out {shlex.quote(str(data))} makes one"
+        raise FileNotFoundError(
+            f"train: --data must be a folder of token shards with their tokenizer, got {data}; {made}"
+        )
     tokenizer = Tokenizer.load(config.run.data / "tokenizer")
     loader = Loader(
         config.run.data,

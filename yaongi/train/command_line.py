@@ -3,12 +3,23 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
+from yaongi import cli
 from yaongi.model import ModelConfig
+from yaongi.presets import preset_names
 from yaongi.train.config import Config, Running, Training, load_config
 
 DEFAULT_PRESET = "yaongi-tiny"
+DERIVED = {  # options of the model that training sets itself: what sets each
+    "--model.vocab-size": "the tokenizer in the folder of --data",
+    "--model.pad-token-id": "the tokenizer in the folder of --data",
+    "--model.bos-token-id": "the tokenizer in the folder of --data",
+    "--model.eos-token-id": "the tokenizer in the folder of --data",
+    "--model.compressed-vocab-size": "--engram-compression and the tokenizer",
+}
+_COUNTS = ("--tokens", "--batch-tokens", "--row-tokens")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -22,12 +33,15 @@ def parse(arguments: Sequence[str]) -> Config:
         import tyro
     except ModuleNotFoundError as error:
         raise ValueError("train: the command line needs tyro: pip install tyro") from error
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser("python -m yaongi.train", add_help=False, allow_abbrev=False)
     source = first.add_mutually_exclusive_group()
     source.add_argument("--preset", default=DEFAULT_PRESET)
     source.add_argument("--config")
     first.add_argument("--model.engram", dest="engram")
     chosen, rest = first.parse_known_args(arguments)
+    for option in (argument.partition("=")[0].replace("_", "-") for argument in rest):
+        if option in DERIVED:
+            raise ValueError(f"train: {option} must be left out: {DERIVED[option]} sets it")
     defaults = load_config(chosen.config or chosen.preset)
     if chosen.engram not in (None, "none"):
         raise ValueError(f"train: --model.engram must be none, to leave Engram out, got {chosen.engram!r}")
@@ -35,6 +49,8 @@ def parse(arguments: Sequence[str]) -> Config:
         defaults = dataclasses.replace(defaults, model=defaults.model.without_engram())
 
     def collect(
+        preset: Annotated[str, tyro.conf.arg(help="preset that gives the defaults below")] = chosen.preset,
+        config: Annotated[Path | None, tyro.conf.arg(help="TOML file that gives them instead")] = None,
         model: ModelConfig = defaults.model,
         train: Annotated[Training, tyro.conf.arg(name="")] = defaults.train,
         run: Annotated[Running, tyro.conf.arg(name="")] = defaults.run,
@@ -43,8 +59,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
     return tyro.cli(
         collect,
-        args=rest,
+        args=cli.with_digits(rest, _COUNTS),
         prog="python -m yaongi.train",
-        description="Pretraining. --preset NAME (yaongi/presets) or --config FILE.toml gives the defaults below; "
-        "--model.engram none leaves Engram out.",
+        description=f"Pretraining. Presets: {', '.join(preset_names())}. --model.engram none leaves Engram out.",
     )

@@ -103,7 +103,7 @@ class Running:
     max_epochs: float = 0.0  # train on fewer tokens where more would read a source more often than this; 0: on all
     allow_epochs: bool = False  # train even if a source is read more than 16 times
     stop_after: int = 0  # save a checkpoint after this step and stop; 0: run to the end
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU, else cpu
+    device: Literal["auto", "cpu", "gpu", "cuda"] = "auto"  # auto: the GPU where there is one, else the CPU
     micro_rows: int = 0  # rows per micro-batch and process; 0: as many as fit into memory
     recompute: str = "none"  # layers recomputed in the backward pass: none, all, or a list like mamba,experts,7,0-25
     deterministic: bool = True  # give bit-identical results every time, also on a GPU
@@ -153,9 +153,13 @@ class Config:
     run: Running = field(default_factory=Running)
 
     def __post_init__(self) -> None:
-        """Check `recompute`, and that FP8 fits. Raises ValueError if it names layers that the model doesn't have."""
+        """Check what model and training must agree on. Raises ValueError for the first that doesn't fit."""
         recomputed_layers(self.run.recompute, self.model.pattern)
-        tokens = self.train.row_tokens
+        tokens, most = self.train.row_tokens, self.model.max_sequence_length
+        if tokens > most:
+            raise ValueError(
+                f"config: row_tokens must be at most the model's max_sequence_length, {most}, got {tokens}"
+            )
         if tokens % 16 and self.model.precision.layers(self.model.pattern):
             rows = self.run.micro_rows or 1
             raise ValueError(f"train: a micro-batch must be a multiple of 16 tokens for fp8, got {rows} x {tokens}")

@@ -53,7 +53,9 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` if it is missing. Raises OSError if it can't be made or written to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
+    """Raise OSError if `folder` can't be written to or, where it is missing, can't be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"train: --out must be a folder, got {folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"train: {folder} can't be written")

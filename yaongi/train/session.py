@@ -56,6 +56,9 @@ class Session:
         self._record = as_dict(config)
         self._resources = contextlib.ExitStack()
         self._sinks: list[Sink] = []
+        self._claimed = False
+        run = config.run
+        self.checkpoints = Checkpoints(run.out / CHECKPOINTS, world, keep_last=run.keep_last, keep_every=run.keep_every)
 
     def show_plan(self) -> None:
         """Print the plan, and how often each source is read.
@@ -77,6 +80,23 @@ class Session:
             self.display.warn(line)
         check_epochs(epochs, run.allow_epochs)
 
+    def claim(self) -> None:
+        """Take the lock of the run's folder and compare the run in it, if the folder is there; write nothing else.
+
+        Raises:
+            DamagedError, ValueError: the folder holds another run, or a damaged checkpoint, or a process trains in it.
+            OSError: the folder can't be written to.
+        """
+        run = self.config.run
+        check_writable(run.out)
+        if self._claimed or not run.out.is_dir():
+            return
+        if self.world.is_main:
+            self._resources.callback(Lock(run.out).release)
+        self._claimed = True
+        if not run.fresh:
+            find_run(run.out, self.checkpoints, self._record, run.from_step)
+
     def start(self) -> None:
         """Build the model, resume from the folder's newest checkpoint if there is one, and open the logs.
 
@@ -85,15 +105,12 @@ class Session:
             ValueError: the folder holds a run with another configuration or other data.
             OSError: the folder can't be written to.
         """
-        config, world, out = self.config, self.world, self.config.run.out
-        check_writable(out)
-        if world.is_main:
-            self._resources.callback(Lock(out).release)
-            if config.run.fresh:
-                remove_run(out)
+        world, run, out = self.world, self.config.run, self.config.run.out
+        out.mkdir(parents=True, exist_ok=True)
+        self.claim()
+        if world.is_main and run.fresh:
+            remove_run(out)
         world.barrier()
-        run = config.run
-        self.checkpoints = Checkpoints(out / CHECKPOINTS, world, keep_last=run.keep_last, keep_every=run.keep_every)
         found = find_run(out, self.checkpoints, self._record, run.from_step)
         self.checkpoints.prepare()
         self._build()

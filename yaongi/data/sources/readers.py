@@ -30,9 +30,7 @@ _LINE = 16  # characters that a JSON line may have for each byte of the longest 
 class Reading:
     """How files are read; each of these can change the documents."""
 
-    text_field: str = (
-        ""  # field of the rows that holds the text, a.b for field b of object a; none: text, content or messages
-    )
+    text_field: str = ""  # field of the rows with the text, a.b for b in object a; none: text, content or messages
     encoding: str = "utf-8"  # encoding of text files and JSON lines, such as cp949
     max_document_bytes: int = LONGEST  # a longer text is cut into several documents
     bad_rows: float = BAD_ROWS  # share of a source's rows that may be bad and are skipped; one in any case

@@ -49,11 +49,11 @@ def init_world(device: str) -> World:
     """Join the processes that `torchrun` started, if any, and choose the device.
 
     Raises:
-        ValueError: `device` is "cuda" and there is no GPU.
+        ValueError: `device` is "cuda" or "gpu", and there is no GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train: --device cuda must have a GPU, got a machine where torch sees none")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "gpu": "cuda"}.get(device, device)
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train: --device {device} must have a GPU, got a machine where torch sees none")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, torch.device(kind))

@@ -8,6 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from yaongi.train.formatting import duration, scientific, short, significant
 
+COLUMNS = 100  # of a step's line
+_LEAST = ("memory", "flops", "bpb", "fp8", "gnorm", "lr", "")  # what a line that is too long leaves out first
+_WAIT = 0.01  # share of the time spent waiting for data from which it is shown
+
 
 class Display:
     """Lines on standard output; on a terminal also a progress bar below them."""
@@ -62,21 +66,28 @@ class Display:
 
 
 def console_line(record: dict[str, Any], steps: int) -> str:
-    """Format a step's record as one line."""
-    done = record["step"]
-    parts = [
-        f"step {done}/{steps} ({100 * done / steps:.1f}%)",
-        f"loss {record['loss']:.3f}",
-        f"bpb {record['bpb']:.2f}",
-        f"lr {scientific(record['lr'])} {record['phase']}",
-        f"gnorm {record['gnorm']:.2f}",
-        f"{short(record['tokens_per_second'])} tok/s",
-        f"{significant(record['tflops'])} TFLOP/s",
-        f"mem {record['memory'] / 1e9:.1f}G",
-        f"data {100 * record['data_wait']:.1f}%",
-    ]
-    if "fp8_saturated" in record:
-        parts.append(f"fp8 saturated {100 * record['fp8_saturated']:.1f}%")
+    """Format a step's record as one line of at most 100 columns; for that the parts that matter least are left out."""
+    parts = {
+        "step": f"step {record['step']}/{steps}",
+        "loss": f"loss {record['loss']:.3f}",
+        "bpb": f"bpb {record['bpb']:.2f}",
+        "lr": f"lr {scientific(record['lr'])}",
+        "gnorm": f"gnorm {record['gnorm']:.2f}",
+        "speed": f"{short(record['tokens_per_second'])} tok/s",
+        "flops": f"{significant(record['tflops'])} TFLOP/s",
+        "memory": f"{record['memory'] / 1e9:.1f}G",
+    }
+    if record["data_wait"] >= _WAIT:
+        parts["data"] = f"data {100 * record['data_wait']:.0f}%"
+    if record.get("fp8_saturated"):
+        parts["fp8"] = f"fp8 saturated {100 * record['fp8_saturated']:.1f}%"
     if "experts_cv" in record:
-        parts.append(f"experts cv {record['experts_cv']:.2f} dead {record['experts_dead']}")
-    return " | ".join([*parts, f"eta {duration(record['eta'])}"])
+        parts["experts"] = f"cv {record['experts_cv']:.2f}"
+        if record["experts_dead"]:
+            parts["experts"] += f" dead {record['experts_dead']}"
+    parts["eta"] = f"eta {duration(record['eta'])}"
+    for least in _LEAST:
+        if len(line := " | ".join(parts.values())) <= COLUMNS:
+            break
+        parts.pop(least, None)
+    return line
