@@ -56,12 +56,14 @@ esac
 wants() { [[ $stage == all || $stage == "$1" ]]; }
 
 # Read KEY=value lines. Surrounding blanks, `export`, quotes and comments are allowed; nothing is evaluated or printed.
+# What the environment has already, read-only names such as UID too, stays as it is.
 read_dotenv() {
   local line key value
   while IFS= read -r line || [[ -n $line ]]; do
-    line=${line%$'\r'}
+    line=${line%$'\r'} line=${line#$'\xef\xbb\xbf'}
     [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)[[:space:]]*=[[:space:]]*(.*)$ ]] || continue
     key=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+    [[ -v $key ]] && continue
     if [[ $value =~ ^\"([^\"]*)\" || $value =~ ^\'([^\']*)\' ]]; then
       value=${BASH_REMATCH[1]}
     else

@@ -25,15 +25,16 @@ not a line
 
 
 def test_dotenv(tmp_path: Path) -> None:
-    """Read blanks, quotes and comments; evaluate and print nothing."""
-    (tmp_path / ".env").write_text(DOTENV)
+    """Read blanks, quotes, comments and a BOM; evaluate and print nothing; the environment's own values win."""
+    (tmp_path / ".env").write_text("\ufeffFIRST=1" + DOTENV + "UID=7\nEUID=7\nOWN=file\nNOTHING=file\nPPID=1\nLAST=x")
     function = re.search(r"^read_dotenv\(\) \{.*?^\}", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
     assert function
-    names = "PLAIN SPACED QUOTED SINGLE EMPTY HASH"
+    own = environment(OWN="shell", NOTHING="")
+    names = "PLAIN SPACED QUOTED SINGLE EMPTY HASH FIRST OWN NOTHING LAST"
     loop = f"for n in {names}; do printf '%s=%s\\n' $n \"${{!n}}\"; done"
     show = f"set -euo pipefail\n{function[0]}\nread_dotenv .env\n{loop}"
-    done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, cwd=tmp_path, check=True)
-    wanted = ["one", "two words", "three # not a comment", "$(touch hacked) `id`", "", "a#b"]
+    done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, cwd=tmp_path, check=True, env=own)
+    wanted = ["one", "two words", "three # not a comment", "$(touch hacked) `id`", "", "a#b", "1", "shell", "", "x"]
     assert done.stdout.splitlines() == [f"{n}={w}" for n, w in zip(names.split(), wanted, strict=True)]
     assert not (tmp_path / "hacked").exists()
 

@@ -173,6 +173,7 @@ class Session:
             config=self._record,
             first_step=self.step,
             say=self.display.say,
+            warn=self.display.warn,
         )
         if resumed:
             if config.run.from_step:

@@ -1,23 +1,29 @@
-"""Where metrics go besides `metrics.jsonl`: wandb and TensorBoard, each only if it is installed and configured."""
+"""Where metrics go besides `metrics.jsonl`: wandb and TensorBoard, each only if it is installed and configured.
 
+Neither can hold a run up: what goes wrong there is one warning, and the run goes on without that sink.
+"""
+
+import contextlib
+import fcntl
 import importlib.util
 import json
 import os
-import secrets
-import socket
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
-from yaongi.files import read_json, write_atomically
-from yaongi.train.run_folder import TENSORBOARD, WANDB_ID
+from yaongi.train.run_folder import TENSORBOARD
 
-_CONNECT_SECONDS = 5
+CLOSE_SECONDS = 50.0  # that wandb gets to send the rest at the end
+WANDB_PROGRAM = [sys.executable, "-m", "yaongi.train.metrics.wandb_process"]
+_PIPE_BYTES = 1 << 20  # of lines that wait while wandb is busy: thousands of steps
 
 
 class Sink(Protocol):
-    """A destination for numbers by name."""
+    """A destination for numbers by name. It prints its own trouble, and raises nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` after `step` steps."""
@@ -29,52 +35,120 @@ class Sink(Protocol):
 class TensorBoard:
     """A TensorBoard writer of event files in `OUT/tensorboard`."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step + 1)
+    def __init__(self, folder: Path, first_step: int, warn: Callable[[str], None]) -> None:
+        self._folder, self._warn = folder / TENSORBOARD, warn
+        self._writer: Any = None
+        self._guarded(lambda: self._open(first_step))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` after `step` steps."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        if self._writer is not None:
+            self._guarded(lambda: [self._writer.add_scalar(name, value, step) for name, value in values.items()])
 
     def close(self) -> None:
         """Flush and end."""
-        self._writer.close()
+        if self._writer is not None:
+            self._guarded(self._writer.close)
+
+    def _open(self, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1)
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        """Do it; after an error warn, and do nothing from then on."""
+        try:
+            action()
+        except Exception as error:  # of the disk, or of TensorBoard's own thread
+            self._writer = None
+            self._warn(f"tensorboard: {_line(error)}; the run goes on without it")
 
 
 class Wandb:
-    """The wandb run of an output folder, continued after a resume; offline without a key or a connection."""
+    """The wandb run of an output folder, continued after a resume; offline without a key or a connection.
+
+    It lives in a process of its own (`wandb_process.py`), which gets lines through a pipe that never blocks.
+    """
 
     def __init__(
-        self, folder: Path, mode: str, project: str, config: dict[str, Any], say: Callable[[str], None]
+        self, start: dict[str, Any], say: Callable[[str], None], warn: Callable[[str], None], program: list[str]
     ) -> None:
-        import wandb
+        """Start the process.
 
-        online = mode == "online" or (mode == "auto" and bool(os.environ.get("WANDB_API_KEY")))
-        if mode == "auto" and not online:
-            say("wandb: no WANDB_API_KEY, so this run is logged offline (wandb sync sends it later)")
-        elif online and not _reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
-            say("wandb: no connection, so this run is logged offline (wandb sync sends it later)")
-            online = False
-        self._run = wandb.init(
-            mode="online" if online else "offline",
-            resume="allow" if online else None,
-            project=project,
-            id=_run_id(folder),
-            dir=str(folder),
-            config=config,
-            settings=wandb.Settings(silent=True, console="off", save_code=False),
+        Args:
+            start: what it needs to begin the run: folder, mode, project, config.
+            program: command of the process.
+        """
+        self._say, self._warn = say, warn
+        self._process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input, self._output, self._rest = self._process.stdin.fileno(), self._process.stdout.fileno(), b""
+        fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        for end in (self._input, self._output):
+            os.set_blocking(end, False)
+        self._open, self._failed = True, False
+        self._send(start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` after `step` steps."""
-        self._run.log(dict(values), step=step)
+        self._pass_on()
+        if self._open:
+            self._send({"step": step, "values": dict(values)})
 
     def close(self) -> None:
-        """Flush and end."""
-        self._run.finish()
+        """Let it send the rest for at most `CLOSE_SECONDS`, then end it."""
+        self._end_input()
+        try:
+            code = self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 0
+            self._fail(f"wandb: it did not end within {CLOSE_SECONDS:g} s; metrics.jsonl has everything")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # wandb's own processes too
+        self._pass_on()
+        self._process.wait()
+        if code:
+            self._fail(f"wandb: it ended with status {code}; metrics.jsonl has everything")
+
+    def _send(self, record: dict[str, Any]) -> None:
+        """Put a line into the pipe; where there is no room for all of it, or no reader, warn and send no more."""
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if os.write(self._input, line) == len(line):
+                return
+            reason = "it takes no more lines"
+        except BlockingIOError:
+            reason = "it takes no more lines"
+        except OSError as error:
+            reason = _line(error)
+        self._pass_on()
+        self._fail(f"wandb: {reason}; the run goes on without it")
+        self._end_input()
+
+    def _fail(self, text: str) -> None:
+        """Warn, once."""
+        if not self._failed:
+            self._warn(text)
+        self._failed = True
+
+    def _end_input(self) -> None:
+        if self._open:
+            self._open = False
+            self._process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
+
+    def _pass_on(self) -> None:
+        """Print what the process has said since the last time; a line that begins with `!` is why it ends."""
+        try:
+            content = self._rest + (os.read(self._output, 1 << 16) or b"")
+        except BlockingIOError:
+            return
+        *lines, self._rest = content.split(b"\n")
+        for line in lines:
+            text = line.decode(errors="replace")
+            self._fail(text[1:]) if text.startswith("!") else self._say(text)
 
 
 def open_sinks(
@@ -86,6 +160,7 @@ def open_sinks(
     config: dict[str, Any],
     first_step: int,
     say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> list[Sink]:
     """Open the configured sinks; one that isn't installed is left out, and a message says so."""
     sinks: list[Sink] = []
@@ -95,27 +170,12 @@ def open_sinks(
         if importlib.util.find_spec(name) is None:
             say(f"{name} is not installed: metrics go to metrics.jsonl without it")
         elif name == "wandb":
-            sinks.append(Wandb(folder, wandb, project, config, say))
+            start = {"folder": str(folder.resolve()), "mode": wandb, "project": project, "config": config}
+            sinks.append(Wandb(start, say, warn, WANDB_PROGRAM))
         else:
-            sinks.append(TensorBoard(folder, first_step))
+            sinks.append(TensorBoard(folder, first_step, warn))
     return sinks
 
 
-def _reachable(url: str) -> bool:
-    """Return whether the server at `url` accepts connections."""
-    address = urlsplit(url)
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
-
-
-def _run_id(folder: Path) -> str:
-    path = folder / WANDB_ID
-    if path.is_file():
-        return str(read_json(path)["id"])
-    new = secrets.token_hex(4)
-    write_atomically(path, json.dumps({"id": new}).encode())
-    return new
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
