@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from texts import random_texts, read_documents, write_jsonl
+from texts import PEAK, random_texts, read_documents, write_jsonl
 
 from yaongi.data.shards import ShardSet
 from yaongi.data.sources.readers import Reading
@@ -102,9 +102,7 @@ def test_memory_of_one_long_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
         file.write(json.dumps({"text": " ".join(random_texts(2, 1, words=60_000) * 60)}, ensure_ascii=False))
     assert 30e6 < path.stat().st_size < 60e6
     tokenizer.save(tmp_path / "tokenizer")
-    script = "import resource; from yaongi.data.__main__ import main; main(); " + (
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
+    script = f"{PEAK}\nfrom yaongi.data.__main__ import main; main(); print(peak())"
     arguments = ["tokenize", "--source", f"en={path}", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "t"]
     command = [sys.executable, "-c", script, *arguments, "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

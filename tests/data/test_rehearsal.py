@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 from collections import namedtuple
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_download import SOURCE, places
-from texts import random_texts, write_jsonl
+from texts import PEAK, random_texts, write_jsonl
 
 from yaongi.data.shards import TOKEN_BYTES, Shard, write_manifest
 from yaongi.data.sources.hub import HUB_SOURCES
@@ -106,10 +105,11 @@ def holes(folder: Path, tokenizer: Tokenizer, tokens: int) -> Path:
     return folder
 
 
-SCRIPT = """
-import json, resource, sys, time
+SCRIPT = (
+    PEAK
+    + """
+import json, sys, time
 from yaongi.data.loader import Loader
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, began = peak(), time.perf_counter()
 loader = Loader(sys.argv[1], row_tokens=4096, batch_rows=256)
 opened = time.perf_counter() - began
@@ -123,6 +123,7 @@ resumed = time.perf_counter() - began
 print(json.dumps({"tokens": sum(loader.tokens.values()), "streams": len(loader.streams), "opened": opened,
     "resumed": resumed, "sample": batch.samples[0].item(), "kilobytes": peak() - before}))
 """
+)
 
 
 def rehearse(folder: Path) -> dict[str, float]:
@@ -138,18 +139,11 @@ def test_shards_that_are_holes_open_and_resume(tokenizer: Tokenizer, tmp_path: P
     assert found["tokens"] == tokens
     assert found["streams"] == len(HUB_SOURCES)
     assert found["sample"] == 14_000 * 256
-    assert found["kilobytes"] < 200_000
-    command = [
-        sys.executable,
-        "-m",
-        "yaongi.train",
-        "--preset",
-        "yaongi-4b",
-        "--data",
-        str(tmp_path / "t"),
-        "--dry-run",
-    ]
-    planned = subprocess.run([*command, "--tokens", str(tokens)], capture_output=True, text=True)
+    assert found["kilobytes"] < 400_000
+    at_exit = "import atexit, runpy, sys; atexit.register(lambda: print(peak(), file=sys.stderr))"
+    plan = f"{PEAK}\n{at_exit}; runpy.run_module('yaongi.train', run_name='__main__', alter_sys=True)"
+    arguments = ["--preset", "yaongi-4b", "--data", str(tmp_path / "t"), "--dry-run", "--tokens", str(tokens)]
+    planned = subprocess.run([sys.executable, "-c", plan, *arguments], capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
     assert f"ko/KORMo-Team/Cosmopedia-ko-synth: {tokens // 10:,} tokens there, " in planned.stdout
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1_500_000
+    assert int(planned.stderr.splitlines()[-1]) < 1_500_000, "kilobytes"

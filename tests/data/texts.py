@@ -7,6 +7,12 @@ from pathlib import Path
 
 from yaongi.data.sources.readers import read_texts
 
+# For a script: its peak memory in kilobytes. `getrusage` would include the memory that its parent had at the fork.
+PEAK = """
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+"""
+
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     """Write texts as a JSON-lines file, and return its path."""
