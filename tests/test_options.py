@@ -14,10 +14,12 @@ import pytest
 
 from yaongi import cli
 from yaongi.data.pieces import CONTROL_PIECES
+from yaongi.model import Yaongi
 from yaongi.model.config import EngramConfig, ModelConfig, PrecisionConfig
+from yaongi.model.generation import generate
 from yaongi.train.build import fit_to_data
 from yaongi.train.command_line import DERIVED, parse
-from yaongi.train.config import Running, Training
+from yaongi.train.config import Running, Training, load_config
 
 PACKAGE = Path(__file__).resolve().parent.parent / "yaongi"
 COMMANDS = [
@@ -136,6 +138,37 @@ def test_numbers_with_units() -> None:
     config = parse([*MODEL, "--tokens", "15B", "--batch-tokens=4.096k", "--row_tokens", "512"])
     assert (config.train.tokens, config.train.batch_tokens) == (15e9, 4096)
     assert cli.with_digits(["--tokens", "1.5M", "--out", "4k"], ("--tokens",)) == ["--tokens", "1500000", "--out", "4k"]
+
+
+def error_of(*words: str) -> str:
+    """Run a command that fails, and return what it prints."""
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    return done.stderr
+
+
+@pytest.mark.parametrize("command", [("yaongi.generate", "--prompt", "a"), ("yaongi.export", "--gguf", "out.gguf")])
+def test_a_folder_without_a_model(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Name the command that writes a model, the model of a run, or what the folder lacks: never a new tokenizer."""
+    made = "python -m yaongi.train --out RUN writes a model to RUN/model"
+    start = "error: from_pretrained: folder must"
+    assert error_of(*command, str(tmp_path)) == f"{start} hold config.json, got {tmp_path}; {made}\n"
+    tiny = Yaongi(load_config("yaongi-tiny").model)
+    tiny.save_pretrained(tmp_path / "run" / "model")
+    model = tmp_path / "run" / "model"
+    assert error_of(*command, str(model.parent)) == f"{start} be a model's, got that of a run; its model is {model}\n"
+    more = ["--drop-engram"] if "yaongi.export" in command else []
+    done = subprocess.run([sys.executable, "-m", *command, str(model), *more], capture_output=True, text=True)
+    rule = "folder must hold tokenizer.model, the tokenizer that the model was trained with"
+    assert done.stderr == f"error: tokenizer: {rule}, got {model}\n"
+
+
+def test_too_many_tokens_to_generate() -> None:
+    model = Yaongi(load_config("yaongi-tiny").model)
+    for count in (0, 1024, 2000):
+        rule = rf"generate: max_new_tokens must be 1 to 1023, below max_sequence_length, got {count}$"
+        with pytest.raises(ValueError, match=rule):
+            generate(model, [[1, 2]], max_new_tokens=count)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Export:
         from yaongi.model.hub.gguf_file import write_gguf
 
         whole = without_engram(model) if self.drop_engram else model
-        vocabulary = vocabulary_of(Tokenizer.load(self.folder))
+        vocabulary = vocabulary_of(Tokenizer.of_model(self.folder))
         write_gguf(whole.state_dict(), whole.config, vocabulary, file, self.folder.resolve().name)
 
     def _print_cost(self, model: "Yaongi", tokens: Path, lost: str | None) -> None:
@@ -68,7 +68,7 @@ class Export:
         if lost is None:
             raise ValueError("export: --measure must be used with a model that has an Engram, got one without")
         device, length = device_of(self.device, "export"), model.config.max_sequence_length
-        rows = held_out_rows(tokens, Tokenizer.load(self.folder).hash, length, self.measure_rows, warn=print)
+        rows = held_out_rows(tokens, Tokenizer.of_model(self.folder).hash, length, self.measure_rows, warn=print)
         model = model.to(device)
         with torch.no_grad():
             costs = [held_out_bits(m, rows, device) for m in (model, without_engram(model))]

@@ -37,12 +37,14 @@ class Generate:
         from yaongi.model import Yaongi
         from yaongi.model.devices import device_of
         from yaongi.model.generation import stream_text
+        from yaongi.model.hub.folder import read_config
         from yaongi.model.sampling import Sampling
 
         device = device_of(self.device, "generate")
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         prompts = self._prompts()
-        tokenizer = Tokenizer.load(self.folder)
+        read_config(self.folder)
+        tokenizer = Tokenizer.of_model(self.folder)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = Yaongi.from_pretrained(self.folder, dtype=dtype, device=device)
         if tokenizer.vocab_size != model.config.vocab_size:

@@ -253,7 +253,7 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         ({"prompts": [[61]]}, "token ids must be 0 to 60, got 61"),
         ({"prompts": [[-1]]}, "token ids must be 0 to 60, got -1"),
         ({"prompts": [[1] * 55]}, "prompts must be at most 54 tokens long (64 less the 10 to generate), got 55"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1 to 63, below max_sequence_length, got 0"),
         ({"temperature": -1.0}, "temperature must be a finite number, 0 or more, got -1.0"),
         ({"temperature": float("inf")}, "temperature must be a finite number, 0 or more, got inf"),
         ({"temperature": float("nan")}, "temperature must be a finite number, 0 or more, got nan"),
@@ -344,7 +344,7 @@ def test_the_command_refuses_before_it_prints(
 def test_the_command_s_mistake_is_one_line(folder: Path) -> None:
     done = run(str(folder), "--prompt", "aq" * 200)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: generate: prompts must be at most ")
+    assert done.stderr.startswith("error: generate: max_new_tokens must be 1 to 63, ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 

@@ -79,6 +79,14 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"tokenizer: {file} is not a SentencePiece model ({error})") from error
 
+    @classmethod
+    def of_model(cls, folder: Path) -> "Tokenizer":
+        """Read the tokenizer in a model folder. Raises FileNotFoundError if it holds none: another would not fit."""
+        if not (folder / MODEL_FILE).is_file():
+            wanted = f"folder must hold {MODEL_FILE}, the tokenizer that the model was trained with"
+            raise FileNotFoundError(f"tokenizer: {wanted}, got {folder}")
+        return cls.load(folder)
+
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`."""
         folder = Path(folder)

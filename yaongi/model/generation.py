@@ -217,7 +217,8 @@ def _check_prompts(model: Yaongi, prompts: Sequence[Sequence[int]], max_new_toke
     require(all(len(prompt) >= 1 for prompt in prompts), "every prompt must be at least one token", "an empty one")
     bad = next((token for prompt in prompts for token in prompt if not 0 <= token < vocab_size), None)
     require(bad is None, f"token ids must be 0 to {vocab_size - 1}", bad)
-    require(max_new_tokens >= 1, "max_new_tokens must be 1 or more", max_new_tokens)
+    rule = f"max_new_tokens must be 1 to {limit - 1}, below max_sequence_length"
+    require(1 <= max_new_tokens < limit, rule, max_new_tokens)
     room, longest = limit - max_new_tokens, max(map(len, prompts))
     rule = f"prompts must be at most {room} tokens long ({limit} less the {max_new_tokens} to generate)"
     require(longest <= room, rule, longest)

@@ -30,8 +30,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
         FileNotFoundError: there is no config.json.
         ValueError: the config has something that this model does not support.
     """
+    if (folder / "model" / "config.json").is_file():
+        raise ValueError(
+            f"from_pretrained: folder must be a model's, got that of a run; its model is {folder / 'model'}"
+        )
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"from_pretrained: folder must hold config.json, got {folder}")
+        made = "python -m yaongi.train --out RUN writes a model to RUN/model"
+        raise FileNotFoundError(f"from_pretrained: folder must hold config.json, got {folder}; {made}")
     fields = read_json(folder / "config.json")
     name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     dtype = getattr(torch, name, None)
