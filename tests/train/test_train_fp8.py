@@ -134,7 +134,7 @@ def test_plan_log_metrics_report_and_both_evaluations(
     out = capsys.readouterr().out
     said = "fp8: mamba projections, shared experts, attention projections in 4 of 5 layers; emulated here, slower than"
     assert said in out
-    assert "| fp8 saturated 0.0% |" in out
+    assert "| fp8 saturated 0.0%" in out
     assert "step 12: held-out bits per byte without fp8 " in out
     steps = records(tmp_path / "run", "step")
     assert all(record["fp8_saturated"] == 0 and 0 < record["fp8_reach"] <= 0.5 for record in steps[:1])

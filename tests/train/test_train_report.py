@@ -61,7 +61,18 @@ def test_peak_mode_counts_what_is_alive() -> None:
 def test_predicted_memory(tokens: Path, tmp_path: Path) -> None:
     """Check that the prediction is within 25 % of the process's peak memory."""
     out = tmp_path / "run"
-    more = ("--model.hidden-size", "256", "--batch-tokens", "32768", "--row-tokens", "512", "--micro-rows", "32")
+    more = (
+        "--model.hidden-size",
+        "256",
+        "--batch-tokens",
+        "32768",
+        "--row-tokens",
+        "512",
+        "--micro-rows",
+        "32",
+        "--model.max-sequence-length",
+        "512",
+    )
     done = run(tokens, out, *more, "--mix", "ko=1", "--stop-after", "2", "--sample-tokens", "0", "--evaluate-rows", "1")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -79,7 +79,7 @@ def console_line(record: dict[str, Any], steps: int) -> str:
     }
     if record["data_wait"] >= _WAIT:
         parts["data"] = f"data {100 * record['data_wait']:.0f}%"
-    if record.get("fp8_saturated"):
+    if "fp8_saturated" in record:
         parts["fp8"] = f"fp8 saturated {100 * record['fp8_saturated']:.1f}%"
     if "experts_cv" in record:
         parts["experts"] = f"cv {record['experts_cv']:.2f}"
