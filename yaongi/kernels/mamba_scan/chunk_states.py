@@ -18,6 +18,7 @@ from yaongi.kernels.mamba_scan.isolation import (
     flags_for,
     kept,
     kept_rows,
+    launches_for,
     load_documents,
     lost_at,
     lost_tokens,
@@ -170,7 +171,7 @@ def _walk(
     segments = scan.segments - (states is None)
     grid = (B * H * triton.cdiv(P, block_p), segments)
     flags = flags_for(scan.document_ids, grid[0] * grid[1], x)
-    for isolate in (False,) if flags is None else (False, True):
+    for isolate in launches_for(flags):
         config = ISOLATING if isolate else for_gpu(STATES, x)[x.element_size()]
         _mamba_scan_states_kernel[grid](
             by_head(x, scan.chunk, block_p),

@@ -34,7 +34,7 @@ def isolated(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
         x, dt, b = _finite(x), dt.nan_to_num(0.0, 0.0, -torch.inf), _finite(b)
         initial_state = None if initial_state is None else _finite(initial_state)
         y, final = scan(x, dt, A, b, c, D, dt_bias, document_ids, initial_state, *options)
-        return _marked(y, lost), _marked(final, lost[:, -1]) if final.numel() else final
+        return _marked(y, lost), _marked(final, lost[:, -1])
 
     return forward
 
@@ -69,17 +69,16 @@ def isolated_backward(scan_backward: Callable[..., tuple[Tensor, ...]]) -> Calla
             dy, dfinal_state, x, dt, A, b, c, D, dt_bias, document_ids, initial_state, *options
         )
         lost_group = lost.unflatten(2, (b.shape[2], -1)).any(3)
-        dA, dD, ddt_bias = (_marked(t, lost.flatten(0, 1).any(0)) if t.numel() else t for t in (dA, dD, ddt_bias))
-        dinitial = _marked(dinitial, lost[:, 0]) if dinitial.numel() else dinitial
+        lost_head = lost.flatten(0, 1).any(0)
         return (
             _marked(dx, lost),
             _marked(ddt, lost),
-            dA,
+            _marked(dA, lost_head),
             _marked(db, lost_group),
             _marked(dc, lost_group),
-            dD,
-            ddt_bias,
-            dinitial,
+            _marked(dD, lost_head),
+            _marked(ddt_bias, lost_head),
+            _marked(dinitial, lost[:, 0]),
         )
 
     return backward
@@ -115,5 +114,7 @@ def _finite(t: Tensor) -> Tensor:
 
 
 def _marked(result: Tensor, lost: Tensor) -> Tensor:
-    """Return a result with NaN where its leading dimensions are lost."""
+    """Return a result with NaN where its leading dimensions are lost; an absent one, which is empty, as it is."""
+    if not result.numel():
+        return result
     return result.masked_fill(lost.reshape(*lost.shape, *(1,) * (result.dim() - lost.dim())), torch.nan)

@@ -92,3 +92,8 @@ def marked_rows(tile, lost):
 def flags_for(documents: Tensor | None, programs: int, like: Tensor) -> Tensor | None:
     """Return room for the flags of a launch, or None without documents: then nothing has to be kept apart."""
     return None if documents is None else torch.empty(programs, dtype=torch.int32, device=like.device)
+
+
+def launches_for(flags: Tensor | None) -> tuple[bool, ...]:
+    """Return ISOLATE of each launch: with flags there is a second one, for the programs that are flagged."""
+    return (False,) if flags is None else (False, True)

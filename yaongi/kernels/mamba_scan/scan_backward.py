@@ -40,6 +40,7 @@ from yaongi.kernels.mamba_scan.isolation import (
     flags_for,
     kept,
     kept_rows,
+    launches_for,
     load_documents,
     lost_tokens,
     marked_rows,
@@ -239,7 +240,7 @@ def scan_gradients(
     sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
     grid = (scan.chunks, G, B)
     flags = flags_for(scan.document_ids, math.prod(grid), x)
-    for isolate in (False,) if flags is None else (False, True):
+    for isolate in launches_for(flags):
         config = ISOLATING if isolate else for_gpu(GRADIENTS if block_n <= 128 else WIDE_GRADIENTS, x)[x.element_size()]
         _mamba_scan_gradients_kernel[grid](
             *(by_head(t, scan.chunk, block_p) for t in (x, dy)),

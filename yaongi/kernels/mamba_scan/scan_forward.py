@@ -28,6 +28,7 @@ from yaongi.kernels.mamba_scan.isolation import (
     flags_for,
     kept,
     kept_rows,
+    launches_for,
     load_documents,
     lost_at,
     lost_tokens,
@@ -167,7 +168,7 @@ def mamba_scan_triton(
     block_p, block_n = state_block(x, N)
     grid = (B * H * triton.cdiv(P, block_p), scan.segments)
     flags = flags_for(document_ids, grid[0] * grid[1], x)
-    for isolate in (False,) if flags is None else (False, True):
+    for isolate in launches_for(flags):
         config = ISOLATING if isolate else for_gpu(OUTPUT if block_n <= 128 else WIDE_OUTPUT, x)[x.element_size()]
         _mamba_scan_output_kernel[grid](
             by_head(x, scan.chunk, block_p),
