@@ -114,6 +114,29 @@ def test_chunked_cross_entropy_and_its_gradients(chunk: int, no_target: int) -> 
         assert_relative(got, wanted, 1e-12)
 
 
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_gradients_formed_with_the_loss_are_those_of_the_backward_pass(accumulated: bool) -> None:
+    hidden = torch.randn(30, 8, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(17, 8))
+    targets = torch.randint(-5, 17, (30,))
+    upstream = torch.tensor(0.2), torch.tensor(0.06)
+
+    def gradients(told: tuple[torch.Tensor, torch.Tensor] | None) -> list[torch.Tensor]:
+        hidden.grad, weight.grad = None, torch.ones(17, 8) if accumulated else None
+        with fused_accumulation(accumulated):
+            total, squares = head_cross_entropy(hidden, weight, targets, 7, told)
+            (total * upstream[0] + squares * upstream[1]).backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        return [total, squares, hidden.grad, weight.grad]
+
+    for got, wanted in zip(gradients(upstream), gradients(None), strict=True):
+        assert torch.equal(got, wanted)
+    assert gradients((upstream[0], 2 * upstream[1]))[2].isnan().all()
+    with torch.no_grad():
+        head_cross_entropy(hidden, weight, targets, 7, upstream)
+
+
 def test_next_tokens_stay_in_their_document() -> None:
     ids = torch.tensor([[4, 5, 6, 7]])
     assert next_tokens(ids, None).tolist() == [[5, 6, 7, NO_TARGET]]

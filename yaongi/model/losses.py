@@ -32,23 +32,32 @@ def next_tokens(input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    upstream: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return Σ −log p(target) and Σ logsumexp² of the logits hidden·weightᵀ over the tokens that have a target.
 
-    The backward pass recomputes the logits.
+    The backward pass recomputes the logits: four products. With `upstream` all gradients are formed here, while the
+    logits are at hand: three products. Then one backward pass must follow, since under `fused_accumulation` the
+    weight's gradient is added here already; if it comes with other gradients than `upstream`, it returns NaN.
 
     Args:
         hidden: (T, d).
         weight: (V, d).
         targets: (T) int64, NO_TARGET or any other negative number (−100, say) where there is none.
         chunk: tokens whose logits are in memory at once; by default as many as have CHUNK_LOGITS logits.
+        upstream: the gradients with which the backward pass will come to the two results, scalars of their dtype.
 
     Returns:
         Two scalars in float32 (float64 for float64 inputs).
     """
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
     gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
+    if upstream is not None and torch.is_grad_enabled():
+        return _HeadCrossEntropyAhead.apply(hidden, weight, targets, chunk, gradient, *upstream)
     return _HeadCrossEntropy.apply(hidden, weight, targets, chunk, gradient)
 
 
@@ -70,6 +79,37 @@ def module_cross_entropy(
     return losses, squares
 
 
+class _HeadGradients:
+    """The gradients of the loss, summed chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, dloss: Tensor, dsquares: Tensor, into: Tensor | None) -> None:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self._weight, self._dloss, self._dsquares, self._into = weight, dloss, dsquares, into
+        self._dweight = torch.zeros_like(weight, dtype=wide) if into is None else into
+        self.dhidden = torch.empty_like(hidden)
+
+    def add(self, part: slice, rows: Tensor, logits: Tensor, targets: Tensor, normalizers: Tensor) -> None:
+        """Add those of the tokens `part`."""
+        dnormalizers = torch.where(targets < 0, 0, 2 * self._dsquares * normalizers)
+        dlosses = self._dloss.expand_as(normalizers)
+        dlogits = cross_entropy_backward(dlosses, dnormalizers, logits, targets, normalizers)
+        torch.mm(dlogits, self._weight, out=self.dhidden[part])
+        accumulate_product(self._dweight, dlogits.T, rows)
+
+    @property
+    def dweight(self) -> Tensor | None:
+        """The weight's gradient in its dtype; None where it was added into another tensor."""
+        return self._dweight.to(self._weight.dtype) if self._into is None else None
+
+
+def _chunks(tokens: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)]
+
+
+def _sums(losses: list[Tensor], normalizers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat(losses).sum(), torch.where(targets < 0, 0, normalizers.square()).sum()
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     """The loss chunk by chunk. No logits are saved, so forward and backward both compute the product with the head."""
 
@@ -77,29 +117,53 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, gradient: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        results = [
-            cross_entropy(rows @ weight.T, labels)
-            for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
-        losses, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
+        parts = _chunks(len(hidden), chunk)
+        results = [cross_entropy(hidden[part] @ weight.T, targets[part]) for part in parts]
+        losses, logsums = map(list, zip(*results, strict=True))
+        normalizers = torch.cat(logsums)
         ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.chunk, ctx.gradient = chunk, gradient
-        return losses.sum(), torch.where(targets < 0, 0, normalizers.square()).sum()
+        ctx.parts, ctx.gradient = parts, gradient
+        return _sums(losses, normalizers, targets)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
-        dlosses = dloss.expand_as(normalizers)
-        dnormalizers = torch.where(targets < 0, 0, 2 * dsquares * normalizers)
-        dhidden = torch.empty_like(hidden)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        total = torch.zeros_like(weight, dtype=wide) if ctx.gradient is None else ctx.gradient
-        for start in range(0, max(1, len(hidden)), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
+        gradients = _HeadGradients(hidden, weight, dloss, dsquares, ctx.gradient)
+        for part in ctx.parts:
             rows = hidden[part]
-            dlogits = cross_entropy_backward(
-                dlosses[part], dnormalizers[part], rows @ weight.T, targets[part], normalizers[part]
-            )
-            torch.mm(dlogits, weight, out=dhidden[part])
-            accumulate_product(total, dlogits.T, rows)
-        return dhidden, total.to(weight.dtype) if ctx.gradient is None else None, None, None, None
+            gradients.add(part, rows, rows @ weight.T, targets[part], normalizers[part])
+        return gradients.dhidden, gradients.dweight, None, None, None
+
+
+class _HeadCrossEntropyAhead(torch.autograd.Function):
+    """The loss chunk by chunk, with its gradients: the backward pass only hands them on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        gradient: Tensor | None,
+        dloss: Tensor,
+        dsquares: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        gradients = _HeadGradients(hidden, weight, dloss, dsquares, gradient)
+        losses, logsums = [], []
+        for part in _chunks(len(hidden), chunk):
+            rows, labels = hidden[part], targets[part]
+            logits = rows @ weight.T
+            loss, logsum = cross_entropy(logits, labels)
+            gradients.add(part, rows, logits, labels, logsum)
+            losses.append(loss)
+            logsums.append(logsum)
+        ctx.save_for_backward(gradients.dhidden, gradients.dweight, dloss, dsquares)
+        return _sums(losses, torch.cat(logsums), targets)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight, *upstream = ctx.saved_tensors
+        as_told = (dloss == upstream[0]) & (dsquares == upstream[1])
+        factor = torch.where(as_told, 1.0, torch.nan)  # no wait for the device: NaN stops the step
+        return dhidden * factor, None if dweight is None else dweight * factor, *[None] * 5

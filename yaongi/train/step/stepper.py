@@ -64,6 +64,7 @@ class Stepper:
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
+        self._wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of the model's sums
         layers, experts = model.config.pattern.count("E"), model.config.experts
         self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=world.device)
         self._in_place = not any(is_sharded(p) for _, p in self._named)
@@ -141,13 +142,16 @@ class Stepper:
         """
         train = self._train
         with fused_accumulation(self._in_place):
-            losses = self._model.losses(ids, documents)
+            # Gradients are averaged over the processes: × size gives the sum.
+            unit = torch.full((), self._world.size, dtype=self._wide, device=targets.device) / targets
+            z_unit = train.z_loss * unit
+            losses = self._model.losses(ids, documents, upstream=(unit, z_unit))
             share = len(ids) / train.batch_rows
-            loss = losses.cross_entropy_sum / targets + train.balance_loss * share * losses.balance
+            loss = losses.cross_entropy_sum * unit + self._world.size * train.balance_loss * share * losses.balance
             if train.z_loss:
-                loss = loss + train.z_loss * losses.z_sum / targets
+                loss = loss + losses.z_sum * z_unit
             with self._foreach_vector_gradients():
-                (loss * self._world.size).backward()  # gradients are averaged over the processes: × size gives the sum
+                loss.backward()
         parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
         self._sums += torch.stack([part.detach().double() for part in parts])
         self._loads += losses.loads
