@@ -24,10 +24,10 @@ from yaongi.data.loader import Batch
 from yaongi.model import Yaongi
 from yaongi.model.count import flops_per_token
 from yaongi.train.config import Training, load_config
-from yaongi.train.distributed.world import World, set_determinism
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.step.stepper import Stepper
+from yaongi.world import World, set_determinism
 
 CUDA = torch.device("cuda")
 # Rows that fit into 80 GB beside the state.

@@ -23,8 +23,8 @@ from yaongi import cli
 from yaongi.files import write_json
 from yaongi.model.layers.fp8_scales import Fp8Scales, Site
 from yaongi.train.command_line import parse
-from yaongi.train.distributed.world import init_world
 from yaongi.train.session import Session
+from yaongi.world import init_world
 
 Tensor = torch.Tensor
 FINER = 2.0**8

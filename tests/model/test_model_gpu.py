@@ -15,7 +15,7 @@ from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.mixers import moe as moe_module
 from yaongi.model.mixers import router as router_module
 from yaongi.model.mixers.attention_backends import attend, plan_attention
-from yaongi.train.distributed.world import set_determinism
+from yaongi.world import set_determinism
 
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
-from yaongi.train.distributed.world import World
 from yaongi.train.session import Session
+from yaongi.world import World
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALONE = World(0, 1, torch.device("cpu"))

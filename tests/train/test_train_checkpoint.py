@@ -18,7 +18,7 @@ from small_run import ALONE, arguments, environment, final_tensors, losses, run,
 from torch.distributed.checkpoint import FileSystemWriter
 
 from yaongi.train.checkpoint.checkpoints import Checkpoints, DamagedError, read_meta
-from yaongi.train.distributed.world import World
+from yaongi.world import World
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 

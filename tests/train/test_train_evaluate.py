@@ -9,8 +9,8 @@ from small_run import session_of
 
 from yaongi.data.loader import HeldOut
 from yaongi.eval.bits_per_byte import bits_per_byte, nats
-from yaongi.train.distributed.world import World
 from yaongi.train.evaluation import Evaluator, draw_samples
+from yaongi.world import World
 
 
 def test_nats_of_a_known_model() -> None:

@@ -15,9 +15,9 @@ from yaongi.model import load_preset
 from yaongi.train import __main__ as program
 from yaongi.train.command_line import parse
 from yaongi.train.config import load_config
-from yaongi.train.distributed.world import World
 from yaongi.train.plan.speed import fp8_here
 from yaongi.train.session import Session
+from yaongi.world import World
 
 FP8 = [
     *("--model.precision.mamba-projections", "fp8", "--model.precision.attention-projections", "fp8"),

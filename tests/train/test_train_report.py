@@ -10,11 +10,11 @@ import torch
 from small_run import ALONE, config_of, environment, run
 
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.train.distributed.world import World
 from yaongi.train.plan.activations import PeakMode
 from yaongi.train.plan.run_plan import make_plan, micro_rows
 from yaongi.train.report.kernels import kernel_panels
 from yaongi.train.report.page import write_report
+from yaongi.world import World
 
 
 def test_messages(tmp_path: Path) -> None:

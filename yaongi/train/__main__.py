@@ -12,11 +12,11 @@ from yaongi import cli
 from yaongi.train.checkpoint.checkpoints import DamagedError
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
-from yaongi.train.distributed.world import World, init_world, set_determinism
 from yaongi.train.plan.advice import explain_out_of_memory
 from yaongi.train.session import Session
 from yaongi.train.signals import StopRequest, resume_command
 from yaongi.train.step.guard import BadStepError
+from yaongi.world import World, init_world, set_determinism
 
 
 def train(config: Config, world: World, arguments: Sequence[str]) -> int:

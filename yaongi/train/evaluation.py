@@ -11,7 +11,7 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.bits_per_byte import bits_per_byte, nats
 from yaongi.model import Yaongi
 from yaongi.model.sampling import Sampling, choose, row_uniforms
-from yaongi.train.distributed.world import World
+from yaongi.world import World
 
 PROMPTS = {
     "Korean": "오늘은 아침부터 ",

@@ -18,7 +18,6 @@ from yaongi.train.checkpoint.model_folder import save_model
 from yaongi.train.checkpoint.resume import compare_sites, find_run, fp8_sites
 from yaongi.train.config import Config, as_dict
 from yaongi.train.distributed.sharding import shard
-from yaongi.train.distributed.world import World
 from yaongi.train.evaluation import Evaluator, draw_samples
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.meter import Meter
@@ -30,6 +29,7 @@ from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_wri
 from yaongi.train.schedule import Schedule
 from yaongi.train.step.guard import Guard
 from yaongi.train.step.stepper import Stepper
+from yaongi.world import World
 
 PATIENCE = 3.0  # seconds that training may wait for the previous checkpoint before a message is printed
 

@@ -26,8 +26,8 @@ from yaongi.files import write_atomically
 from yaongi.train.checkpoint.hashes import HashingWriter, find_damage
 from yaongi.train.checkpoint.staging import PinnedStaging
 from yaongi.train.distributed.sharding import local_part
-from yaongi.train.distributed.world import World
 from yaongi.train.step.guard import first_nonfinite
+from yaongi.world import World
 
 LATEST = "latest"
 META = "run.json"

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
 from yaongi.model.hub.weights import staged
-from yaongi.train.distributed.world import World
+from yaongi.world import World
 
 
 def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from yaongi.train.distributed.world import World
+from yaongi.world import World
 
 TABLES = "engram.table.weight"  # how the names of Engram's tables end
 

@@ -15,10 +15,10 @@ import torch
 from yaongi.kernels import info
 from yaongi.model import Yaongi
 from yaongi.train.config import Config
-from yaongi.train.distributed.world import World
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.plan.activations import activation_bytes
 from yaongi.train.recompute import recomputed_layers
+from yaongi.world import World
 
 _USABLE = 0.93  # share of a device's memory that a run may plan with; the rest is left for fragmentation
 # Measured factors on the activations: the count misses the temporary tensors inside an op's reference implementation.

@@ -9,11 +9,11 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import flops_per_token
 from yaongi.train.build import build_model
 from yaongi.train.config import Config
-from yaongi.train.distributed.world import World
 from yaongi.train.formatting import duration, gigabytes
 from yaongi.train.plan.advice import advise
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
 from yaongi.train.plan.speed import fp8_here, kernels_here, step_speed
+from yaongi.world import World
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.layers.cuda_graph import GraphedFunction
 from yaongi.train.config import Training
 from yaongi.train.distributed.sharding import average_unsharded_gradients, is_sharded, local_part
-from yaongi.train.distributed.world import World
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.step.guard import first_nonfinite
+from yaongi.world import World
 
 Named = list[tuple[str, nn.Parameter]]
 

@@ -45,7 +45,7 @@ class World:
             dist.destroy_process_group()
 
 
-def init_world(device: str) -> World:
+def init_world(device: str, command: str = "train") -> World:
     """Join the processes that `torchrun` started, if any, and choose the device.
 
     Raises:
@@ -53,7 +53,7 @@ def init_world(device: str) -> World:
     """
     kind = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "gpu": "cuda"}.get(device, device)
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train: --device {device} must have a GPU, got a machine where torch sees none")
+        raise ValueError(f"{command}: --device {device} must have a GPU, got a machine where torch sees none")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, torch.device(kind))
