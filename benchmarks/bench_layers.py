@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Compare, Work, interleaved_ms, report
+from measure import Compare, Work, interleaved_ms, replay_of, report
 
 from yaongi.kernels import use_backend
 from yaongi.kernels.backend import Backend
@@ -110,7 +110,7 @@ def _recorded(model: Any, layer: Any, hidden: torch.Tensor, dy: torch.Tensor, co
     graph.replay()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
-    return graph.replay
+    return replay_of(graph, (model, hidden, dy, context))
 
 
 @pytest.mark.parametrize("kind", KINDS)

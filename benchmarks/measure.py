@@ -56,6 +56,24 @@ def interleaved_ms(candidates: dict[str, Callable[[], Any]], flush: Callable[[],
     return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) for name, pairs in events.items()}
 
 
+def recorded(call: Callable[[], Any]) -> Callable[[], None]:
+    """Return the replay of a call as a CUDA graph, so that the host's time doesn't count."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return replay_of(graph, call)
+
+
+def replay_of(graph: torch.cuda.CUDAGraph, used: Any) -> Callable[[], None]:
+    """Return the graph's replay, which keeps the tensors that the graph uses."""
+
+    def replay(_: Any = used) -> None:
+        graph.replay()
+
+    return replay
+
+
 def peak_gb(call: Callable[[], Any], *, beyond_results: bool = False) -> float:
     """Return the peak memory of a call beyond what was allocated before, with or without its results, in GB."""
     torch.cuda.synchronize()
