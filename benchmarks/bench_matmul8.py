@@ -110,7 +110,7 @@ def test_all_products(benchmark: Any, request: pytest.FixtureRequest, l2_flush: 
     """Average TFLOP/s over all dense products of yaongi-4b, alone and with the byte transposes that they need.
 
     A forward product's operand comes transposed by `transpose8` in the backward pass; so does a gradient. All are timed
-    as CUDA graphs, as the trainer runs them: the host takes longer to launch a small product than the GPU to compute it.
+    as CUDA graphs, as the trainer runs them: the host needs longer to launch a small product than the GPU to compute.
     """
     flops = product_ms = transpose_ms = 0.0
     for layer, (outputs, inputs, count) in LAYERS.items():
