@@ -103,8 +103,8 @@ def check_one_matrix(model: Yaongi, optimizer: RoleOptimizer) -> None:
     for dtype, storage in ((torch.float64, None), (torch.float32, torch.float16)):
         master, gradient = before["master"].to(dtype), parameter.grad.to(dtype)  # type: ignore[union-attr]
         momentum, cast = before["momentum"].clone(), parameter.detach().to(dtype)
-        settings = (1, LR[MATRIX], 0.95, True, 0.1, flat, storage)
-        teon_update_reference([cast], [gradient], [momentum], [master], *settings)
+        settings = (1, LR[MATRIX], 0.95, True, 0.1, flat)
+        teon_update_reference([cast], [gradient], [momentum], [master], *settings, storage=storage)
         results.append(master)
     assert_close(state["master"], results[0], results[1], CHECKED)
     assert torch.equal(parameter.detach(), state["master"].bfloat16())

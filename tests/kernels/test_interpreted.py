@@ -129,13 +129,17 @@ def test_newton_schulz(shape: tuple[int, ...], form: str, newton_schulz_in_float
     assert_equal_to_float64(newton_schulz_in_float32[0](x, FLAT, form), exact, 2e-4)
 
 
+@pytest.mark.parametrize("idle", [False, True])
 @pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize(("stack", "shape"), [(1, (2, 9, 12)), (2, (3, 9, 6)), (2, (20, 3)), (4, (3, 30))], ids=str)
-def test_teon_update(stack: int, shape: tuple[int, ...], masters: bool, newton_schulz_in_float32: Any) -> None:
-    """Every tensor is updated in place, with the layers of a stack side by side."""
+def test_teon_update(
+    stack: int, shape: tuple[int, ...], masters: bool, idle: bool, newton_schulz_in_float32: Any
+) -> None:
+    """Every tensor is updated in place, with the layers of a stack side by side; matrices may be left alone."""
     lists = [[torch.randn(shape) for _ in range(4)] for _ in range(4 if masters else 3)] + ([] if masters else [[]])
     exact = [[t.double() for t in tensors] for tensors in lists]
-    settings = (stack, 0.5, 0.9, True, 0.1, FLAT)
+    active = torch.rand(4 // stack, *shape[:-2]) < 0.5 if idle else None
+    settings = (stack, 0.5, 0.9, True, 0.1, FLAT, active)
     newton_schulz_reference.teon_update_reference(*exact, *settings)
     newton_schulz_in_float32[1](*lists, *settings)
     for ours, expected in zip(lists, exact, strict=True):

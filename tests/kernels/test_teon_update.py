@@ -69,6 +69,28 @@ def test_equals_the_step_by_hand(
         assert_same(got, expected)
 
 
+@pytest.mark.parametrize("backend", backends("triton", "cuda"))
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize(("stack", "shape"), [(1, (3, 24, 40)), (2, (3, 40, 24)), (2, (24, 40))])
+def test_matrices_that_are_not_active_stay_as_they_are(
+    stack: int, shape: tuple[int, ...], masters: bool, backend: str
+) -> None:
+    """Not a bit of them changes, whatever their gradient, and the others change as if alone."""
+    got = state(4, *shape, dtype=torch.bfloat16, masters=masters, device=device_of(backend, "teon_update"))
+    start, all_active = converted(got, torch.clone), converted(got, torch.clone)
+    active = torch.arange(4 // stack * (3 if len(shape) == 3 else 1)).view(4 // stack, *shape[:-2]) % 2 == 0
+    for i, grad in enumerate(got["grads"]):
+        grad[~active[i // stack].to(grad.device)] = torch.nan
+    run(got, backend, stack=stack, lr=0.1, weight_decay=0.1, active=active.to(got["grads"][0].device))
+    run(all_active, backend, stack=stack, lr=0.1, weight_decay=0.1)
+    for name in ("params", "momenta", "masters") if masters else ("params", "momenta"):
+        for i in range(4):
+            mask = active[i // stack]
+            for chosen, wanted in ((mask, all_active), (~mask, start)):
+                assert torch.equal(got[name][i].cpu()[chosen], wanted[name][i].cpu()[chosen]), name
+            assert not torch.equal(all_active[name][i], start[name][i])
+
+
 def test_one_muon_step_in_numbers() -> None:
     """For an orthogonal gradient without history, the update is a known multiple of it."""
     weight, grad = torch.full((2, 2), 3.0).double(), torch.tensor([[0.0, 5], [-5, 0]]).double()
@@ -185,16 +207,18 @@ def test_nan_stays_in_its_stack(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.gpu
 def test_cuda_graph(backend: str) -> None:
-    """A captured step, replayed on new gradients, does what a call does."""
+    """A captured step, replayed on new gradients and other active matrices, does what a call does."""
     got = state(2, 3, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
-    run(got, backend, stack=2, lr=0.1)
+    active = torch.tensor([[True, False, True]], device="cuda")
+    run(got, backend, stack=2, lr=0.1, active=active)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(got, backend, stack=2, lr=0.1)
+        run(got, backend, stack=2, lr=0.1, active=active)
     for _ in range(2):
+        active.logical_not_()
         for grad in got["grads"]:
             grad.normal_()
-        expected = run(converted(got, torch.clone), backend, stack=2, lr=0.1)
+        expected = run(converted(got, torch.clone), backend, stack=2, lr=0.1, active=active)
         graph.replay()
         assert_same(got, expected, 0)
 
@@ -219,11 +243,12 @@ def test_a_captured_call_leaves_later_ones_alone() -> None:
 def test_no_synchronisation(backend: str) -> None:
     """With this debug mode, torch raises if the host waits for the GPU."""
     got = state(4, 24, 40, dtype=torch.bfloat16, masters=True, device=device_of(backend, "teon_update"))
-    run(got, backend, stack=2, lr=0.1)
+    active = torch.tensor([True, False], device="cuda")
+    run(got, backend, stack=2, lr=0.1, active=active)
     got = converted(got, torch.clone)  # new addresses, so new tables
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(got, backend, stack=2, lr=0.1)
+        run(got, backend, stack=2, lr=0.1, active=active)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -296,7 +321,8 @@ def test_opcheck(masters: bool) -> None:
     lists = state(4, 3, 5, masters=masters)
     flat = [value for step in POLAR_EXPRESS for value in step]
     arguments = (*(lists[name] or [] for name in NAMES), 2, 0.1, 0.95, True, 0.1, flat)
-    torch.library.opcheck(torch.ops.yaongi.teon_update.default, arguments)
+    for active in ((), (None,), (torch.tensor([True, False]),)):
+        torch.library.opcheck(torch.ops.yaongi.teon_update.default, (*arguments, *active))
 
 
 @pytest.mark.parametrize("masters", [False, True])
@@ -425,6 +451,15 @@ DISTINCT = "params must be distinct from one another and from momenta and master
         ({"weight_decay": float("inf")}, ValueError, "weight_decay must be finite, got inf"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be 0 or more, got -1.0"),
         ({"weight_decay": []}, TypeError, "weight_decay must be a number, got list"),
+        ({"active": [True]}, TypeError, "active must be a tensor, got list"),
+        ({"active": torch.ones(1)}, TypeError, "active must be bool, got float32"),
+        ({"active": torch.ones(2).bool()}, ValueError, "active must be (S) = (1), got (2,)"),
+        ({"active": torch.ones(1, 1).bool()}, ValueError, "active must be (S) = (1), got (1, 1)"),
+        (
+            {"active": torch.ones(1, device="meta").bool()},
+            TypeError,
+            "active must be on cpu like the first tensor, got meta",
+        ),
         ({"coefficients": None}, TypeError, "coefficients must be a list of (a, b, c), got NoneType"),
         ({"coefficients": []}, ValueError, "coefficients must be one (a, b, c) a step and at least one step, got none"),
         ({"coefficients": [(1, 2)]}, ValueError, "coefficients[0] must be three numbers (a, b, c), got (1, 2)"),

@@ -139,12 +139,13 @@ def test_newton_schulz(shape: tuple[int, ...], dtype: torch.dtype, fused_up_to: 
         assert "STG.E.128" in kernel.sass or name == "_newton_schulz_norm_kernel", name
 
 
+@pytest.mark.parametrize("idle", [False, True])
 @pytest.mark.parametrize("fused_up_to", [0, 512], ids=["apart", "fused"])
 @pytest.mark.parametrize("shape", [(64, 512, 2048), (64, 2048, 512)], ids=str)
-def test_teon_update(shape: tuple[int, ...], fused_up_to: int) -> None:
+def test_teon_update(shape: tuple[int, ...], fused_up_to: int, idle: bool) -> None:
     """float32 gradients and master weights, bfloat16 momenta and parameters: pointer tables keep 16-byte accesses."""
     wide, narrow = (lambda: [meta(*shape, dtype=torch.float32)]), (lambda: [meta(*shape)])
-    settings = (1, 0.02, 0.95, True, 0.1, FLAT)
+    settings = (1, 0.02, 0.95, True, 0.1, FLAT, meta(1, shape[0], dtype=torch.bool) if idle else None)
     kernels = compile_newton_schulz(fused_up_to, teon.teon_update_triton, narrow(), wide(), narrow(), wide(), *settings)
     last = "_teon_last_product_kernel" if fused_up_to else "_teon_weight_kernel"
     for name, registers in (("_teon_momentum_kernel", 128), (last, 255 if fused_up_to else 128)):

@@ -1,5 +1,6 @@
 """Two processes against one: the same losses and weights, and a run of two can be resumed with one."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,16 @@ def assert_alike(mine: Path, theirs: Path) -> None:
 def test_two_processes_are_one(one: Path, two: Path) -> None:
     """Compare runs that use FSDP2, Teon on gathered matrices, and sparse table gradients."""
     assert_alike(two, one)
+
+
+def test_idle_experts_and_a_balance_in_leaps(tokens: Path, tmp_path: Path) -> None:
+    """Compare runs whose bias leaps by 5, so that in many steps one or two experts of four get no tokens."""
+    leaps = ("--bias-travel", "0", "--bias-rate", "5", "--dtype", "float64", "--stop-after", "6", "--log-every", "1")
+    run_two(tokens, tmp_path / "two", *leaps)
+    assert run(tokens, tmp_path / "one", *MORE, *leaps).returncode == 0
+    records = map(json.loads, (tmp_path / "one" / "metrics.jsonl").read_text().splitlines())
+    assert sum(r["experts_dead"] > 0 for r in records if r["event"] == "step") >= 3
+    assert_alike(tmp_path / "two", tmp_path / "one")
 
 
 def test_float32(tokens: Path, tmp_path: Path) -> None:

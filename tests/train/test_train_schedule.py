@@ -1,10 +1,11 @@
-"""The learning rate of every step."""
+"""The rates of every step."""
 
 from itertools import pairwise
 
 import pytest
 
-from yaongi.train.schedule import Schedule
+from yaongi.train.config import Training
+from yaongi.train.schedule import MOST_BIAS_RATE, Schedule, bias_rate
 
 
 def test_wsd() -> None:
@@ -50,3 +51,20 @@ def test_messages() -> None:
         Schedule(10, "linear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
         Schedule(0)
+
+
+@pytest.mark.parametrize("steps", [1000, 14305])
+def test_the_router_s_bias_travels_as_far_in_any_run(steps: int) -> None:
+    """Its rate falls evenly to almost 0, and adds up to the travel; a short run doesn't take larger steps."""
+    rates = [bias_rate(step, steps, 4.0) for step in range(steps)]
+    assert sum(rates) == pytest.approx(4.0)
+    falls = [a - b for a, b in pairwise([*rates, 0.0])]
+    assert falls == pytest.approx([falls[0]] * steps)
+    assert max(bias_rate(step, 12, 4.0) for step in range(12)) == MOST_BIAS_RATE
+
+
+def test_the_router_s_bias_can_keep_one_rate() -> None:
+    """Without a travel the rate stays; with one it follows the run's length."""
+    one, long = Training(bias_travel=0.0, bias_rate=2e-3), Training(tokens=1e12, bias_rate=2e-3)
+    assert {one.bias_rate_at(step) for step in (0, 7000, 14304)} == {2e-3}
+    assert long.bias_rate_at(0) == pytest.approx(2 * 4.0 / long.steps, rel=1e-3)

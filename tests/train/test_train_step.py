@@ -60,8 +60,8 @@ def test_clipping(tokens: Path, tmp_path: Path) -> None:
 
 
 def test_the_router_s_bias_follows_the_whole_batch(tokens: Path, tmp_path: Path) -> None:
-    """Check one step of 1e-3 by the load of all micro-batches."""
-    session = session_of(tokens, tmp_path / "run", "--micro-rows", "2")
+    """Check one centred step of 1e-3 by the load of all micro-batches."""
+    session = session_of(tokens, tmp_path / "run", "--micro-rows", "2", "--bias-travel", "0", "--bias-rate", "1e-3")
     loads: list[torch.Tensor] = []
     update = session.model.update_router_bias
     session.model.update_router_bias = lambda load, rate: (loads.append(load), update(load, rate))  # type: ignore[assignment]
@@ -69,7 +69,32 @@ def test_the_router_s_bias_follows_the_whole_batch(tokens: Path, tmp_path: Path)
     assert len(loads) == 1
     assert loads[0].sum() == 512 * 2
     bias = session.model.backbone.layers[1].mixer.gate.e_score_correction_bias
-    assert torch.equal(bias, 1e-3 * (loads[0].double().mean() - loads[0][0].double()).sign().float())
+    signs = (loads[0].double().mean() - loads[0][0].double()).sign()
+    assert torch.equal(bias, (1e-3 * (signs - signs.mean())).float())
+
+
+@pytest.mark.parametrize("by", [(), ("--matrix-optimizer", "adamw", "--matrix-lr", "1e-3")], ids=["teon", "adamw"])
+def test_experts_without_tokens_are_left_alone(by: tuple[str, ...], tokens: Path, tmp_path: Path) -> None:
+    """Not a bit of their weights and their state changes in a step, though a step before gave them momenta."""
+    session = session_of(tokens, tmp_path / "run", *by)
+    gate = session.model.backbone.layers[1].mixer.gate
+    names = [n for n in session.optimizer.tensors() if "mixer.experts." in n]
+
+    def now() -> list[torch.Tensor]:
+        state = [t for n in names for t in session.optimizer.tensors()[n].values() if t.ndim]
+        return [t.clone() for t in [*state, *(session.model.get_parameter(n).detach() for n in names)]]
+
+    with session:
+        batches = session.batches()
+        session.train_step(next(batches))
+        gate.e_score_correction_bias[2] = -100
+        before = now()
+        session.train_step(next(batches))
+        batches.close()
+    for old, new in zip(before, now(), strict=True):
+        assert old.any()
+        assert torch.equal(old[2], new[2])
+        assert not any(torch.equal(old[e], new[e]) for e in (0, 1, 3))
 
 
 def test_a_nan_in_a_gradient(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttentio
 from yaongi.model.mixers.fp8_mixers import LETTERS, Fp8Products
 from yaongi.model.mixers.mamba2 import Mamba2
 from yaongi.model.mixers.moe import MoE, Routing
+from yaongi.model.mixers.router import balance_direction
 
 Tensor = torch.Tensor
 Recompute = Literal["none", "all"] | Sequence[int]
@@ -335,7 +336,7 @@ class Yaongi(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, loads: Tensor, rate: float = 1e-3) -> None:
-        """Do correction bias += rate · sign(mean load − load); call it once per optimizer step.
+        """Do correction bias += rate · `balance_direction(loads)`; call it once per optimizer step.
 
         Args:
             loads: (expert layers, E), integers: the tokens that each expert got in the global batch.
@@ -344,10 +345,9 @@ class Yaongi(nn.Module):
         if tuple(loads.shape) != (len(layers), self.config.experts):
             wanted = (len(layers), self.config.experts)
             raise ValueError(f"update_router_bias: loads must be {wanted}, got {tuple(loads.shape)}")
-        loads = loads.double()
-        for mixer, missing in zip(layers, loads.mean(1, keepdim=True) - loads, strict=True):
+        for mixer, change in zip(layers, rate * balance_direction(loads), strict=True):
             bias = mixer.gate.e_score_correction_bias
-            bias.add_(rate * missing.sign().to(bias))
+            bias.add_(change.to(bias))
 
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, upstream: tuple[Tensor, Tensor] | None = None

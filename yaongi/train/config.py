@@ -15,7 +15,7 @@ from yaongi.model import ModelConfig
 from yaongi.presets import read_preset
 from yaongi.settings import FieldChecks, from_table
 from yaongi.train.recompute import recomputed_layers
-from yaongi.train.schedule import Kind
+from yaongi.train.schedule import Kind, bias_rate
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Training:
     clip: float = 1.0  # clip the gradient to this norm; 0: no clipping
     z_loss: float = 0.0  # weight of the z loss, the squared logsumexp of the logits; 0: none
     balance_loss: float = 1e-4  # weight of the experts' sequence balance loss; 0: none
-    bias_rate: float = 1e-3  # step size of the router's balancing bias
+    bias_travel: float = 4.0  # total of the router's balancing bias's steps in a run; they decay to its end
+    bias_rate: float = 1e-3  # constant size of those steps where bias_travel is 0
     bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient to skip before the run stops
     engram_compression: Literal["paper", "korean", "none"] = "paper"  # which token ids Engram takes for the same
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # weights; auto: bfloat16 on a GPU, else float32
@@ -64,6 +65,10 @@ class Training:
     def steps(self) -> int:
         """Optimizer steps of the run: `tokens / batch_tokens`, rounded, at least one."""
         return max(1, round(self.tokens / self.batch_tokens))
+
+    def bias_rate_at(self, step: int) -> float:
+        """Return the step size of the router's balancing bias at `step`, counted from 0."""
+        return bias_rate(step, self.steps, self.bias_travel) if self.bias_travel else self.bias_rate
 
     def weight_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of the weights: as configured; for "auto" bfloat16 on a GPU and float32 on a CPU."""
@@ -86,7 +91,7 @@ class Training:
                 raise ValueError(f"config: {name} must be above 0, got {getattr(self, name)}")
         if unknown := sorted(self.stacked_kinds - {"qkv", "mamba", "shared"}):
             raise ValueError(f"config: stacked must be of qkv, mamba and shared, by commas, got {unknown[0]!r}")
-        for name in ("weight_decay", "clip", "z_loss", "balance_loss", "bias_rate", "bad_steps"):
+        for name in ("weight_decay", "clip", "z_loss", "balance_loss", "bias_travel", "bias_rate", "bad_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
 

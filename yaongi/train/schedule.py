@@ -1,10 +1,20 @@
-"""The learning rate of every step: WSD (warm-up, stable, decay), or warm-up and cosine."""
+"""The rates of every step: the learning rate by WSD (warm-up, stable, decay) or cosine, and the router bias's."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["wsd", "cosine"]
+MOST_BIAS_RATE = 0.03  # with larger steps a router's choices would jump to and fro: scores lie within 0 to 1
+
+
+def bias_rate(step: int, steps: int, travel: float) -> float:
+    """Return the step size of the router's balancing bias at `step`, counted from 0.
+
+    It falls linearly to almost 0 at the run's end. Over all steps it adds up to `travel`, in units of the router's
+    scores, or to less in a run so short that `MOST_BIAS_RATE` limits it.
+    """
+    return min(MOST_BIAS_RATE, 2 * travel * (steps - step) / (steps * (steps + 1)))
 
 
 @dataclass(frozen=True)

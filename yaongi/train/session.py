@@ -214,7 +214,7 @@ class Session:
         self.checkpoints.poll()
         lr = {kind: self.schedule.lr(self.step, peak) for kind, peak in self.optimizer.peak_lr.items()}
         phase = self.schedule.phase(self.step)
-        result = self.stepper(batches, lr)
+        result = self.stepper(batches, lr, self.config.train.bias_rate_at(self.step))
         self.step += 1
         if result.bad is not None:
             self.metrics.write("bad_step", self.step, what=result.bad, tokens=self._tokens())

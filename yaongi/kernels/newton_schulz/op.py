@@ -72,6 +72,7 @@ def _teon_fake(
     nesterov: bool,
     weight_decay: float,
     coefficients: list[float],
+    active: Tensor | None = None,
 ) -> None:
     return None
 
@@ -96,7 +97,7 @@ def _teon_cuda_refuses(*args: Any) -> str | None:
 
 _teon_op = backend.define(
     "teon_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] masters, int stack, float lr,"
-    " float momentum, bool nesterov, float weight_decay, float[] coefficients) -> ()",
+    " float momentum, bool nesterov, float weight_decay, float[] coefficients, Tensor? active=None) -> ()",
     reference=teon_update_reference,
     fake=_teon_fake,
     triton=f"{TEON_ON_GPU}:teon_update_triton",
@@ -187,6 +188,13 @@ def _is_like(value: object, first: Tensor, written: bool) -> bool:
     return alike and (not written or (value.is_contiguous() and not value.requires_grad))
 
 
+def _check_rates(args: check.Arguments, **rates: float) -> None:
+    for name, value in rates.items():
+        args.number(name, value)
+        args.require(value >= 0, name, "0 or more", value)
+    args.require(rates["momentum"] < 1, "momentum", "less than 1", rates["momentum"])
+
+
 def teon_update(
     params: list[Tensor],
     grads: list[Tensor],
@@ -199,6 +207,7 @@ def teon_update(
     nesterov: bool = True,
     weight_decay: float = 0.0,
     coefficients: Coefficients = POLAR_EXPRESS,
+    active: Tensor | None = None,
 ) -> None:
     """Take one step of Teon (Muon for stack = 1) on matrices of one shape, in place.
 
@@ -215,6 +224,8 @@ def teon_update(
         stack: K, divides len(params).
         lr, weight_decay: ≥ 0. momentum: ≥ 0 and < 1. nesterov: a bool.
         coefficients: (a, b, c) of each Newton-Schulz step.
+        active: (S, E) bool for S = len(params) / stack and parameters (E, m, n), (S) for (m, n): what to update. Of a
+            joint matrix that is not active, parameters, momenta and masters stay as they are. None: all are.
 
     Raises:
         TypeError: dtype, device or kind. ValueError: length, shape, stride or value.
@@ -231,19 +242,14 @@ def teon_update(
         wanted = torch.float64 if count and params[0].dtype == torch.float64 else torch.float32
         masters = _check_tensors(args, "masters", masters, count, dims, (wanted,))
     written = [*params, *momenta, *(masters or [])]
-    args.require(
-        len({id(t) for t in written}) == len(written),
-        "params",
-        "distinct from one another and from momenta and masters",
-        "one tensor twice",
-    )
+    distinct = len({id(t) for t in written}) == len(written)
+    args.require(distinct, "params", "distinct from one another and from momenta and masters", "one tensor twice")
     args.integer("stack", stack, 1)
     args.require(count % stack == 0, "params", f"a multiple of stack = {stack} tensors", count)
-    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        args.number(name, value)
-        args.require(value >= 0, name, "0 or more", value)
-    args.require(momentum < 1, "momentum", "less than 1", momentum)
+    _check_rates(args, lr=lr, momentum=momentum, weight_decay=weight_decay)
     args.boolean("nesterov", nesterov)
     flat = _check_coefficients(args, coefficients)
+    args.sizes["S"] = count // stack
+    args.optional("active", active, ("S", *dims[:-2]), (torch.bool,))
     if count:
-        _teon_op(params, grads, momenta, masters or [], stack, lr, momentum, nesterov, weight_decay, flat)
+        _teon_op(params, grads, momenta, masters or [], stack, lr, momentum, nesterov, weight_decay, flat, active)

@@ -94,6 +94,7 @@ def teon_update_reference(
     nesterov: bool,
     weight_decay: float,
     coefficients: list[float],
+    active: Tensor | None = None,  # (stacks, E) or (stacks) bool: what to update; None: everything
     storage: torch.dtype | None = None,
 ) -> None:
     """Update in place: M ← μM + G, O = NewtonSchulz([U₁|…|U_K]), W_k ← (1 − ηλ)·W_k − η·sqrt(m/n)·O_k."""
@@ -103,26 +104,44 @@ def teon_update_reference(
     weights = masters or params
     for first in range(0, len(params), stack):
         layers = range(first, first + stack)
-        directions = [teon_direction(grads[i], momenta[i], momentum, nesterov) for i in layers]
+        mask = None if active is None else active[first // stack]
+        directions = [teon_direction(grads[i], momenta[i], momentum, nesterov, mask) for i in layers]
         joint = rounding(storage and DIRECTION)(torch.cat(directions, -1))
         stacked = newton_schulz_reference(joint, coefficients, "gram", storage)
         for i, o in zip(layers, stacked.split(n, -1), strict=True):
             weight = weights[i].to(torch.promote_types(weights[i].dtype, torch.float32))
-            weights[i].copy_(teon_weight(weight, o, (m, n), lr, weight_decay))
+            weights[i].copy_(teon_weight(weight, o, (m, n), lr, weight_decay, mask))
             if masters:
-                params[i].copy_(weights[i])
+                params[i].copy_(_chosen(mask, weights[i], params[i]))
 
 
-def teon_direction(grad: Tensor, buffer: Tensor, momentum: float, nesterov: bool = True) -> Tensor:
-    """Update one momentum buffer M ← μM + G in place; return the direction U: G + μM with Nesterov, else M."""
+def teon_direction(
+    grad: Tensor, buffer: Tensor, momentum: float, nesterov: bool = True, active: Tensor | None = None
+) -> Tensor:
+    """Update one momentum buffer M ← μM + G in place; return the direction U: G + μM with Nesterov, else M.
+
+    Args:
+        active: (E) or scalar, bool: the matrices to update; the others keep their M, and their U is 0.
+    """
     wide = torch.promote_types(torch.promote_types(grad.dtype, buffer.dtype), torch.float32)
     grad = grad.to(wide)
     accumulated = momentum * buffer.to(wide) + grad
-    buffer.copy_(accumulated)
-    return grad + momentum * accumulated if nesterov else accumulated
+    buffer.copy_(_chosen(active, accumulated, buffer))
+    return _chosen(active, grad + momentum * accumulated if nesterov else accumulated, 0)
 
 
-def teon_weight(weight: Tensor, o: Tensor, shape: tuple[int, int], lr: float, weight_decay: float) -> Tensor:
-    """Return (1 − ηλ)·W − η·sqrt(m/n)·O for some or all rows of W; `shape` (m, n) is that of the full matrix."""
+def _chosen(active: Tensor | None, value: Tensor, other: Tensor | int) -> Tensor:
+    """Return `value` for the active matrices, (E) or scalar, and `other` for the rest; None: all are active."""
+    return value if active is None else torch.where(active[..., None, None], value, other)
+
+
+def teon_weight(
+    weight: Tensor, o: Tensor, shape: tuple[int, int], lr: float, weight_decay: float, active: Tensor | None = None
+) -> Tensor:
+    """Return (1 − ηλ)·W − η·sqrt(m/n)·O for some or all rows of W; W itself where it is not active, as above.
+
+    Args:
+        shape: (m, n) of the full matrix.
+    """
     m, n = shape
-    return (1 - lr * weight_decay) * weight - lr * math.sqrt(m / n) * o
+    return _chosen(active, (1 - lr * weight_decay) * weight - lr * math.sqrt(m / n) * o, weight)

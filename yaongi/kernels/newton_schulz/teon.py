@@ -36,9 +36,18 @@ def _address(table_ptr, i, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _kept(inside, active_ptr, matrix):
+    """Return which elements to change: none where the matrix is not active."""
+    if active_ptr is not None:
+        inside = inside & (tl.load(active_ptr + matrix) != 0)
+    return inside
+
+
+@triton.jit
 def _teon_momentum_kernel(
     grad_table,  # (stacks · K) addresses of tensors (E, m, n)
     momentum_table,
+    active_ptr,  # (stacks · E) uint8: 0 for a matrix to leave alone; None: none is
     direction_ptr,  # (B, m, K · n)
     partial_ptr,  # (B, K · tiles, 2)
     first,  # number of this batch's first matrix
@@ -60,12 +69,13 @@ def _teon_momentum_kernel(
     i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
     row, column = tile_places(tile, n, ROWS, COLUMNS)
     inside = (row < m) & (column < n)
+    kept = _kept(inside, active_ptr, matrix)
     place = row * n + column
     grad_ptr = _address(grad_table, i, GRAD) + e * m * n
     momentum_ptr = _address(momentum_table, i, MOMENTUM) + e * m * n
-    grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    accumulated = momentum * tl.load(momentum_ptr + place, mask=inside, other=0.0).to(tl.float32) + grad
-    tl.store(momentum_ptr + place, accumulated.to(MOMENTUM), mask=inside)
+    grad = tl.load(grad_ptr + place, mask=kept, other=0.0).to(tl.float32)
+    accumulated = momentum * tl.load(momentum_ptr + place, mask=kept, other=0.0).to(tl.float32) + grad
+    tl.store(momentum_ptr + place, accumulated.to(MOMENTUM), mask=kept)
     if NESTEROV:
         accumulated = grad + momentum * accumulated
     direction = accumulated.to(direction_ptr.dtype.element_ty)
@@ -78,6 +88,7 @@ def _teon_momentum_kernel(
 def _update(
     weight_table,
     param_table,
+    active_ptr,
     matrix,
     k,
     row,
@@ -92,9 +103,9 @@ def _update(
     HAS_MASTERS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Compute W ← decay·W − change on a tile of the k-th layer of a stack, and the parameter's cast."""
+    """Compute W ← decay·W − change on a tile of the k-th layer of an active stack, and the parameter's cast."""
     i, e = matrix // E * K + k, (matrix % E).to(tl.int64)
-    inside, place = (row < m) & (column < n), row * n + column
+    inside, place = _kept((row < m) & (column < n), active_ptr, matrix), row * n + column
     weight_ptr = _address(weight_table, i, WEIGHT) + e * m * n
     weight = decay * tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32) - change
     tl.store(weight_ptr + place, weight.to(WEIGHT), mask=inside)
@@ -108,6 +119,7 @@ def _teon_weight_kernel(
     wide_ptr,  # (B, rows, columns): the orthogonalised directions
     weight_table,  # (stacks · K) addresses of tensors (E, m, n): the master weights, else the parameters
     param_table,  # the same, of the parameters
+    active_ptr,  # (stacks · E) uint8: 0 for a matrix to leave alone; None: none is
     first,
     E,
     m,
@@ -132,7 +144,7 @@ def _teon_weight_kernel(
     wide_ptr += local.to(tl.int64) * rows * columns
     change = scale * load_result(wide_ptr, row, k * n + column, inside, columns, TRANSPOSED)
     _update(
-        weight_table, param_table, first + local, k, row, column, E, m, n, decay, change,
+        weight_table, param_table, active_ptr, first + local, k, row, column, E, m, n, decay, change,
         WEIGHT, PARAM, HAS_MASTERS, K,
     )  # fmt: skip
 
@@ -143,6 +155,7 @@ def _teon_last_product_kernel(
     x_desc,
     weight_table,  # (stacks · K) addresses of tensors (E, m, n): the master weights, else the parameters
     param_table,  # the same, of the parameters
+    active_ptr,  # (stacks · E) uint8: 0 for a matrix to leave alone; None: none is
     first,
     E,
     m,
@@ -168,7 +181,7 @@ def _teon_last_product_kernel(
     result = result_tile(q_desc, x_desc, local, first_row, first_column, inner, TRANSPOSED, ROWS, COLUMNS, INNER)
     row, column = tile_places(tile, n, ROWS, COLUMNS)
     _update(
-        weight_table, param_table, first + local, k, row, column, E, m, n, decay, scale * result,
+        weight_table, param_table, active_ptr, first + local, k, row, column, E, m, n, decay, scale * result,
         WEIGHT, PARAM, HAS_MASTERS, K,
     )  # fmt: skip
 
@@ -221,13 +234,20 @@ class TeonCall:
     """One call of `teon_update`: its tensors, and the passes over a batch of their matrices."""
 
     def __init__(
-        self, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], masters: list[Tensor], stack: int
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        momenta: list[Tensor],
+        masters: list[Tensor],
+        stack: int,
+        active: Tensor | None,
     ) -> None:
         self.E, self.m, self.n = (1, *params[0].shape)[-3:]
         self.stack = stack
         self.layout = WideLayout(self.m, stack * self.n)
         self.count = len(params) // stack * self.E  # matrices to orthogonalise
         self._has_masters = bool(masters)
+        self._active = None if active is None else active.contiguous().view(torch.uint8)
         self._grads, self._momenta = ScatteredTensors([g.contiguous() for g in grads]), ScatteredTensors(momenta)
         self._weights, self._params = ScatteredTensors(masters or params), ScatteredTensors(params)
         self._fused = self.layout.fused and (stack == 1 or self.n % 8 == 0)  # TMA boxes start at multiples of 16 bytes
@@ -238,8 +258,8 @@ class TeonCall:
         tiling = tiling_of(self.m, self.n, across=False)
         partial = torch.empty(count, K * tiling.count, 2, dtype=torch.float32, device=u.device)
         _teon_momentum_kernel[(count * K * tiling.count,)](
-            self._grads.table, self._momenta.table, u, partial, first, self.E, self.m, self.n, momentum, tiling.count,
-            GRAD=self._grads.type, MOMENTUM=self._momenta.type,
+            self._grads.table, self._momenta.table, self._active, u, partial, first, self.E, self.m, self.n, momentum,
+            tiling.count, GRAD=self._grads.type, MOMENTUM=self._momenta.type,
             NESTEROV=nesterov, K=K, ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
         return partial
@@ -247,7 +267,7 @@ class TeonCall:
     def apply(self, first: int, q: Tensor, x: Tensor, scratch: Tensor, decay: float, scale: float) -> None:
         """Compute W ← decay·W − scale·Q·X for the matrices from `first` on, and the parameters' casts."""
         weights, params, layout = self._weights, self._params, self.layout
-        tables = weights.table, params.table
+        tables = weights.table, params.table, self._active
         types = {
             "WEIGHT": weights.type, "PARAM": params.type,
             "HAS_MASTERS": self._has_masters, "TRANSPOSED": layout.transposed, "K": self.stack,
@@ -291,11 +311,12 @@ def _teon_update(
     nesterov: bool,
     weight_decay: float,
     coefficients: list[float],
+    active: Tensor | None = None,
 ) -> None:
     """Run the update in batches that fit the workspace, with `product` for the symmetric products."""
     if not params[0].numel():
         return
-    step = TeonCall(params, grads, momenta, masters, stack)
+    step = TeonCall(params, grads, momenta, masters, stack, active)
     m, n, layout, steps = step.m, step.n, step.layout, triples(coefficients)
     batches = layout.batches(step.count)
     memory = [layout.empty(batches[0].stop, params[0]) for _ in range(2)]

@@ -50,6 +50,20 @@ def correction_bias(gate: nn.Module) -> Tensor:
     return bias
 
 
+def balance_direction(loads: Tensor) -> Tensor:
+    """Return s − mean(s) with s = sign(mean load − load), (layers, E) float64: where the correction biases move.
+
+    The choice of experts depends on differences of biases alone, so their mean stays where it is. Otherwise it would
+    drift, for most experts are below the mean load, and a bfloat16 copy of the biases would lose their differences.
+
+    Args:
+        loads: (layers, E), the tokens that each expert got.
+    """
+    loads = loads.double()
+    signs = (loads.mean(1, keepdim=True) - loads).sign()
+    return signs - signs.mean(1, keepdim=True)
+
+
 class RouterProduct(torch.autograd.Function):
     """x·Wᵀ of bfloat16 operands with a float32 result, on tensor cores in both directions.
 

@@ -9,10 +9,11 @@ Each parameter has a role (`roles.py`):
 
 A parameter narrower than float32 has a float32 master copy: the update changes the master copy, and the parameter is
 its cast. Beside such parameters a float32 one, whose casts are FP8, is its own master. Under FSDP the state is sharded
-like the parameters. Frozen parameters, which require no gradient, are left out. A step doesn't
-synchronise with the GPU, except to find the tables' rows.
+like the parameters. Frozen parameters, which require no gradient, are left out, and so are in each step the experts
+without tokens. A step doesn't synchronise with the GPU, except to find the tables' rows.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +26,7 @@ from yaongi.kernels import teon_update
 from yaongi.model import Yaongi
 from yaongi.train.config import Training
 from yaongi.train.distributed.sharding import is_sharded, local_part, local_rows
+from yaongi.train.optimizer.idle_experts import Active, expert_layers, left_alone, local_mask
 from yaongi.train.optimizer.partition import MATRIX, TABLE, VECTOR, AdamwPart, TeonStack, partition_parameters
 from yaongi.train.optimizer.sharded import step_sharded
 from yaongi.train.optimizer.sparse_adam import adam_rows
@@ -47,6 +49,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         self._train = train
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._own_masters = set(model.fp8_weights()) if model.lm_head.weight.dtype not in WIDE else set()
+        self._expert_layers = expert_layers(model)
         self._units, self._vectors, self._tables = partition_parameters(model, train)
         self._matrices = list(dict.fromkeys(p for unit in self._units for p in unit.parameters))
         in_groups: dict[str, list[nn.Parameter]] = {
@@ -73,8 +76,15 @@ class RoleOptimizer(torch.optim.Optimizer):
         return next(g["lr"] for g in self.param_groups if g["kind"] == kind)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, loads: torch.Tensor | None = None
+    ) -> None:
         """Apply the gradients.
+
+        Args:
+            loads: (expert layers, E), the tokens that each expert got in the global batch. The weights and the state of
+                experts that got none stay as they are: a step with a stale momentum is as large as any. None: all
+                experts are updated.
 
         Raises:
             ValueError: a closure was given.
@@ -90,9 +100,11 @@ class RoleOptimizer(torch.optim.Optimizer):
         whole: list[TeonStack] = []
         for unit in self._units:
             (sharded if is_sharded(unit.parameters[0]) else whole).append(unit)
-        self._step_whole(whole)
-        split_gradients = step_sharded(sharded, self.state, self._split_rows(), self._train, self._lr(MATRIX))
-        self._step_vectors(split_gradients)
+        used = None if loads is None else loads != 0
+        active = {} if used is None else {p: used[layer] for p, layer in self._expert_layers.items()}
+        self._step_whole(whole, active)
+        split_gradients = step_sharded(sharded, self.state, self._split_rows(), self._train, self._lr(MATRIX), active)
+        self._step_vectors(split_gradients, active)
         for parameter in self._tables:
             self._step_table(parameter)
 
@@ -161,7 +173,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         """Return the rows of each matrix that AdamW updates."""
         return {v.parameter: v.rows for v in self._vectors if v.rows is not None}
 
-    def _step_whole(self, units: list[TeonStack]) -> None:
+    def _step_whole(self, units: list[TeonStack], active: Active) -> None:
         """Apply Teon and Muon to unsharded matrices, those of one shape together."""
         batches: dict[tuple[Any, ...], list[tuple[nn.Parameter, slice | None]]] = defaultdict(list)
         for unit in units:
@@ -170,6 +182,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             batches[(shape, entries[0][0].dtype, len(entries))] += entries
         for (_, dtype, stack), entries in batches.items():
             masters = None if dtype in WIDE else [rows_of(self.state[p]["master"], rows) for p, rows in entries]
+            masks = [active[p] for p, _ in entries if p in active]
             teon_update(
                 [rows_of(p.detach(), rows) for p, rows in entries],
                 [rows_of(gradient_of(p), rows) for p, rows in entries],
@@ -179,13 +192,15 @@ class RoleOptimizer(torch.optim.Optimizer):
                 lr=self._lr(MATRIX),
                 momentum=self._train.momentum,
                 weight_decay=self._train.weight_decay,
+                active=torch.stack(masks) if masks else None,
             )
 
-    def _step_vectors(self, split_gradients: dict[nn.Parameter, torch.Tensor]) -> None:
+    def _step_vectors(self, split_gradients: dict[nn.Parameter, torch.Tensor], active: Active) -> None:
         """Apply AdamW.
 
         Args:
             split_gradients: the unsharded gradients of those rows of sharded matrices that AdamW updates.
+            active: the experts to update.
         """
         for kind, decay in ((VECTOR, True), (VECTOR, False), (MATRIX, True)):
             vectors = [v for v in self._vectors if (v.kind, v.decay) == (kind, decay)]
@@ -198,7 +213,11 @@ class RoleOptimizer(torch.optim.Optimizer):
                 else:
                     gradients.append(rows_of(local_part(gradient_of(vector.parameter)), vector.rows))
                     weights.append(rows_of(local_part(self._weight(vector.parameter)), vector.rows))
-            self._adamw(vectors, weights, gradients, self._lr(kind), self._train.weight_decay if decay else 0.0)
+            with contextlib.ExitStack() as stack:
+                for vector, weight in zip(vectors, weights, strict=True):
+                    moments = (local_part(self.state[vector.parameter][key]) for key in ("exp_avg", "exp_avg_sq"))
+                    stack.enter_context(left_alone((weight, *moments), local_mask(vector.parameter, active)))
+                self._adamw(vectors, weights, gradients, self._lr(kind), self._train.weight_decay if decay else 0.0)
             for vector, weight in zip(vectors, weights, strict=True):
                 if vector.parameter in split_gradients and vector.rows is not None:
                     here = local_rows(vector.parameter, vector.rows)

@@ -13,18 +13,25 @@ from torch.distributed.tensor import DTensor
 from yaongi.kernels import newton_schulz, teon_direction, teon_weight
 from yaongi.train.config import Training
 from yaongi.train.distributed.sharding import local_part, local_rows
+from yaongi.train.optimizer.idle_experts import Active, local_mask
 from yaongi.train.optimizer.partition import TeonStack
 
 States = Mapping[Any, dict[str, Any]]  # by parameter
 
 
 def step_sharded(
-    units: Sequence[TeonStack], states: States, split_rows: Mapping[nn.Parameter, slice], train: Training, lr: float
+    units: Sequence[TeonStack],
+    states: States,
+    split_rows: Mapping[nn.Parameter, slice],
+    train: Training,
+    lr: float,
+    active: Active,
 ) -> dict[nn.Parameter, torch.Tensor]:
     """Do one step of all `units`.
 
     Args:
         split_rows: rows of matrices that AdamW updates instead.
+        active: the experts to update.
 
     Returns:
         The unsharded gradients of those rows.
@@ -36,20 +43,24 @@ def step_sharded(
         for parameter in unit.parameters:
             if parameter not in whole:
                 rows = split_rows.get(parameter)
-                whole[parameter] = _direction(parameter, states[parameter]["momentum"], rows, train.momentum)
+                mask = local_mask(parameter, active)
+                whole[parameter] = _direction(parameter, states[parameter]["momentum"], rows, train.momentum, mask)
                 if rows is not None:
                     split_gradients[parameter] = whole[parameter][rows].clone()
-        _apply(unit, [whole[p] for p in unit.parameters], states, train, lr)
+        _apply(unit, [whole[p] for p in unit.parameters], states, train, lr, local_mask(unit.parameters[0], active))
         for parameter in unit.parameters:
             if last[parameter] == number:
                 del whole[parameter]
     return split_gradients
 
 
-def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu: float) -> torch.Tensor:
+def _direction(
+    parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu: float, mask: torch.Tensor | None
+) -> torch.Tensor:
     """Update the momentum buffer and return the Nesterov direction.
 
     Args:
+        mask: which of this process's experts are updated; None: all.
         raw: rows for which the gradient itself is returned, and whose momentum stays 0.
 
     Returns:
@@ -59,7 +70,7 @@ def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu
     if not isinstance(gradient, DTensor):
         raise RuntimeError("optimizer: a sharded parameter must have a sharded gradient, got another")
     g = gradient.to_local().to(torch.promote_types(gradient.dtype, torch.float32))
-    direction = teon_direction(g, momentum.to_local(), mu)
+    direction = teon_direction(g, momentum.to_local(), mu, active=mask)
     if raw is not None:
         here = local_rows(parameter, raw).of_local
         momentum.to_local()[here], direction[here] = 0, g[here]
@@ -71,7 +82,14 @@ def _direction(parameter: nn.Parameter, momentum: DTensor, raw: slice | None, mu
     ).full_tensor()
 
 
-def _apply(unit: TeonStack, directions: Sequence[torch.Tensor], states: States, train: Training, lr: float) -> None:
+def _apply(
+    unit: TeonStack,
+    directions: Sequence[torch.Tensor],
+    states: States,
+    train: Training,
+    lr: float,
+    mask: torch.Tensor | None,
+) -> None:
     """Orthogonalise the unit's matrices jointly and update this process's rows of them."""
     experts = unit.parameters[0].dim() == 3
     chosen = [d if unit.rows is None else d[unit.rows] for d in directions]
@@ -83,6 +101,6 @@ def _apply(unit: TeonStack, directions: Sequence[torch.Tensor], states: States, 
         if not experts:
             here = local_rows(parameter, unit.rows)
             weight, o = weight[here.of_local], o[here.of_rows]
-        weight.copy_(teon_weight(weight, o, (m, n), lr, train.weight_decay))
+        weight.copy_(teon_weight(weight, o, (m, n), lr, train.weight_decay, mask))
         if "master" in states[parameter]:
             local_part(parameter.detach()).copy_(local_part(states[parameter]["master"]))

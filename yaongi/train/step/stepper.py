@@ -76,12 +76,13 @@ class Stepper:
             else self._add_micro_batch
         )
 
-    def __call__(self, batches: Sequence[Batch], lr: dict[str, float]) -> StepResult:
+    def __call__(self, batches: Sequence[Batch], lr: dict[str, float], bias_rate: float) -> StepResult:
         """Do one step.
 
         Args:
             batches: this process's micro-batches of the global batch.
             lr: the learning rate of each kind of parameter group.
+            bias_rate: the step size of the router's balancing bias.
         """
         device = self._world.device
         moved = [
@@ -99,7 +100,7 @@ class Stepper:
         ).tolist()
         bad = None
         if all(map(math.isfinite, (loss, norm, *fp8))):
-            self._update(loads, norm, lr)
+            self._update(loads, norm, lr, bias_rate)
         else:
             bad = self._name_nonfinite(sums[0])
         if self._scales is not None:
@@ -169,13 +170,13 @@ class Stepper:
         for vector, total in zip(self._vectors, totals, strict=True):
             vector.grad = total
 
-    def _update(self, loads: torch.Tensor, norm: float, lr: dict[str, float]) -> None:
+    def _update(self, loads: torch.Tensor, norm: float, lr: dict[str, float], bias_rate: float) -> None:
         clip = self._train.clip
         if clip and norm > clip:
             _scale(self._gradients(), clip / norm)
         self._optimizer.set_lr(lr)
-        self._optimizer.step()
-        self._model.update_router_bias(loads, rate=self._train.bias_rate)
+        self._optimizer.step(loads=loads)
+        self._model.update_router_bias(loads, rate=bias_rate)
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for _, p in self._named if p.grad is not None]
