@@ -23,7 +23,7 @@ from yaongi.train.config import Running, Training, load_config
 
 PACKAGE = Path(__file__).resolve().parent.parent / "yaongi"
 COMMANDS = [
-    *("train", "train.report", "generate", "export", "model count"),
+    *("train", "train.report", "generate", "export", "eval bpb", "model count"),
     *(f"data {stage}" for stage in ("download", "benchmarks", "tokenizer", "tokenize", "inspect")),
 ]
 MODEL = ("--preset", "yaongi-tiny")

@@ -150,14 +150,18 @@ class Loader:
             yield batch
 
     def held_out(self, domain: str, rows: int) -> HeldOut:
-        """Read `rows` rows spread evenly over the domain's held-out split, or all if it has fewer; always the same.
+        """Read rows spread evenly over the domain's held-out split, always the same.
+
+        Args:
+            rows: how many; 0, or more than there are: all.
 
         Raises:
             ValueError: the split is missing or does not fill one row.
         """
         stream = self._open(self.shard_set.shards("val", domain), f"val, {domain}")
         available = stream.tokens // self.row_tokens
-        wanted = np.arange(min(rows, available)) * available // min(rows, available)
+        count = min(rows or available, available)
+        wanted = np.arange(count) * available // count
         tokens = np.stack([stream.read(int(row) * self.row_tokens, self.row_tokens) for row in wanted])
         ids, documents = self._pack(tokens)
         predicted = torch.zeros_like(ids, dtype=torch.bool)

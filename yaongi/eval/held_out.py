@@ -1,18 +1,22 @@
-"""Bits per byte of a model on the held-out rows of a folder of tokens, by domain."""
+"""Bits per byte of a model by domain, on the held-out rows of a folder of tokens or on texts."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from yaongi.data.loader import HeldOut, Loader
+from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.bits_per_byte import Logits, bits_per_byte, nats
+
+_TOKENS_AT_ONCE = 1 << 14  # read by the model in a pass
 
 
 def held_out_rows(
     folder: Path, tokenizer_hash: str, row_tokens: int, rows: int, warn: Callable[[str], None]
 ) -> dict[str, HeldOut]:
-    """Read up to `rows` held-out rows per domain. A domain whose text doesn't fill one is left out, with a warning.
+    """Read `rows` held-out rows per domain, 0: all. A domain whose text doesn't fill one is left out, with a warning.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -28,9 +32,41 @@ def held_out_rows(
     return found
 
 
+def text_rows(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, row_tokens: int) -> dict[str, HeldOut]:
+    """Cut texts into rows, by domain. The first token of a row is read but not counted, as in held-out rows.
+
+    Args:
+        texts: (domain, text) of each; those of one domain are separate documents.
+
+    Raises:
+        ValueError: a text has fewer than two tokens, or is none in Unicode.
+    """
+    cut: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for domain, text in texts:
+        ids = torch.tensor(tokenizer.encode(text))
+        if len(ids) < 2:
+            raise ValueError(f"bpb: a text must have 2 tokens or more, got {len(ids)} in {domain}")
+        cut[domain] += ids.split(row_tokens)
+    sizes = torch.from_numpy(tokenizer.byte_lengths).long()
+    found = {}
+    for domain, rows in cut.items():
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), tokenizer.pad_id)
+        documents = torch.ones(ids.shape, dtype=torch.int32)  # the padding's; that of the text is 0
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], documents[number, : len(row)] = row, 0
+        predicted = documents == 0
+        predicted[:, 0] = False
+        found[domain] = HeldOut(ids, documents, predicted, (sizes[ids] * predicted).sum(1))
+    return found
+
+
 def held_out_bits(model: Logits, rows: dict[str, HeldOut], device: torch.device) -> dict[str, float]:
     """Return the bits per byte of each domain."""
     return {
-        domain: bits_per_byte(nats(model, part, device=device), int(part.text_bytes.sum()))
+        domain: bits_per_byte(
+            nats(model, part, device=device, rows_at_once=max(1, _TOKENS_AT_ONCE // part.input_ids.shape[1])),
+            int(part.text_bytes.sum()),
+        )
         for domain, part in rows.items()
     }
