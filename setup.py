@@ -102,6 +102,7 @@ def refuse_serialised_wgmma() -> None:
 REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tyro", "rich", "wandb"]
 REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokenizers", "zstandard", "rensa"]
 EXTRAS = {
+    "eval": ["lm-eval==0.4.13"],
     "gguf": ["gguf>=0.18"],
     "peers": [
         "mamba-ssm",
@@ -122,6 +123,7 @@ EXTRAS = {
         "psutil",
         "gguf>=0.18",
         "trl",
+        "lm-eval==0.4.13",
     ],
 }
 

@@ -23,7 +23,8 @@ from yaongi.train.config import Running, Training, load_config
 
 PACKAGE = Path(__file__).resolve().parent.parent / "yaongi"
 COMMANDS = [
-    *("train", "train.report", "generate", "export", "eval bpb", "model count"),
+    *("train", "train.report", "generate", "export", "model count"),
+    *(f"eval {command}" for command in ("bpb", "tasks", "fetch", "report")),
     *(f"data {stage}" for stage in ("download", "benchmarks", "tokenizer", "tokenize", "inspect")),
 ]
 MODEL = ("--preset", "yaongi-tiny")

@@ -11,7 +11,7 @@ COMMANDS = {  # name: the module that `python -m` would run, and what it does
     "train": ("yaongi.train", "pretrain a model, or go on with a run"),
     "report": ("yaongi.train.report", "one page on a run: HTML and PNG"),
     "generate": ("yaongi.generate", "text from a trained model"),
-    "eval": ("yaongi.eval", "measures of a trained model: bits per byte"),
+    "eval": ("yaongi.eval", "bits per byte, scores on tasks, and a page that shows them"),
     "export": ("yaongi.export", "a model for transformers or llama.cpp"),
     "model": ("yaongi.model", "count a preset's parameters and FLOPs"),
     "kernels": ("yaongi.kernels", "which kernels this machine can run"),

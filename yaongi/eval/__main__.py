@@ -1,5 +1,7 @@
-"""`python -m yaongi.eval bpb`: measures of a trained model, a subcommand each."""
+"""`python -m yaongi.eval bpb|tasks|fetch|report`: measures of a trained model, a subcommand each."""
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -7,16 +9,26 @@ import tyro
 
 from yaongi import cli
 from yaongi.eval.bpb import Bpb
+from yaongi.eval.commands import Fetch, Report, Tasks
 
-COMMANDS: dict[str, Callable[..., Any]] = {"bpb": Bpb}  # each has `run`
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm: a dozen bars of lm-eval and datasets
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "bpb": Bpb,
+    "tasks": Tasks,
+    "fetch": Fetch,
+    "report": Report,
+}  # each has `run`
 
 
 def main() -> None:
     """Run one subcommand; an error is one line on standard error, and exit code 1."""
     command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="python -m yaongi.eval", description="Measures of a trained model."
+        COMMANDS,
+        prog="python -m yaongi.eval",
+        description="Measures of a trained model.",
+        args=cli.with_digits(sys.argv[1:], ("--trained-tokens",)),
     )
-    cli.run(command.run)
+    cli.run(command.run, interrupted="interrupted; run the same command to go on")
 
 
 if __name__ == "__main__":

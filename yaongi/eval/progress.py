@@ -2,14 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import IO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, Any
 
 from yaongi.world import World
-
-Sums = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 class Done:
@@ -22,7 +17,7 @@ class Done:
             folder: of the files, made if it is not there; None keeps nothing.
             name: of the files, that is what the results depend on besides the batch: the model, its dtype, its device.
         """
-        self._found: dict[str, tuple[list[float], list[int]]] = {}
+        self._found: dict[str, Any] = {}
         self._file: IO[str] | None = None
         if folder is None or world is None:
             return
@@ -38,20 +33,18 @@ class Done:
         """Return whether the batch was there at the start."""
         return digest in self._found
 
-    def __getitem__(self, digest: str) -> Sums:
-        """Return the two results of a batch that was there at the start."""
-        values, flags = self._found[digest]
-        return np.array(values, np.float64), np.array(flags, np.int64)
+    def __getitem__(self, digest: str) -> Any:
+        """Return the results of a batch that was there at the start."""
+        return self._found[digest]
 
     def __len__(self) -> int:
         """Return the number of batches that were there at the start."""
         return len(self._found)
 
-    def add(self, digest: str, values: NDArray[np.float64], flags: NDArray[np.int64]) -> None:
-        """Append the results of a batch."""
+    def add(self, digest: str, results: Any) -> None:
+        """Append the results of a batch, which JSON can hold."""
         if self._file is not None:
-            record = {"batch": digest, "values": values.tolist(), "flags": flags.tolist()}
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps({"batch": digest, "results": results}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -66,7 +59,7 @@ class Done:
                 record = json.loads(line)
             except ValueError:
                 continue
-            self._found[record["batch"]] = record["values"], record["flags"]
+            self._found[record["batch"]] = record["results"]
 
 
 def _end_line(path: Path) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from yaongi.eval.packing import pack
 from yaongi.eval.progress import Done
-from yaongi.eval.score_batches import Batch, Pass, make_batches, run_batch
+from yaongi.eval.rows.batches import Batch, Pass, make_batches, run_batch
+from yaongi.eval.rows.packing import pack
 from yaongi.model import Yaongi
 from yaongi.world import World
 
@@ -104,7 +104,7 @@ class Scorer:
                     totals[batch.requests], hits[batch.requests] = self.done[batch.digest]
         for batch, sums, greedy in self._run(todo[self.world.rank :: self.world.size], len(todo)):
             totals[batch.requests], hits[batch.requests] = sums, greedy
-            self.done.add(batch.digest, sums, greedy)
+            self.done.add(batch.digest, [sums.tolist(), greedy.tolist()])
         device = self.world.device
         totals = self.world.all_reduce(torch.from_numpy(totals).to(device)).cpu().numpy()
         hits = self.world.all_reduce(torch.from_numpy(hits).to(device)).cpu().numpy()

@@ -113,6 +113,7 @@ def stream_text(
     sampling: Sampling,
     decode: Callable[[Sequence[int]], str],
     *,
+    stop: Collection[int] | None = None,
     stop_strings: Sequence[str] = (),
     max_new_tokens: int = 128,
     seed: int = 0,
@@ -122,6 +123,7 @@ def stream_text(
 
     Args:
         decode: the text of token ids, of the model's tokenizer.
+        stop: tokens that end an answer; by default those of the model's config.
     """
     texts = [TextStream(decode, stop_strings) for _ in prompts]
     pieces: list[tuple[int, str]] = []
@@ -130,7 +132,7 @@ def stream_text(
         pieces.append((row, texts[row].push(token)))
         return texts[row].ended
 
-    options = {"max_new_tokens": max_new_tokens, "seed": seed, "cuda_graph": cuda_graph}
+    options = {"stop": stop, "max_new_tokens": max_new_tokens, "seed": seed, "cuda_graph": cuda_graph}
     for _ in stream(model, prompts, sampling, until=until, **options):  # type: ignore[arg-type]
         yield from (piece for piece in pieces if piece[1])
         pieces.clear()

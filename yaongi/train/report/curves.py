@@ -1,30 +1,18 @@
 """The plots of a run."""
 
-import io
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
+from yaongi.pictures import png
 from yaongi.train.metrics.records import plan_record
 
 Records = list[dict[str, Any]]
 _COLUMNS = 4
-
-_KOREAN_FONTS = {"Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo"}  # for names of domains
-STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans", *sorted(_KOREAN_FONTS & {font.name for font in fontManager.ttflist})],
-    "font.size": 8,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def curve_panels(records: Records, steps: Records) -> list[Callable[[Axes], None]]:
@@ -60,11 +48,7 @@ def draw(panels: Sequence[Callable[[Axes], None]]) -> bytes:
         axis.set_visible(False)
     for axis, panel in zip(axes, panels, strict=False):
         panel(axis)
-    out = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # then boxes stand for the name of a domain
-        figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return png(figure)
 
 
 def _loss(ax: Axes, x: np.ndarray, good: Records, unit: str) -> None:

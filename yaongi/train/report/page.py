@@ -1,15 +1,15 @@
 """`report.html`, which is self-contained, and `report.png`, from `metrics.jsonl`."""
 
-import base64
 import html
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
+from yaongi.pictures import STYLE, embedded
 from yaongi.train.formatting import duration, short, significant
 from yaongi.train.metrics.records import plan_record, read_metrics
-from yaongi.train.report.curves import STYLE, curve_panels, draw
+from yaongi.train.report.curves import curve_panels, draw
 from yaongi.train.report.kernels import kernel_panels
 from yaongi.train.run_folder import METRICS, REPORT_HTML, REPORT_PNG
 
@@ -50,7 +50,6 @@ def write_report(folder: Path, benchmarks: Path | None = None) -> Path:
 def _page(folder: Path, records: Records, steps: Records, image: bytes) -> str:
     """Return the HTML, with the picture and the samples embedded."""
     facts = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in _facts(records, steps))
-    picture = base64.b64encode(image).decode()
     name = html.escape(folder.resolve().name)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>'
@@ -58,7 +57,7 @@ def _page(folder: Path, records: Records, steps: Records, image: bytes) -> str:
         "th{text-align:left;padding-right:2em;font-weight:600;vertical-align:top}img{width:100%}"
         "pre{white-space:pre-wrap;background:#f4f4f4;padding:1em}</style>"
         f"<h1>{name}</h1><table>{facts}</table>"
-        f'<img alt="curves of the run" src="data:image/png;base64,{picture}">'
+        f'<img alt="curves of the run" src="{embedded(image)}">'
         f"<h2>Bits per byte</h2>{_bits_table(records)}<h2>Samples</h2>{_samples(records)}</html>"
     )
 

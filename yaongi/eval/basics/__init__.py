@@ -1,0 +1,1 @@
+"""An evaluation of our own that needs no download: eight abilities that come before knowledge does."""

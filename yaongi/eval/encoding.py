@@ -1,0 +1,21 @@
+"""Tokens of long prompts that are mostly the same, such as the questions of a subject after the same five examples."""
+
+import re
+from functools import lru_cache
+from itertools import chain
+
+from yaongi.data.tokenizer import Tokenizer
+
+# Runs of two to four newlines are pieces of their own, which merge with nothing: the text may be cut around them.
+_BREAK = re.compile(r"(?<!\n)(\n{2,4})(?!\n)")
+
+
+class CachedEncoder:
+    """`Tokenizer.encode`, paragraph by paragraph, with a memory of the last ones."""
+
+    def __init__(self, tokenizer: Tokenizer, paragraphs: int = 1 << 14) -> None:
+        self._encode = lru_cache(paragraphs)(lambda text: tuple(tokenizer.encode(text)))
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the ids of `text`. Raises ValueError for a lone surrogate."""
+        return list(chain.from_iterable(map(self._encode, _BREAK.split(text))))

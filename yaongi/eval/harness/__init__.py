@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: suites of tasks, their data, and runs of them."""

@@ -1,0 +1,1 @@
+"""What evaluations found, where a person looks: a file, a table, a page."""

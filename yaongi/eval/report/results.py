@@ -1,0 +1,105 @@
+"""`results.json` of an evaluation: written by its commands, read by its table and page.
+
+version   1
+model     name, folder, weights and tokenizer (SHA-256), parameters, trained_tokens or null
+runs      one entry per command: date, seconds, versions, dtype, device, processes, rows_per_pass, row_tokens, fill,
+          tokens, tokens_per_second, prompts cut, boundary mismatches, prefix, chat (hash of the template), seed
+tasks     by name: n, shots, limit, chat, run (index into runs), metrics (value, stderr, chance, distance from it in
+          standard errors of guessing), bits_per_byte of the right answer, margin in nats, cut (prompts), version,
+          data and revision; of a group also its tasks, and each metric over questions and (macro) over tasks
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.files import read_json, sha256_file, write_atomically
+from yaongi.model import Yaongi
+
+VERSION = 1
+RESULTS = "results.json"
+SAMPLES = "samples"
+
+
+def describe_model(folder: Path, model: Yaongi, tokenizer: Tokenizer, trained_tokens: int | None) -> dict[str, Any]:
+    """Return what identifies a model, and how many tokens it has seen: by its run's log, if the caller doesn't say."""
+    weights = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    resolved = folder.resolve()
+    name = resolved.parent.name if resolved.name == "model" else resolved.name
+    return {
+        "name": name,
+        "folder": os.fspath(folder),
+        "weights": weights[0] if len(weights) == 1 else ",".join(weights),
+        "tokenizer": tokenizer.hash,
+        "parameters": model.count_parameters().total,
+        "trained_tokens": _logged_tokens(folder) if trained_tokens is None else trained_tokens,
+    }
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read a folder's results.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file is damaged or of another version.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        made = "python -m yaongi.eval tasks RUN/model --out EVAL"
+        raise FileNotFoundError(f"eval: folder must hold {RESULTS}, got {folder}; {made} writes it")
+    found = read_json(path)
+    if found.get("version") != VERSION:
+        raise ValueError(f"eval: version of {path} must be {VERSION}, got {found.get('version')}")
+    return found
+
+
+def check_same_model(folder: Path, model: Mapping[str, Any]) -> None:
+    """Raise ValueError if the folder holds results of another model."""
+    if (folder / RESULTS).is_file():
+        held = read_results(folder)["model"]
+        if (held["weights"], held["tokenizer"]) != (model["weights"], model["tokenizer"]):
+            raise ValueError(
+                f"eval: --out must hold no results of another model, got {folder} with those of {held['name']}"
+            )
+
+
+def add_results(
+    folder: Path, model: Mapping[str, Any], run: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Add a run to a folder's results; tasks that were there already are replaced. Return all of them."""
+    check_same_model(folder, model)
+    found: dict[str, Any] = {"version": VERSION, "runs": [], "tasks": {}}
+    if (folder / RESULTS).is_file():
+        found = read_results(folder)
+    found["model"] = dict(model)
+    found["runs"].append(dict(run))
+    found["tasks"] |= {name: {**entry, "run": len(found["runs"]) - 1} for name, entry in tasks.items()}
+    write_atomically(folder / RESULTS, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    return found
+
+
+def write_samples(folder: Path, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Write `samples/TASK.jsonl`: every prompt with its answers, their log-likelihoods and the verdict."""
+    (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
+    for task, lines in samples.items():
+        text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+        write_atomically(folder / SAMPLES / f"{task.replace('/', '_')}.jsonl", text.encode())
+
+
+def _logged_tokens(folder: Path) -> int | None:
+    """Return the tokens of a run's last step, where the folder is a run's model."""
+    log = folder.resolve().parent / "metrics.jsonl"
+    if not log.is_file():
+        return None
+    tokens = None
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("event") == "step":
+            tokens = record.get("tokens", tokens)
+    return tokens

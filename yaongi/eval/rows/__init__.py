@@ -1,0 +1,1 @@
+"""Rows of packed token sequences, and the batches that are made of them."""
