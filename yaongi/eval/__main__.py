@@ -1,4 +1,4 @@
-"""`python -m yaongi.eval bpb|tasks|fetch|report`: measures of a trained model, a subcommand each."""
+"""`python -m yaongi.eval bpb|tasks|fetch|logickor|report`: measures of a trained model, a subcommand each."""
 
 import os
 import sys
@@ -10,14 +10,16 @@ import tyro
 from yaongi import cli
 from yaongi.eval.bpb import Bpb
 from yaongi.eval.commands import Fetch, Report, Tasks
+from yaongi.eval.logickor.command import Logickor
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm: a dozen bars of lm-eval and datasets
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Callable[..., Any]] = {  # each has `run`
     "bpb": Bpb,
     "tasks": Tasks,
     "fetch": Fetch,
+    "logickor": Logickor,
     "report": Report,
-}  # each has `run`
+}
 
 
 def main() -> None:
