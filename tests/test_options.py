@@ -157,11 +157,14 @@ def test_a_folder_without_a_model(tmp_path: Path, command: tuple[str, ...]) -> N
     tiny = Yaongi(load_config("yaongi-tiny").model)
     tiny.save_pretrained(tmp_path / "run" / "model")
     model = tmp_path / "run" / "model"
-    assert error_of(*command, str(model.parent)) == f"{start} be a model's, got that of a run; its model is {model}\n"
     more = ["--drop-engram"] if "yaongi.export" in command else []
-    done = subprocess.run([sys.executable, "-m", *command, str(model), *more], capture_output=True, text=True)
     rule = "folder must hold tokenizer.model, the tokenizer that the model was trained with"
-    assert done.stderr == f"error: tokenizer: {rule}, got {model}\n"
+    for folder in (model, model.parent):  # of a run without checkpoints, its model
+        done = subprocess.run([sys.executable, "-m", *command, str(folder), *more], capture_output=True, text=True)
+        assert done.stderr == f"error: tokenizer: {rule}, got {model}\n"
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    begun = f"{start} hold a checkpoint or a model, got the run {tmp_path / 'begun'}\n"
+    assert error_of(*command, str(tmp_path / "begun")) == begun
 
 
 def test_too_many_tokens_to_generate() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Export:
     """Convert a model folder to nemotron_h, which transformers reads, or to a GGUF file, which llama.cpp reads."""
 
-    folder: tyro.conf.Positional[Path]  # model folder, written by the trainer or by save_pretrained
+    folder: tyro.conf.Positional[Path]  # model folder, run (its newest checkpoint) or checkpoint
     out: Path | None = None  # folder to write in nemotron_h; must not be the model folder
     gguf: Path | None = None  # file to write for llama.cpp
     drop_engram: bool = False  # leave out the Engrams, which neither can hold; without this they are an error
@@ -28,36 +28,49 @@ class Export:
 
     def run(self) -> None:
         """Measure, if asked, then write. Raises ValueError or OSError with a message of one line."""
+        from yaongi.data.tokenizer import Tokenizer
         from yaongi.model import Yaongi
         from yaongi.model.hub.folder import copy_tokenizer, export_nemotron_h, lost_without_engram
+        from yaongi.model.hub.run_weights import (
+            CHECKPOINTS,
+            find_weights,
+            is_checkpoint,
+            said_weights,
+            tokenizer_folder,
+        )
 
         if self.out is None and self.gguf is None:
             raise ValueError("export: --out or --gguf must be given, got neither")
-        if self.out is not None and self.out.resolve() == self.folder.resolve():
-            raise ValueError(f"export: --out must be another folder than the model's, got {self.out}")
-        model = Yaongi.from_pretrained(self.folder, dtype=None)
+        if self.out is not None and (self.out.resolve() == self.folder.resolve() or (self.out / CHECKPOINTS).is_dir()):
+            raise ValueError(f"export: --out must be another folder than the model's or a run's, got {self.out}")
+        folder = find_weights(self.folder)
+        model = Yaongi.from_pretrained(folder, dtype=None)
+        print(said_weights(self.folder, folder), end="")
         lost = lost_without_engram(model.config, model.count_parameters())
         if self.measure is not None:
-            self._print_cost(model, self.measure, lost)
+            self._print_cost(model, self.measure, tokenizer_folder(folder), lost)
         elif lost and self.drop_engram:
             print(f"leaving out {lost}; --measure TOKENS prints what that costs")
         if self.out is not None:
             export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
-            copy_tokenizer(self.folder, self.out)
+            if is_checkpoint(folder):
+                Tokenizer.of_model(tokenizer_folder(folder)).save(self.out)
+            else:
+                copy_tokenizer(folder, self.out)
             print(f"wrote {self.out}")
         if self.gguf is not None:
-            self._write_gguf(model, self.gguf)
+            self._write_gguf(model, self.gguf, tokenizer_folder(folder))
             print(f"wrote {self.gguf}")
 
-    def _write_gguf(self, model: "Yaongi", file: Path) -> None:
+    def _write_gguf(self, model: "Yaongi", file: Path, folder: Path) -> None:
         from yaongi.data.tokenizer import Tokenizer
         from yaongi.model.hub.gguf_file import write_gguf
 
         whole = without_engram(model) if self.drop_engram else model
-        vocabulary = vocabulary_of(Tokenizer.of_model(self.folder))
+        vocabulary = vocabulary_of(Tokenizer.of_model(folder))
         write_gguf(whole.state_dict(), whole.config, vocabulary, file, self.folder.resolve().name)
 
-    def _print_cost(self, model: "Yaongi", tokens: Path, lost: str | None) -> None:
+    def _print_cost(self, model: "Yaongi", tokens: Path, folder: Path, lost: str | None) -> None:
         """Print bits per byte with and without Engram, by domain."""
         import torch
 
@@ -68,7 +81,7 @@ class Export:
         if lost is None:
             raise ValueError("export: --measure must be used with a model that has an Engram, got one without")
         device, length = device_of(self.device, "export"), model.config.max_sequence_length
-        rows = held_out_rows(tokens, Tokenizer.of_model(self.folder).hash, length, self.measure_rows, warn=print)
+        rows = held_out_rows(tokens, Tokenizer.of_model(folder).hash, length, self.measure_rows, warn=print)
         model = model.to(device)
         with torch.no_grad():
             costs = [held_out_bits(m, rows, device) for m in (model, without_engram(model))]

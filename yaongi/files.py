@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+SUMS = "SHA256SUMS"  # the hashes of a folder's files, as `sha256sum` writes them
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to a temporary file beside `path`, flush it to disk, then rename it to `path`."""
@@ -38,3 +40,43 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as a JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def has_sums(folder: Path) -> bool:
+    """Return whether a folder has hashes; checkpoints saved by earlier versions have none."""
+    return (folder / SUMS).is_file()
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Return the hash of each file; none for a folder without hashes. Raises ValueError if they can't be read."""
+    if not has_sums(folder):
+        return {}
+    sums = {}
+    for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        if not separator or not name or len(digest) != 64:
+            raise ValueError(f"{SUMS} can't be read")
+        sums[name] = digest
+    if not sums:
+        raise ValueError(f"{SUMS} is empty")
+    return sums
+
+
+def find_damage(folder: Path, part: slice = slice(None), names: tuple[str, ...] = ()) -> str | None:
+    """Return what is wrong with the files of a folder that have hashes, or None.
+
+    Args:
+        part: which of the files to check, in the order of their names.
+        names: check these alone; all without.
+    """
+    try:
+        for name, digest in sorted(read_sums(folder).items())[part]:
+            if names and name not in names:
+                continue
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256_file(folder / name) != digest:
+                return f"{name} has changed since it was saved"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+    return None

@@ -16,7 +16,7 @@ STANDARD_INPUT = Path("-")
 class Generate:
     """Print the continuation of each prompt. That of a single prompt is printed as it comes."""
 
-    folder: tyro.conf.Positional[Path]  # model folder that also holds tokenizer.model
+    folder: tyro.conf.Positional[Path]  # model folder, run (its newest checkpoint) or checkpoint
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text to continue; repeat the option for a batch
     prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()  # file with a text to continue; -: standard input
     max_new_tokens: int = 128  # most tokens to generate per prompt
@@ -38,15 +38,18 @@ class Generate:
         from yaongi.model.devices import device_of
         from yaongi.model.generation import stream_text
         from yaongi.model.hub.folder import read_config
+        from yaongi.model.hub.run_weights import find_weights, said_weights, tokenizer_folder
         from yaongi.model.sampling import Sampling
 
         device = device_of(self.device, "generate")
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         prompts = self._prompts()
-        read_config(self.folder)
-        tokenizer = Tokenizer.of_model(self.folder)
+        folder = find_weights(self.folder)
+        read_config(folder)
+        tokenizer = Tokenizer.of_model(tokenizer_folder(folder))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = Yaongi.from_pretrained(self.folder, dtype=dtype, device=device)
+        model = Yaongi.from_pretrained(folder, dtype=dtype, device=device)
+        print(said_weights(self.folder, folder), end="", file=sys.stderr)
         if tokenizer.vocab_size != model.config.vocab_size:
             wanted = model.config.vocab_size
             raise ValueError(f"generate: tokenizer must have {wanted} pieces, got {tokenizer.vocab_size}")

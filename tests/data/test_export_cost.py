@@ -81,7 +81,7 @@ def test_the_cost_is_printed_by_domain_and_right(folder: Path, shards: Path, tmp
     ("arguments", "message"),
     [
         ((), "export: --out or --gguf must be given, got neither"),
-        (("--out", "{folder}"), "export: --out must be another folder than the model's, got {folder}"),
+        (("--out", "{folder}"), "export: --out must be another folder than the model's or a run's, got {folder}"),
         (("--out", "{out}", "--measure", "{out}"), "{out}"),
         (("--out", "{out}"), "--drop-engram leaves that out"),
     ],

@@ -12,11 +12,11 @@ Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
 class Bpb:
     """Print a model's bits per byte by domain: of held-out rows of a folder of tokens, of texts, or of both."""
 
-    folder: tyro.conf.Positional[Path]  # model folder
+    folder: tyro.conf.Positional[Path]  # model folder, run (its newest checkpoint) or checkpoint
     data: Path | None = None  # folder of token shards, whose held-out rows are read
     rows: int = 0  # held-out rows per domain, spread evenly over the split; 0: all
     text: Texts = ()  # [DOMAIN=]FILE, a UTF-8 text, read in NFC; without DOMAIN the file's name. Can be repeated
-    row_tokens: int = 0  # tokens per row, whose first token nothing predicts; 0: the model's max_sequence_length
+    row_tokens: int = 0  # tokens per row, whose first token nothing predicts; 0: as in training, else the longest
     device: str = "auto"  # auto (a GPU where there is one), cpu, gpu, cuda or cuda:N
 
     def run(self) -> None:
@@ -28,25 +28,28 @@ class Bpb:
         from yaongi.model import Yaongi
         from yaongi.model.devices import device_of
         from yaongi.model.hub.folder import read_config
+        from yaongi.model.hub.run_weights import find_weights, run_config, said_weights, tokenizer_folder
 
         self._check()
         device = device_of(self.device, "bpb")
         texts = [_text(word) for word in self.text]
-        config, _ = read_config(self.folder)
-        length = self.row_tokens or config.max_sequence_length
+        folder = find_weights(self.folder)
+        config, _ = read_config(folder)
+        trained: int = run_config(folder).get("train", {}).get("row_tokens", 0)
+        length = self.row_tokens or trained or config.max_sequence_length
         if not 2 <= length <= config.max_sequence_length:
             wanted = f"2 to the model's max_sequence_length, {config.max_sequence_length}"
             raise ValueError(f"bpb: --row-tokens must be {wanted}, got {length}")
-        tokenizer = Tokenizer.of_model(self.folder)
+        tokenizer = Tokenizer.of_model(tokenizer_folder(folder))
         parts = {}
         if self.data is not None:
             found = held_out_rows(self.data, tokenizer.hash, length, self.rows, warn=print)
             parts["held-out"] = found
         if texts:
             parts["text"] = text_rows(texts, tokenizer, length)
-        model = Yaongi.from_pretrained(
-            self.folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device
-        ).eval()
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = Yaongi.from_pretrained(folder, dtype=dtype, device=device).eval()
+        print(said_weights(self.folder, folder), end="")
         for what, rows in parts.items():
             print(f"bits per byte of {what} rows of {length} tokens")
             bits = held_out_bits(model, rows, device)

@@ -15,7 +15,7 @@ from yaongi.model.count import ParameterCounts, count_parameters
 from yaongi.model.engram.engram import Engram
 from yaongi.model.engram.hashing import hash_plans, ngram_window
 from yaongi.model.hub import folder as hub
-from yaongi.model.hub.weights import read_shards
+from yaongi.model.hub.run_weights import find_weights
 from yaongi.model.initialize import initialize
 from yaongi.model.layers.fp8_layers import Travelling
 from yaongi.model.layers.fp8_scales import Fp8Scales
@@ -271,9 +271,10 @@ class Yaongi(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> "Yaongi":
-        """Load the model of a folder: Hugging Face's `nemotron_h`, or one that `save_pretrained` wrote.
+        """Load the model of a folder: Hugging Face's `nemotron_h`, one that `save_pretrained` wrote, or a run's.
 
-        The weights are read shard by shard: besides the model, memory holds at most one shard.
+        Of a run it is the newest checkpoint, of which only the weights are loaded, or the folder of any checkpoint.
+        Besides the model, memory holds at most one shard.
 
         Args:
             dtype: dtype of the model's weights; None for that of the folder.
@@ -283,13 +284,14 @@ class Yaongi(nn.Module):
             ValueError: the config is not one of this model, a tensor is missing, extra or has a wrong shape, or a file
                 is damaged.
         """
-        config, stored = hub.read_config(Path(folder))
+        folder = find_weights(Path(folder))
+        config, stored = hub.read_config(folder)
         model = cls(config, device="meta", dtype=dtype or stored).to_empty(device=device)
         for module in model.modules():
             if isinstance(module, Engram):
                 module.reset_constants()
         with torch.no_grad():
-            read_shards(Path(folder), model.state_dict())
+            hub.read_weights(folder, model.state_dict())
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

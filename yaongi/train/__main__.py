@@ -41,16 +41,18 @@ def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
     session.start()
     run = session.config.run
     with StopRequest() as stop, session:
-        if session.step == 0:
+        if session.lacks_evaluation():
             session.evaluate()
         for batches in session.batches():
             session.train_step(batches)
-            if session.due(run.evaluate_every):
-                session.evaluate()
-            stopping = world.any(stop.signal is not None) or session.step == run.stop_after
-            if stopping or session.due(run.checkpoint_every):
+            stopping = world.any(stop.signal is not None)
+            last = session.step == run.stop_after
+            if stopping or last or session.due(run.checkpoint_every):
                 session.save(wait=stopping)
-            if stopping and session.step < session.schedule.steps:
+            if not stopping and session.due(run.evaluate_every):
+                session.evaluate()
+            if (stopping or last) and session.step < session.schedule.steps:
+                session.checkpoints.wait()
                 session.display.say(f"saved step {session.step}; go on with: {resume_command(arguments)}")
                 return stop.exit_code
         session.finish()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from yaongi.files import write_atomically
+from yaongi.model.hub.run_weights import CHECKPOINTS
 
-CHECKPOINTS = "checkpoints"
 MODEL = "model"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

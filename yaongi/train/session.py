@@ -11,9 +11,10 @@ import torch
 
 from yaongi.data.epochs import check_epochs, count_epochs, epoch_warnings
 from yaongi.data.loader import Batch
+from yaongi.data.tokenizer import MODEL_FILE
+from yaongi.files import has_sums
 from yaongi.train.build import build_model, fit_to_data, open_data
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
-from yaongi.train.checkpoint.hashes import has_sums
 from yaongi.train.checkpoint.model_folder import save_model
 from yaongi.train.checkpoint.resume import compare_sites, find_run, fp8_sites
 from yaongi.train.config import Config, as_dict
@@ -21,7 +22,7 @@ from yaongi.train.distributed.sharding import shard
 from yaongi.train.evaluation import Evaluator, draw_samples
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.meter import Meter
-from yaongi.train.metrics.records import Metrics
+from yaongi.train.metrics.records import Metrics, read_metrics
 from yaongi.train.metrics.sinks import Sink, open_sinks
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
@@ -239,6 +240,17 @@ class Session:
             self.display.step(record, self.schedule.steps)
             self._log({k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"})
 
+    def lacks_evaluation(self) -> bool:
+        """Return whether an evaluation is due now and not recorded: at the start, or after one that was cut short."""
+        path = self.metrics.path
+        done = (
+            self.world.is_main
+            and path.is_file()
+            and any(record["event"] == "evaluation" and record["step"] == self.step for record in read_metrics(path))
+        )
+        due = self.step == 0 or self.due(self.config.run.evaluate_every)
+        return self.world.any(self.world.is_main and due and not done)
+
     def evaluate(self) -> None:
         """Measure bits per byte and draw samples; record and print both."""
         with self.meter.paused():
@@ -285,7 +297,8 @@ class Session:
                 "fp8_sites": fp8_sites(self.model),
                 "seconds": self.meter.seconds,
             }
-            waited = self.checkpoints.save(self.step, self._tensors(), meta)
+            files = {MODEL_FILE: self.tokenizer.model}  # so that a checkpoint can be used without the run's data
+            waited = self.checkpoints.save(self.step, self._tensors(), meta, files)
             if waited > PATIENCE:
                 self.display.say(
                     f"step {self.step}: waited {waited:.0f} s for the checkpoint before to be written: "

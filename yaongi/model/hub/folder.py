@@ -1,6 +1,7 @@
 """Reading and writing model folders: Hugging Face's `nemotron_h` layout, or our own `yaongi` for models with Engram."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts
 from yaongi.model.hub.card import model_card
 from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, control_tokens, nemotron_h_config, yaongi_config
-from yaongi.model.hub.weights import SHARD_BYTES, staged, write_shards
+from yaongi.model.hub.run_weights import is_checkpoint, read_run_config, read_run_weights
+from yaongi.model.hub.weights import SHARD_BYTES, read_shards, staged, write_shards
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -24,16 +26,14 @@ ENGRAM_TENSORS = (".engram.", "backbone.compression")  # substrings of the tenso
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
-    """Read the config of a model folder and the dtype of its weights.
+    """Read the config of a model folder, or of a run's checkpoint, and the dtype of its weights.
 
     Raises:
         FileNotFoundError: there is no config.json.
         ValueError: the config has something that this model does not support.
     """
-    if (folder / "model" / "config.json").is_file():
-        raise ValueError(
-            f"from_pretrained: folder must be a model's, got that of a run; its model is {folder / 'model'}"
-        )
+    if is_checkpoint(folder):
+        return read_run_config(folder)
     if not (folder / "config.json").is_file():
         made = "python -m yaongi.train --out RUN writes a model to RUN/model"
         raise FileNotFoundError(f"from_pretrained: folder must hold config.json, got {folder}; {made}")
@@ -44,6 +44,11 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
         raise ValueError(f"config.json: dtype must be a floating one, got {name!r}")
     generation = folder / "generation_config.json"
     return config_from_json(fields, read_json(generation) if generation.is_file() else None), dtype
+
+
+def read_weights(folder: Path, targets: Mapping[str, torch.Tensor]) -> None:
+    """Fill the targets from a model folder, or from a run's checkpoint; errors as in `read_shards`."""
+    (read_run_weights if is_checkpoint(folder) else read_shards)(folder, targets)
 
 
 def save(

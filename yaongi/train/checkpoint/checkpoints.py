@@ -8,11 +8,10 @@ removed. So the program may be killed at any moment.
 import errno
 import json
 import os
-import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from yaongi.files import write_atomically
-from yaongi.train.checkpoint.hashes import HashingWriter, find_damage
+from yaongi.files import find_damage, write_atomically
+from yaongi.model.hub.run_weights import LATEST, META, checkpoints_in
+from yaongi.train.checkpoint.hashes import HashingWriter
 from yaongi.train.checkpoint.staging import PinnedStaging
 from yaongi.train.distributed.sharding import local_part
 from yaongi.train.step.guard import first_nonfinite
 from yaongi.world import World
 
-LATEST = "latest"
-META = "run.json"
-_NAME = re.compile(r"step-(\d{8,})")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
 _MARGIN = 1.05  # free disk space that a save needs, as a multiple of the checkpoint's bytes
 
@@ -103,12 +100,15 @@ class Checkpoints:
         whole = next((s for s, path in older if find_damage(path) is None), None)
         return DamagedError(f"checkpoint: {what}", whole)
 
-    def save(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> float:
+    def save(
+        self, step: int, tensors: dict[str, Any], meta: dict[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> float:
         """Copy `tensors` and begin to write them; wait first for the previous save, if it is still in progress.
 
         Args:
             tensors: nested dicts of tensors; they may change as soon as this returns.
             meta: everything else, as values that JSON can hold.
+            files: content of further files, by name.
 
         Returns:
             Seconds that it waited for the previous save.
@@ -123,7 +123,8 @@ class Checkpoints:
         self._check_finite(step, tensors)
         self._check_space(tensors)
         single = self._world.size == 1
-        writer = HashingWriter(self._temporary(step), {META: json.dumps(meta, indent=1).encode()})
+        texts = {META: json.dumps(meta, indent=1).encode(), **(files or {})}
+        writer = HashingWriter(self._temporary(step), texts)
         future = dcp.async_save(
             tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager, no_dist=single
         )
@@ -230,10 +231,7 @@ class Checkpoints:
 
     def kept(self) -> dict[int, Path]:
         """Return the folders of all complete checkpoints, by step."""
-        if not self.folder.is_dir():
-            return {}
-        named = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
-        return {int(match[1]): path for match, path in named if match}
+        return checkpoints_in(self.folder)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

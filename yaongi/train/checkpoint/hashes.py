@@ -1,4 +1,4 @@
-"""The SHA-256 of every file of a checkpoint, taken while it is written and checked before it is read.
+"""The SHA-256 of every file of a checkpoint, taken while it is written; `yaongi.files` checks it before it is read.
 
 They stand in `SHA256SUMS`, so `sha256sum -c SHA256SUMS` checks a checkpoint too.
 """
@@ -13,9 +13,8 @@ from typing import IO, Any, cast
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from yaongi.files import sha256_file, write_atomically
+from yaongi.files import SUMS, sha256_file, write_atomically
 
-SUMS = "SHA256SUMS"
 _PART = ".sha256"  # beside a file, until the first process has gathered them all
 
 
@@ -76,43 +75,3 @@ class _HashingStream:
     def hexdigest(self) -> str:
         """Return the hash of all that was written."""
         return self._hash.hexdigest()
-
-
-def has_sums(folder: Path) -> bool:
-    """Return whether the checkpoint has hashes; those saved by earlier versions have none."""
-    return (folder / SUMS).is_file()
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """Return the hash of each file; none for a checkpoint without hashes. Raises ValueError if they can't be read."""
-    if not has_sums(folder):
-        return {}
-    sums = {}
-    for line in (folder / SUMS).read_bytes().decode(errors="replace").splitlines():
-        digest, separator, name = line.partition("  ")
-        if not separator or not name or len(digest) != 64:
-            raise ValueError(f"{SUMS} can't be read")
-        sums[name] = digest
-    if not sums:
-        raise ValueError(f"{SUMS} is empty")
-    return sums
-
-
-def find_damage(folder: Path, part: slice = slice(None), names: tuple[str, ...] = ()) -> str | None:
-    """Return what is wrong with a checkpoint's files, or None.
-
-    Args:
-        part: which of the files to check, in the order of their names.
-        names: check these alone; all without.
-    """
-    try:
-        for name, digest in sorted(read_sums(folder).items())[part]:
-            if names and name not in names:
-                continue
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if sha256_file(folder / name) != digest:
-                return f"{name} has changed since it was saved"
-    except (OSError, ValueError) as error:
-        return " ".join(str(error).split())
-    return None
