@@ -114,9 +114,10 @@ def print_means(found: dict[str, Any]) -> None:
 class Logickor:
     """LogicKor: answers of a model, and a judge's scores."""
 
-    command: tyro.conf.OmitSubcommandPrefixes[
+    command: Annotated[
         Annotated[Generate, tyro.conf.subcommand("generate", prefix_name=False)]
-        | Annotated[Judge, tyro.conf.subcommand("judge", prefix_name=False)]
+        | Annotated[Judge, tyro.conf.subcommand("judge", prefix_name=False)],
+        tyro.conf.arg(name=""),
     ]
 
     def run(self) -> int | None:
