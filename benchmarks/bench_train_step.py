@@ -115,6 +115,21 @@ def test_without_determinism(benchmark: Any, request: pytest.FixtureRequest) -> 
     measure_ours("yaongi-4b", benchmark, request)
 
 
+def trainer_step(model: Yaongi, train: Training, rows: int, device: torch.device) -> Callable[[int], None]:
+    """Return the trainer's step on random tokens, as a function of its number of micro-batches."""
+    optimizer = RoleOptimizer(model, train, torch.bfloat16)
+    vocab_size = model.config.vocab_size
+    stepper = Stepper(model, optimizer, train, World(0, 1, device), torch.ones(vocab_size, dtype=torch.int64))
+    ids = torch.randint(vocab_size, (rows, train.row_tokens), device=device)
+    batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), *(torch.zeros(rows, dtype=torch.int64),) * 2)
+
+    def step(length: int) -> None:
+        result = stepper([batch] * length, dict.fromkeys(optimizer.peak_lr, 1e-4), bias_rate=1e-3)
+        assert result.bad is None, result.bad
+
+    return step
+
+
 def measure_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Report tokens/s and parts of the trainer's step."""
     config = load_config(preset)
@@ -122,18 +137,9 @@ def measure_ours(preset: str, benchmark: Any, request: pytest.FixtureRequest) ->
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     model = Yaongi(config.model, device=CUDA, dtype=torch.bfloat16)
-    optimizer = RoleOptimizer(model, train, torch.bfloat16)
-    world = World(0, 1, CUDA)
-    stepper = Stepper(model, optimizer, train, world, torch.ones(config.model.vocab_size, dtype=torch.int64))
-    ids = torch.randint(config.model.vocab_size, (rows, train.row_tokens), device=CUDA)
-    batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), *(torch.zeros(rows, dtype=torch.int64),) * 2)
-
-    def step(length: int) -> None:
-        result = stepper([batch] * length, dict.fromkeys(optimizer.peak_lr, 1e-4))
-        assert result.bad is None, result.bad
-
+    step = trainer_step(model, train, rows, CUDA)
     flops = flops_per_token(config.model, model.count_parameters().active, train.row_tokens)
-    info = figures(seconds(step), ids.numel(), train, flops)
+    info = figures(seconds(step), rows * train.row_tokens, train, flops)
     report(benchmark, request, info | breakdown(lambda: step(LENGTHS[0])))
 
 

@@ -76,6 +76,21 @@ void matmul8(Tensor a, Tensor b, Tensor unit_a, Tensor unit_b, std::optional<Ten
   raise_on_failure("matmul8", yaongi_matmul(problem, workspace.data_ptr(), workspace.numel(), current_stream(a)));
 }
 
+void moe_weight_gradient(Tensor rows, Tensor gathered, Tensor token, Tensor offset, Tensor out, bool gather_left,
+                         bool wide, bool reduce) {
+  const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  const YaongiWeightGradient gradient = {matrices(rows),
+                                         matrices(gathered),
+                                         matrices(out),
+                                         static_cast<const int*>(token.data_ptr()),
+                                         static_cast<const int*>(offset.data_ptr()),
+                                         type_of(rows),
+                                         gather_left,
+                                         wide,
+                                         reduce};
+  raise_on_failure("moe_weight_gradient", yaongi_moe_weight_gradient(gradient, current_stream(rows)));
+}
+
 int64_t cublaslt_version() { return yaongi_cublaslt_version(); }
 
 }  // namespace
@@ -85,12 +100,16 @@ STABLE_TORCH_LIBRARY(yaongi_cuda, library) {
       "matmul8(Tensor a, Tensor b, Tensor unit_a, Tensor unit_b, Tensor? addend, Tensor(a!) out, bool exact, "
       "Tensor workspace) -> ()");
   library.def("cublaslt_version() -> int");
+  library.def(
+      "moe_weight_gradient(Tensor rows, Tensor gathered, Tensor token, Tensor offset, Tensor(a!) out, "
+      "bool gather_left, bool wide, bool reduce) -> ()");
   library.def("symmetric_product(Tensor x, Tensor? y, Tensor? c, float alpha, float beta, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(yaongi_cuda, CUDA, library) {
   library.impl("symmetric_product", TORCH_BOX(&symmetric_product));
   library.impl("matmul8", TORCH_BOX(&matmul8));
+  library.impl("moe_weight_gradient", TORCH_BOX(&moe_weight_gradient));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(yaongi_cuda, CompositeExplicitAutograd, library) {

@@ -32,5 +32,19 @@ struct YaongiMatmul {
 
 const char* yaongi_matmul(const YaongiMatmul& problem, void* workspace, size_t workspace_bytes, cudaStream_t stream);
 
+// out[e] += Σ rows[k]ᵀ·gathered[token[k]] over the rows k from offset[e] to offset[e + 1]; rows (pairs, R) and gathered
+// (tokens, G) in 16 bits, R and G multiples of 8, out (E, R, G) in float32. With gather_left the factors change places,
+// and out is (E, G, R).
+struct YaongiWeightGradient {
+  YaongiMatrices rows, gathered, out;
+  const int *token, *offset;
+  YaongiType type;
+  bool gather_left;
+  bool wide;    // tiles of 128 × 256, else 256 × 128
+  bool reduce;  // for experts with many rows
+};
+
+const char* yaongi_moe_weight_gradient(const YaongiWeightGradient& gradient, cudaStream_t stream);
+
 // Version of the cuBLASLt that torch has loaded, such as 130101; 0 if there is none.
 int64_t yaongi_cublaslt_version();

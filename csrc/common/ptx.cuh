@@ -39,6 +39,10 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
                : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Arrives on the barrier at the same shared-memory offset in block `rank` of the cluster. It orders execution only,
 // which is enough for reads by wgmma; .release.cluster would cost a GPU-wide fence.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
@@ -98,6 +102,14 @@ __device__ __forceinline__ void tma_store_3d(const CUtensorMap* map, const void*
                : "memory");
 }
 
+// Adds the box, in float32, to what is in memory.
+__device__ __forceinline__ void tma_add_3d(const CUtensorMap* map, const void* shared, int x, int y, int z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until all but the last PENDING of this thread's stores have read their shared memory; it can then be reused.
@@ -108,6 +120,22 @@ __device__ __forceinline__ void tma_store_wait_read() {
 
 // Makes this thread's ordinary shared-memory writes visible to TMA and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- copies of single threads ---------------------------------------------------------------------------------------
+
+// Copies 16 bytes to shared memory in the background; zeros if not `inside`.
+__device__ __forceinline__ void copy_16_bytes(uint32_t shared, const void* source, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but the last PENDING committed groups of this thread's copies have landed.
+template <int PENDING>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // ---- programmatic dependent launch ----------------------------------------------------------------------------------
 
@@ -171,8 +199,9 @@ __device__ __forceinline__ void wgmma_wait() {
 #define YAONGI_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define YAONGI_D16(d, i) YAONGI_D4(d, i), YAONGI_D4(d, i + 4), YAONGI_D4(d, i + 8), YAONGI_D4(d, i + 12)
 
-// d (64 × 256, fp32) = a (64 × 16) · b (256 × 16)ᵀ + (accumulate ? d : 0); a, b: descriptors of K-major shared memory.
-#define YAONGI_WGMMA_M64N256K16(TYPE)                                                                                  \
+// d (64 × 256, fp32) = a (64 × 16) · b (256 × 16)ᵀ + (accumulate ? d : 0); a, b: descriptors of shared memory.
+// TRANSPOSED: "0, 0" for K-major operands, "1, 1" for operands that lie as (16, 64) and (16, 256).
+#define YAONGI_WGMMA_M64N256K16(TYPE, TRANSPOSED)                                                                      \
   asm volatile(                                                                                                        \
       "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %130, 0;\n"                                                  \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                                     \
@@ -184,20 +213,52 @@ __device__ __forceinline__ void wgmma_wait() {
       " %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107,"             \
       " %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125,"   \
       " %126, %127},"                                                                                                  \
-      " %128, %129, accumulate, 1, 1, 0, 0;\n}"                                                                        \
+      " %128, %129, accumulate, 1, 1, " TRANSPOSED ";\n}"                                                              \
       : YAONGI_D16(d, 0), YAONGI_D16(d, 16), YAONGI_D16(d, 32), YAONGI_D16(d, 48),                                     \
         YAONGI_D16(d, 64), YAONGI_D16(d, 80), YAONGI_D16(d, 96), YAONGI_D16(d, 112)                                    \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+
+// The same for d (64 × 128) and b (128 × 16).
+#define YAONGI_WGMMA_M64N128K16(TYPE, TRANSPOSED)                                                                      \
+  asm volatile(                                                                                                        \
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"                                                   \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                     \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17,"                              \
+      " %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"                     \
+      " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53,"                     \
+      " %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, accumulate, 1, 1, " TRANSPOSED ";\n}"             \
+      : YAONGI_D16(d, 0), YAONGI_D16(d, 16), YAONGI_D16(d, 32), YAONGI_D16(d, 48)                                      \
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
 template <bool BFLOAT16>
 __device__ __forceinline__ void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (BFLOAT16) {
-    YAONGI_WGMMA_M64N256K16("bf16");
+    YAONGI_WGMMA_M64N256K16("bf16", "0, 0");
   } else {
-    YAONGI_WGMMA_M64N256K16("f16");
+    YAONGI_WGMMA_M64N256K16("f16", "0, 0");
   }
 }
 
+// Products of transposed operands; the accumulator's size tells the shape.
+template <bool BFLOAT16>
+__device__ __forceinline__ void wgmma_transposed(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (BFLOAT16) {
+    YAONGI_WGMMA_M64N256K16("bf16", "1, 1");
+  } else {
+    YAONGI_WGMMA_M64N256K16("f16", "1, 1");
+  }
+}
+
+template <bool BFLOAT16>
+__device__ __forceinline__ void wgmma_transposed(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (BFLOAT16) {
+    YAONGI_WGMMA_M64N128K16("bf16", "1, 1");
+  } else {
+    YAONGI_WGMMA_M64N128K16("f16", "1, 1");
+  }
+}
+
+#undef YAONGI_WGMMA_M64N128K16
 #undef YAONGI_WGMMA_M64N256K16
 #undef YAONGI_D16
 #undef YAONGI_D4

@@ -24,6 +24,14 @@ __device__ __forceinline__ uint64_t panel_descriptor(uint32_t shared_address) {
   return (shared_address & 0x3FFFF) >> 4 | (LEADING_BYTES >> 4) << 16 | (GROUP_BYTES >> 4) << 32 | SWIZZLE_128 << 62;
 }
 
+// wgmma descriptor of an operand that lies transposed: rows of the product's inner dimension, its columns in panels of
+// PANEL_BYTES. To move on by 16 rows, or 2048 bytes, add 128 to the descriptor.
+template <int PANEL_BYTES>
+__device__ __forceinline__ uint64_t transposed_descriptor(uint32_t shared_address) {
+  constexpr uint64_t LEADING_BYTES = PANEL_BYTES, GROUP_BYTES = 1024, SWIZZLE_128 = 1;
+  return (shared_address & 0x3FFFF) >> 4 | (LEADING_BYTES >> 4) << 16 | (GROUP_BYTES >> 4) << 32 | SWIZZLE_128 << 62;
+}
+
 // pack converts two floats to two 16-bit elements, the first in the low half; unpack converts them back.
 template <bool BFLOAT16>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -17,13 +17,14 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @dataclass(frozen=True)
 class Budget:
-    """The most registers a kernel may use at entry, and what its code must contain."""
+    """The most registers a kernel may use at entry, and patterns of what its code must contain."""
 
     registers: int
     instructions: tuple[str, ...]
 
 
 BUDGETS = {
+    "moe_weight_gradient_kernel": Budget(168, ("HGMMA", "LDGSTS", "UTMALDG.3D", "UTMA(STG|REDG).3D", "USETMAXREG")),
     "symmetric_product_kernel": Budget(168, ("HGMMA", "UTMALDG.3D.MULTICAST", "UTMASTG", "USETMAXREG")),
 }
 
@@ -67,7 +68,7 @@ def test_instructions(code: dict[str, str]) -> None:
     assert code
     for name, sass in code.items():
         for instruction in budget_of(name).instructions:
-            assert instruction in sass, f"{name} has no {instruction}"
+            assert re.search(instruction, sass), f"{name} has no {instruction}"
         assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} spills"
 
 

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_train_step import trainer_step
 from small_run import losses, session_of
 
+from yaongi.model import Yaongi
+from yaongi.train.config import load_config
 from yaongi.train.session import Session
 from yaongi.train.step.guard import BadStepError
 
@@ -147,3 +150,12 @@ def test_the_run_goes_on_after_a_bad_step(tokens: Path, tmp_path: Path) -> None:
     assert events == ["plan", "bad_step", "step"]
     assert session.guard.skipped == 1
     assert session.loader.state_dict()["samples"] == 16
+
+
+def test_the_benchmark_times_the_trainer_s_step() -> None:
+    """It builds the step by itself, without a run: what the trainer's parts take must not change under it."""
+    config = load_config("yaongi-tiny")
+    model = Yaongi(config.model)
+    before = model.lm_head.weight.detach().clone()
+    trainer_step(model, config.train, 1, torch.device("cpu"))(2)
+    assert not torch.equal(model.lm_head.weight, before)

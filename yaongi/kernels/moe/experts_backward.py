@@ -3,14 +3,19 @@
 dh         gathers dy, writes dH and g·A, and dg in partial sums                           (T·K, D) → (T·K, F)
 dw         dW_up = Σ dH ⊗ x and dW_down = Σ dy ⊗ g·A over the rows of each expert          one launch each
 dx         rows of W_upᵀ·dH, then combine                                                  (T·K, F) → (T, D)
+
+On an H100 dw that adds to sums is csrc/moe/weight_gradient.cu.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.backend import cuda_launcher
 from yaongi.kernels.common.descriptors import descriptor, matrix_descriptor
 from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch, dispatch, moe_combine
@@ -42,6 +47,7 @@ class WeightConfig:
 # Found on an H100, T 32768, D 2048, E 64, K 6, F 256 to 1024, 2026-11-24 (docs/LAB.md).
 DH = {8: SMALL, 9: Config(block_n=256, block_k=64, num_warps=8, num_stages=4), 12: SMALL}
 SMALL_DW = WeightConfig(block_r=128, block_g=64, block_k=32, num_warps=8, num_stages=3)
+MANY_ROWS = 1024  # of an expert, on average, from which on csrc/moe/weight_gradient.cu is faster with more stages
 DW = {8: SMALL_DW, 9: WeightConfig(block_r=256, block_g=128, block_k=64, num_warps=8, num_stages=6), 12: SMALL_DW}
 
 
@@ -234,22 +240,35 @@ def moe_dw(
     )
 
 
+def moe_dw_cuda(rows: Tensor, gathered: Tensor, out: Tensor, plan: Dispatch, *, gather_left: bool) -> None:
+    """Add to out what `moe_dw` does."""
+    wide = gather_left == (fit_block(256, rows.shape[1]) == 256)  # a tile has 256 columns of rows, else 128
+    reduce = len(rows) > MANY_ROWS * len(out)
+    cuda_launcher("moe_weight_gradient")(rows, gathered, plan.token, plan.offset, out, gather_left, wide, reduce)
+
+
 def moe_backward_triton(
     dy: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, *rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute what `moe_backward_reference` does; the dispatch is recomputed rather than saved."""
     make = torch.empty if len(x) else torch.zeros  # without tokens no kernel writes the gradients
     dw_up, dw_down = (make(w.shape, dtype=w.dtype, device=w.device) for w in (w_up, w_down))
-    dx, dweights = _backward(dy, x, w_up, w_down, *rest, dw_up, dw_down, accumulate=False)
+    dx, dweights = _backward(moe_dw, dy, x, w_up, w_down, *rest, dw_up, dw_down)
     return dx, dw_up, dw_down, dweights
 
 
 def moe_backward_accumulate_triton(*arguments: Tensor) -> tuple[Tensor, Tensor]:
     """Compute what `moe_backward_accumulate_reference` does."""
-    return _backward(*arguments, accumulate=True)
+    return _backward(functools.partial(moe_dw, accumulate=True), *arguments)
+
+
+def moe_backward_accumulate_cuda(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute what `moe_backward_accumulate_reference` does, the weights' gradients in CUDA."""
+    return _backward(moe_dw_cuda, *arguments)
 
 
 def _backward(
+    weight_gradient: Callable[..., None],
     dy: Tensor,
     x: Tensor,
     w_up: Tensor,
@@ -259,8 +278,6 @@ def _backward(
     a: Tensor,
     dw_up: Tensor,
     dw_down: Tensor,
-    *,
-    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
     """Write, or add to, the weights' gradients; return dx and dexpert_weights."""
     T, K = expert_ids.shape
@@ -268,8 +285,8 @@ def _backward(
         return x.new_empty(x.shape), expert_weights.new_empty(T, K)
     plan = dispatch(expert_ids, w_up.shape[0])
     dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
-    moe_dw(dh, x, dw_up, plan, gather_left=False, accumulate=accumulate)
-    moe_dw(ga, dy, dw_down, plan, gather_left=True, accumulate=accumulate)
+    weight_gradient(dh, x, dw_up, plan, gather_left=False)
+    weight_gradient(ga, dy, dw_down, plan, gather_left=True)
     del ga  # memory peaks with the rows of dx
     dx = moe_combine(moe_grouped_gemm(dh, w_up.contiguous(), plan, None), plan, T, K)
     return dx, dweights.view(T, K)

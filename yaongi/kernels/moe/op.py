@@ -124,6 +124,11 @@ def _backward_triton_refuses(dy: Tensor, *inputs: Tensor) -> str | None:
     return _triton_refuses(*inputs)
 
 
+def _accumulate_cuda_refuses(dy: Tensor, *inputs: Tensor) -> str | None:
+    """Only the weights' gradients are in CUDA; the rest is Triton's."""
+    return backend.unavailable("triton", dy.get_device()) or _triton_refuses(*inputs)
+
+
 _op = backend.define(
     "moe(Tensor x, Tensor w_up, Tensor w_down, Tensor expert_ids, Tensor expert_weights) -> (Tensor y, Tensor a)",
     reference=moe_reference,
@@ -146,7 +151,9 @@ _accumulate_op = backend.define(
     reference=moe_backward_accumulate_reference,
     fake=_accumulate_fake,
     triton="yaongi.kernels.moe.experts_backward:moe_backward_accumulate_triton",
+    cuda="yaongi.kernels.moe.experts_backward:moe_backward_accumulate_cuda",
     triton_refuses=_backward_triton_refuses,
+    cuda_refuses=_accumulate_cuda_refuses,
 )
 backend.define_autograd("moe", _backward, _setup_context)
 backend.define_no_autograd("moe_backward")
