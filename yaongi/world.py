@@ -1,5 +1,6 @@
 """This process's rank, device and collectives, and torch's determinism settings."""
 
+import datetime
 import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,6 +10,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
+# Their names from torch 2.13 on, where the former ones warn.
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+PATIENCE = datetime.timedelta(minutes=30)  # for the others, until a collective fails
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,18 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any process."""
+        """Return whether `flag` is set on any process; nothing waits for the GPU."""
         if self.size == 1:
             return flag
-        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)).item())
+        return bool(self.all_reduce(torch.tensor(int(flag))).item())
+
+    def all(self, flag: bool) -> bool:
+        """Return whether `flag` is set on every process; nothing waits for the GPU."""
+        return not self.any(not flag)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
+        self.any(False)
 
     def close(self) -> None:
         """Destroy the process group."""
@@ -58,6 +66,8 @@ class World:
 
 def init_world(device: str, command: str = "train") -> World:
     """Join the processes that `torchrun` started, if any, and choose the device.
+
+    Collectives on the CPU, for which a process may wait long, go by gloo; those on GPUs by NCCL.
 
     Raises:
         ValueError: `device` is "cuda" or "gpu", and there is no GPU.
@@ -70,7 +80,7 @@ def init_world(device: str, command: str = "train") -> World:
         return World(0, 1, torch.device(kind))
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     return World(dist.get_rank(), size, here, init_device_mesh(kind, (size,)))
 
@@ -83,5 +93,7 @@ def set_determinism(deterministic: bool) -> None:
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        for feature in ("NVLS", "COLLNET"):  # sums in the network may differ from call to call
+            os.environ.setdefault(f"NCCL_{feature}_ENABLE", "0")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -56,6 +56,20 @@ def test_a_step_does_not_depend_on_processes_or_micro_batches(shards: Path, worl
         assert joined(parts).equal(loader.batch(step).input_ids)
 
 
+@pytest.mark.parametrize("world_size", [3, 5, 7])
+def test_processes_need_not_divide_the_micro_batches(shards: Path, world_size: int) -> None:
+    """Give each process neighbouring micro-batches, and none of them more than one more than another."""
+    loader = make(shards)
+    counts = [loader.micro_batches(rank, world_size, 3) for rank in range(world_size)]
+    assert max(counts) - min(counts) == 1
+    parts = [
+        loader.batch(1, rank=rank, world_size=world_size, micro=micro, micro_batch=3)
+        for rank in range(world_size)
+        for micro in range(counts[rank])
+    ]
+    assert joined(parts).equal(loader.batch(1).input_ids)
+
+
 def test_the_order_is_pure(shards: Path) -> None:
     first, second = make(shards), make(shards)
     for step in (40, 2, 11):
@@ -163,10 +177,14 @@ def is_byte(tokenizer: Tokenizer, token: torch.Tensor) -> bool:
 def test_bad_sizes(shards: Path) -> None:
     with pytest.raises(ValueError, match="rows must be of 2 tokens"):
         make(shards, row_tokens=1)
-    with pytest.raises(ValueError, match="multiple of 7 processes"):
-        make(shards).batch(0, world_size=7)
-    with pytest.raises(ValueError, match="no step 0, rank 2"):
+    with pytest.raises(ValueError, match="multiple of 5 rows, for 2 processes or fewer, got 24"):
+        make(shards).batch(0, world_size=2, micro_batch=5)
+    with pytest.raises(ValueError, match="multiple of 8 rows, for 4 processes or fewer, got 24"):
+        make(shards).batch(0, world_size=4, micro_batch=8)
+    with pytest.raises(ValueError, match="rank must be 0 to 1, got 2"):
         make(shards).batch(0, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="no step 0, rank 1 of 2, micro-batch 3"):
+        make(shards).batch(0, rank=1, world_size=2, micro=3, micro_batch=4)
 
 
 def test_another_tokenizer(shards: Path, tokenizer: Tokenizer) -> None:

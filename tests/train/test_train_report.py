@@ -14,7 +14,6 @@ from yaongi.train.plan.activations import PeakMode
 from yaongi.train.plan.run_plan import make_plan, micro_rows
 from yaongi.train.report.kernels import kernel_panels
 from yaongi.train.report.page import write_report
-from yaongi.world import World
 
 
 def test_messages(tmp_path: Path) -> None:
@@ -105,9 +104,27 @@ def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_micro_batches_divide_the_batch(tokens: Path, tmp_path: Path) -> None:
     """Choose the largest divisor that fits, and refuse a number that doesn't divide."""
     config = config_of(tokens, tmp_path / "run")
-    assert micro_rows(config, ALONE, 5) == 4
-    assert micro_rows(config, World(0, 2, torch.device("cpu")), 100) == 4
+    assert micro_rows(config, 1, "replicate", 5) == 4
+    assert micro_rows(config, 2, "fsdp", 100) == 4
     with pytest.raises(ValueError, match="multiple of 3 processes"):
-        micro_rows(config, World(0, 3, torch.device("cpu")), 1)
-    with pytest.raises(ValueError, match="divide the 8 rows of a process, got 3"):
-        micro_rows(config_of(tokens, tmp_path / "run", "--micro-rows", "3"), ALONE, 1)
+        micro_rows(config, 3, "fsdp", 1)
+    asked = config_of(tokens, tmp_path / "run", "--micro-rows", "3")
+    with pytest.raises(ValueError, match="divide the 8 rows of a batch, got 3"):
+        micro_rows(asked, 1, "replicate", 1)
+
+
+def test_micro_batches_of_several_processes(tokens: Path, tmp_path: Path) -> None:
+    """Choose the largest number of rows that fits and leaves no process waiting; refuse too few micro-batches."""
+
+    def chosen(rows: int, processes: int, fits: int, *more: str) -> int:
+        config = config_of(tokens, tmp_path / "run", "--batch-tokens", str(64 * rows), *more)
+        return micro_rows(config, processes, "replicate", fits)
+
+    assert chosen(256, 8, 4) == 4
+    assert chosen(256, 3, 4) == 2, "43 of 2 rows; 22 of 4 are 2 rows more"
+    assert chosen(256, 256, 4) == 1
+    assert chosen(8, 3, 1) == 1
+    with pytest.raises(ValueError, match="at least 3 micro-batches for 3 processes, got 2: try --micro-rows 2"):
+        chosen(8, 3, 9, "--micro-rows", "4")
+    with pytest.raises(ValueError, match="at least 9 micro-batches for 9 processes, got 8: try --batch-tokens 576"):
+        chosen(8, 9, 9)

@@ -113,13 +113,18 @@ class Loader:
         """Read micro-batch `micro` of process `rank` in optimizer step `step`, when all steps have `batch_rows` rows.
 
         Raises:
-            ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`, or a number is out of its range.
+            ValueError: `batch_rows` is not a multiple of `micro_batch`, there are fewer micro-batches than processes,
+                or a number is out of its range.
         """
-        per_rank, micro_batch = self._shares(world_size, micro_batch)
-        if not (0 <= rank < world_size and 0 <= micro < per_rank // micro_batch and step >= 0):
+        share, micro_batch = self._share(rank, world_size, micro_batch)
+        if not (0 <= micro < len(share) and step >= 0):
             raise ValueError(f"loader: no step {step}, rank {rank} of {world_size}, micro-batch {micro}")
-        first = step * self.batch_rows + rank * per_rank + micro * micro_batch
+        first = step * self.batch_rows + share[micro] * micro_batch
         return self.read(range(first, first + micro_batch))
+
+    def micro_batches(self, rank: int, world_size: int, micro_batch: int) -> int:
+        """Return how many of a step's micro-batches of `micro_batch` rows process `rank` gets; errors as in `batch`."""
+        return len(self._share(rank, world_size, micro_batch)[0])
 
     def stream(
         self,
@@ -133,20 +138,19 @@ class Loader:
 
         `state_dict` counts a step once its last micro-batch has been yielded. Closing the generator ends the thread.
         """
-        per_rank, micro_batch = self._shares(world_size, micro_batch)
-        micros = per_rank // micro_batch
+        share, micro_batch = self._share(rank, world_size, micro_batch)
         start = self.samples
 
         def batches() -> Iterator[Batch]:
-            first = start + rank * per_rank
+            first = start
             while True:
-                for micro in range(micros):
+                for micro in share:
                     batch = self.read(range(first + micro * micro_batch, first + (micro + 1) * micro_batch))
                     yield batch.pin_memory() if pin_memory else batch
                 first += self.batch_rows
 
-        for number, batch in enumerate(_ahead(batches(), max(4, micros)), 1):
-            self.samples = start + number // micros * self.batch_rows
+        for number, batch in enumerate(_ahead(batches(), max(4, len(share))), 1):
+            self.samples = start + number // len(share) * self.batch_rows
             yield batch
 
     def held_out(self, domain: str, rows: int) -> HeldOut:
@@ -208,13 +212,19 @@ class Loader:
             raise ValueError(f"loader: {where} must {wanted} (or leave it out by --mix), got {stream.tokens}")
         return stream
 
-    def _shares(self, world_size: int, micro_batch: int | None) -> tuple[int, int]:
-        """Return the rows per step and process, and the rows per micro-batch."""
-        micro = self.batch_rows // world_size if micro_batch is None else micro_batch
-        if micro < 1 or self.batch_rows % (world_size * micro):
-            wanted = f"a multiple of {world_size} processes x {micro} rows"
+    def _share(self, rank: int, world_size: int, micro_batch: int | None) -> tuple[range, int]:
+        """Return which of a step's micro-batches process `rank` gets, and the rows of one; by default one a process.
+
+        The shares differ by one micro-batch at most.
+        """
+        rows = self.batch_rows // world_size if micro_batch is None else micro_batch
+        if rows < 1 or self.batch_rows % rows or self.batch_rows // rows < world_size:
+            wanted = f"a multiple of {rows} rows, for {world_size} processes or fewer"
             raise ValueError(f"loader: batch_rows must be {wanted}, got {self.batch_rows} rows")
-        return self.batch_rows // world_size, micro
+        if not 0 <= rank < world_size:
+            raise ValueError(f"loader: rank must be 0 to {world_size - 1}, got {rank}")
+        count = self.batch_rows // rows
+        return range(count * rank // world_size, count * (rank + 1) // world_size), rows
 
     def _rows_at(self, streams: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the row numbers (B,) at `places` (B,) in the training orders of `streams` (B,)."""

@@ -109,10 +109,11 @@ class Running:
     allow_epochs: bool = False  # train even if a source is read more than 16 times
     stop_after: int = 0  # save a checkpoint after this step and stop; 0: run to the end
     device: Literal["auto", "cpu", "gpu", "cuda"] = "auto"  # auto: the GPU where there is one, else the CPU
-    micro_rows: int = 0  # rows per micro-batch and process; 0: as many as fit into memory
+    micro_rows: int = 0  # rows per micro-batch; 0: as many as fit into memory
+    parallel: Literal["auto", "replicate", "fsdp"] = "auto"  # of several processes: whole weights on each, or sharded
     recompute: str = "none"  # layers recomputed in the backward pass: none, all, or a list like mamba,experts,7,0-25
     deterministic: bool = True  # give bit-identical results every time, also on a GPU
-    cuda_graph: bool = True  # on one GPU, record a micro-batch as a CUDA graph and replay it
+    cuda_graph: bool = True  # on a GPU, record a micro-batch as a CUDA graph and replay it
     log_every: int = 10  # steps between printed lines; metrics.jsonl records every step
     evaluate_every: int = 500  # steps between evaluations; also before the first and after the last step
     evaluate_rows: int = 32  # held-out rows per domain and evaluation

@@ -18,12 +18,14 @@ from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_
 from yaongi.train.checkpoint.model_folder import save_model
 from yaongi.train.checkpoint.resume import compare_sites, find_run, fp8_sites
 from yaongi.train.config import Config, as_dict
-from yaongi.train.distributed.sharding import shard
+from yaongi.train.distributed.replicas import Replicas
+from yaongi.train.distributed.sharding import Shards, shard
 from yaongi.train.evaluation import Evaluator, draw_samples
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.meter import Meter
 from yaongi.train.metrics.records import Metrics, read_metrics
 from yaongi.train.metrics.sinks import Sink, open_sinks
+from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
 from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_writable, remove_run, write_config
@@ -128,8 +130,14 @@ class Session:
         torch.manual_seed(config.train.seed)
         dtype = config.train.weight_dtype(world.device)
         self.model = build_model(config, self.tokenizer, world.device, dtype=dtype)
-        shard(self.model, self.model.backbone.layers, ("losses",), world)
-        self.optimizer = RoleOptimizer(self.model, config.train, config.train.matrix_momentum_dtype(world.device))
+        engine: Replicas | Shards
+        if self.plan.parallel == "fsdp":
+            shard(self.model, self.model.backbone.layers, ("losses",), world)
+            engine = Shards(self.model, world)
+        else:
+            engine = Replicas(self.model, world, divide_parameters(self.model, config.train, world.size))
+        momentum_dtype = config.train.matrix_momentum_dtype(world.device)
+        self.optimizer = RoleOptimizer(self.model, config.train, momentum_dtype, engine)
         self.guard = Guard(config.train.bad_steps)
         token_bytes = torch.from_numpy(self.loader.shard_set.token_bytes())
         self.stepper = Stepper(
@@ -202,7 +210,7 @@ class Session:
         with contextlib.closing(stream):  # type: ignore[type-var]  # a generator
             while self.step < self.schedule.steps:
                 with self.meter.waiting():
-                    batches = [next(stream) for _ in range(self.plan.batch_rows // world.size // rows)]
+                    batches = [next(stream) for _ in range(self.loader.micro_batches(world.rank, world.size, rows))]
                 yield batches
 
     def train_step(self, batches: list[Batch]) -> None:
@@ -326,10 +334,8 @@ class Session:
 
     def _tensors(self, *, with_scales: bool = True) -> dict[str, Any]:
         """Return the tensors of a checkpoint; a weight with a master copy is left out, for it is that copy's cast."""
-        state = self.optimizer.tensors()
-        weights = {
-            name: p.detach() for name, p in self.model.state_dict().items() if "master" not in state.get(name, {})
-        }
+        state, masters = self.optimizer.tensors(), self.optimizer.master_names()
+        weights = {name: p.detach() for name, p in self.model.state_dict().items() if name not in masters}
         tensors = {"model": weights, "optimizer": state, "rng": rng_state(self.world.device)}
         scales = self.model.fp8_scales
         return tensors | ({"fp8": {"history": scales.history}} if scales is not None and with_scales else {})

@@ -27,9 +27,10 @@ from yaongi.train.checkpoint.hashes import HashingWriter
 from yaongi.train.checkpoint.staging import PinnedStaging
 from yaongi.train.distributed.sharding import local_part
 from yaongi.train.step.guard import first_nonfinite
-from yaongi.world import World
+from yaongi.world import PATIENCE, World
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
+Problem = tuple[int, str]  # errno and one line
 _MARGIN = 1.05  # free disk space that a save needs, as a multiple of the checkpoint's bytes
 
 
@@ -48,7 +49,8 @@ class Checkpoints:
         self.folder, self._world = folder, world
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[int, Future[Any]] | None = None
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        several = world.size > 1  # a group of its own: the background uses it while training uses the others
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
         self._stager = PinnedStaging(world.device)
 
     def prepare(self) -> None:
@@ -134,7 +136,7 @@ class Checkpoints:
         return waited
 
     def poll(self) -> Path | None:
-        """Complete the checkpoint in progress if its files are written. Call it every step.
+        """Complete the checkpoint in progress if all processes have written their files. All call it every step.
 
         Returns:
             The checkpoint completed by this call, if any.
@@ -142,26 +144,39 @@ class Checkpoints:
         Raises:
             OSError: writing failed; the unfinished folder is removed, and earlier checkpoints stay as they are.
         """
-        if self._writing is None or not self._writing[1].done():
+        if self._writing is None or not self._world.all(self._writing[1].done()):
             return None
         step, future = self._writing
         self._writing = None
-        try:
-            future.result()
-        except CheckpointException as error:
-            raise self._failure(step, _cause(error)) from error
-        except (OSError, RuntimeError) as error:
-            raise self._failure(step, error) from error
-        return self._finish(step) if self._world.is_main else self._path(step)
+        self._require_saved(step, _problem(future.exception()))
+        problem = None
+        if self._world.is_main:
+            try:
+                self._finish(step)
+            except OSError as error:
+                problem = _problem(error)
+        self._require_saved(step, problem)
+        if self._world.is_main:
+            self._remove_old(step)
+        return self._path(step)
+
+    def _require_saved(self, step: int, problem: Problem | None) -> None:
+        """Raise OSError on all processes if any has a problem."""
+        found = next(filter(None, self._world.gather(problem)), None)
+        if found is not None:
+            if self._world.is_main:
+                # errors are ignored, for the disk itself may have failed; `prepare` cleans up too
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            self._world.barrier()
+            number, text = found
+            raise OSError(number, f"checkpoint: step {step} could not be saved: {text}; {self._intact()}")
 
     def wait(self) -> Path | None:
         """Wait for the save in progress, then `poll`. All processes return only when the checkpoint is complete."""
         if self._writing is None:
             return None
         self._writing[1].exception()
-        finished = self.poll()
-        self._world.barrier()
-        return finished
+        return self.poll()
 
     def load(self, path: Path, tensors: dict[str, Any]) -> None:
         """Check the hash of every file of a checkpoint, then fill `tensors` from it.
@@ -189,31 +204,23 @@ class Checkpoints:
             raise ValueError(f"checkpoint: {what} is not finite; step {step} is not saved, {self._intact()}")
 
     def _check_space(self, tensors: dict[str, Any]) -> None:
-        wanted = _MARGIN * state_bytes(tensors)
+        sizes: dict[str, int] = {}  # a tensor that several processes hold is written once
+        for held in self._world.gather({name: _size(tensor) for name, tensor in _flat(tensors)}):
+            sizes |= held
+        wanted = _MARGIN * sum(sizes.values())
         free = shutil.disk_usage(self.folder).free
         if free < wanted:
             text = f"{self.folder} must have {wanted / 1e9:.3f} GB free, got {free / 1e9:.3f} GB; {self._intact()}"
             raise OSError(errno.ENOSPC, f"checkpoint: {text}")
 
-    def _finish(self, step: int) -> Path:
+    def _finish(self, step: int) -> None:
+        """Make the files that all processes have written the newest checkpoint."""
         temporary, path = self._temporary(step), self._path(step)
-        try:
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-            _flush(self.folder)
-            write_atomically(self.folder / LATEST, path.name.encode())
-        except OSError as error:
-            raise self._failure(step, error) from error
-        self._remove_old(step)
-        return path
-
-    def _failure(self, step: int, cause: BaseException) -> OSError:
-        if self._world.is_main:
-            # errors are ignored, for the disk itself may have failed; `prepare` cleans up too
-            shutil.rmtree(self._temporary(step), ignore_errors=True)
-        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
-        return OSError(number, f"checkpoint: step {step} could not be saved: {_line(cause)}; {self._intact()}")
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _flush(self.folder)
+        write_atomically(self.folder / LATEST, path.name.encode())
 
     def _intact(self) -> str:
         kept = self.kept()
@@ -266,7 +273,11 @@ def _flat(tensors: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torc
 
 def state_bytes(tensors: dict[str, Any]) -> int:
     """Return the bytes of all tensors in nested dicts; a sharded tensor counts with its full size."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in _flat(tensors))
+    return sum(_size(tensor) for _, tensor in _flat(tensors))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -282,6 +293,17 @@ def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _problem(error: BaseException | None) -> Problem | None:
+    """Return why a checkpoint could not be written. Raises what is no failure of the machine."""
+    cause = _cause(error) if isinstance(error, CheckpointException) else error
+    if cause is None:
+        return None
+    if not isinstance(cause, (OSError, RuntimeError)) and cause is error:
+        raise cause
+    number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+    return number, _line(cause)
 
 
 def _cause(error: CheckpointException) -> BaseException:

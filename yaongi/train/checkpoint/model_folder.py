@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
 from yaongi.model.hub.weights import staged
+from yaongi.train.distributed.sharding import is_sharded
 from yaongi.world import World
 
 
@@ -17,8 +18,9 @@ def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) 
 
     An error leaves `folder` as it was. Files that an earlier save did not write stay.
     """
-    whole = model if world.size == 1 else _gathered(model, world)
-    if whole is not None:
+    sharded = any(map(is_sharded, model.parameters()))
+    whole = _gathered(model, world) if sharded else model
+    if whole is not None and world.is_main:
         with staged(folder) as building:
             whole.save_pretrained(building)
             tokenizer.save(building)

@@ -5,8 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch.distributed._state_dict_utils import _create_cpu_state_dict
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
 
 class PinnedStaging(BlockingAsyncStager):
@@ -43,4 +43,15 @@ class PinnedStaging(BlockingAsyncStager):
         return super().stage(state_dict)
 
     def _make(self, tensors: dict[str, Any]) -> None:
-        self.state_dict_cache = _create_cpu_state_dict(tensors, pin_memory=True)
+        self.state_dict_cache = _host_memory(tensors)
+
+
+def _host_memory(value: Any) -> Any:
+    """Return page-locked memory for a copy of nested dicts of tensors; of a sharded tensor for the part here."""
+    if isinstance(value, dict):
+        return {key: _host_memory(inner) for key, inner in value.items()}
+    if not isinstance(value, DTensor):
+        made = torch.empty(value.shape, dtype=value.dtype)
+        return made.pin_memory() if made.numel() else made
+    # torch's own way would first copy the values, which are not needed.
+    return DTensor(_host_memory(value.to_local()), value._spec, requires_grad=False)

@@ -1,8 +1,8 @@
 """Parameters sharded over the processes by FSDP2, and parameters that stay unsharded.
 
-Under `torchrun` each process holds a shard of every parameter, split along its first dimension, and FSDP averages the
-gradients. Parameters that FSDP can't hold stay unsharded on every process: those of another dtype than the rest, and
-tables with sparse gradients. Their gradients are averaged here.
+For `--parallel fsdp`, where whole weights don't fit (see `replicas`): each process holds a shard of every parameter,
+split along its first dimension, and FSDP averages the gradients. Parameters that FSDP can't hold stay unsharded on
+every process: those of another dtype than the rest, and tables with sparse gradients. Theirs are averaged here.
 """
 
 import warnings
@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from yaongi.train.distributed.replicas import sum_of_squares
 from yaongi.world import World
 
 TABLES = "engram.table.weight"  # how the names of Engram's tables end
@@ -87,17 +88,67 @@ def local_rows(tensor: torch.Tensor, rows: slice | None) -> LocalRows:
     return LocalRows(slice(max(0, low - first), max(0, high - first)), slice(low - start, high - start))
 
 
-@torch.no_grad()
-def average_unsharded_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Average the gradients of unsharded parameters, dense or sparse, over the processes, as FSDP does for shards."""
-    if world.size == 1:
-        return
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            raise RuntimeError(f"distributed: a parameter of shape {tuple(parameter.shape)} has no gradient")
-        whole = _gathered(gradient.coalesce(), world) if gradient.is_sparse else world.all_reduce(gradient)
-        parameter.grad = whole.div_(world.size)
+class Shards:
+    """The parameters of a model sharded by FSDP2: the counterpart of `Replicas`."""
+
+    in_place = False
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        """Take a model that `shard` has sharded."""
+        self._world, self.loss_scale = world, world.size  # FSDP averages gradients: × size gives their sum
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Return whether this process keeps state of a parameter: of all."""
+        return True
+
+    def own(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the tensor: it is sharded, or whole on every process."""
+        return tensor
+
+    def saved(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a state tensor as a checkpoint takes it."""
+        return tensor
+
+    def zero_gradients(self) -> None:
+        """Drop all gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Average the gradients of unsharded parameters, dense or sparse, as FSDP has done for shards."""
+        for parameter in self._parameters:
+            gradient = parameter.grad
+            if is_sharded(parameter):
+                continue
+            if gradient is None:
+                raise RuntimeError(f"distributed: a parameter of shape {tuple(parameter.shape)} has no gradient")
+            sparse = gradient.is_sparse
+            whole = _gathered(gradient.coalesce(), self._world) if sparse else self._world.all_reduce(gradient)
+            parameter.grad = whole.div_(self._world.size)
+
+    def gather_weights(self) -> None:
+        """Do nothing: FSDP gathers weights where they are used."""
+
+    @torch.no_grad()
+    def sum_of_squares(self) -> torch.Tensor:
+        """Return this process's part of the squared norm of all gradients, a float64 scalar."""
+        counted = [_values(g) for g in self._gradients() if is_sharded(g) or self._world.is_main]
+        return sum_of_squares(counted, self._world.device)
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients."""
+        torch._foreach_mul_([_values(gradient) for gradient in self._gradients()], factor)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a gradient that lie on this process; a sparse one must be coalesced."""
+    return gradient.values() if gradient.is_sparse else local_part(gradient)
 
 
 def _gathered(gradient: torch.Tensor, world: World) -> torch.Tensor:

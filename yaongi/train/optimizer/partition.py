@@ -7,6 +7,7 @@ from torch import nn
 
 from yaongi.model import Yaongi
 from yaongi.train.config import Training
+from yaongi.train.distributed.ownership import Group, Ownership, assign_owners, count_owners
 from yaongi.train.optimizer.roles import Role, parameter_roles
 
 MATRIX, VECTOR, TABLE = "matrix", "vector", "table"  # kinds of parameter groups
@@ -19,6 +20,8 @@ STACKS = {  # a matrix's part: the word of the config's `stacked` that includes 
     "mixer.shared_experts.up_proj.weight": "shared",
     "mixer.shared_experts.down_proj.weight": "shared",
 }
+
+SPLIT_NUMBERS = 1 << 20  # of a matrix that AdamW updates, from which on its rows have owners
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,53 @@ def _parts(role: Role) -> list[tuple[slice | None, bool, bool]]:
     if not role.splits:
         return [(None, role.decay, False)]
     return [(slice(s.start, s.stop), s.decay, s.kind == "adamw") for s in role.splits]
+
+
+def divide_parameters(model: Yaongi, train: Training, processes: int) -> Ownership:
+    """Return which of the processes owns what of a model; this works on the meta device too."""
+    experts = model.config.experts if "E" in model.config.pattern else 0
+    size = count_owners(processes, experts)
+    if size == 1:
+        return Ownership()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    split, whole = {}, []
+    for name, role in parameter_roles(model).items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            continue
+        large = role.kind == "adamw" and parameter.ndim == 2 and parameter.numel() >= SPLIT_NUMBERS
+        if role.kind in ("expert", "table") or large:
+            split[name] = -(-len(parameter) // size)
+        elif role.kind in ("qkv", "muon"):
+            whole.append(name)
+    groups = _groups(parameters, whole, partition_parameters(model, train)[0])
+    return Ownership(size, split, assign_owners(groups, size))
+
+
+def _groups(parameters: dict[str, nn.Parameter], names: list[str], stacks: list[TeonStack]) -> list[Group]:
+    """Return the matrices `names` in groups: those of one stack belong together."""
+    name_of = {p: name for name, p in parameters.items()}
+    members = {name: [name] for name in names}
+    flops = dict.fromkeys(names, 0.0)
+    for stack in stacks:
+        joined = [name_of[p] for p in stack.parameters]
+        if joined[0] not in members:
+            continue  # experts
+        flops[joined[0]] += newton_schulz_flops(stack)
+        for name in joined[1:]:
+            if members[name] is not members[joined[0]]:
+                members[joined[0]] += members[name]
+                members |= dict.fromkeys(members[name], members[joined[0]])
+    together = {id(group): group for group in members.values()}
+    return [
+        Group(tuple(group), sum(parameters[n].numel() for n in group), sum(flops[n] for n in group))
+        for group in together.values()
+    ]
+
+
+def newton_schulz_flops(stack: TeonStack) -> float:
+    """Return the FLOPs of five Newton-Schulz steps in the Gram form on a stack's joint matrix (m, K · n)."""
+    first = stack.parameters[0]
+    rows = first.shape[-2] if stack.rows is None else stack.rows.stop - stack.rows.start
+    short, long = sorted((rows, len(stack.parameters) * first.shape[-1]))
+    return short**3 * (14 + 6 * long / short)

@@ -8,9 +8,10 @@ Each parameter has a role (`roles.py`):
 - Engram tables take Adam on the rows that have a gradient.
 
 A parameter narrower than float32 has a float32 master copy: the update changes the master copy, and the parameter is
-its cast. Beside such parameters a float32 one, whose casts are FP8, is its own master. Under FSDP the state is sharded
-like the parameters. Frozen parameters, which require no gradient, are left out, and so are in each step the experts
-without tokens. A step doesn't synchronise with the GPU, except to find the tables' rows.
+its cast. Beside such parameters a float32 one, whose casts are FP8, is its own master. With several processes each
+keeps the state of what it owns and updates that (`replicas.py`); under FSDP the state is sharded like the parameters.
+Frozen parameters, which require no gradient, are left out, and so are in each step the experts without tokens. A step
+doesn't synchronise with the GPU, except to find the tables' rows.
 """
 
 import contextlib
@@ -25,12 +26,14 @@ from torch.optim.adamw import adamw
 from yaongi.kernels import teon_update
 from yaongi.model import Yaongi
 from yaongi.train.config import Training
-from yaongi.train.distributed.sharding import is_sharded, local_part, local_rows
+from yaongi.train.distributed.replicas import Replicas
+from yaongi.train.distributed.sharding import Shards, is_sharded, local_part, local_rows
 from yaongi.train.optimizer.idle_experts import Active, expert_layers, left_alone, local_mask
 from yaongi.train.optimizer.partition import MATRIX, TABLE, VECTOR, AdamwPart, TeonStack, partition_parameters
 from yaongi.train.optimizer.sharded import step_sharded
 from yaongi.train.optimizer.sparse_adam import adam_rows
 from yaongi.train.optimizer.state_dict import load_state
+from yaongi.world import World
 
 EPS = 1e-8
 WIDE = (torch.float32, torch.float64)
@@ -38,15 +41,19 @@ State = dict[str, torch.Tensor]
 
 
 class RoleOptimizer(torch.optim.Optimizer):
-    """The optimizer of a `Yaongi` model, sharded or not. Each group has a `kind`: matrix, vector or table."""
+    """The optimizer of a `Yaongi` model. Each group has a `kind`: matrix, vector or table."""
 
-    def __init__(self, model: Yaongi, train: Training, momentum_dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Yaongi, train: Training, momentum_dtype: torch.dtype, engine: Replicas | Shards | None = None
+    ) -> None:
         """Make the groups and the state.
 
         Args:
             momentum_dtype: dtype of the matrices' momentum buffers.
+            engine: what several processes do together; None for one process.
         """
         self._train = train
+        self.engine = engine or Replicas(model, World(0, 1, model.lm_head.weight.device))
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._own_masters = set(model.fp8_weights()) if model.lm_head.weight.dtype not in WIDE else set()
         self._expert_layers = expert_layers(model)
@@ -79,7 +86,7 @@ class RoleOptimizer(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, loads: torch.Tensor | None = None
     ) -> None:
-        """Apply the gradients.
+        """Apply the gradients, and give every process the new weights.
 
         Args:
             loads: (expert layers, E), the tokens that each expert got in the global batch. The weights and the state of
@@ -96,21 +103,36 @@ class RoleOptimizer(torch.optim.Optimizer):
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise RuntimeError(f"optimizer: every parameter must have a gradient, got none of {missing[0]}{more}")
+        for parameter in filter(self.engine.owns, self._tables):  # first: it waits for the GPU, which has little to do
+            self._step_table(parameter)
         sharded: list[TeonStack] = []
         whole: list[TeonStack] = []
         for unit in self._units:
-            (sharded if is_sharded(unit.parameters[0]) else whole).append(unit)
+            if self.engine.owns(unit.parameters[0]):
+                (sharded if is_sharded(unit.parameters[0]) else whole).append(unit)
         used = None if loads is None else loads != 0
-        active = {} if used is None else {p: used[layer] for p, layer in self._expert_layers.items()}
+        active: Active = {}
+        if used is not None:
+            active = {p: self.engine.own(used[layer], p) for p, layer in self._expert_layers.items()}
         self._step_whole(whole, active)
         split_gradients = step_sharded(sharded, self.state, self._split_rows(), self._train, self._lr(MATRIX), active)
         self._step_vectors(split_gradients, active)
-        for parameter in self._tables:
-            self._step_table(parameter)
+        self.engine.gather_weights()
 
     def tensors(self) -> dict[str, State]:
-        """Return the state by parameter name: the tensors that `step` changes in place, not copies."""
-        return {name: dict(self.state[p]) for p, name in self._names.items()}
+        """Return the state by parameter name: the tensors that `step` changes in place, not copies.
+
+        With several processes each has what it owns; of a parameter divided by rows, that is a part of a `DTensor`.
+        """
+        return {
+            name: {key: self.engine.saved(value, p) for key, value in self.state[p].items()}
+            for p, name in self._names.items()
+            if self.engine.owns(p)
+        }
+
+    def master_names(self) -> set[str]:
+        """Return the names of the parameters that have a master copy, on this process or another."""
+        return {name for p, name in self._names.items() if p.dtype not in WIDE or p in self._own_masters}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -124,8 +146,9 @@ class RoleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast every master copy into its parameter; call it after the master copies were loaded."""
-        self._cast((parameter, None) for parameter in self._names)
+        """Cast every master copy into its parameter, on every process; call it after the master copies were loaded."""
+        self._cast((parameter, None) for parameter in self._names if self.engine.owns(parameter))
+        self.engine.gather_weights()
 
     def _cast(self, parts: Iterable[tuple[nn.Parameter, slice | None]]) -> None:
         """Cast the master copies into their parameters, or into some rows of them."""
@@ -134,7 +157,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             if "master" in self.state[parameter]:
                 if parameter in self._own_masters:
                     continue
-                casts.append(rows_of(local_part(parameter.detach()), rows))
+                casts.append(rows_of(local_part(self._own(parameter)), rows))
                 masters.append(rows_of(local_part(self.state[parameter]["master"]), rows))
         if casts:
             torch._foreach_copy_(casts, masters)
@@ -142,19 +165,21 @@ class RoleOptimizer(torch.optim.Optimizer):
     def _make_state(self, momentum_dtype: torch.dtype) -> None:
         for parameter in self._names:
             if parameter.dtype not in WIDE:
-                self.state[parameter]["master"] = parameter.detach().float()
                 parameter.grad_dtype = torch.float32  # for gradient accumulation
+        for parameter in filter(self.engine.owns, self._names):
+            if parameter.dtype not in WIDE:
+                self.state[parameter]["master"] = self._own(parameter).float()
             elif parameter in self._own_masters:
-                self.state[parameter]["master"] = parameter.detach()
-        for parameter in self._matrices:
-            self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=momentum_dtype)
-        for vector in self._vectors:
+                self.state[parameter]["master"] = self._own(parameter)
+        for parameter in filter(self.engine.owns, self._matrices):
+            self.state[parameter]["momentum"] = torch.zeros_like(self._own(parameter), dtype=momentum_dtype)
+        for vector in self._owned_vectors():
             like = self._weight(vector.parameter)
             if vector.rows is not None:  # a few rows, so under FSDP every process holds their moments unsharded
                 shape = vector.rows.stop - vector.rows.start, *like.shape[1:]
                 like = torch.empty(shape, dtype=like.dtype, device=like.device)
             self._make_moments(vector.parameter, like, like.device)
-        for table in self._tables:
+        for table in filter(self.engine.owns, self._tables):
             self._make_moments(table, self._weight(table), torch.device("cpu"))
 
     def _make_moments(self, parameter: nn.Parameter, like: torch.Tensor, counter: torch.device) -> None:
@@ -166,8 +191,18 @@ class RoleOptimizer(torch.optim.Optimizer):
         }
 
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return the tensor to update: the master copy, or the parameter itself if it has none."""
-        return self.state[parameter].get("master", parameter.detach())
+        """Return the tensor to update: the master copy, or own rows of the parameter itself if it has none."""
+        return self.state[parameter].get("master", self._own(parameter))
+
+    def _own(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the rows of a parameter that this process updates."""
+        return self.engine.own(parameter.detach(), parameter)
+
+    def _own_gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        return self.engine.own(gradient_of(parameter), parameter)
+
+    def _owned_vectors(self) -> list[AdamwPart]:
+        return [vector for vector in self._vectors if self.engine.owns(vector.parameter)]
 
     def _split_rows(self) -> dict[nn.Parameter, slice]:
         """Return the rows of each matrix that AdamW updates."""
@@ -178,14 +213,14 @@ class RoleOptimizer(torch.optim.Optimizer):
         batches: dict[tuple[Any, ...], list[tuple[nn.Parameter, slice | None]]] = defaultdict(list)
         for unit in units:
             entries = [(p, unit.rows) for p in unit.parameters]
-            shape = rows_of(entries[0][0], unit.rows).shape
+            shape = rows_of(self._own(entries[0][0]), unit.rows).shape
             batches[(shape, entries[0][0].dtype, len(entries))] += entries
         for (_, dtype, stack), entries in batches.items():
             masters = None if dtype in WIDE else [rows_of(self.state[p]["master"], rows) for p, rows in entries]
             masks = [active[p] for p, _ in entries if p in active]
             teon_update(
-                [rows_of(p.detach(), rows) for p, rows in entries],
-                [rows_of(gradient_of(p), rows) for p, rows in entries],
+                [rows_of(self._own(p), rows) for p, rows in entries],
+                [rows_of(self._own_gradient(p), rows) for p, rows in entries],
                 [rows_of(self.state[p]["momentum"], rows) for p, rows in entries],
                 masters,
                 stack=stack,
@@ -203,7 +238,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             active: the experts to update.
         """
         for kind, decay in ((VECTOR, True), (VECTOR, False), (MATRIX, True)):
-            vectors = [v for v in self._vectors if (v.kind, v.decay) == (kind, decay)]
+            vectors = [v for v in self._owned_vectors() if (v.kind, v.decay) == (kind, decay)]
             weights, gradients = [], []
             for vector in vectors:
                 # For a sharded matrix update zeros: that gives the change, which each process adds to its rows below.
@@ -211,7 +246,7 @@ class RoleOptimizer(torch.optim.Optimizer):
                     gradients.append(split_gradients[vector.parameter])
                     weights.append(torch.zeros_like(gradients[-1]))
                 else:
-                    gradients.append(rows_of(local_part(gradient_of(vector.parameter)), vector.rows))
+                    gradients.append(rows_of(local_part(self._own_gradient(vector.parameter)), vector.rows))
                     weights.append(rows_of(local_part(self._weight(vector.parameter)), vector.rows))
             with contextlib.ExitStack() as stack:
                 for vector, weight in zip(vectors, weights, strict=True):
@@ -222,7 +257,7 @@ class RoleOptimizer(torch.optim.Optimizer):
                 if vector.parameter in split_gradients and vector.rows is not None:
                     here = local_rows(vector.parameter, vector.rows)
                     local_part(self._weight(vector.parameter))[here.of_local] += weight[here.of_rows]
-        self._cast((v.parameter, None if is_sharded(v.parameter) else v.rows) for v in self._vectors)
+        self._cast((v.parameter, None if is_sharded(v.parameter) else v.rows) for v in self._owned_vectors())
 
     def _adamw(
         self,
@@ -257,14 +292,14 @@ class RoleOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         adam_rows(
             self._weight(parameter),
-            gradient_of(parameter),
+            self._own_gradient(parameter),
             state["exp_avg"],
             state["exp_avg_sq"],
             step=int(state["step"]),
             lr=self._lr(TABLE),
             betas=(self._train.beta1, self._train.beta2),
             eps=EPS,
-            parameter=parameter.detach(),
+            parameter=self._own(parameter),
         )
 
 

@@ -15,6 +15,8 @@ import torch
 from yaongi.kernels import info
 from yaongi.model import Yaongi
 from yaongi.train.config import Config
+from yaongi.train.distributed.ownership import Ownership
+from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.plan.activations import activation_bytes
 from yaongi.train.recompute import recomputed_layers
@@ -50,8 +52,19 @@ class MemoryForecast:
 
     def __init__(self, model: Yaongi, config: Config, world: World) -> None:
         self._model, self._config, self._device = model, config, world.device
-        self._state = _state_bytes(model, config, world)
         self._usable = _USABLE * memory_of(world.device)
+        self._state: dict[str, int] = {}
+        self.parallel = self._choose(model, config, world)
+
+    def _choose(self, model: Yaongi, config: Config, world: World) -> str:
+        """Return the way of several processes: for auto replicated weights if one row fits with them, else FSDP."""
+        asked = config.run.parallel
+        if asked != "fsdp":
+            self._state = _state_bytes(model, config, world, divide_parameters(model, config.train, world.size))
+            if asked == "replicate" or world.size == 1 or self._device.type == "cpu" or self.fits(1):
+                return "replicate"
+        self._state = _state_bytes(model, config, world, None)
+        return "fsdp" if world.size > 1 else "replicate"
 
     def __call__(self, rows: int, recompute: str | None = None) -> Memory:
         """Return the memory with micro-batches of `rows` rows and a recompute policy (None: the configured one)."""
@@ -93,23 +106,32 @@ def resident_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _state_bytes(model: Yaongi, config: Config, world: World) -> dict[str, int]:
-    """Return the bytes of everything that is kept from step to step, by part."""
-    train, roles = config.train, parameter_roles(model)
+def _state_bytes(model: Yaongi, config: Config, world: World, ownership: Ownership | None) -> dict[str, int]:
+    """Return the bytes of everything that the fullest process keeps from step to step, by part.
+
+    Args:
+        ownership: of replicated weights; None: everything is sharded evenly.
+    """
+    train, roles, size = config.train, parameter_roles(model), world.size
     momentum = train.matrix_momentum_dtype(world.device) if train.matrix_optimizer == "teon" else None
-    sizes = {"weights": 0, "masters": 0, "gradients": 0, "momentum": 0, "moments": 0}
     fp8 = {id(weight) for weight in model.fp8_weights()}
+    sizes = dict.fromkeys(("weights", "masters", "gradients", "momentum", "moments"), 0.0)
     for name, parameter in model.named_parameters():
-        role, count = roles[name], parameter.numel() // world.size
-        sizes["weights"] += count * (parameter.element_size() + (2 if id(parameter) in fp8 else 0))  # two casts
-        sizes["masters"] += 4 * count if parameter.element_size() < 4 else 0
-        if role.kind != "table" or world.size == 1:  # with several processes the tables' gradients are sparse
-            sizes["gradients"] += 4 * count
-        if role.kind in ("table", "adamw") or momentum is None:
-            sizes["moments"] += 8 * count
+        kind, count = roles[name].kind, parameter.numel()
+        here = count / size if ownership is None else count
+        # An owner of whole matrices has a few percent more than its share.
+        own = here if ownership is None or name not in ownership else count / ownership.size
+        sharded = ownership is None and size > 1
+        width = max(4, parameter.element_size()) if sharded else parameter.element_size()  # FSDP's are the masters
+        sizes["weights"] += here * (width + (2 if id(parameter) in fp8 else 0))  # two casts
+        sizes["masters"] += 4 * own if parameter.element_size() < 4 and not sharded else 0
+        if kind != "table" or not sharded:  # FSDP's tables have sparse gradients
+            sizes["gradients"] += 4 * here
+        if kind in ("table", "adamw") or momentum is None:
+            sizes["moments"] += 8 * own
         else:
-            sizes["momentum"] += momentum.itemsize * count
-    return sizes
+            sizes["momentum"] += momentum.itemsize * own
+    return {part: round(total) for part, total in sizes.items()}
 
 
 def _has_kernel(op: str) -> bool:

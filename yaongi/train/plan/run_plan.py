@@ -30,6 +30,7 @@ class Plan:
     micro_rows: int
     row_tokens: int
     processes: int
+    parallel: str  # replicate or fsdp
     flops_per_token: float
     memory: Memory
     available: int  # bytes of memory of the device
@@ -41,8 +42,8 @@ class Plan:
 
     @property
     def share(self) -> int:
-        """Rows per step and process."""
-        return self.batch_rows // self.processes
+        """Rows that micro-batches must divide."""
+        return self.batch_rows // self.processes if self.parallel == "fsdp" else self.batch_rows
 
     @property
     def fits(self) -> bool:
@@ -67,14 +68,15 @@ class Plan:
 
     def lines(self) -> str:
         """Return the figures as lines to print."""
-        accumulation = self.batch_rows // self.micro_rows // self.processes
+        accumulation = -(-self.batch_rows // self.micro_rows // self.processes)
         parts = [(n, getattr(self.memory, n)) for n in self.memory.__dataclass_fields__]
         by_part = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
         flops = self.flops_per_token * self.tokens
+        how = f", --parallel {self.parallel}" if self.processes > 1 else ""
         verdict = "fits" if self.fits else f"does not fit: {self.advice}"
         rows = [
             ("model", f"{self.preset}, {self.parameters:,} parameters, {self.active:,} active"),
-            ("device", f"{self.device}, {self.processes} process{'es' if self.processes > 1 else ''}"),
+            ("device", f"{self.device}, {self.processes} process{'es' if self.processes > 1 else ''}{how}"),
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps of {self.batch_rows} x {self.row_tokens}"),
             ("micro-batch", f"{self.micro_rows} x {self.row_tokens}, {accumulation} a step and process"),
             ("kernels", self.kernels),
@@ -104,13 +106,13 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
     dtype = train.weight_dtype(device)
     model = build_model(config, tokenizer, "meta", dtype=dtype)
     forecast = MemoryForecast(model, config, world)
-    rows = micro_rows(config, world, forecast.rows_that_fit())
+    rows = micro_rows(config, world.size, forecast.parallel, min(world.gather(forecast.rows_that_fit())))
     memory, counts = forecast(rows), model.count_parameters()
     flops = flops_per_token(config.model, counts.active, train.row_tokens)
     speed = step_speed(device, dtype)
     tokens = train.steps * train.batch_tokens
     seconds = flops * tokens / (speed * world.size)
-    share = train.batch_rows // world.size
+    share = train.batch_rows // world.size if forecast.parallel == "fsdp" else train.batch_rows
     return Plan(
         preset=config.preset,
         device=torch.cuda.get_device_name(device)
@@ -124,6 +126,7 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
         micro_rows=rows,
         row_tokens=train.row_tokens,
         processes=world.size,
+        parallel=forecast.parallel,
         flops_per_token=flops,
         memory=memory,
         available=memory_of(device),
@@ -135,17 +138,34 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
     )
 
 
-def micro_rows(config: Config, world: World, fits: int) -> int:
-    """Return the rows per micro-batch: as configured, or the largest divisor of a process's rows up to `fits`.
+def micro_rows(config: Config, processes: int, parallel: str, fits: int) -> int:
+    """Return the rows per micro-batch: as configured, or as many as fit.
+
+    With several processes that is the largest number up to `fits` with which no process waits long for another: the
+    rows of the one with the most micro-batches are within 2 % of the least possible.
 
     Raises:
-        ValueError: the processes don't divide the global batch, or `micro_rows` doesn't divide a process's rows.
+        ValueError: the rows don't divide the global batch, or there are fewer micro-batches than processes.
     """
-    rows, size = config.train.batch_rows, world.size
-    if rows % size:
-        raise ValueError(f"train: the rows of a batch must be a multiple of {size} processes, got {rows}")
-    share = rows // size
-    wanted = config.run.micro_rows
-    if wanted and share % wanted:
-        raise ValueError(f"train: micro_rows must divide the {share} rows of a process, got {wanted}")
-    return wanted or max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, fits))
+    rows, wanted = config.train.batch_rows, config.run.micro_rows
+    if parallel == "fsdp":
+        if rows % processes:
+            raise ValueError(f"train: the rows of a batch must be a multiple of {processes} processes, got {rows}")
+        rows //= processes
+    if wanted and rows % wanted:
+        whose = "a process" if parallel == "fsdp" else "a batch"
+        raise ValueError(f"train: micro_rows must divide the {rows} rows of {whose}, got {wanted}")
+    least = 1 if parallel == "fsdp" else processes  # micro-batches
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n >= least]
+    if not sizes or (wanted and wanted not in sizes):
+        got = rows // (wanted or 1)
+        advice = f"--micro-rows {sizes[-1]}" if sizes else f"--batch-tokens {processes * config.train.row_tokens}"
+        raise ValueError(
+            f"train: batch must be at least {processes} micro-batches for {processes} processes, got {got}: "
+            f"try {advice}"
+        )
+    if wanted:
+        return wanted
+    fitting = [n for n in sizes if n <= max(1, fits)] or sizes[:1]
+    busiest = {n: -(-rows // n // least) * n for n in fitting}  # rows of the process with the most micro-batches
+    return max(n for n in fitting if busiest[n] <= 1.02 * min(busiest.values()))

@@ -3,12 +3,10 @@
 import contextlib
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from yaongi.data.loader import Batch
@@ -16,7 +14,7 @@ from yaongi.model import Yaongi
 from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.layers.cuda_graph import GraphedFunction
 from yaongi.train.config import Training
-from yaongi.train.distributed.sharding import average_unsharded_gradients, is_sharded, local_part
+from yaongi.train.distributed.sharding import local_part
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.step.guard import first_nonfinite
 from yaongi.world import World
@@ -57,9 +55,10 @@ class Stepper:
 
         Args:
             token_bytes: (V,), UTF-8 bytes of each id.
-            cuda_graph: on one GPU, record a micro-batch as a CUDA graph and replay it.
+            cuda_graph: on a GPU, record a micro-batch as a CUDA graph and replay it.
         """
         self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
+        self._engine = optimizer.engine
         self._scales = model.fp8_scales
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -67,9 +66,9 @@ class Stepper:
         self._wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of the model's sums
         layers, experts = model.config.pattern.count("E"), model.config.experts
         self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=world.device)
-        self._in_place = not any(is_sharded(p) for _, p in self._named)
-        self._vectors = [p for _, p in self._named if p.ndim == 1 and self._in_place]
-        recorded = cuda_graph and self._in_place and world.device.type == "cuda"
+        in_place = self._engine.in_place
+        self._vectors = [p for _, p in self._named if p.ndim == 1 and in_place]
+        recorded = cuda_graph and in_place and world.device.type == "cuda"
         self._accumulate: Callable[..., None] = (
             GraphedFunction(self._add_micro_batch, "the micro-batch", "add --no-cuda-graph")
             if recorded
@@ -90,13 +89,13 @@ class Stepper:
         ]
         targets, text_bytes = self._count(moved)
         self._backward(moved, targets)
-        loads = self._world.all_reduce(self._loads.clone())
-        average_unsharded_gradients((p for _, p in self._named if not is_sharded(p)), self._world)
-        gnorm = total_norm(self._gradients(), self._world)
-        sums = self._world.all_reduce(self._sums.clone())
+        self._engine.reduce_gradients()
+        parts = self._sums, self._engine.sum_of_squares().unsqueeze(0), self._loads.flatten().double()
+        sums = self._world.all_reduce(torch.cat(parts))
+        loads = sums[4:].long().view_as(self._loads)
         measured = [] if self._scales is None else self._scales.measures().double().unbind()
         loss, z, balance, norm, count, size, *fp8 = torch.stack(
-            [*sums.unbind(), gnorm, targets.double(), text_bytes.double(), *measured]
+            [*sums[:3].unbind(), sums[3].sqrt(), targets.double(), text_bytes.double(), *measured]
         ).tolist()
         bad = None
         if all(map(math.isfinite, (loss, norm, *fp8))):
@@ -121,14 +120,7 @@ class Stepper:
         """Replace the last step's gradients and sums by those of these micro-batches."""
         for sums in (self._sums, self._loads):
             sums.zero_()
-        if self._in_place:
-            for _, parameter in self._named:
-                if parameter.grad is None:
-                    wide = torch.promote_types(parameter.dtype, torch.float32)
-                    parameter.grad = torch.zeros_like(parameter, dtype=wide)
-            torch._foreach_zero_(self._gradients())
-        else:
-            self._optimizer.zero_grad(set_to_none=True)
+        self._engine.zero_gradients()
         self._model.refresh_fp8()
         with self._scales.first_micro_batch() if self._scales is not None else contextlib.nullcontext():
             self._accumulate(*moved[0], targets)
@@ -142,13 +134,13 @@ class Stepper:
             targets: scalar, predicted tokens of the global batch.
         """
         train = self._train
-        with fused_accumulation(self._in_place):
-            # Gradients are averaged over the processes: × size gives the sum.
-            unit = torch.full((), self._world.size, dtype=self._wide, device=targets.device) / targets
+        with fused_accumulation(self._engine.in_place):
+            scale = self._engine.loss_scale
+            unit = torch.full((), scale, dtype=self._wide, device=targets.device) / targets
             z_unit = train.z_loss * unit
             losses = self._model.losses(ids, documents, upstream=(unit, z_unit))
             share = len(ids) / train.batch_rows
-            loss = losses.cross_entropy_sum * unit + self._world.size * train.balance_loss * share * losses.balance
+            loss = losses.cross_entropy_sum * unit + scale * train.balance_loss * share * losses.balance
             if train.z_loss:
                 loss = loss + losses.z_sum * z_unit
             with self._foreach_vector_gradients():
@@ -173,13 +165,10 @@ class Stepper:
     def _update(self, loads: torch.Tensor, norm: float, lr: dict[str, float], bias_rate: float) -> None:
         clip = self._train.clip
         if clip and norm > clip:
-            _scale(self._gradients(), clip / norm)
+            self._engine.scale_gradients(clip / norm)
         self._optimizer.set_lr(lr)
         self._optimizer.step(loads=loads)
         self._model.update_router_bias(loads, rate=bias_rate)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for _, p in self._named if p.grad is not None]
 
     def _name_nonfinite(self, loss: torch.Tensor) -> str:
         """Name a non-finite weight of any process, the root cause; else the non-finite tensor nearest to the loss.
@@ -196,33 +185,4 @@ class Stepper:
         if site is not None:
             return f"{site}, before its cast to fp8,"
         here = here or first_nonfinite(itertools.chain([("the loss", loss)], gradients))
-        names = [here]
-        if self._world.size > 1:
-            names = [None] * self._world.size
-            dist.all_gather_object(names, here)
-        return next((name for name in names if name is not None), "the gradient's norm")
-
-
-@torch.no_grad()
-def total_norm(gradients: Iterable[torch.Tensor], world: World) -> torch.Tensor:
-    """Return the 2-norm of all gradients together, in float64; shards are summed over all processes."""
-    alike: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = defaultdict(list)  # one launch takes many of a dtype
-    for gradient in gradients:
-        values = gradient.coalesce().values() if gradient.is_sparse else local_part(gradient)
-        alike[is_sharded(gradient), values.dtype].append(values)
-    squares = {sharded: torch.zeros((), dtype=torch.float64, device=world.device) for sharded in (True, False)}
-    for (sharded, dtype), tensors in alike.items():
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.promote_types(dtype, torch.float32))
-        squares[sharded] += torch.stack(norms).double().square().sum()
-    return (world.all_reduce(squares[True]) + squares[False]).sqrt()
-
-
-@torch.no_grad()
-def _scale(gradients: Iterable[torch.Tensor], factor: float) -> None:
-    dense = []
-    for gradient in gradients:
-        if gradient.is_sparse:
-            gradient.mul_(factor)
-        else:
-            dense.append(local_part(gradient))
-    torch._foreach_mul_(dense, factor)
+        return next((name for name in self._world.gather(here) if name is not None), "the gradient's norm")

@@ -1,4 +1,4 @@
-"""Two processes against one: the same losses and weights, and a run of two can be resumed with one."""
+"""Two processes with weights sharded by FSDP2 against one: the same losses and weights; one goes on from two."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_run import FOR_KERNELS, arguments, environment, final_tensors, losses, run
 
-MORE = ("--sample-tokens", "0", "--micro-rows", "2")
+MORE = ("--sample-tokens", "0", "--micro-rows", "2", "--parallel", "fsdp")
 
 
 def run_two(tokens: Path, out: Path, *more: str) -> None:

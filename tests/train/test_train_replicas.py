@@ -1,0 +1,114 @@
+"""Replicated weights with an owned optimizer: two, three and four processes compute what one does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from processes import SPLIT_NUMBERS, in_processes, train
+from small_run import FOR_KERNELS, arguments, final_tensors, losses
+
+from yaongi.train.command_line import parse
+from yaongi.train.optimizer import partition
+from yaongi.train.session import Session
+from yaongi.world import init_world
+
+# Clipping is active; pairs of in_proj and out_proj go to one owner; three processes share four experts and eight
+# micro-batches.
+MORE = ("--sample-tokens", "0", "--micro-rows", "1", "--clip", "0.5", "--stacked", "qkv,mamba", "--stop-after", "5")
+FEW = (*MORE, "--evaluate-every", "100")
+
+
+def run(count: int, tokens: Path, out: Path, *more: str, few: tuple[str, ...] = FEW) -> None:
+    """Train with `count` processes."""
+    done = in_processes(count, out.parent / f"{out.name}-log", train, arguments(tokens, out, *few, *more))
+    assert not any(done.codes), "\n".join(done.err)[-4000:]
+    assert "Warning" not in "".join(done.err)
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a run's last checkpoint, without the random generators' states."""
+    return {name: tensor for name, tensor in final_tensors(out).items() if not name.startswith("rng")}
+
+
+def assert_close(mine: Path, theirs: Path, loss: float, tensor: float) -> None:
+    """Compare the losses and norms of all steps, and all tensors of the last checkpoints."""
+    for (step, *values), (_, *wanted) in zip(losses(mine), losses(theirs), strict=True):
+        assert values == pytest.approx(wanted, rel=loss), step
+    got, expected = final(mine), final(theirs)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=tensor, atol=tensor, msg=name)
+
+
+def assert_same(mine: Path, theirs: Path) -> None:
+    """Compare them bit for bit."""
+    assert losses(mine) == losses(theirs)
+    got, expected = final(mine), final(theirs)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Return the folders of runs in float64, by number of processes."""
+    folders = {count: tmp_path_factory.mktemp(f"of{count}") / "run" for count in (1, 2, 3, 4)}
+    for count, out in folders.items():
+        run(count, tokens, out, "--dtype", "float64")
+    return folders
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_several_processes_are_one(runs: dict[int, Path], count: int) -> None:
+    assert_close(runs[count], runs[1], loss=1e-12, tensor=1e-10)
+
+
+def save_again(arguments: Sequence[str]) -> None:
+    """Resume a run, and save its step once more."""
+    partition.SPLIT_NUMBERS = SPLIT_NUMBERS
+    world = init_world("cpu")
+    session = Session(parse(arguments), world)
+    session.start()
+    with session:
+        session.save(wait=True)
+    world.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_checkpoint_moves_between_numbers_of_processes(dtype: str, tokens: Path, tmp_path: Path) -> None:
+    """Begin with two; one, three and four load and save every tensor to the bit. Then train on with three."""
+    out, more = tmp_path / "run", ("--dtype", dtype)
+    run(2, tokens, out, *more, "--stop-after", "2")
+    wanted = final(out)
+    for count in (1, 3, 4, 2):
+        asked = arguments(tokens, out, *FEW, *more)
+        done = in_processes(count, tmp_path / "log", save_again, asked)
+        assert not any(done.codes), "\n".join(done.err)[-4000:]
+        assert f"resumed from step 2 of {out}" in done.out[0]
+        got = final(out)
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    run(3, tokens, out, *more, "--stop-after", "3")
+    assert [step for step, *_ in losses(out)] == [1, 2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_gpus(count: int, tokens: Path, tmp_path: Path) -> None:
+    """Run the kernels with NCCL: the same bits twice, the losses of one GPU, checkpoints that move from and to one."""
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+    more = ("--device", "cuda", "--sample-tokens", "3", *FOR_KERNELS)
+    run(1, tokens, tmp_path / "one", *more, few=())
+    for name in ("first", "second"):
+        run(count, tokens, tmp_path / name, *more, "--checkpoint-every", "2", few=())
+    assert_same(tmp_path / "second", tmp_path / "first")
+    for before, after in ((1, count), (count, 1)):
+        out = tmp_path / f"from{before}"
+        run(before, tokens, out, *more, "--stop-after", "3", few=())
+        run(after, tokens, out, *more, few=())
+    for name in ("first", f"from{count}", "from1"):
+        got, wanted = losses(tmp_path / name), losses(tmp_path / "one")
+        assert [step for step, *_ in got] == [step for step, *_ in wanted]
+        for (step, loss, _), (_, expected, _) in zip(got, wanted, strict=True):
+            assert loss == pytest.approx(expected, abs=0.05), (name, step)
