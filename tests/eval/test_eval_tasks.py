@@ -254,3 +254,27 @@ def test_a_local_copy(plain_folder: Path, task_folder: Path, tmp_path: Path) -> 
     assert found["tasks"]["own_letters"]["n"] == 3
     with pytest.raises(ValueError, match="--data-root must hold SOMEBODY/QUIZ"):
         evaluate(plain_folder, [Ask("own_letters", 2)], replace(settings, data_root=tmp_path), ALONE, print)
+
+
+@needs_lm_eval
+def test_questions_for_training_are_those_of_lm_eval(plain_folder: Path, task_folder: Path, tmp_path: Path) -> None:
+    """The same prompts, choices and scores, in the form that a training run scores."""
+    from yaongi.eval.choices import encode_items, measure, score_items
+    from yaongi.eval.harness.task_data import load_tasks, task_manager
+    from yaongi.eval.harness.task_items import task_items
+    from yaongi.eval.lm_eval_adapter import YaongiLM
+
+    asked = Ask("own_group", 2)
+    found = evaluate(plain_folder, [asked], Settings(tmp_path / "out", include=task_folder), ALONE, print)
+    assert found is not None
+    items = task_items(load_tasks(task_manager(["own_group"], include=task_folder), "own_group"), asked.shots)
+    lm = YaongiLM.load(plain_folder)
+    outcomes = score_items(lm.scorer, items, encode_items(items, lm.tok_encode))
+    for task in ("own_letters", "own_choices"):
+        mine = measure([outcome for item, outcome in zip(items, outcomes, strict=True) if item.task == task])
+        assert mine["n"] == 12
+        for key in ("margin", "bits_per_byte"):
+            assert mine[key] == pytest.approx(found["tasks"][task][key], rel=1e-5)
+        assert mine["metrics"]["acc"] == found["tasks"][task]["metrics"]["acc"]
+    with pytest.raises(ValueError, match="own_answers must be of multiple choice to be scored in training"):
+        task_items(load_tasks(task_manager(["own_answers"], include=task_folder), "own_answers"), 0)

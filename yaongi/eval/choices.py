@@ -41,10 +41,14 @@ class Outcome:
 
 
 def encode_items(items: Sequence[Item], encode: Callable[[str], list[int]]) -> list[Request]:
-    """Return the requests of all choices: the tokens of context and choice together, cut where the context's end."""
+    """Return the requests of all choices, cut as lm-eval cuts them.
+
+    Context and choice are encoded together, and the choice is what follows as many tokens as the context has alone,
+    without the blanks at its end.
+    """
     requests = []
     for item in items:
-        start = len(encode(item.context))
+        start = len(encode(item.context.rstrip()))
         for choice in item.choices:
             whole = encode(item.context + choice)
             requests.append(Request(whole[:start], whole[start:]))

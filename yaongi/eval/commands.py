@@ -23,7 +23,7 @@ def names(words: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
 class Tasks:
     """Score a model on tasks. The same command goes on after an interruption. Works under torchrun too."""
 
-    folder: tyro.conf.Positional[Path]  # model folder
+    folder: tyro.conf.Positional[Path]  # model folder, run (its newest checkpoint) or checkpoint
     out: Path = Path("eval")  # folder to write: results.json, samples/, report.html
     suite: Suite = "basics"
     tasks: TaskNames = ()

@@ -25,6 +25,7 @@ from yaongi.eval.report.results import add_results, check_same_model, describe_m
 from yaongi.eval.scoring import Scorer
 from yaongi.model import Yaongi
 from yaongi.model.hub.folder import read_config
+from yaongi.model.hub.run_weights import find_weights, said_weights, tokenizer_folder
 from yaongi.world import World
 
 Say = Callable[[str], None]
@@ -72,18 +73,21 @@ def need_lm_eval() -> None:
 
 
 def load(folder: Path, settings: Settings, world: World, say: Say) -> Loaded:
-    """Load a model folder, and what was done with it before an interruption.
+    """Load a model folder, a run's newest checkpoint or any one, and what was done with it before an interruption.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the folder is not that of such a model, or `out` holds results of another one.
     """
+    given, folder = folder, find_weights(folder)
     read_config(folder)
-    tokenizer = Tokenizer.of_model(folder)
+    tokenizer = Tokenizer.of_model(tokenizer_folder(folder))
     dtype = DTYPES.get(settings.dtype, torch.float32 if world.device.type == "cpu" else torch.bfloat16)
     model = Yaongi.from_pretrained(folder, dtype=dtype, device=world.device).eval()
     description = describe_model(folder, model, tokenizer, settings.trained_tokens)
     check_same_model(settings.out, description)
+    if given != folder:
+        say(said_weights(given, folder).rstrip())
     name = f"{description['weights'][:16]}-{str(dtype).removeprefix('torch.')}-{world.device.type}"
     done = Done(settings.out / PROGRESS, name, world)
     if len(done):

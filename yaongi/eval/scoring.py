@@ -71,11 +71,12 @@ class Scorer:
     done: Done = field(default_factory=Done)  # what was scored before the program was interrupted
     say: Callable[[str], None] = print
     tally: Tally = field(default_factory=Tally)
+    longest: int = 0  # the longest sequence to read; 0: the model's max_sequence_length
 
     @property
     def max_length(self) -> int:
         """The longest sequence that the model reads."""
-        return self.model.config.max_sequence_length
+        return self.longest or self.model.config.max_sequence_length
 
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> list[Score]:

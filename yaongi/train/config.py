@@ -117,6 +117,8 @@ class Running:
     log_every: int = 10  # steps between printed lines; metrics.jsonl records every step
     evaluate_every: int = 500  # steps between evaluations; also before the first and after the last step
     evaluate_rows: int = 32  # held-out rows per domain and evaluation
+    evaluate_tasks: Literal["none", "basics", "quick"] = "none"  # score multiple-choice tasks too: ours, or lm-eval's
+    evaluate_tasks_every: int = 1  # evaluations from one with tasks to the next
     sample_tokens: int = 64  # tokens in each of the three samples of an evaluation; 0: no samples
     checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # how many of the newest checkpoints to keep
@@ -130,7 +132,7 @@ class Running:
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError for a number out of range."""
         FieldChecks("config").types(self)
-        least = {"log_every": 1, "evaluate_every": 1, "evaluate_rows": 1, "keep_last": 1}
+        least = {"log_every": 1, "evaluate_every": 1, "evaluate_rows": 1, "evaluate_tasks_every": 1, "keep_last": 1}
         for name in (
             "micro_rows",
             "stop_after",

@@ -32,6 +32,7 @@ from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_wri
 from yaongi.train.schedule import Schedule
 from yaongi.train.step.guard import Guard
 from yaongi.train.step.stepper import Stepper
+from yaongi.train.task_scores import TaskScores, said
 from yaongi.world import World
 
 PATIENCE = 3.0  # seconds that training may wait for the previous checkpoint before a message is printed
@@ -144,6 +145,9 @@ class Session:
             self.model, self.optimizer, config.train, world, token_bytes, cuda_graph=config.run.cuda_graph
         )
         self.evaluator = Evaluator(self.loader, config.run.evaluate_rows, world, self.display.warn)
+        suite, self.tasks = config.run.evaluate_tasks, None
+        if suite != "none":
+            self.tasks = TaskScores(suite, self.tokenizer, world, config.train.row_tokens)
 
     def _restore(self, path: Path, meta: dict[str, Any]) -> None:
         saved, here = meta.get("fp8_sites", []), fp8_sites(self.model)
@@ -272,11 +276,25 @@ class Session:
                 self.metrics.write("evaluation_without_fp8", self.step, bpb=without, tokens=self._tokens())
                 self._say_bits(" without fp8", without)
             self._log({f"bpb/{domain}": value for domain, value in bits.items()})
+            self._score_tasks()
             if self.config.run.sample_tokens:
                 drawn = draw_samples(self.model, self.tokenizer, self.config.run.sample_tokens, self.world.device)
                 self.metrics.write("samples", self.step, texts=drawn)
                 for name, sample in drawn.items():
                     self.display.say(f"  {name}: {' '.join(sample.split())}")
+
+    def _score_tasks(self) -> None:
+        """Score the tasks, if there are any and it is their turn; record and print."""
+        run = self.config.run
+        turn = self.due(run.evaluate_every * run.evaluate_tasks_every)
+        if self.tasks is None or not (turn or self.step == 0):
+            return
+        scores = self.tasks.measure(self.model, self.plan.micro_rows, self.display.say)
+        self.metrics.write("tasks", self.step, scores=scores, tokens=self._tokens())
+        self.display.say(f"step {self.step}: {said(self.tasks.top(scores))}")
+        for name, found in scores.items():
+            values = {"": found["metrics"]["acc"]["value"], "_margin": found["margin"]}
+            self._log({f"tasks/{name}{kind}": value for kind, value in values.items()})
 
     def _say_bits(self, how: str, bits: dict[str, float]) -> None:
         text = " ".join(f"{domain} {value:.3f}" for domain, value in bits.items())

@@ -144,17 +144,23 @@ def _aggregate(entries: list[dict[str, Any]], names: list[str], group: str | Non
     return out
 
 
+def right_choice(target: Any, choices: Sequence[str]) -> int | None:
+    """Return which choice a task's target is, given by its number or its text; None if it is none of them."""
+    if isinstance(target, str):
+        stripped = [choice.strip() for choice in choices]
+        return stripped.index(target.strip()) if target.strip() in stripped else None
+    is_number = isinstance(target, int) and not isinstance(target, bool)
+    return target if is_number and 0 <= target < len(choices) else None
+
+
 def _outcome(sample: dict[str, Any]) -> Outcome | None:
     """Return a multiple-choice sample's outcome; None where its right answer is not one of its choices."""
     choices = [arguments[1] for arguments in sample["arguments"]]
-    target = sample["target"]
-    if isinstance(target, str):
-        stripped = [choice.strip() for choice in choices]
-        target = stripped.index(target.strip()) if target.strip() in stripped else None
-    if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < len(choices):
-        return None
+    answer = right_choice(sample["target"], choices)
     values = tuple(float(response[0]) for response in sample["filtered_resps"])
-    return Outcome(values, tuple(len(choice.encode()) for choice in choices), target) if len(values) > 1 else None
+    if answer is None or len(values) < 2:
+        return None
+    return Outcome(values, tuple(len(choice.encode()) for choice in choices), answer)
 
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:

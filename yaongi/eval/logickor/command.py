@@ -17,7 +17,7 @@ REPLIES = "replies.jsonl"
 class Generate:
     """Answer LogicKor's questions in its three modes, both turns. Works under torchrun too."""
 
-    folder: tyro.conf.Positional[Path]  # model folder
+    folder: tyro.conf.Positional[Path]  # model folder, run (its newest checkpoint) or checkpoint
     protocol: Path  # clone of LogicKor: questions, examples and prompts are read from it
     out: Path = Path("eval")  # folder to write: logickor/MODE.jsonl
     max_new_tokens: int = 1024  # most tokens of an answer

@@ -9,6 +9,7 @@ tasks     by name: n, shots, limit, chat, run (index into runs), metrics (value,
           data and revision; of a group also its tasks, and each metric over questions and (macro) over tasks
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import read_json, sha256_file, write_atomically
 from yaongi.model import Yaongi
+from yaongi.model.hub.run_weights import META, is_checkpoint, run_config
 
 VERSION = 1
 RESULTS = "results.json"
@@ -25,17 +27,26 @@ SAMPLES = "samples"
 
 
 def describe_model(folder: Path, model: Yaongi, tokenizer: Tokenizer, trained_tokens: int | None) -> dict[str, Any]:
-    """Return what identifies a model, and how many tokens it has seen: by its run's log, if the caller doesn't say."""
-    weights = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    """Return what identifies a model folder or a checkpoint.
+
+    Args:
+        trained_tokens: tokens that it has seen; None for those that its run's files tell.
+    """
     resolved = folder.resolve()
-    name = resolved.parent.name if resolved.name == "model" else resolved.name
+    logged: int | None
+    if is_checkpoint(folder):
+        name, pattern, logged = resolved.parents[1].name, "*.distcp", _checkpoint_tokens(folder)
+    else:
+        name, pattern = resolved.parent.name if resolved.name == "model" else resolved.name, "*.safetensors"
+        logged = _logged_tokens(resolved.parent / "metrics.jsonl")
+    hashes = [sha256_file(path) for path in sorted(folder.glob(pattern))]
     return {
         "name": name,
         "folder": os.fspath(folder),
-        "weights": weights[0] if len(weights) == 1 else ",".join(weights),
+        "weights": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "tokenizer": tokenizer.hash,
         "parameters": model.count_parameters().total,
-        "trained_tokens": _logged_tokens(folder) if trained_tokens is None else trained_tokens,
+        "trained_tokens": logged if trained_tokens is None else trained_tokens,
     }
 
 
@@ -89,9 +100,12 @@ def write_samples(folder: Path, samples: Mapping[str, Iterable[Mapping[str, Any]
         write_atomically(folder / SAMPLES / f"{task.replace('/', '_')}.jsonl", text.encode())
 
 
-def _logged_tokens(folder: Path) -> int | None:
-    """Return the tokens of a run's last step, where the folder is a run's model."""
-    log = folder.resolve().parent / "metrics.jsonl"
+def _checkpoint_tokens(folder: Path) -> int:
+    return int(read_json(folder / META)["step"]) * int(run_config(folder)["train"]["batch_tokens"])
+
+
+def _logged_tokens(log: Path) -> int | None:
+    """Return the tokens of a run's last step, where there is a log of the run."""
     if not log.is_file():
         return None
     tokens = None

@@ -31,6 +31,9 @@ def curve_panels(records: Records, steps: Records) -> list[Callable[[Axes], None
         lambda ax: _line(ax, good, {"tokens_per_second": "tokens/s"}, "speed", low=0),
         lambda ax: _memory(ax, good),
     ]
+    tasks = [r for r in records if r["event"] == "tasks"]
+    if tasks:
+        panels += [lambda ax: _tasks(ax, tasks, "acc"), lambda ax: _tasks(ax, tasks, "margin")]
     loads = [r for r in good if "loads" in r]
     if loads:
         panels += [
@@ -64,6 +67,18 @@ def _bits(ax: Axes, evaluations: Records) -> None:
     ax.set(title="held-out bits per byte", xlabel="million tokens")
     if evaluations:
         ax.legend()
+
+
+def _tasks(ax: Axes, records: Records, what: str) -> None:
+    """Draw each task's curve: per cent right, or nats between the right answer and the mean of the others."""
+    tokens = _column(records, "tokens") / 1e6
+    for name in records[-1]["scores"]:
+        found = [r["scores"][name] for r in records]
+        values = [100 * f["metrics"]["acc"]["value"] if what == "acc" else f["margin"] for f in found]
+        ax.plot(tokens, values, ".-", linewidth=0.8, label=name)
+    title = "tasks: per cent right" if what == "acc" else "tasks: margin of the right answer, nats"
+    ax.set(title=title, xlabel="million tokens")
+    ax.legend(fontsize=5)
 
 
 def _line(ax: Axes, good: Records, names: dict[str, str], title: str, low: float | None = None) -> None:
