@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 # Their names from torch 2.13 on, where the former ones warn.
@@ -24,6 +25,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    store: dist.Store | None = None  # which the processes reach also while some of them wait in a collective
 
     @property
     def is_main(self) -> bool:
@@ -80,9 +82,13 @@ def init_world(device: str, command: str = "train") -> World:
         return World(0, 1, torch.device(kind))
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://"))
+    store.set_timeout(PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    own = dist.PrefixStore("collectives", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    return World(dist.get_rank(), size, here, init_device_mesh(kind, (size,)))
+    return World(rank, size, here, init_device_mesh(kind, (size,)), dist.PrefixStore("yaongi", store))
 
 
 def set_determinism(deterministic: bool) -> None:

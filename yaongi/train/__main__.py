@@ -3,7 +3,10 @@
 It resumes by itself when the output folder holds a run of the same configuration and data.
 """
 
+import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +15,7 @@ from yaongi import cli
 from yaongi.train.checkpoint.checkpoints import DamagedError
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
+from yaongi.train.distributed.errors import agree_on_error, others_failed
 from yaongi.train.plan.advice import explain_out_of_memory
 from yaongi.train.session import Session
 from yaongi.train.signals import StopRequest, resume_command
@@ -65,10 +69,45 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ValueError, TypeError, OSError, MemoryError: the user made a mistake or the machine is too small.
     """
-    config = parse(arguments)
+    config = _parsed(arguments)
+    set_determinism(config.run.deterministic)
     world = init_world(config.run.device)
     try:
-        set_determinism(config.run.deterministic)
+        status = _trained(config, world, arguments)
+    except Exception as error:
+        if world.size == 1:
+            raise
+        _say_once(world, error)
+        os._exit(1)  # others may wait in a collective, and so would the end of the process group
+    world.close()
+    return status
+
+
+def _say_once(world: World, error: Exception) -> None:
+    """Print a user's mistake on one of the processes that made it; of a fault of the program the traceback."""
+    if isinstance(error, cli.USER_ERRORS):
+        for line in agree_on_error(world, cli.one_line(error)):
+            print(f"error: {line}", file=sys.stderr)
+    elif not others_failed(world):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _parsed(arguments: Sequence[str]) -> Config:
+    """Parse the command line; of the processes of one machine only the first says what is wrong with it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return parse(arguments)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            return parse(arguments)
+        except cli.USER_ERRORS:
+            raise SystemExit(1) from None
+
+
+def _trained(config: Config, world: World, arguments: Sequence[str]) -> int:
+    """Train, and turn what a user can mend into a ValueError."""
+    try:
         return train(config, world, arguments)
     except DamagedError as error:
         advice = "there is no older one that is whole"
@@ -82,8 +121,6 @@ def run(arguments: Sequence[str]) -> int:
         if not found:
             raise
         raise ValueError(f"{operation} can't give the same bits every time here: add --no-deterministic") from error
-    finally:
-        world.close()
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_
 from yaongi.train.checkpoint.model_folder import save_model
 from yaongi.train.checkpoint.resume import compare_sites, find_run, fp8_sites
 from yaongi.train.config import Config, as_dict
+from yaongi.train.distributed.agreement import require_same_data, require_same_folder, require_same_weights
 from yaongi.train.distributed.replicas import Replicas
 from yaongi.train.distributed.sharding import Shards, shard
 from yaongi.train.evaluation import Evaluator, draw_samples
@@ -110,7 +111,9 @@ class Session:
             OSError: the folder can't be written to.
         """
         world, run, out = self.world, self.config.run, self.config.run.out
+        require_same_data(world, self.loader.shard_set.hash)
         out.mkdir(parents=True, exist_ok=True)
+        require_same_folder(world, out)
         self.claim()
         if world.is_main and run.fresh:
             remove_run(out)
@@ -122,6 +125,7 @@ class Session:
             self._restore(*found)
             if run.from_step:
                 self.checkpoints.point_to(found[0])
+        self._require_same_weights()
         if 0 < run.checkpoint_every < self.schedule.steps - self.step:
             self.checkpoints.reserve(self._tensors())
         self._open_logs(resumed=found is not None)
@@ -296,6 +300,10 @@ class Session:
             values = {"": found["metrics"]["acc"]["value"], "_margin": found["margin"]}
             self._log({f"tasks/{name}{kind}": value for kind, value in values.items()})
 
+    def _require_same_weights(self) -> None:
+        if self.plan.parallel == "replicate":
+            require_same_weights(self.world, self.model, self.step)
+
     def _say_bits(self, how: str, bits: dict[str, float]) -> None:
         text = " ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
         self.display.say(f"step {self.step}: held-out bits per byte{how} {text}")
@@ -311,9 +319,11 @@ class Session:
 
         Raises:
             OSError: it can't be written.
+            ValueError: the weights of the processes differ.
         """
         began = time.perf_counter()
         with self.meter.paused():
+            self._require_same_weights()
             meta = {
                 "step": self.step,
                 "config": self._record,

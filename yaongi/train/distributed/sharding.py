@@ -33,6 +33,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], methods: Iterable[str],
     """
     if world.mesh is None:
         return
+    torch.sparse.check_sparse_tensor_invariants.disable()  # said, so that torch doesn't warn in every step
     # The warning is about changing such a view in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     usual, whole = _kept_whole(model)

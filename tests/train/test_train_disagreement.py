@@ -1,0 +1,115 @@
+"""What goes wrong on some of several processes: one line says it, and nothing is lost."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Done, in_processes, train
+from small_run import arguments
+
+from yaongi.train.distributed import agreement
+from yaongi.train.session import Session
+
+FEW = ("--sample-tokens", "0", "--micro-rows", "2", "--evaluate-every", "100", "--stop-after", "2")
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def other_data(given: Sequence[str]) -> None:
+    """Train with other shards on the second process."""
+    folder = Path(given[given.index("--data") + 1])
+    if rank() == 1:
+        given = [f"{folder}-other" if argument == str(folder) else argument for argument in given]
+    train(given)
+
+
+def other_folder(given: Sequence[str]) -> None:
+    """Train in another folder on the second process."""
+    agreement.PATIENCE = 1.0
+    folder = given[given.index("--out") + 1]
+    train([f"{folder}-other" if argument == folder and rank() == 1 else argument for argument in given])
+
+
+def spoiled(method: str, spoil: Callable[[Session], None], given: Sequence[str]) -> None:
+    """Train, and spoil something on the second process before each call of a session's method."""
+    usual = getattr(Session, method)
+
+    def call(session: Session, *args: Any, **kwargs: Any) -> Any:
+        if rank() == 1:
+            spoil(session)
+        return usual(session, *args, **kwargs)
+
+    setattr(Session, method, call)
+    train(given)
+
+
+def flip_a_bit(session: Session) -> None:
+    """Change the last bit of one weight."""
+    weight = session.model.lm_head.weight.detach().view(torch.int32).flatten()
+    weight[7] ^= 1
+
+
+def run_out(session: Session) -> None:
+    """Fail as a GPU without memory does, in the second step."""
+    if session.step == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has none")
+
+
+def said(done: Done, codes: list[int]) -> list[str]:
+    """Return the lines on standard error that are no gloo warnings."""
+    assert done.codes == codes
+    return [line for text in done.err for line in text.splitlines() if not line.startswith("[")]
+
+
+def test_other_data(tokens: Path, tmp_path: Path) -> None:
+    for name in ("data", "data-other"):
+        shutil.copytree(tokens, tmp_path / name)
+    manifest = tmp_path / "data-other" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    done = in_processes(2, tmp_path / "log", other_data, arguments(tmp_path / "data", tmp_path / "run", *FEW))
+    (line,) = said(done, [1, 1])
+    assert line.startswith("error: train: all processes must have the same data, got rank 1 with other data (manifest ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_folder(tokens: Path, tmp_path: Path) -> None:
+    done = in_processes(2, tmp_path / "log", other_folder, arguments(tokens, tmp_path / "run", *FEW))
+    (line,) = said(done, [1, 1])
+    assert line.startswith(f"error: train: --out {tmp_path / 'run'}")
+    assert line.endswith("(rank 1): put it on a file system that all nodes share")
+
+
+def test_other_weights(tokens: Path, tmp_path: Path) -> None:
+    """A flipped bit is noticed before a checkpoint is written, and the one before stays."""
+    given = arguments(tokens, tmp_path / "run", *FEW)
+    assert in_processes(2, tmp_path / "log", train, [*given, "--stop-after", "1"]).codes == [0, 0]
+    done = in_processes(2, tmp_path / "log", spoiled, "save", flip_a_bit, given)
+    (line,) = said(done, [1, 1])
+    assert line == (
+        "error: train: rank 1's weights differ from rank 0's at step 2: its GPU may be faulty; step 2 is not saved"
+    )
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert kept == ["step-00000001"]
+
+
+def test_one_process_out_of_memory(tokens: Path, tmp_path: Path) -> None:
+    """Its line names it; the others, whose collectives fail, say nothing."""
+    done = in_processes(2, tmp_path / "log", spoiled, "train_step", run_out, arguments(tokens, tmp_path / "run", *FEW))
+    (line,) = said(done, [1, 1])
+    assert line.startswith("error: rank 1 of 2 (")
+    assert "out of GPU memory in" in line
+    assert line.endswith("needed 2.00 GiB: try --micro-rows 1")
+
+
+@pytest.mark.parametrize("option", ["--no-such-option", "--steps"])
+def test_a_wrong_option(option: str, tokens: Path, tmp_path: Path) -> None:
+    done = in_processes(3, tmp_path / "log", train, arguments(tokens, tmp_path / "run", option))
+    assert done.codes == [2, 2, 2]
+    assert option in done.err[0] + done.out[0]
+    assert done.err[1:] + done.out[1:] == [""] * 4
