@@ -79,7 +79,10 @@ def test_differences(tmp_path: Path) -> None:
 def test_resume_command() -> None:
     """Check that it is the same command line, quoted, without the options that act once."""
     assert resume_command(["--fresh", "--out", "a b"]) == "python -m yaongi.train --out 'a b'"
-    assert resume_command(["--from-step", "9", "--out", "a"], 6) == "python -m yaongi.train --out a --from-step 6"
+    assert (
+        resume_command(["--from-step", "9", "--out", "a"], from_step=6)
+        == "python -m yaongi.train --out a --from-step 6"
+    )
     for stop in (["--stop-after", "7"], ["--stop-after=7"], ["--stop_after", "7"], ["--from-step=7"]):
         assert resume_command([*stop, "--out", "a_b"]) == "python -m yaongi.train --out a_b"
 

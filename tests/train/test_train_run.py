@@ -108,11 +108,12 @@ def test_another_configuration(tokens: Path, whole: Path, tmp_path: Path) -> Non
     """Refuse it and name the differences; `--fresh` starts from scratch."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    refused = run(tokens, out, "--matrix-lr", "0.01")
+    refused = run(tokens, out, "--momentum", "0.9")
     assert refused.returncode == 1
-    assert "train.matrix_lr: the run has 0.02, got 0.01" in refused.stderr
+    assert "train.momentum: the run has 0.95, got 0.9" in refused.stderr
+    assert "--fresh" not in refused.stderr
     assert losses(out) == losses(whole)
-    fresh = run(tokens, out, "--matrix-lr", "0.01", "--fresh", "--stop-after", "1")
+    fresh = run(tokens, out, "--momentum", "0.9", "--fresh", "--stop-after", "1")
     assert fresh.returncode == 0
     assert len(losses(out)) == 1
 
@@ -168,7 +169,7 @@ def test_two_runs_in_a_folder(tokens: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--matrix-lr", "0.01"), "train.matrix_lr: the run has 0.02, got 0.01"),
+        (("--momentum", "0.9"), "train.momentum: the run has 0.95, got 0.9"),
         (("--from-step", "7"), "--from-step must be one of the steps kept in "),
     ],
 )

@@ -153,6 +153,12 @@ class Loader:
             self.samples = start + number // len(share) * self.batch_rows
             yield batch
 
+    def skip(self, batches: int) -> range:
+        """Leave out the next global batches of the order, and return their sample numbers."""
+        first = self.samples
+        self.samples += batches * self.batch_rows
+        return range(first, self.samples)
+
     def held_out(self, domain: str, rows: int) -> HeldOut:
         """Read rows spread evenly over the domain's held-out split, always the same.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from yaongi import cli
-from yaongi.train.checkpoint.checkpoints import DamagedError
+from yaongi.train.checkpoint.checkpoints import DamagedError, step_of
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.distributed.errors import agree_on_error, others_failed
@@ -35,6 +35,8 @@ def train(config: Config, world: World, arguments: Sequence[str]) -> int:
         raise ValueError(f"train: the run does not fit into memory: {session.plan.advice}")
     try:
         return _train(session, world, arguments)
+    except BadStepError as error:
+        raise ValueError(f"{error}; {_way_past(session, arguments)}") from error
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             explain_out_of_memory(error, session.plan.share, session.plan.micro_rows, config.run.recompute)
@@ -61,6 +63,16 @@ def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
                 return stop.exit_code
         session.finish()
     return 0
+
+
+def _way_past(session: Session, arguments: Sequence[str]) -> str:
+    """Return the advice for a run that stopped on bad steps."""
+    newest = session.checkpoints.latest()
+    if newest is None:
+        return "there is no checkpoint to go on from; a lower --clip or learning rate may help"
+    step = step_of(newest)
+    command = resume_command(arguments, skip_batches=session.step - step)
+    return f"go on from step {step} without these batches: {command}"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -112,10 +124,8 @@ def _trained(config: Config, world: World, arguments: Sequence[str]) -> int:
     except DamagedError as error:
         advice = "there is no older one that is whole"
         if error.whole is not None:
-            advice = f"go on from an older one with: {resume_command(arguments, error.whole)}"
+            advice = f"go on from an older one with: {resume_command(arguments, from_step=error.whole)}"
         raise ValueError(f"{error}; {advice}") from error
-    except BadStepError as error:
-        raise ValueError(str(error)) from error
     except RuntimeError as error:
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:

@@ -20,7 +20,7 @@ from yaongi.train.schedule import Kind, bias_rate
 
 @dataclass(frozen=True)
 class Training:
-    """Settings that decide the weights: a run resumes only with the same values."""
+    """Settings that decide the weights: a run resumes only with the same values, but for `resume.TRAIN_CHANGES`."""
 
     seed: int = 0  # seed of the initial weights and of the data order
     mix: str = ""  # shares of domains, such as ko=40,law=20; none: of those with text the public mix's, or their sizes
@@ -66,9 +66,13 @@ class Training:
         """Optimizer steps of the run: `tokens / batch_tokens`, rounded, at least one."""
         return max(1, round(self.tokens / self.batch_tokens))
 
-    def bias_rate_at(self, step: int) -> float:
-        """Return the step size of the router's balancing bias at `step`, counted from 0."""
-        return bias_rate(step, self.steps, self.bias_travel) if self.bias_travel else self.bias_rate
+    def bias_rate_at(self, step: int, before: int = 0) -> float:
+        """Return the step size of the router's balancing bias at `step`, counted from 0.
+
+        Args:
+            before: steps of the runs that this one goes on from: it is the end of a run that is as much longer.
+        """
+        return bias_rate(before + step, before + self.steps, self.bias_travel) if self.bias_travel else self.bias_rate
 
     def weight_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of the weights: as configured; for "auto" bfloat16 on a GPU and float32 on a CPU."""
@@ -103,7 +107,10 @@ class Running:
     data: Path = Path("data/tokens")  # folder of the token shards
     out: Path = Path("runs/train")  # folder of the run: checkpoints, metrics, report, model
     fresh: bool = False  # remove the run in the output folder and start from scratch
+    init: Path | None = None  # start from the weights of a model folder, or of a run's checkpoint with its momenta
+    init_step: int = 0  # the checkpoint of the run of --init; 0: its newest
     from_step: int = 0  # go on from this step's checkpoint, later ones go at the next save; 0: from the newest
+    skip_batches: int = 0  # leave out this many batches of the data, such as those after which a run stopped
     dry_run: bool = False  # print the plan and stop
     max_epochs: float = 0.0  # train on fewer tokens where more would read a source more often than this; 0: on all
     allow_epochs: bool = False  # train even if a source is read more than 16 times
@@ -136,7 +143,9 @@ class Running:
         for name in (
             "micro_rows",
             "stop_after",
+            "init_step",
             "from_step",
+            "skip_batches",
             "sample_tokens",
             "checkpoint_every",
             "keep_every",
@@ -147,8 +156,12 @@ class Running:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"config: {name} must be {low} or more, got {getattr(self, name)}")
-        if self.fresh and self.from_step:
-            raise ValueError(f"config: from_step must be 0 with fresh, got {self.from_step}")
+        for name, other, wrong in (
+            ("from_step", "fresh", self.fresh),
+            ("skip_batches", "fresh", self.fresh and self.init is None),
+        ):
+            if wrong and getattr(self, name):
+                raise ValueError(f"config: {name} must be 0 with {other}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A run in progress: data, model, optimizer, checkpoints and logs of one configuration, and the operations on them."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import torch
 
-from yaongi.data.epochs import check_epochs, count_epochs, epoch_warnings
 from yaongi.data.loader import Batch
 from yaongi.data.tokenizer import MODEL_FILE
 from yaongi.files import has_sums
+from yaongi.model.hub.folder import read_weights
 from yaongi.train.build import build_model, fit_to_data, open_data
+from yaongi.train.checkpoint.branch import same_compression
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
 from yaongi.train.checkpoint.model_folder import save_model
-from yaongi.train.checkpoint.resume import compare_sites, find_run, fp8_sites
+from yaongi.train.checkpoint.resume import compare_sites, fp8_sites, launch_of, without_what_was_done
+from yaongi.train.checkpoint.start import Start, find_start, note_start
 from yaongi.train.config import Config, as_dict
 from yaongi.train.distributed.agreement import require_same_data, require_same_folder, require_same_weights
 from yaongi.train.distributed.replicas import Replicas
@@ -29,6 +32,7 @@ from yaongi.train.metrics.sinks import Sink, open_sinks
 from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
+from yaongi.train.plan.shown import show_plan
 from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_writable, remove_run, write_config
 from yaongi.train.schedule import Schedule
 from yaongi.train.step.guard import Guard
@@ -62,28 +66,14 @@ class Session:
         self._resources = contextlib.ExitStack()
         self._sinks: list[Sink] = []
         self._claimed = False
+        self._start = Start(None, None)
         run = config.run
         self.checkpoints = Checkpoints(run.out / CHECKPOINTS, world, keep_last=run.keep_last, keep_every=run.keep_every)
+        self._launch = launch_of(run)
 
     def show_plan(self) -> None:
-        """Print the plan, and how often each source is read.
-
-        Raises:
-            ValueError: a source is read too often.
-        """
-        train, run = self.config.train, self.config.run
-        self.display.say(self.plan.lines())
-        unused = [domain for domain in self.loader.shard_set.tokens("train") if domain not in self.loader.mix]
-        self.display.say(f"{'mix':<12} {train.mix}" + (f"; not in it: {', '.join(unused)}" if unused else ""))
-        epochs = count_epochs(self.loader.tokens, self.loader.mixture.shares, self.plan.tokens)
-        for number, stream in enumerate(epochs):
-            self.display.say(f"{'' if number else 'data':<12} {stream}")
-        if train.tokens < self._asked:
-            limit = f"at most {run.max_epochs:g} epochs of what is there, not the {self._asked:,.0f} asked for"
-            self.display.say(f"{'':<12} {train.tokens:,.0f} tokens: {limit}")
-        for line in epoch_warnings(epochs):
-            self.display.warn(line)
-        check_epochs(epochs, run.allow_epochs)
+        """Print the plan. Raises ValueError if a source is read too often."""
+        show_plan(self.plan, self.config, self.loader, self._asked, self.display.say, self.display.warn)
 
     def claim(self) -> None:
         """Take the lock of the run's folder and compare the run in it, if the folder is there; write nothing else.
@@ -94,13 +84,13 @@ class Session:
         """
         run = self.config.run
         check_writable(run.out)
-        if self._claimed or not run.out.is_dir():
-            return
-        if self.world.is_main:
-            self._resources.callback(Lock(run.out).release)
-        self._claimed = True
-        if not run.fresh:
-            find_run(run.out, self.checkpoints, self._record, run.from_step)
+        if not self._claimed and run.out.is_dir():
+            if self.world.is_main:
+                self._resources.callback(Lock(run.out).release)
+            self._claimed = True
+            run = without_what_was_done(run, self.checkpoints)
+            self.config = dataclasses.replace(self.config, run=run)
+        self._start = find_start(self.config, self.checkpoints, self._record, self.tokenizer.hash)
 
     def start(self) -> None:
         """Build the model, resume from the folder's newest checkpoint if there is one, and open the logs.
@@ -110,31 +100,42 @@ class Session:
             ValueError: the folder holds a run with another configuration or other data.
             OSError: the folder can't be written to.
         """
-        world, run, out = self.world, self.config.run, self.config.run.out
+        world, out = self.world, self.config.run.out
         require_same_data(world, self.loader.shard_set.hash)
         out.mkdir(parents=True, exist_ok=True)
         require_same_folder(world, out)
         self.claim()
+        run = self.config.run
         if world.is_main and run.fresh:
             remove_run(out)
         world.barrier()
-        found = find_run(out, self.checkpoints, self._record, run.from_step)
+        self._start = start = find_start(self.config, self.checkpoints, self._record, self.tokenizer.hash)
+        self._record["lineage"] = start.lineage
         self.checkpoints.prepare()
         self._build()
-        if found is not None:
-            self._restore(*found)
+        if start.found is not None:
+            self._restore(*start.found)
             if run.from_step:
-                self.checkpoints.point_to(found[0])
+                self.checkpoints.point_to(start.found[0])
+        elif start.origin is not None and start.origin.meta is not None:
+            self._branch(start.origin.folder, start.origin.meta)
         self._require_same_weights()
+        skipped = self.loader.skip(run.skip_batches)
         if 0 < run.checkpoint_every < self.schedule.steps - self.step:
             self.checkpoints.reserve(self._tensors())
-        self._open_logs(resumed=found is not None)
+        self._open_logs(resumed=start.found is not None)
+        if world.is_main:
+            note_start(start, self.config, self._record, skipped, self.metrics, self.display.say)
 
     def _build(self) -> None:
         config, world = self.config, self.world
         torch.manual_seed(config.train.seed)
         dtype = config.train.weight_dtype(world.device)
         self.model = build_model(config, self.tokenizer, world.device, dtype=dtype)
+        origin = self._start.origin
+        if origin is not None and origin.meta is None:
+            with same_compression(self.model):
+                read_weights(origin.folder, self.model.state_dict())
         engine: Replicas | Shards
         if self.plan.parallel == "fsdp":
             shard(self.model, self.model.backbone.layers, ("losses",), world)
@@ -153,13 +154,33 @@ class Session:
         if suite != "none":
             self.tasks = TaskScores(suite, self.tokenizer, world, config.train.row_tokens)
 
+    def _branch(self, path: Path, meta: dict[str, Any]) -> None:
+        """Take from another run's checkpoint all that goes over into a new run."""
+        with same_compression(self.model):
+            self._load(path, meta)
+        try:
+            self.loader.load_state_dict(meta["data"])
+        except ValueError as error:
+            self.display.say(f"the data is read from its beginning: {error}")
+
     def _restore(self, path: Path, meta: dict[str, Any]) -> None:
+        try:
+            self.loader.load_state_dict(meta["data"])
+        except ValueError as error:
+            start = f"--init {self.config.run.out} with another --out starts from its weights"
+            raise ValueError(f"{error}; {start}") from error
+        self._load(path, meta)
+        self.guard.load_state_dict(meta["guard"])
+        self.step = int(meta["step"])
+        self._seconds_before = float(meta["seconds"])
+
+    def _load(self, path: Path, meta: dict[str, Any]) -> None:
+        """Load the tensors of a checkpoint."""
         saved, here = meta.get("fp8_sites", []), fp8_sites(self.model)
         note = compare_sites(saved, here)
         if note:
             self.display.say(note)
         tensors = self._tensors(with_scales=saved == here)
-        self.loader.load_state_dict(meta["data"])
         if not has_sums(path):
             self.display.warn(f"{path} has no hashes, an earlier version saved it: it is loaded unchecked")
         self.checkpoints.load(path, tensors)
@@ -167,9 +188,6 @@ class Session:
         if self.model.fp8_scales is not None and saved:
             self.model.fp8_scales.restore()
         set_rng_state(tensors["rng"], self.world.device)
-        self.guard.load_state_dict(meta["guard"])
-        self.step = int(meta["step"])
-        self._seconds_before = float(meta["seconds"])
 
     def _open_logs(self, *, resumed: bool) -> None:
         config, out = self.config, self.config.run.out
@@ -192,10 +210,6 @@ class Session:
             say=self.display.say,
             warn=self.display.warn,
         )
-        if resumed:
-            if config.run.from_step:
-                self.metrics.write("from_step", self.step)
-            self.display.say(f"resumed from step {self.step} of {out}")
 
     def __enter__(self) -> "Session":
         self.display.start(self.step)
@@ -231,7 +245,7 @@ class Session:
         self.checkpoints.poll()
         lr = {kind: self.schedule.lr(self.step, peak) for kind, peak in self.optimizer.peak_lr.items()}
         phase = self.schedule.phase(self.step)
-        result = self.stepper(batches, lr, self.config.train.bias_rate_at(self.step))
+        result = self.stepper(batches, lr, self.config.train.bias_rate_at(self.step, self._steps_before))
         self.step += 1
         if result.bad is not None:
             self.metrics.write("bad_step", self.step, what=result.bad, tokens=self._tokens())
@@ -332,6 +346,7 @@ class Session:
                 "guard": self.guard.state_dict(),
                 "fp8_sites": fp8_sites(self.model),
                 "seconds": self.meter.seconds,
+                "launch": self._launch,
             }
             files = {MODEL_FILE: self.tokenizer.model}  # so that a checkpoint can be used without the run's data
             waited = self.checkpoints.save(self.step, self._tensors(), meta, files)
@@ -371,9 +386,13 @@ class Session:
     def _tokens(self) -> int:
         return self.step * self.config.train.batch_tokens
 
+    @property
+    def _steps_before(self) -> int:
+        lineage: list[dict[str, Any]] = self._record["lineage"]
+        return int(lineage[-1]["steps"]) if lineage else 0
+
     def _samples_of_last_step(self) -> range:
-        rows = self.config.train.batch_rows
-        return range((self.step - 1) * rows, self.step * rows)
+        return range(self.loader.samples - self.config.train.batch_rows, self.loader.samples)
 
     def _log(self, values: dict[str, float]) -> None:
         for sink in self._sinks:

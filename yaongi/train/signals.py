@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
+_ONCE = ("--stop-after", "--from-step", "--skip-batches")  # options with a value that act once
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -39,20 +40,22 @@ class StopRequest:
         self._former = {}
 
 
-def resume_command(arguments: Sequence[str], from_step: int = 0) -> str:
+def resume_command(arguments: Sequence[str], *, from_step: int = 0, skip_batches: int = 0) -> str:
     """Return the command that resumes this run: the same command line, without the options that act once.
 
     Args:
         from_step: the checkpoint to go on from; 0: the newest.
+        skip_batches: batches to leave out.
     """
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         option, _, value = argument.replace("_", "-").partition("=")
-        if option in ("--stop-after", "--from-step") and not value:
+        if option in _ONCE and not value:
             next(rest, None)
-        elif option not in ("--fresh", "--no-fresh", "--stop-after", "--from-step"):
+        elif option not in ("--fresh", "--no-fresh", *_ONCE):
             kept.append(argument)
-    if from_step:
-        kept += ["--from-step", str(from_step)]
+    for option, number in (("--from-step", from_step), ("--skip-batches", skip_batches)):
+        if number:
+            kept += [option, str(number)]
     return shlex.join(["python", "-m", "yaongi.train", *kept])

@@ -13,21 +13,24 @@ from yaongi.train.metrics.records import plan_record
 
 Records = list[dict[str, Any]]
 _COLUMNS = 4
+TURNS = ("from_step", "changed", "skip_batches")  # events that set what follows apart from a straight run
 
 
-def curve_panels(records: Records, steps: Records) -> list[Callable[[Axes], None]]:
+def curve_panels(records: Records, steps: Records) -> list[Callable[[Axes], Any]]:
     """Return one function per panel, which draws it."""
     evaluations = [r for r in records if r["event"] == "evaluation"]
     good = [r for r in steps if "loss" in r]
     hours = _column(good, "hours")
     tokens, flops = _column(good, "tokens"), _column(good, "tokens") * plan_record(records).get("flops_per_token", 0)
-    panels: list[Callable[[Axes], None]] = [
-        lambda ax: _loss(ax, tokens / 1e6, good, "million tokens"),
+    turns = np.array([r["step"] for r in records if r["event"] in TURNS and r["step"]], float)
+    per_step = tokens[-1] / good[-1]["step"] if good else 0.0
+    panels: list[Callable[[Axes], Any]] = [
+        lambda ax: _marked(_loss(ax, tokens / 1e6, good, "million tokens"), turns * per_step / 1e6),
         lambda ax: _bits(ax, evaluations),
         lambda ax: _loss(ax, flops / 1e15, good, "PFLOP"),
         lambda ax: _loss(ax, hours, good, "hours"),
-        lambda ax: _line(ax, good, {"lr": "matrices", "adam_lr": "AdamW"}, "learning rate"),
-        lambda ax: _gradients(ax, good, [r for r in records if r["event"] == "bad_step"]),
+        lambda ax: _marked(_line(ax, good, {"lr": "matrices", "adam_lr": "AdamW"}, "learning rate"), turns),
+        lambda ax: _marked(_gradients(ax, good, [r for r in records if r["event"] == "bad_step"]), turns),
         lambda ax: _line(ax, good, {"tokens_per_second": "tokens/s"}, "speed", low=0),
         lambda ax: _memory(ax, good),
     ]
@@ -54,11 +57,18 @@ def draw(panels: Sequence[Callable[[Axes], None]]) -> bytes:
     return png(figure)
 
 
-def _loss(ax: Axes, x: np.ndarray, good: Records, unit: str) -> None:
+def _marked(ax: Axes, places: np.ndarray) -> None:
+    """Mark where the run went back, or on with other settings or without some batches."""
+    for place in places:
+        ax.axvline(place, color="tab:gray", linestyle=":", linewidth=1.2)
+
+
+def _loss(ax: Axes, x: np.ndarray, good: Records, unit: str) -> Axes:
     loss = _column(good, "loss")
     ax.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
     ax.plot(x, _smooth(loss), color="tab:blue")
     ax.set(title="training loss, nats per token", xlabel=unit)
+    return ax
 
 
 def _bits(ax: Axes, evaluations: Records) -> None:
@@ -81,22 +91,24 @@ def _tasks(ax: Axes, records: Records, what: str) -> None:
     ax.legend(fontsize=5)
 
 
-def _line(ax: Axes, good: Records, names: dict[str, str], title: str, low: float | None = None) -> None:
+def _line(ax: Axes, good: Records, names: dict[str, str], title: str, low: float | None = None) -> Axes:
     for name, label in names.items():
         ax.plot(_column(good, "step"), _column(good, name), label=label)
     ax.set(title=title, xlabel="step")
     if low is not None:
         ax.set_ylim(low, 1.15 * max(_column(good, name).max() for name in names))
     ax.legend()
+    return ax
 
 
-def _gradients(ax: Axes, good: Records, bad: Records) -> None:
+def _gradients(ax: Axes, good: Records, bad: Records) -> Axes:
     ax.semilogy(_column(good, "step"), _column(good, "gnorm"), linewidth=0.8)
     for mark, records, name in (("v", [r for r in good if r.get("spike")], "loss spike"), ("x", bad, "skipped step")):
         if records:
             ax.plot(_column(records, "step"), np.full(len(records), _column(good, "gnorm").max()), mark, label=name)
             ax.legend()
     ax.set(title=f"gradient norm, {len(bad)} steps skipped", xlabel="step")
+    return ax
 
 
 def _memory(ax: Axes, good: Records) -> None:

@@ -9,7 +9,7 @@ import matplotlib
 from yaongi.pictures import STYLE, embedded
 from yaongi.train.formatting import duration, short, significant
 from yaongi.train.metrics.records import plan_record, read_metrics
-from yaongi.train.report.curves import curve_panels, draw
+from yaongi.train.report.curves import TURNS, curve_panels, draw
 from yaongi.train.report.kernels import kernel_panels
 from yaongi.train.run_folder import METRICS, REPORT_HTML, REPORT_PNG
 
@@ -72,6 +72,8 @@ def _facts(records: Records, steps: Records) -> list[tuple[str, str]]:
         ("device", plan["device"]),
         ("skipped steps, spikes", f"{bad}, {sum(bool(r.get('spike')) for r in steps)}"),
     ]
+    facts += [("starts from", _origin(r)) for r in records if r["event"] == "init"]
+    facts += [(f"step {r['step']}", _turn(r)) for r in records if r["event"] in TURNS]
     if "precision" in plan:
         saturated = max(r.get("fp8_saturated", 0.0) for r in steps)
         facts.append(("precision", f"{plan['precision']}; up to {100 * saturated:.1f}% of a step's casts saturated"))
@@ -79,6 +81,23 @@ def _facts(records: Records, steps: Records) -> list[tuple[str, str]]:
         speed = f"{short(last['tokens_per_second'])} tokens/s, {significant(last['tflops'])} TFLOP/s"
         facts.append(("speed at the end", speed + (f", MFU {100 * last['mfu']:.1f}%" if "mfu" in last else "")))
     return facts
+
+
+def _origin(record: dict[str, Any]) -> str:
+    """Describe what a run started from."""
+    if record["at"] is None:
+        return str(record["folder"])
+    return f"{record['folder']}, after {record['steps']:,} steps and {short(record['tokens'])} tokens in all"
+
+
+def _turn(record: dict[str, Any]) -> str:
+    """Describe what sets the steps after a record apart from a straight run."""
+    if record["event"] == "changed":
+        return "changed: " + ", ".join(f"{name} {old} to {new}" for name, (old, new) in record["fields"].items())
+    if record["event"] == "skip_batches":
+        first, last = record["samples"]
+        return f"{record['batches']} batches left out, samples {first:,} to {last:,}"
+    return "gone back to this checkpoint"
 
 
 def _bits_table(records: Records) -> str:
