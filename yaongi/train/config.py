@@ -112,6 +112,7 @@ class Running:
     from_step: int = 0  # go on from this step's checkpoint, later ones go at the next save; 0: from the newest
     skip_batches: int = 0  # leave out this many batches of the data, such as those after which a run stopped
     dry_run: bool = False  # print the plan and stop
+    processes: int = 0  # with --dry-run: plan for so many GPUs; 0: for those that torchrun started
     max_epochs: float = 0.0  # train on fewer tokens where more would read a source more often than this; 0: on all
     allow_epochs: bool = False  # train even if a source is read more than 16 times
     stop_after: int = 0  # save a checkpoint after this step and stop; 0: run to the end
@@ -151,6 +152,7 @@ class Running:
             "keep_every",
             "dollars_per_hour",
             "max_epochs",
+            "processes",
         ):
             least[name] = 0
         for name, low in least.items():

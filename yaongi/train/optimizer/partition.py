@@ -113,7 +113,7 @@ def _groups(parameters: dict[str, nn.Parameter], names: list[str], stacks: list[
         joined = [name_of[p] for p in stack.parameters]
         if joined[0] not in members:
             continue  # experts
-        flops[joined[0]] += newton_schulz_flops(stack)
+        flops[joined[0]] += _flops(stack)
         for name in joined[1:]:
             if members[name] is not members[joined[0]]:
                 members[joined[0]] += members[name]
@@ -125,8 +125,14 @@ def _groups(parameters: dict[str, nn.Parameter], names: list[str], stacks: list[
     ]
 
 
-def newton_schulz_flops(stack: TeonStack) -> float:
-    """Return the FLOPs of five Newton-Schulz steps in the Gram form on a stack's joint matrix (m, K · n)."""
+def newton_schulz_flops(model: Yaongi, train: Training) -> float:
+    """Return the FLOPs of a step's Newton-Schulz steps, of all matrices."""
+    stacks = partition_parameters(model, train)[0]
+    return sum(len(s.parameters[0]) * _flops(s) if s.parameters[0].ndim == 3 else _flops(s) for s in stacks)
+
+
+def _flops(stack: TeonStack) -> float:
+    """Return the FLOPs of five Newton-Schulz steps in the Gram form on one of a stack's joint matrices (m, K · n)."""
     first = stack.parameters[0]
     rows = first.shape[-2] if stack.rows is None else stack.rows.stop - stack.rows.start
     short, long = sorted((rows, len(stack.parameters) * first.shape[-1]))

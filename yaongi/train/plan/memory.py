@@ -20,12 +20,12 @@ from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.plan.activations import activation_bytes
 from yaongi.train.recompute import recomputed_layers
-from yaongi.world import World
 
 _USABLE = 0.93  # share of a device's memory that a run may plan with; the rest is left for fragmentation
 # Measured factors on the activations: the count misses the temporary tensors inside an op's reference implementation.
 _REFERENCES = {"cpu": 1.6, "cuda": 1.4}
 _GPU_BASE = 100_000_000  # workspaces of cuBLAS and of the kernels, as the allocator counts them
+_NCCL = 1_100_000_000  # buffers of NCCL on each of several GPUs, which the allocator doesn't count (docs/LAB.md)
 _CPU_TOKENS = 1 << 12  # tokens per micro-batch on a CPU, where more is not faster
 
 
@@ -50,21 +50,27 @@ class Memory:
 class MemoryForecast:
     """A forecast of the memory that training takes, for a model on the meta device."""
 
-    def __init__(self, model: Yaongi, config: Config, world: World) -> None:
-        self._model, self._config, self._device = model, config, world.device
-        self._usable = _USABLE * memory_of(world.device)
-        self._state: dict[str, int] = {}
-        self.parallel = self._choose(model, config, world)
+    def __init__(self, model: Yaongi, config: Config, device: torch.device, processes: int = 1) -> None:
+        self._model, self._config, self._device, self._processes = model, config, device, processes
+        self._usable = _USABLE * memory_of(device)
+        self.ownership = divide_parameters(model, config.train, processes)
+        self._state = self._state_bytes(processes, self.ownership)
+        self.parallel = self._choose(config.run.parallel)
 
-    def _choose(self, model: Yaongi, config: Config, world: World) -> str:
+    def _choose(self, asked: str) -> str:
         """Return the way of several processes: for auto replicated weights if one row fits with them, else FSDP."""
-        asked = config.run.parallel
-        if asked != "fsdp":
-            self._state = _state_bytes(model, config, world, divide_parameters(model, config.train, world.size))
-            if asked == "replicate" or world.size == 1 or self._device.type == "cpu" or self.fits(1):
-                return "replicate"
-        self._state = _state_bytes(model, config, world, None)
-        return "fsdp" if world.size > 1 else "replicate"
+        if self._processes == 1 or asked == "replicate":
+            return "replicate"
+        if asked == "auto" and (self._device.type == "cpu" or self.fits(1)):
+            return "replicate"
+        self._state = self._state_bytes(self._processes, None)
+        return "fsdp"
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The bytes of a checkpoint: master copies, or weights that have none, momentum and moments."""
+        state = self._state_bytes(1, Ownership())
+        return (state["masters"] or state["weights"]) + state["momentum"] + state["moments"]
 
     def __call__(self, rows: int, recompute: str | None = None) -> Memory:
         """Return the memory with micro-batches of `rows` rows and a recompute policy (None: the configured one)."""
@@ -73,8 +79,37 @@ class MemoryForecast:
         activations = activation_bytes(self._model, rows, self._config.train.row_tokens, self._device)
         if self._device.type == "cpu" or not _has_kernel("mamba_scan"):
             activations = round(_REFERENCES[self._device.type] * activations)
-        base = _GPU_BASE if self._device.type == "cuda" else resident_bytes()
+        several = _NCCL if self._processes > 1 else 0
+        base = _GPU_BASE + several if self._device.type == "cuda" else resident_bytes()
         return Memory(**self._state, activations=activations, base=base)
+
+    def _state_bytes(self, processes: int, ownership: Ownership | None) -> dict[str, int]:
+        """Return the bytes of everything that the fullest process keeps from step to step, by part.
+
+        Args:
+            ownership: of replicated weights; None: everything is sharded evenly.
+        """
+        train, model, size = self._config.train, self._model, processes
+        roles = parameter_roles(model)
+        momentum = train.matrix_momentum_dtype(self._device) if train.matrix_optimizer == "teon" else None
+        fp8 = {id(weight) for weight in model.fp8_weights()}
+        sizes = dict.fromkeys(("weights", "masters", "gradients", "momentum", "moments"), 0.0)
+        for name, parameter in model.named_parameters():
+            kind, count = roles[name].kind, parameter.numel()
+            here = count / size if ownership is None else count
+            # An owner of whole matrices has a few percent more than its share.
+            own = here if ownership is None or name not in ownership else count / ownership.size
+            sharded = ownership is None and size > 1
+            width = max(4, parameter.element_size()) if sharded else parameter.element_size()  # FSDP's are the masters
+            sizes["weights"] += here * (width + (2 if id(parameter) in fp8 else 0))  # two casts
+            sizes["masters"] += 4 * own if parameter.element_size() < 4 and not sharded else 0
+            if kind != "table" or not sharded:  # FSDP's tables have sparse gradients
+                sizes["gradients"] += 4 * here
+            if kind in ("table", "adamw") or momentum is None:
+                sizes["moments"] += 8 * own
+            else:
+                sizes["momentum"] += momentum.itemsize * own
+        return {part: round(total) for part, total in sizes.items()}
 
     def fits(self, rows: int, recompute: str | None = None) -> bool:
         """Return whether the memory with these settings fits into the device."""
@@ -104,34 +139,6 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
-
-
-def _state_bytes(model: Yaongi, config: Config, world: World, ownership: Ownership | None) -> dict[str, int]:
-    """Return the bytes of everything that the fullest process keeps from step to step, by part.
-
-    Args:
-        ownership: of replicated weights; None: everything is sharded evenly.
-    """
-    train, roles, size = config.train, parameter_roles(model), world.size
-    momentum = train.matrix_momentum_dtype(world.device) if train.matrix_optimizer == "teon" else None
-    fp8 = {id(weight) for weight in model.fp8_weights()}
-    sizes = dict.fromkeys(("weights", "masters", "gradients", "momentum", "moments"), 0.0)
-    for name, parameter in model.named_parameters():
-        kind, count = roles[name].kind, parameter.numel()
-        here = count / size if ownership is None else count
-        # An owner of whole matrices has a few percent more than its share.
-        own = here if ownership is None or name not in ownership else count / ownership.size
-        sharded = ownership is None and size > 1
-        width = max(4, parameter.element_size()) if sharded else parameter.element_size()  # FSDP's are the masters
-        sizes["weights"] += here * (width + (2 if id(parameter) in fp8 else 0))  # two casts
-        sizes["masters"] += 4 * own if parameter.element_size() < 4 and not sharded else 0
-        if kind != "table" or not sharded:  # FSDP's tables have sparse gradients
-            sizes["gradients"] += 4 * here
-        if kind in ("table", "adamw") or momentum is None:
-            sizes["moments"] += 8 * own
-        else:
-            sizes["momentum"] += momentum.itemsize * own
-    return {part: round(total) for part, total in sizes.items()}
 
 
 def _has_kernel(op: str) -> bool:

@@ -12,7 +12,8 @@ from yaongi.train.config import Config
 from yaongi.train.formatting import duration, gigabytes
 from yaongi.train.plan.advice import advise
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
-from yaongi.train.plan.speed import fp8_here, kernels_here, step_speed
+from yaongi.train.plan.scaling import StepSeconds, step_seconds
+from yaongi.train.plan.speed import fp8_here, kernels_here, step_cost, step_speed
 from yaongi.world import World
 
 
@@ -34,7 +35,9 @@ class Plan:
     flops_per_token: float
     memory: Memory
     available: int  # bytes of memory of the device
+    step: StepSeconds
     seconds: float
+    checkpoint: int  # bytes
     dollars: float
     advice: str  # empty if it fits
     kernels: str  # the implementations that run here and, on other devices than an H100, how much slower they are
@@ -84,12 +87,23 @@ class Plan:
             ("memory", f"{gigabytes(self.memory.total)} of {gigabytes(self.available)}: {verdict}"),
             ("", by_part),
             ("time", f"about {duration(self.seconds)}, guessed from the speed of a matrix product"),
+            ("checkpoint", gigabytes(self.checkpoint)),
         ]
+        if self.processes > 1 and self.parallel == "replicate":
+            rows.insert(-1, ("", self._step_line()))
         if self.precision:
             rows.insert(5, ("precision", self.precision))
         if self.dollars:
             rows.append(("cost", f"about ${self.dollars:,.2f}"))
         return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+    def _step_line(self) -> str:
+        """Return the parts of a step."""
+        step, of = self.step, self.step.total / 100
+        return (
+            f"a step: micro-batches {step.micro_batches / of:.0f} %, update {step.update / of:.0f} %, "
+            f"exchange {step.exchange / of:.0f} %"
+        )
 
 
 def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
@@ -97,22 +111,25 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
 
     Raises:
         ValueError: the global batch can't be divided into equal micro-batches on every process, or there are several
-            processes with FP8.
+            processes with FP8, or a number of processes without a dry run.
     """
     train, device = config.train, world.device
+    if config.run.processes and not config.run.dry_run:
+        raise ValueError(f"train: --processes must come with --dry-run, got {config.run.processes}: torchrun sets it")
+    processes = config.run.processes or world.size
     precision = fp8_here(config.model, device)
-    if precision and world.size > 1:
-        raise ValueError(f"train: fp8 must run in one process, got {world.size}: its scales and weights aren't sharded")
+    if precision and processes > 1:
+        raise ValueError(f"train: fp8 must run in one process, got {processes}: its scales and weights aren't sharded")
     dtype = train.weight_dtype(device)
     model = build_model(config, tokenizer, "meta", dtype=dtype)
-    forecast = MemoryForecast(model, config, world)
-    rows = micro_rows(config, world.size, forecast.parallel, min(world.gather(forecast.rows_that_fit())))
+    forecast = MemoryForecast(model, config, device, processes)
+    rows = micro_rows(config, processes, forecast.parallel, min(world.gather(forecast.rows_that_fit())))
     memory, counts = forecast(rows), model.count_parameters()
     flops = flops_per_token(config.model, counts.active, train.row_tokens)
     speed = step_speed(device, dtype)
-    tokens = train.steps * train.batch_tokens
-    seconds = flops * tokens / (speed * world.size)
-    share = train.batch_rows // world.size if forecast.parallel == "fsdp" else train.batch_rows
+    step = step_seconds(step_cost(model, train, rows, flops, speed, device), processes, forecast.ownership.size)
+    seconds = train.steps * step.total
+    share = train.batch_rows // processes if forecast.parallel == "fsdp" else train.batch_rows
     return Plan(
         preset=config.preset,
         device=torch.cuda.get_device_name(device)
@@ -120,17 +137,19 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
         else f"CPU, {torch.get_num_threads()} threads",
         parameters=counts.total,
         active=counts.active,
-        tokens=tokens,
+        tokens=train.steps * train.batch_tokens,
         steps=train.steps,
         batch_rows=train.batch_rows,
         micro_rows=rows,
         row_tokens=train.row_tokens,
-        processes=world.size,
+        processes=processes,
         parallel=forecast.parallel,
         flops_per_token=flops,
         memory=memory,
         available=memory_of(device),
+        step=step,
         seconds=seconds,
+        checkpoint=forecast.checkpoint_bytes,
         dollars=seconds / 3600 * config.run.dollars_per_hour,
         advice="" if forecast.fits(rows) else advise(share, rows, config.run.recompute, forecast.fits),
         kernels=kernels_here(device, speed),

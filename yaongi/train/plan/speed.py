@@ -5,10 +5,16 @@ import time
 import torch
 
 from yaongi.kernels import unavailable
-from yaongi.model import ModelConfig
+from yaongi.model import ModelConfig, Yaongi
 from yaongi.model.config import PRECISION_ROLES
+from yaongi.train.config import Training
+from yaongi.train.optimizer.partition import newton_schulz_flops
+from yaongi.train.plan.scaling import StepCost
 
 _SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # FLOP/s of a training step over FLOP/s of a large matrix product
+_SHARE_OF_UPDATE = 0.96  # FLOP/s of Newton-Schulz steps over those of a training step
+_MEMORY = {"cuda": 2.6e12, "cpu": 1e10}  # bytes per second to and from memory
+_TRAFFIC = 22  # bytes that the update of a number reads and writes
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 _H100_SPEED = 0.5 * 7.3e14  # FLOP/s of a bfloat16 training step on an H100, by the same estimate
 
@@ -24,6 +30,26 @@ def step_speed(device: torch.device, dtype: torch.dtype) -> float:
         a @ a
     _synchronize(device)
     return _SHARE_OF_PRODUCT[device.type] * repeats * 2 * size**3 / (time.perf_counter() - began)
+
+
+def step_cost(model: Yaongi, train: Training, rows: int, flops: float, speed: float, device: torch.device) -> StepCost:
+    """Return what a step takes on one device of this kind.
+
+    Args:
+        rows: per micro-batch.
+        flops: per token.
+        speed: estimated FLOP/s of a micro-batch.
+    """
+    numbers, element = sum(p.numel() for p in model.parameters()), model.lm_head.weight.element_size()
+    update = newton_schulz_flops(model, train) / (_SHARE_OF_UPDATE * speed) + _TRAFFIC * numbers / _MEMORY[device.type]
+    return StepCost(
+        micro_batches=train.batch_rows // rows,
+        micro_seconds=rows * train.row_tokens * flops / speed,
+        update_seconds=update,
+        zero_seconds=4 * numbers / _MEMORY[device.type],
+        gradient_bytes=4 * numbers,
+        weight_bytes=element * numbers,
+    )
 
 
 def kernels_here(device: torch.device, speed: float) -> str:
