@@ -76,6 +76,31 @@ read_dotenv() {
 }
 [[ -f .env ]] && read_dotenv .env
 
+# Run a command that the script's signals reach: bash would keep them until the command ends. It has a process group of
+# its own, so a Ctrl-C of the terminal reaches it once, from here.
+run() {
+  local child status=0 name
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  for name in TERM INT USR1; do
+    # shellcheck disable=SC2064
+    trap "kill -$name $child 2>/dev/null || true" $name
+  done
+  while :; do
+    wait "$child" && status=0 || status=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  if ((status > 128)); then # of a wait that a signal cut short, or the command's own
+    local own=0
+    wait "$child" 2>/dev/null || own=$?
+    ((own == 127)) || status=$own
+  fi
+  trap - TERM INT USR1
+  return $status
+}
+
 # ---- the machine
 gpu="" memory=0 # "name, compute capability, MiB" of the first GPU
 if command -v nvidia-smi >/dev/null; then
@@ -186,7 +211,7 @@ wants data && say "data: ${sources[*]}"
 for source in "${sources[@]}"; do
   case $source in
     hub)
-      if wants data; then "$python" -m yaongi.data download --tokens "${tokens:-$(preset_tokens)}" --out data/raw; fi
+      if wants data; then run "$python" -m yaongi.data download --tokens "${tokens:-$(preset_tokens)}" --out data/raw; fi
       options+=(--source data/raw)
       ;;
     hf:* | *=hf:*) named+=(--source "$source") ;;
@@ -195,14 +220,14 @@ for source in "${sources[@]}"; do
 done
 if ((${#named[@]})); then
   if wants data; then
-    "$python" -m yaongi.data download "${named[@]}" "${field[@]}" --tokens "${tokens:-$(preset_tokens)}" --out "$folder/raw"
+    run "$python" -m yaongi.data download "${named[@]}" "${field[@]}" --tokens "${tokens:-$(preset_tokens)}" --out "$folder/raw"
   fi
   options+=(--source "$folder/raw")
 fi
 options+=("${field[@]}" "${encoding[@]}")
 if wants data && [[ ! -f $folder/tokens/manifest.json ]]; then # tokens that are there keep the benchmarks they were made with
   if online; then
-    "$python" -m yaongi.data benchmarks --out "$folder/benchmarks"
+    run "$python" -m yaongi.data benchmarks --out "$folder/benchmarks"
   else
     say "benchmarks: NOT fetched, the hub can't be reached; texts that quote them are trained on"
   fi
@@ -211,12 +236,12 @@ benchmarks=()
 compgen -G "$folder/benchmarks/*.jsonl" >/dev/null && benchmarks=(--benchmark "$folder/benchmarks")
 if wants tokenizer; then
   say "tokenizer"
-  "$python" -m yaongi.data tokenizer "${options[@]}" "${mix[@]}" --vocab-size "${vocabulary:-$pieces}" \
+  run "$python" -m yaongi.data tokenizer "${options[@]}" "${mix[@]}" --vocab-size "${vocabulary:-$pieces}" \
     --megabytes $megabytes --out "$folder/tokenizer"
 fi
 if wants tokens; then
   say "tokens"
-  "$python" -m yaongi.data tokenize "${options[@]}" "${benchmarks[@]}" --tokenizer "$folder/tokenizer" --out "$folder/tokens"
+  run "$python" -m yaongi.data tokenize "${options[@]}" "${benchmarks[@]}" --tokenizer "$folder/tokenizer" --out "$folder/tokens"
 fi
 if wants train; then
   say "train"
@@ -226,7 +251,7 @@ if wants train; then
     extra=(--max-epochs 4 "${extra[@]}")
   fi
   ((smoke)) && extra=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24 "${extra[@]}")
-  "$python" -m yaongi.train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
+  run "$python" -m yaongi.train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
 fi
 if wants report; then
   say "report"

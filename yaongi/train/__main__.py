@@ -46,23 +46,34 @@ def train(config: Config, world: World, arguments: Sequence[str]) -> int:
 def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
     session.start()
     run = session.config.run
-    with StopRequest() as stop, session:
+    with StopRequest(world, run.out, lambda: _progress(session)) as stop, session:
         if session.lacks_evaluation():
-            session.evaluate()
+            with stop.unwatched():
+                session.evaluate()
         for batches in session.batches():
             session.train_step(batches)
-            stopping = world.any(stop.signal is not None)
+            stopping = stop.requested()
             last = session.step == run.stop_after
-            if stopping or last or session.due(run.checkpoint_every):
+            saved = stopping or last or session.due(run.checkpoint_every)
+            if saved:
                 session.save(wait=stopping)
             if not stopping and session.due(run.evaluate_every):
-                session.evaluate()
+                with stop.unwatched():
+                    session.evaluate()
+                stopping = stop.requested()
+                if stopping and not saved:
+                    session.save(wait=True)
             if (stopping or last) and session.step < session.schedule.steps:
                 session.checkpoints.wait()
                 session.display.say(f"saved step {session.step}; go on with: {resume_command(arguments)}")
                 return stop.exit_code
         session.finish()
     return 0
+
+
+def _progress(session: Session) -> tuple[int, int]:
+    """Return numbers of which one changes as long as a step or a save gets on."""
+    return session.stepper.micro_batches, session.checkpoints.bytes_being_written()
 
 
 def _way_past(session: Session, arguments: Sequence[str]) -> str:
@@ -135,7 +146,7 @@ def _trained(config: Config, world: World, arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command; an error is one line on standard error."""
-    cli.run(lambda: run(sys.argv[1:]), interrupted="interrupted before the first step")
+    cli.run(lambda: run(sys.argv[1:]), interrupted="interrupted")
 
 
 if __name__ == "__main__":

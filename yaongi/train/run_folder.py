@@ -17,6 +17,7 @@ REPORT_HTML, REPORT_PNG = "report.html", "report.png"
 TENSORBOARD = "tensorboard"
 WANDB, WANDB_ID = "wandb", "wandb_id.json"
 LOCK = ".lock"
+STOP = "stop"  # made by anyone, it asks the run to stop
 RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT_HTML, REPORT_PNG, TENSORBOARD, WANDB, WANDB_ID)
 
 

@@ -33,7 +33,7 @@ from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
 from yaongi.train.plan.shown import show_plan
-from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, Lock, check_writable, remove_run, write_config
+from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, STOP, Lock, check_writable, remove_run, write_config
 from yaongi.train.schedule import Schedule
 from yaongi.train.step.guard import Guard
 from yaongi.train.step.stepper import Stepper
@@ -87,6 +87,7 @@ class Session:
         if not self._claimed and run.out.is_dir():
             if self.world.is_main:
                 self._resources.callback(Lock(run.out).release)
+                (run.out / STOP).unlink(missing_ok=True)  # left from a time when nothing ran
             self._claimed = True
             run = without_what_was_done(run, self.checkpoints)
             self.config = dataclasses.replace(self.config, run=run)

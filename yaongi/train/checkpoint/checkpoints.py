@@ -5,6 +5,7 @@ written as `….tmp` and renamed when all of it is on disk; then `latest` is upd
 removed. So the program may be killed at any moment.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -177,6 +178,12 @@ class Checkpoints:
             return None
         self._writing[1].exception()
         return self.poll()
+
+    def bytes_being_written(self) -> int:
+        """Return the size on disk of the checkpoints that are not complete yet."""
+        with contextlib.suppress(OSError):  # a file may go away meanwhile
+            return sum(path.stat().st_size for path in self.folder.glob("*.tmp/*"))
+        return 0
 
     def load(self, path: Path, tensors: dict[str, Any]) -> None:
         """Check the hash of every file of a checkpoint, then fill `tensors` from it.

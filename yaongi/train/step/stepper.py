@@ -62,6 +62,7 @@ class Stepper:
         self._scales = model.fp8_scales
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.micro_batches = 0  # begun so far
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
         self._wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of the model's sums
         layers, experts = model.config.pattern.count("E"), model.config.experts
@@ -123,8 +124,10 @@ class Stepper:
         self._engine.zero_gradients()
         self._model.refresh_fp8()
         with self._scales.first_micro_batch() if self._scales is not None else contextlib.nullcontext():
+            self.micro_batches += 1
             self._accumulate(*moved[0], targets)
         for ids, documents in moved[1:]:
+            self.micro_batches += 1
             self._accumulate(ids, documents, targets)
 
     def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
