@@ -16,6 +16,7 @@ usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
   --encoding E     encoding of local files, such as cp949; default: utf-8
   --tokens N       tokens to train on; default: the preset's, but at most 4 epochs of what is there
   --vocab-size N   pieces of the tokenizer; fewer if the text is too little
+  --gpus N         GPUs to train on, or processes without one; default: all GPUs of the machine
   --stage NAME     only this one: env, data, tokenizer, tokens, train, report
   --smoke          everything in miniature, a minute or two
   --help
@@ -29,11 +30,11 @@ die() {
   exit 1
 }
 
-preset="" stage=all smoke=0 vocabulary="" tokens=""
+preset="" stage=all smoke=0 vocabulary="" tokens="" gpus=""
 sources=() extra=() mix=() field=() encoding=()
 while (($#)); do
   case $1 in
-    --preset | --source | --mix | --text-field | --encoding | --tokens | --vocab-size | --stage)
+    --preset | --source | --mix | --text-field | --encoding | --tokens | --vocab-size | --gpus | --stage)
       (($# > 1)) || die "$1 must have a value, got none" ;;&
     --preset) preset=$2 && shift 2 ;;
     --source) sources+=("$2") && shift 2 ;;
@@ -42,6 +43,7 @@ while (($#)); do
     --encoding) encoding=(--encoding "$2") && shift 2 ;;
     --tokens) tokens=$2 && shift 2 ;;
     --vocab-size) vocabulary=$2 && shift 2 ;;
+    --gpus) gpus=$2 && shift 2 ;;
     --stage) stage=$2 && shift 2 ;;
     --smoke) smoke=1 && shift ;;
     --help | -h) usage && exit ;;
@@ -53,6 +55,7 @@ case $stage in
   all | env | data | tokenizer | tokens | train | report) ;;
   *) die "--stage must be one of env, data, tokenizer, tokens, train, report, got $stage" ;;
 esac
+[[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || die "--gpus must be a number from 1, got $gpus"
 wants() { [[ $stage == all || $stage == "$1" ]]; }
 
 # Read KEY=value lines. Surrounding blanks, `export`, quotes and comments are allowed; nothing is evaluated or printed.
@@ -243,6 +246,20 @@ if wants tokens; then
   say "tokens"
   run "$python" -m yaongi.data tokenize "${options[@]}" "${benchmarks[@]}" --tokenizer "$folder/tokenizer" --out "$folder/tokens"
 fi
+
+# Train in one process, or on several GPUs by torchrun, which starts all anew if one of them fails. A dry run comes
+# before, so that a mistake is one line.
+train() {
+  local count=$gpus
+  [[ -n $count ]] || count=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+  if ((count == 1)); then
+    run "$python" -m yaongi.train "$@"
+    return
+  fi
+  run "$python" -m yaongi.train "$@" --dry-run --processes "$count" >/dev/null
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + count - 1) / count))}
+  run "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" --max-restarts 3 -m yaongi.train "$@"
+}
 if wants train; then
   say "train"
   if [[ -n $tokens ]]; then
@@ -251,7 +268,7 @@ if wants train; then
     extra=(--max-epochs 4 "${extra[@]}")
   fi
   ((smoke)) && extra=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24 "${extra[@]}")
-  run "$python" -m yaongi.train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
+  train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
 fi
 if wants report; then
   say "report"

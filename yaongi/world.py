@@ -81,7 +81,10 @@ def init_world(device: str, command: str = "train") -> World:
     if size == 1:
         return World(0, 1, torch.device(kind))
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(f"{command}: --nproc-per-node must be at most the {there} GPUs of this machine")
+        torch.cuda.set_device(local)
     store, rank, size = next(rendezvous("env://"))
     store.set_timeout(PATIENCE)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"

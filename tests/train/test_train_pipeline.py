@@ -127,7 +127,7 @@ def test_one_click_with_own_domains(tmp_path: Path) -> None:
         (tree / name).mkdir()
         for i, text in enumerate(documents(number, 60)):
             (tree / name / f"{i}.txt").write_text(text)
-    mix = ("--mix", "한국어=3,law=1", "--vocab-size", "700")
+    mix = ("--mix", "한국어=3,law=1", "--vocab-size", "700", "--gpus", "2")
     printed = one_click(tree, "--source", "law", "--source", "한국어=한국어", *mix)
     assert "mix: law=1,한국어=3\n" in printed
     assert re.search(r"tokenizer \w+ of 700 pieces", printed)

@@ -4,6 +4,7 @@ It resumes by itself when the output folder holds a run of the same configuratio
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
 import traceback
@@ -93,6 +94,8 @@ def run(arguments: Sequence[str]) -> int:
         ValueError, TypeError, OSError, MemoryError: the user made a mistake or the machine is too small.
     """
     config = _parsed(arguments)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun starts the same command after a failure
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False, from_step=0))
     set_determinism(config.run.deterministic)
     world = init_world(config.run.device)
     try:
