@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import study_scaling
 import torch
-from small_run import arguments
+from small_run import ROOT, arguments
 
 from yaongi.model import Yaongi
 from yaongi.train.__main__ import run
@@ -48,6 +49,13 @@ def test_more_gpus(processes: int, rows: int, times: float) -> None:
     assert one / step_seconds(flagship(rows), processes, count_owners(processes, 64)).total == pytest.approx(
         times, rel=0.04
     )
+
+
+def test_the_page_is_what_the_simulation_says() -> None:
+    """Write it with `python -m benchmarks.study_scaling --page docs/trillion.md`."""
+    assert (ROOT / "docs" / "trillion.md").read_text() == study_scaling.page()
+    for gpus, times in study_scaling.MEASURED.items():
+        assert study_scaling.simulate(gpus, 1 << 20).times == pytest.approx(times, rel=0.01)
 
 
 @pytest.fixture(scope="module")
