@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -85,13 +87,36 @@ def init_world(device: str, command: str = "train") -> World:
         if local >= there:
             raise ValueError(f"{command}: --nproc-per-node must be at most the {there} GPUs of this machine")
         torch.cuda.set_device(local)
-    store, rank, size = next(rendezvous("env://"))
-    store.set_timeout(PATIENCE)
+    found, rank, size = next(rendezvous("env://"))
+    found.set_timeout(PATIENCE)
+    store = _unused_part(found, rank, size)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     own = dist.PrefixStore("collectives", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    return World(rank, size, here, init_device_mesh(kind, (size,)), dist.PrefixStore("yaongi", store))
+    return World(rank, size, here, init_device_mesh(kind, (size,)), store)
+
+
+def _unused_part(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Return a part of the store, the same for all processes, that is empty.
+
+    When torchrun starts all processes anew, it may give them the store of the dead ones, whose addresses they would
+    take for those of the living. So the first process chooses a name, and answers each other one that found it.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+    if rank == 0:
+        store.set("name", mine)
+        for other in range(1, size):
+            store.set(f"{mine}/answer/{other}", store.get(f"{mine}/question/{other}").decode())
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() < end:
+        name = store.get("name").decode()
+        question, answer = f"{name}/question/{rank}", f"{name}/answer/{rank}"
+        store.set(question, mine)
+        if store.check([answer]) and store.get(answer).decode() == mine:
+            return dist.PrefixStore(name, store)
+        time.sleep(0.02)
+    raise TimeoutError(f"train: {size} processes must start within {PATIENCE}, got no answer of the first")
 
 
 def set_determinism(deterministic: bool) -> None:

@@ -16,7 +16,7 @@ from yaongi import cli
 from yaongi.train.checkpoint.checkpoints import DamagedError, step_of
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
-from yaongi.train.distributed.errors import agree_on_error, others_failed
+from yaongi.train.distributed.errors import agree_on_error, is_loss, others_failed
 from yaongi.train.plan.advice import explain_out_of_memory
 from yaongi.train.session import Session
 from yaongi.train.signals import StopRequest, resume_command
@@ -110,12 +110,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say_once(world: World, error: Exception) -> None:
-    """Print a user's mistake on one of the processes that made it; of a fault of the program the traceback."""
-    if isinstance(error, cli.USER_ERRORS):
-        for line in agree_on_error(world, cli.one_line(error)):
-            print(f"error: {line}", file=sys.stderr)
-    elif not others_failed(world):
+    """Print a user's mistake, or the loss of a process, on one process; of a fault of the program the traceback."""
+    mistake, loss = isinstance(error, cli.USER_ERRORS), is_loss(error)
+    if not mistake and not loss and not others_failed(world):
         traceback.print_exception(error)
+    elif mistake or not others_failed(world):
+        for line in agree_on_error(world, "another process has ended" if loss else cli.one_line(error)):
+            print(f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from yaongi.world import World
 
+_LOST = ("Connection reset by peer", "Connection closed by peer", "Connection refused", "Broken pipe")  # says gloo
 PATIENCE = 5.0  # seconds for the others' messages
 
 
@@ -42,6 +43,11 @@ def _collect(world: World, store: dist.Store, text: str) -> dict[int, str]:
     while time.monotonic() < end and not store.check([_key(rank) for rank in range(world.size)]):
         time.sleep(0.05)
     return {r: store.get(_key(r)).decode() for r in range(world.size) if store.check([_key(r)])}
+
+
+def is_loss(error: Exception) -> bool:
+    """Return whether an error says that another process is gone."""
+    return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in _LOST)
 
 
 def others_failed(world: World) -> bool:
