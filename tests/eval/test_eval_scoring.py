@@ -147,7 +147,7 @@ def test_a_score_that_is_no_number() -> None:
 
 def test_out_of_memory_halves_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, requests, said = model_of(), some_requests(12), []
-    wanted = Scorer(model, row_tokens=64, rows_per_pass=16).score(requests)
+    wanted = Scorer(model, row_tokens=64, rows_per_pass=8).score(requests)
     run: Any = model.hidden_states
 
     def small(ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
@@ -156,10 +156,10 @@ def test_out_of_memory_halves_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         return run(ids, documents)
 
     monkeypatch.setattr(model, "hidden_states", small)
-    scorer = Scorer(model, row_tokens=64, rows_per_pass=16, say=said.append)
+    scorer = Scorer(model, row_tokens=64, rows_per_pass=8, say=said.append)
     found = scorer.score(requests)
-    assert scorer.rows_per_pass == 2
-    assert said == [f"out of memory: {rows} rows per pass from here on" for rows in (8, 4, 2)]
+    assert scorer.rows_at_once == 2
+    assert said == [f"out of memory: {rows} rows per pass from here on" for rows in (4, 2)]
     for one, other in zip(found, wanted, strict=True):
         assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-12)
     monkeypatch.setattr(model, "hidden_states", lambda *_: small(torch.zeros(9, 1), torch.zeros(1)))
@@ -246,10 +246,20 @@ def test_pack(lengths: list[int], row_tokens: int) -> None:
     assert len(sums) < 2 or sums[0] + sums[1] > row_tokens
 
 
-def test_packed_rows_are_full() -> None:
-    """Prompts of the length of five-shot questions in rows of training: at least 97 % of the positions are tokens."""
-    lengths = np.random.default_rng(0).gamma(9, 70, 5000).clip(60, 2000).astype(int).tolist()
-    assert sum(lengths) / (4096 * len(pack(lengths, 4096))) > 0.97
+def test_rows_are_full() -> None:
+    """At least 97 % of the positions are tokens: with prompts of many lengths, of nearly the same, and with few."""
+    random = np.random.default_rng(0)
+    scorer = Scorer(model_of(), longest=8192)
+    for lengths in (
+        random.gamma(9, 70, 5000).clip(60, 2000),
+        random.normal(520, 15, 3000),
+        random.normal(2100, 20, 500),
+    ):
+        sizes = lengths.astype(int).tolist()
+        row = scorer.choose_row_tokens(sizes)
+        assert sum(sizes) / (row * len(pack(sizes, row))) > 0.97, row
+    assert scorer.choose_row_tokens([100]) == 128
+    assert Scorer(model_of(), row_tokens=64).choose_row_tokens([40, 30]) == 64
     with pytest.raises(ValueError, match="sequences must be 1 to 10 tokens long, got 11"):
         pack([3, 11], 10)
 

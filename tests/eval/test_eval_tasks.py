@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from yaongi.data.stages.fetch_benchmarks import BENCHMARKS
 from yaongi.eval.commands import Fetch
 from yaongi.eval.evaluate import Settings, evaluate
 from yaongi.eval.harness.suites import BASICS, SUITES, Ask, asks
@@ -236,24 +237,46 @@ def test_fetch(task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @needs_lm_eval
 def test_a_local_copy(plain_folder: Path, task_folder: Path, tmp_path: Path) -> None:
-    """A task of lm-eval's own form, whose data set is a folder: `--data-root` finds it by OWNER/NAME."""
-    data = tmp_path / "copies" / "SOMEBODY" / "QUIZ"
+    """KMMLU's own task, by its shipped file, on a clone in miniature: `--data-root` finds it by OWNER/NAME."""
+    import lm_eval
+
+    data = tmp_path / "copies" / "HAERAE-HUB" / "KMMLU"
     data.mkdir(parents=True)
     for split in ("dev", "test"):
-        (data / f"{split}.jsonl").write_text((task_folder / f"{split}.jsonl").read_text())
+        rows = map(json.loads, (task_folder / f"{split}.jsonl").read_text().splitlines())
+        lines = [json.dumps({**row, "answer": row["answer"] + 1}, ensure_ascii=False) + "\n" for row in rows]
+        (data / f"{split}.jsonl").write_text("".join(lines))
     (data / "README.md").write_text(
-        "---\nconfigs:\n- config_name: letters\n  data_files:\n  - {split: dev, path: dev.jsonl}\n"
+        "---\nconfigs:\n- config_name: Accounting\n  data_files:\n  - {split: dev, path: dev.jsonl}\n"
         "  - {split: test, path: test.jsonl}\n---\n"
     )
-    text = (task_folder / "letters.yaml").read_text()
-    text = re.sub(r"dataset_path.*\n.*\n.*\n", "dataset_path: SOMEBODY/QUIZ\ndataset_name: letters\n", text)
-    (tmp_path / "quiz.yaml").write_text(text)
+    shipped = Path(lm_eval.__file__).parent / "tasks" / "kmmlu" / "default" / "_default_kmmlu_yaml"
+    (tmp_path / "quiz.yaml").write_text(f"include: {shipped}\ntask: own_kmmlu\ndataset_name: Accounting\n")
     settings = Settings(tmp_path / "out", limit=3, include=tmp_path, data_root=tmp_path / "copies")
-    found = evaluate(plain_folder, [Ask("own_letters", 2)], settings, ALONE, print)
+    found = evaluate(plain_folder, [Ask("own_kmmlu", 5)], settings, ALONE, print)
     assert found is not None
-    assert found["tasks"]["own_letters"]["n"] == 3
-    with pytest.raises(ValueError, match="--data-root must hold SOMEBODY/QUIZ"):
-        evaluate(plain_folder, [Ask("own_letters", 2)], replace(settings, data_root=tmp_path), ALONE, print)
+    entry = found["tasks"]["own_kmmlu"]
+    assert (entry["n"], entry["shots"], entry["version"], entry["metrics"]["acc"]["chance"]) == (3, 5, "2.0", 0.25)
+    assert entry["cut"] == 12  # five examples and a question are longer than this model reads
+    sample = json.loads((tmp_path / "out" / "samples" / "own_kmmlu.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].endswith("정답：")
+    assert sample["choices"] == [" A", " B", " C", " D"]
+    with pytest.raises(ValueError, match="--data-root must hold HAERAE-HUB/KMMLU"):
+        evaluate(plain_folder, [Ask("own_kmmlu", 2)], replace(settings, data_root=tmp_path), ALONE, print)
+
+
+@needs_lm_eval
+def test_what_is_scored_is_never_trained_on() -> None:
+    """Every data set of the suites is in the table of benchmarks that training text is compared with."""
+    import lm_eval
+
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    names = {ask.task.split("_")[0] for suite in SUITES.values() for ask in suite} - {"basics"}
+    texts = [path.read_text() for name in names for path in (folder / name).rglob("*") if "yaml" in path.name]
+    paths = {path for text in texts for path in re.findall(r"^dataset_path: *(\S+)", text, re.MULTILINE)}
+    scored = {path for path in paths if not path.startswith("evalplus/")} - {"HAERAE-HUB/KMMLU-HARD"}  # part of KMMLU
+    assert len(scored) >= 7
+    assert scored <= {benchmark.id for benchmark in BENCHMARKS.values()}
 
 
 @needs_lm_eval

@@ -33,7 +33,7 @@ class Tasks:
     prefix: Literal["none", "bos"] = "none"  # what precedes a text without a context: nothing, or BOS as others do
     max_new_tokens: int | None = None  # cut answers to so many tokens, whatever the task says
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-    row_tokens: int = 0  # tokens per packed row; 0: 4096, or what the model or the longest prompt allows
+    row_tokens: int = 0  # tokens per packed row; 0: up to 4096, or the longest prompt's, so that rows are full
     rows_per_pass: int = 0  # rows run at once; 0: as many as fit into memory
     include: Path | None = None  # folder with further tasks, YAML files of lm-eval
     data_root: Path | None = None  # folder with local copies of the data sets, OWNER/NAME or NAME

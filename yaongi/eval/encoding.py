@@ -18,4 +18,11 @@ class CachedEncoder:
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of `text`. Raises ValueError for a lone surrogate."""
-        return list(chain.from_iterable(map(self._encode, _BREAK.split(text))))
+        if "\n\n\n" in text:
+            return list(chain.from_iterable(map(self._encode, _BREAK.split(text))))
+        first, *rest = map(self._encode, text.split("\n\n"))
+        ids = list(first)
+        for paragraph in rest:
+            ids += self._encode("\n\n")
+            ids += paragraph
+        return ids

@@ -20,10 +20,11 @@ from yaongi.eval.rows.packing import pack
 from yaongi.model import Yaongi
 from yaongi.world import World
 
-ROW_TOKENS = 4096  # of a row, where the model's rows are that long
+ROW_TOKENS = 4096  # of the longest rows, where no request is longer
 CPU_ROWS = 4  # rows per pass on a CPU
 MOST_ROWS = 64
 EVEN = 128  # rows are multiples of it: the scan's chunk
+SAMPLE, NEARLY = 4096, 0.005  # passes that a row's length is chosen by; a longer row may waste so much more
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -52,6 +53,7 @@ class Tally:
     cut_tokens: int = 0  # tokens that they lost
     tokens: int = 0  # read by the model
     positions: int = 0  # the same with the rows' padding
+    row_tokens: int = 0  # of the last rows
     seconds: float = 0.0
 
     @property
@@ -66,12 +68,14 @@ class Scorer:
 
     model: Yaongi
     world: World = ALONE
-    row_tokens: int = 0  # tokens per row; 0: 4,096, or the model's longest, or the longest request
+    row_tokens: int = 0  # tokens per row; 0: up to 4,096, or the longest request's, so that rows are full
     rows_per_pass: int = 0  # 0: as many as fit into a GPU's memory, CPU_ROWS on a CPU
     done: Done = field(default_factory=Done)  # what was scored before the program was interrupted
     say: Callable[[str], None] = print
     tally: Tally = field(default_factory=Tally)
+    rows_at_once: int = 0  # rows that were run together last; fewer than planned where they didn't fit into memory
     longest: int = 0  # the longest sequence to read; 0: the model's max_sequence_length
+    _fitting_tokens: int = field(default=0, init=False, repr=False)  # on a GPU, together
 
     @property
     def max_length(self) -> int:
@@ -93,11 +97,12 @@ class Scorer:
         totals = np.zeros(len(requests))
         hits = np.zeros(len(requests), np.int64)
         passes = self._passes(requests)
-        longest = max((len(p.tokens) for p in passes), default=1)
-        row_tokens = self._row_tokens(longest)
-        rows = pack([len(p.tokens) for p in passes], row_tokens)
-        self._choose_rows_per_pass(row_tokens, len(rows))
-        batches = make_batches(passes, rows, row_tokens, self.rows_per_pass)
+        lengths = [len(p.tokens) for p in passes]
+        row_tokens = self.choose_row_tokens(lengths)
+        rows = pack(lengths, row_tokens)
+        rows_per_pass = self._rows_per_pass(row_tokens)
+        self.rows_at_once, self.tally.row_tokens = rows_per_pass, row_tokens
+        batches = make_batches(passes, rows, row_tokens, rows_per_pass)
         todo = [batch for batch in batches if batch.digest not in self.done]
         if self.world.rank == 0:
             for batch in batches:
@@ -143,31 +148,44 @@ class Scorer:
                 passes[-1].add(number, first - 1, targets)
         return passes
 
-    def _row_tokens(self, longest: int) -> int:
+    def choose_row_tokens(self, lengths: Sequence[int]) -> int:
+        """Return the length of rows for passes of these lengths: the longest of those that are nearly as full as any.
+
+        Rows have room for two of the longest passes, so they may be longer than a sequence may be.
+        """
+        longest = max(lengths, default=1)
         if self.row_tokens:
             return max(self.row_tokens, longest)
-        return min(self.max_length, max(ROW_TOKENS, -(-longest // EVEN) * EVEN))
+        some = lengths[:: 1 + len(lengths) // SAMPLE]
+        first = -(-longest // EVEN) * EVEN
+        last = max(min(ROW_TOKENS, self.max_length), 2 * first)
+        sizes = range(first, last + 1, EVEN)
+        fills = {row: sum(some) / (row * max(1, len(pack(some, row)))) for row in sizes}
+        return max(row for row, fill in fills.items() if fill >= max(fills.values()) - NEARLY)
 
-    def _choose_rows_per_pass(self, row_tokens: int, rows: int) -> None:
-        """Choose how many rows are run at once: on a GPU by running one and measuring its peak."""
+    def _rows_per_pass(self, row_tokens: int) -> int:
+        """Return how many rows are run at once: on a GPU found by running one and measuring its peak."""
         if self.rows_per_pass:
-            return
+            return self.rows_per_pass
         if self.world.device.type != "cuda":
-            self.rows_per_pass = CPU_ROWS
-            return
+            return CPU_ROWS
+        if not self._fitting_tokens:
+            self._fitting_tokens = self._measure(row_tokens)
+        rows = max(1, min(MOST_ROWS, self._fitting_tokens // row_tokens))
+        return 1 << (rows.bit_length() - 1)
+
+    def _measure(self, row_tokens: int) -> int:
+        """Return the tokens that fit into the memory of every process's GPU at once."""
         device = self.world.device
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         one = make_batches([Pass(np.zeros(row_tokens, np.int32))], [[0]], row_tokens, 1)[0]
         run_batch(self.model, one, 0, 1, device)
-        per_row = max(1, torch.cuda.max_memory_allocated(device) - before)
+        per_token = max(1, torch.cuda.max_memory_allocated(device) - before) / row_tokens
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-        fits = max(1, int(0.85 * free / per_row))
-        mine = torch.zeros(self.world.size, dtype=torch.int64, device=device)
-        mine[self.world.rank] = min(fits, MOST_ROWS)
-        self.rows_per_pass = 1 << (int(self.world.all_reduce(mine).min()).bit_length() - 1)
+        fits = int(0.85 * torch.cuda.mem_get_info(device)[0] / per_token)
+        return min(self.world.gather(fits))
 
     def _run(self, batches: Iterable[Batch], of: int) -> Iterator[tuple[Batch, NDArray[np.float64], NDArray[np.int64]]]:
         """Yield each batch with its results, read one batch late: the GPU has work while the host looks at them."""
@@ -183,19 +201,21 @@ class Scorer:
     def _launch(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Run a batch, in parts if its rows don't fit into memory."""
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        start = 0
+        start, count = 0, min(self.rows_at_once or len(batch.input_ids), len(batch.input_ids))
         while start < len(batch.input_ids):
             try:
-                parts.append(run_batch(self.model, batch, start, start + self.rows_per_pass, self.world.device))
+                parts.append(run_batch(self.model, batch, start, start + count, self.world.device))
             except torch.OutOfMemoryError:
-                if self.rows_per_pass == 1:
+                if count == 1:
                     raise
-                self.rows_per_pass //= 2
-                self.say(f"out of memory: {self.rows_per_pass} rows per pass from here on")
+                count = self.rows_at_once = count // 2
+                self._fitting_tokens //= 2
+                self.rows_per_pass = count if self.rows_per_pass else 0
+                self.say(f"out of memory: {count} rows per pass from here on")
                 if self.world.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
-            start += self.rows_per_pass
+            start += count
         return parts
 
     def _count(self, requests: Sequence[Request], passes: Sequence[Pass], positions: int, seconds: float) -> None:

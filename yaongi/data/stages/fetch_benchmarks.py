@@ -24,7 +24,8 @@ class Benchmark:
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "kmmlu": Benchmark("HAERAE-HUB/KMMLU", splits=()),  # its train split too, which must never be trained on
-    "haerae": Benchmark("HAERAE-HUB/HAE_RAE_BENCH_1.1"),
+    "haerae": Benchmark("HAERAE-HUB/HAE_RAE_BENCH"),  # which lm-eval scores
+    "haerae_1.1": Benchmark("HAERAE-HUB/HAE_RAE_BENCH_1.1"),
     "kobest": Benchmark("skt/kobest_v1", splits=("validation", "test")),
     "hrm8k": Benchmark("HAERAE-HUB/HRM8K"),
     "gsm8k": Benchmark("openai/gsm8k", subsets=("main",)),
