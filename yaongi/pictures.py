@@ -2,9 +2,11 @@
 
 import base64
 import io
+import re
 import warnings
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
@@ -26,6 +28,16 @@ def png(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """Return the picture as SVG for a page: as wide as its place, its text in the page's fonts."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    start = out.getvalue().index("<svg")
+    return re.sub(r' (width|height)="[\d.]+pt"', "", out.getvalue()[start:], count=2)
 
 
 def embedded(image: bytes) -> str:

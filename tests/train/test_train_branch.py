@@ -140,9 +140,11 @@ def test_settings_that_may_change(tokens: Path, stable: Path, tmp_path: Path) ->
         "train.bad_steps": [3, 9], "train.clip": [1.0, 0.5], "train.matrix_lr": [0.02, 0.01], "run.log_every": [4, 2],
     }  # fmt: skip
     assert [r["lr"] for r in events(out) if r["event"] == "step"][9] < 0.006
-    page = write_report(out).read_text()
-    assert "changed: train.bad_steps 3 to 9, train.clip 1.0 to 0.5, train.matrix_lr 0.02 to 0.01" in page
-    assert "gone back to this checkpoint" in page
+    page = write_report([out]).read_text()
+    assert (
+        "<th>step 9, changed</th><td>train.bad_steps 3 → 9, train.clip 1.0 → 0.5, train.matrix_lr 0.02 → 0.01" in page
+    )
+    assert "<th>step 9, gone back to this checkpoint</th>" in page
     refused = run(tokens, out, *QUIET, *straight, "--weight-decay", "0.2")
     advice = f"the run's own options go on with it, --init {out} with another --out starts one from its weights"
     assert refused.stderr.endswith(f"(train.weight_decay: the run has 0.1, got 0.2); {advice}\n")

@@ -1,28 +1,75 @@
-"""The report, the plan and its predicted memory."""
+"""The report: a page about a run, or several, in two languages, as a browser shows it."""
 
+import html
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from small_run import ALONE, config_of, environment, run
+from small_run import environment, run
 
-from yaongi.data.tokenizer import Tokenizer
-from yaongi.train.plan.activations import PeakMode
-from yaongi.train.plan.run_plan import make_plan, micro_rows
+from yaongi.train.report import words
 from yaongi.train.report.kernels import kernel_panels
 from yaongi.train.report.page import write_report
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+REPORT = Path(words.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def eventful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a made-up run in which everything happened that a page can show."""
+    folder = tmp_path_factory.mktemp("runs") / "eventful"
+    folder.mkdir()
+    plan = {"preset": "yaongi-tiny", "device": "CPU", "parameters": 1228712, "active": 641032, "steps": 40}
+    plan |= {"processes": 2, "flops_per_token": 4.5e6, "precision": "fp8: experts in 2 of 6 layers", "tokens": 40960}
+    source = {"name": "ko/<wiki>", "there": 5000, "wanted": 20000.0}
+    start = {"command": "python -m yaongi.train", "commit": "0123", "versions": "torch 2", "machine": "2 cores"}
+    records: list[dict[str, Any]] = [{"event": "plan", "step": 0, **plan}]
+    for first in (0, 20):
+        records.append({"event": "start", "step": first, **start, "sources": [source]})
+        for step in range(first + 1, first + 21):
+            values = {"loss": 9.0 / step, "gnorm": 1.0 + step % 3, "tokens": 1024 * step, "hours": step / 100}
+            values |= {
+                "tokens_per_second": 900.0,
+                "tflops": 0.1,
+                "memory": 8e8,
+                "lr": 1e-2,
+                "adam_lr": 1e-3,
+                "mfu": 0.4,
+            }
+            values |= {"fp8_saturated": 0.01, "spike": step == 7}
+            if step % 10 == 0:
+                values |= {"data_wait": 0.1, "loads": [[5, 3], [4, 4]], "experts_cv": 0.2}
+                score = {"metrics": {"acc": {"value": step / 50}}, "margin": step / 20}
+                records.append({"event": "checkpoint", "step": step, "seconds": 1.0, "waited": 0.0})
+                records.append({"event": "tasks", "step": step, "tokens": 1024 * step, "scores": {"basics": score}})
+                records.append({"event": "samples", "step": step, "texts": {"Korean": f"<글 {step}>"}})
+                bits = {"ko": 2.0 / step, "math": 3.0 / step}
+                records.append({"event": "evaluation", "step": step, "tokens": 1024 * step, "bpb": bits})
+            records.append({"event": "step", "step": step, **values})
+    records.append({"event": "init", "step": 0, "folder": "other/run", "at": 5, "steps": 5, "tokens": 5120})
+    records.append({"event": "from_step", "step": 20})
+    records.append({"event": "changed", "step": 20, "fields": {"train.clip": [1.0, 0.5]}})
+    records.append({"event": "skip_batches", "step": 20, "batches": 2, "samples": [160, 175]})
+    records.append({"event": "bad_step", "step": 21, "what": "the loss", "tokens": 0})
+    records.append({"event": "evaluation_without_fp8", "step": 40, "tokens": 40960, "bpb": {"ko": 0.1, "math": 0.2}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.json").write_text(json.dumps({"preset": "yaongi-tiny", "train": {"clip": 1.0}}))
+    return folder
 
 
 def test_messages(tmp_path: Path) -> None:
     """Check the errors for no run, no step, no benchmark file, and a file that is not such JSON."""
     with pytest.raises(FileNotFoundError, match=r"no metrics.jsonl in .*; train first"):
-        write_report(tmp_path)
+        write_report([tmp_path])
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no step is recorded"):
-        write_report(tmp_path)
+        write_report([tmp_path])
     with pytest.raises(FileNotFoundError, match="no benchmark file"):
         kernel_panels(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('{"benchmarks": [{"name": "a"}]}')
@@ -30,101 +77,99 @@ def test_messages(tmp_path: Path) -> None:
         kernel_panels(tmp_path / "bad.json")
 
 
-def test_with_benchmarks(tokens: Path, tmp_path: Path) -> None:
-    """Run the report's own command with the panels on kernels; samples and settings are escaped."""
+def test_a_run_s_own_page(tokens: Path, tmp_path: Path) -> None:
+    """Run the report's own command with the panels on kernels; the command and the text's sources are recorded."""
     out = tmp_path / "run"
     assert run(tokens, out, "--stop-after", "2").returncode == 0
     info = {"of_floor": 0.5, "x torch": 2.0, "x quack": 1.2}
     (tmp_path / "bench.json").write_text(json.dumps({"benchmarks": [{"name": "test_moe", "extra_info": info}]}))
-    program = [sys.executable, "-m", "yaongi.train.report", str(out), str(tmp_path / "bench.json")]
+    program = [sys.executable, "-m", "yaongi.train.report", str(out), "--benchmarks", str(tmp_path / "bench.json")]
     done = subprocess.run(program, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out / "report.html")
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "&lt;" in (out / "report.html").read_text() or "<pre>" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "kernels: share of the roofline" in page
+    assert "-m yaongi.train" in page
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page.replace("xlink:href", "href")), "it needs another file"
 
 
-def test_peak_mode_counts_what_is_alive() -> None:
-    """Check that two tensors alive at once are the peak, and that views and in-place operations take no memory."""
-    with PeakMode() as mode:
-        a = torch.empty(1000, device="meta")
-        b = a.view(10, 100)[2:].add_(1)
-        c = a + 1
-        del a, b
-        d = c * 2
-        assert mode.alive == 8000
-        del c, d
-    assert (mode.alive, mode.peak) == (0, 8000)
+def test_what_the_page_shows(eventful: Path, tmp_path: Path) -> None:
+    page = write_report([eventful], tmp_path / "page.html", refresh=30).read_text()
+    shown = [
+        "1,228,712 parameters",
+        "40 / 40 steps",
+        "CPU × 2",
+        "MFU 40.0%",
+        "most casts of a step that saturated: 1.0%",
+    ]
+    shown += [
+        "python -m yaongi.train",
+        "0123",
+        "ko/&lt;wiki&gt;",
+        "4.00",
+        "train.clip",
+        "&lt;글 10&gt;",
+        "&lt;글 40&gt;",
+    ]
+    shown += ["other/run, 5 steps, 5.1k tokens", "step 20, changed", "train.clip 1.0 → 0.5", "2 (rows 160–175)"]
+    shown += ["step 20, gone back to this checkpoint", "step 20, batches left out"]
+    shown += ["without fp8", '<meta http-equiv="refresh" content="30">', "checkpoint", "skipped step", "loss spike"]
+    for text in shown:
+        assert text in page, text
+    assert page.count('type="radio"') == 3
+    assert "<글" not in page
+    assert [f"<th>{step}</th>" in page for step in (10, 20, 30, 40)] == [True] * 4
 
 
-def test_predicted_memory(tokens: Path, tmp_path: Path) -> None:
-    """Check that the prediction is within 25 % of the process's peak memory."""
-    out = tmp_path / "run"
-    more = (
-        "--model.hidden-size",
-        "256",
-        "--batch-tokens",
-        "32768",
-        "--row-tokens",
-        "512",
-        "--micro-rows",
-        "32",
-        "--model.max-sequence-length",
-        "512",
-    )
-    done = run(tokens, out, *more, "--mix", "ko=1", "--stop-after", "2", "--sample-tokens", "0", "--evaluate-rows", "1")
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    predicted = next(r["predicted_memory"] for r in records if r["event"] == "plan")
-    taken = max(r["memory"] for r in records if r["event"] == "step")
-    assert predicted == pytest.approx(taken, rel=0.25)
+def test_every_word_is_translated(eventful: Path, tmp_path: Path) -> None:
+    """The Korean page needs no phrase that the table lacks, and the table has none that no page needs."""
+    page = html.unescape(write_report([eventful], tmp_path / "page.html", language="ko").read_text())
+    for text in ("학습 곡선", "전문가별 부하", "건너뛴 스텝", "포화된 변환"):
+        assert text in page
+    sources = "".join(path.read_text() for path in REPORT.glob("*.py") if path.name != "words.py")
+    assert [p for p in words._KOREAN if f'"{p}"' not in sources and f"'{p}'" not in sources] == []
 
 
-def test_what_does_not_fit(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the plan says so, and what to try."""
-    config = config_of(tokens, tmp_path / "run", "--micro-rows", "8")
-    tokenizer = Tokenizer.load(tokens / "tokenizer")
-    plan = make_plan(config, tokenizer, ALONE)
-    assert plan.fits
-    parts = plan.memory
-    low = int((parts.total - 0.5 * parts.activations) / 0.93)
-    monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _: low)
-    monkeypatch.setattr("yaongi.train.plan.memory.resident_bytes", lambda: parts.base)
-    assert "try --micro-rows" in make_plan(config, tokenizer, ALONE).advice
-    for policy in ("all", "mamba"):  # mamba needs more memory than all, but less time
-        config = config_of(tokens, tmp_path / "run", "--micro-rows", "1", "--recompute", policy)
-        low = make_plan(config, tokenizer, ALONE).memory.total / 0.93 + 1
-        monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _, low=low: low)
-        config = config_of(tokens, tmp_path / "run", "--micro-rows", "1")
-        assert make_plan(config, tokenizer, ALONE).advice == f"try --micro-rows 1 --recompute {policy}"
-    monkeypatch.setattr("yaongi.train.plan.memory.memory_of", lambda _: 1000)
-    assert "does not fit: try more GPUs" in make_plan(config, tokenizer, ALONE).lines()
+def test_several_runs(eventful: Path, tmp_path: Path) -> None:
+    """Their curves share panels, and the settings that differ stand unfolded."""
+    other = tmp_path / "other"
+    shutil.copytree(eventful, other)
+    (other / "config.json").write_text(json.dumps({"preset": "yaongi-tiny", "train": {"clip": 0.5}}))
+    page = write_report([eventful, other], tmp_path / "page.html").read_text()
+    assert "<title>eventful, other</title>" in page
+    assert "<th>train.clip</th><td>1.0</td><td>0.5</td>" in page[: page.index("<details>")]
+    assert "<th>preset</th>" not in page[: page.index("<details>")]
 
 
-def test_micro_batches_divide_the_batch(tokens: Path, tmp_path: Path) -> None:
-    """Choose the largest divisor that fits, and refuse a number that doesn't divide."""
-    config = config_of(tokens, tmp_path / "run")
-    assert micro_rows(config, 1, "replicate", 5) == 4
-    assert micro_rows(config, 2, "fsdp", 100) == 4
-    with pytest.raises(ValueError, match="multiple of 3 processes"):
-        micro_rows(config, 3, "fsdp", 1)
-    asked = config_of(tokens, tmp_path / "run", "--micro-rows", "3")
-    with pytest.raises(ValueError, match="divide the 8 rows of a batch, got 3"):
-        micro_rows(asked, 1, "replicate", 1)
+def test_watching_ends_with_the_run(eventful: Path, tmp_path: Path) -> None:
+    """A finished run's page isn't loaded again, and the command ends."""
+    program = [
+        sys.executable,
+        "-m",
+        "yaongi.train.report",
+        str(eventful),
+        "--watch",
+        "60",
+        "--out",
+        str(tmp_path / "p.html"),
+    ]
+    assert subprocess.run(program, env=environment(), timeout=60).returncode == 0
+    assert "http-equiv" not in (tmp_path / "p.html").read_text()
 
 
-def test_micro_batches_of_several_processes(tokens: Path, tmp_path: Path) -> None:
-    """Choose the largest number of rows that fits and leaves no process waiting; refuse too few micro-batches."""
-
-    def chosen(rows: int, processes: int, fits: int, *more: str) -> int:
-        config = config_of(tokens, tmp_path / "run", "--batch-tokens", str(64 * rows), *more)
-        return micro_rows(config, processes, "replicate", fits)
-
-    assert chosen(256, 8, 4) == 4
-    assert chosen(256, 3, 4) == 2, "43 of 2 rows; 22 of 4 are 2 rows more"
-    assert chosen(256, 256, 4) == 1
-    assert chosen(8, 3, 1) == 1
-    with pytest.raises(ValueError, match="at least 3 micro-batches for 3 processes, got 2: try --micro-rows 2"):
-        chosen(8, 3, 9, "--micro-rows", "4")
-    with pytest.raises(ValueError, match="at least 9 micro-batches for 9 processes, got 8: try --batch-tokens 576"):
-        chosen(8, 9, 9)
+@pytest.mark.skipif(BROWSER is None, reason="needs a chromium")
+def test_nothing_is_wider_than_the_screen(eventful: Path, tmp_path: Path) -> None:
+    """Load the page in a browser, as wide as a phone and as a desk's screen."""
+    write_report([eventful], tmp_path / "page.html")
+    widths = (390, 1280)
+    frames = "".join(f'<iframe src="page.html" width="{width}" height="900"></iframe>' for width in widths)
+    measure = "[...document.querySelectorAll('iframe')].map(f=>f.contentDocument.documentElement.scrollWidth)"
+    (tmp_path / "frames.html").write_text(f"{frames}<script>onload=()=>{{document.title={measure}}}</script>")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    assert BROWSER is not None
+    program = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "frames.html").as_uri()]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>(\d+),(\d+)</title>", done.stdout)
+    assert found, done.stderr
+    for got, width in zip(found.groups(), widths, strict=True):
+        assert 100 < int(got) <= width

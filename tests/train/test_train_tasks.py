@@ -14,7 +14,8 @@ from yaongi.train import task_scores
 from yaongi.train.__main__ import train
 from yaongi.train.command_line import parse
 from yaongi.train.metrics.records import read_metrics
-from yaongi.train.report.curves import curve_panels
+from yaongi.train.report.curves import Curves
+from yaongi.train.report.run import Run
 
 
 def test_tasks_in_training(
@@ -32,9 +33,9 @@ def test_tasks_in_training(
     assert last["basics"]["n"] == 24
     said = capsys.readouterr().out
     assert f"step 12: basics {100 * last['basics']['metrics']['acc']['value']:.1f}%" in said
-    steps = [record for record in records if record["event"] == "step"]
     without = [record for record in records if record["event"] != "tasks"]
-    assert len(curve_panels(records, steps)) == len(curve_panels(without, steps)) + 2
+    panels, fewer = (Curves([Run(out, part)], "en").panels() for part in (records, without))
+    assert len(panels) == len(fewer) + 2
     saved = evaluate(out / "model", [BASICS], Settings(tmp_path / "eval", limit=3), ALONE, print)
     assert saved is not None
     assert saved["model"]["trained_tokens"] == 12 * 512

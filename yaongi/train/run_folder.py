@@ -13,12 +13,12 @@ from yaongi.model.hub.run_weights import CHECKPOINTS
 MODEL = "model"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-REPORT_HTML, REPORT_PNG = "report.html", "report.png"
+REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 WANDB, WANDB_ID = "wandb", "wandb_id.json"
 LOCK = ".lock"
 STOP = "stop"  # made by anyone, it asks the run to stop
-RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT_HTML, REPORT_PNG, TENSORBOARD, WANDB, WANDB_ID)
+RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT, TENSORBOARD, WANDB, WANDB_ID)
 
 
 class Lock:

@@ -26,6 +26,7 @@ from yaongi.train.distributed.replicas import Replicas
 from yaongi.train.distributed.sharding import Shards, shard
 from yaongi.train.evaluation import Evaluator, draw_samples
 from yaongi.train.metrics.display import Display
+from yaongi.train.metrics.environment import record_start
 from yaongi.train.metrics.meter import Meter
 from yaongi.train.metrics.records import Metrics, read_metrics
 from yaongi.train.metrics.sinks import Sink, open_sinks
@@ -199,8 +200,7 @@ class Session:
         if not self.world.is_main:
             return
         write_config(out, self._record)
-        if not resumed:
-            self.metrics.write("plan", 0, **self.plan.record())
+        record_start(self.metrics, self.plan, self.loader, self.step if resumed else None)
         self._sinks = open_sinks(
             out,
             wandb=config.run.wandb,
@@ -368,7 +368,7 @@ class Session:
         if self.world.is_main:
             from yaongi.train.report.page import write_report
 
-            report = write_report(out, self.config.run.benchmarks)
+            report = write_report([out], benchmarks=self.config.run.benchmarks)
             self.display.say(f"model: {out / MODEL}\nreport: {report}")
         self.world.barrier()
 

@@ -1,17 +1,20 @@
 """The report's two panels on the kernels, from the JSON file that `pytest benchmarks/ --benchmark-json` writes."""
 
+import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
+from yaongi.train.report.curves import Panel
+from yaongi.train.report.words import Language, translate
+
 _SHOWN = 24
 
 
-def kernel_panels(path: Path) -> list[Callable[[Axes], None]]:
-    """Return functions that draw each kernel's share of the roofline and its speed-up over its fastest peer.
+def kernel_panels(path: Path, language: Language = "en") -> list[Panel]:
+    """Return panels with each kernel's share of the roofline and its speed-up over its fastest peer.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -26,20 +29,17 @@ def kernel_panels(path: Path) -> list[Callable[[Axes], None]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"report: {path} must be JSON of pytest-benchmark, got {error!r}") from error
     fastest = {name: min(ratios) for name, info in infos.items() if (ratios := _speedups(info))}
-    return [
-        lambda ax: _bars(ax, floors, "kernels: share of the roofline"),
-        lambda ax: _bars(ax, fastest, "kernels: × the fastest peer"),
-    ]
+    shown = {"kernels: share of the roofline": floors, "kernels: × the fastest peer": fastest}
+    return [Panel(translate(title, language), functools.partial(_bars, values)) for title, values in shown.items()]
 
 
 def _speedups(info: dict[str, Any]) -> list[float]:
     return [float(value) for key, value in info.items() if key.startswith("x ")]
 
 
-def _bars(ax: Axes, values: dict[str, float], title: str) -> None:
+def _bars(values: dict[str, float], ax: Axes) -> None:
     shown = dict(list(values.items())[:_SHOWN])
     ax.barh(list(shown), list(shown.values()))
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=5)
-    ax.set(title=title)

@@ -1,123 +1,115 @@
-"""`report.html`, which is self-contained, and `report.png`, from `metrics.jsonl`."""
+"""`report.html`: one page about a run, or about several beside each other, without any other file."""
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
-from yaongi.pictures import STYLE, embedded
-from yaongi.train.formatting import duration, short, significant
-from yaongi.train.metrics.records import plan_record, read_metrics
-from yaongi.train.report.curves import TURNS, curve_panels, draw
+from yaongi.pictures import STYLE, svg
+from yaongi.train.report.curves import Curves, Panel
 from yaongi.train.report.kernels import kernel_panels
-from yaongi.train.run_folder import METRICS, REPORT_HTML, REPORT_PNG
+from yaongi.train.report.run import Run
+from yaongi.train.report.tables import bits_table, facts_table, samples, settings, sources_table
+from yaongi.train.report.words import Language, translate
+from yaongi.train.run_folder import REPORT
 
-Records = list[dict[str, Any]]
+SIZE = 4.4, 2.8  # inches of a panel: its text has the page's size where a panel is some 400 pixels wide
+SVG_STYLE = STYLE | {"font.size": 9, "legend.fontsize": 7.5, "legend.framealpha": 0.7, "axes.titlesize": 9}
+CSS = """
+:root{color-scheme:light}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:1.5em auto;padding:0 16px;color:#222;background:#fafafa}
+h1{margin:0 0 .4em}h2{margin:1.6em 0 .5em;font-size:1.2em}h3{margin:0 0 .2em;font-size:.95em}.grid+h3{margin-top:1em}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:12px}
+.card{background:#fff;border:1px solid #e3e3e3;border-radius:8px;padding:10px 12px;min-width:0;overflow-x:auto}
+svg{display:block;width:100%;height:auto}svg text{font-family:system-ui,sans-serif!important}
+svg image{image-rendering:pixelated}
+table{border-collapse:collapse;font-size:.93em}th,td{text-align:left;vertical-align:top;padding:.15em 1.1em .15em 0}
+th{font-weight:600}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+thead th{border-bottom:1px solid #bbb}
+td{overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:.86em}
+details summary{cursor:pointer;color:#555}.note{color:#777}
+.switch input{position:absolute;opacity:0}.switch label{padding:0 .6em;border-radius:4px;cursor:pointer;color:#555}
+.switch input:checked+label{background:#e4ecf7;color:#123}.switch input:focus-visible+label{outline:2px solid #48c}
+.switch>div{display:none}
+#axis0:checked~.axis0,#axis1:checked~.axis1,#axis2:checked~.axis2{display:block}
+"""
 
 
-def write_report(folder: Path, benchmarks: Path | None = None) -> Path:
-    """Write `report.html` and `report.png` of the run in `folder`.
+def write_report(
+    folders: Sequence[Path],
+    out: Path | None = None,
+    benchmarks: Path | None = None,
+    language: Language = "en",
+    refresh: int = 0,
+) -> Path:
+    """Write a page about the runs in `folders`.
 
     Args:
+        out: the page; None: `report.html` in the first folder.
         benchmarks: JSON file of `pytest benchmarks/ --benchmark-json`; adds two panels on the kernels.
+        refresh: seconds after which a browser loads the page again; 0: never.
 
     Returns:
-        The path of `report.html`.
+        The path of the page.
 
     Raises:
         FileNotFoundError: there is no `metrics.jsonl`, or no benchmark file.
         ValueError: no step was recorded.
     """
-    if not (folder / METRICS).is_file():
-        raise FileNotFoundError(f"report: no {METRICS} in {folder}; train first")
-    records = read_metrics(folder / METRICS)
-    steps = [r for r in records if r["event"] == "step"]
-    if not steps:
-        raise ValueError(f"report: no step is recorded in {folder / METRICS}")
-    panels = curve_panels(records, steps)
-    if benchmarks is not None:
-        panels += kernel_panels(benchmarks)
+    runs = [Run.read(folder) for folder in folders]
+    more = [] if benchmarks is None else kernel_panels(benchmarks, language)
+    page = _page(runs, more, language, refresh)
+    path = out or folders[0] / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _page(runs: Sequence[Run], more: Sequence[Panel], language: Language, refresh: int) -> str:
+    def say(text: str) -> str:
+        return html.escape(translate(text, language))
+
     matplotlib.use("Agg")
-    with matplotlib.rc_context(STYLE):
-        image = draw(panels)
-    (folder / REPORT_PNG).write_bytes(image)
-    page = _page(folder, records, steps, image)
-    (folder / REPORT_HTML).write_text(page, encoding="utf-8")
-    return folder / REPORT_HTML
-
-
-def _page(folder: Path, records: Records, steps: Records, image: bytes) -> str:
-    """Return the HTML, with the picture and the samples embedded."""
-    facts = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in _facts(records, steps))
-    name = html.escape(folder.resolve().name)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>'
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em}"
-        "th{text-align:left;padding-right:2em;font-weight:600;vertical-align:top}img{width:100%}"
-        "pre{white-space:pre-wrap;background:#f4f4f4;padding:1em}</style>"
-        f"<h1>{name}</h1><table>{facts}</table>"
-        f'<img alt="curves of the run" src="{embedded(image)}">'
-        f"<h2>Bits per byte</h2>{_bits_table(records)}<h2>Samples</h2>{_samples(records)}</html>"
-    )
-
-
-def _facts(records: Records, steps: Records) -> list[tuple[str, str]]:
-    plan, last = plan_record(records), steps[-1]
-    bad = sum(r["event"] == "bad_step" for r in records)
-    facts = [
-        ("model", f"{plan['preset']}, {plan['parameters']:,} parameters, {plan['active']:,} active"),
-        ("trained", f"{last['step']:,} of {plan['steps']:,} steps, {short(last['tokens'])} tokens"),
-        ("time", duration(3600 * last["hours"])),
-        ("device", plan["device"]),
-        ("skipped steps, spikes", f"{bad}, {sum(bool(r.get('spike')) for r in steps)}"),
+    curves = Curves(runs, language)
+    with matplotlib.rc_context(SVG_STYLE):
+        loss = _switch([(name, panel.title, _drawn(panel)) for name, panel in curves.losses()])
+        cards = "".join(_card(panel.title, _drawn(panel)) for panel in (*curves.panels(), *more))
+    title = html.escape(", ".join(run.name for run in runs))
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    heading = say("the run's curves")
+    parts = [
+        f'<!doctype html><html lang="{language}"><head><meta charset="utf-8">{again}',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<title>{title}</title><style>{CSS}</style></head><body><h1>{title}</h1>",
+        f'<div class="card">{facts_table(runs, language)}</div>',
+        f'<h2>{heading}</h2><div class="grid">{loss}{cards}</div>',
+        f"<h2>{say('bits per byte of held-out text')}</h2>",
+        f'<div class="grid">{"".join(_card(run.name, bits_table(run, language)) for run in runs)}</div>',
+        f"<h2>{say('Samples')}</h2>{samples(runs, language)}",
+        f'<h2>{say("Text")}</h2><div class="card">{sources_table(runs[0], language)}</div>',
+        f'<h2>{say("Settings")}</h2><div class="card">{settings(runs, language)}</div></body></html>',
     ]
-    facts += [("starts from", _origin(r)) for r in records if r["event"] == "init"]
-    facts += [(f"step {r['step']}", _turn(r)) for r in records if r["event"] in TURNS]
-    if "precision" in plan:
-        saturated = max(r.get("fp8_saturated", 0.0) for r in steps)
-        facts.append(("precision", f"{plan['precision']}; up to {100 * saturated:.1f}% of a step's casts saturated"))
-    if "loss" in last:
-        speed = f"{short(last['tokens_per_second'])} tokens/s, {significant(last['tflops'])} TFLOP/s"
-        facts.append(("speed at the end", speed + (f", MFU {100 * last['mfu']:.1f}%" if "mfu" in last else "")))
-    return facts
+    return "\n".join(parts)
 
 
-def _origin(record: dict[str, Any]) -> str:
-    """Describe what a run started from."""
-    if record["at"] is None:
-        return str(record["folder"])
-    return f"{record['folder']}, after {record['steps']:,} steps and {short(record['tokens'])} tokens in all"
+def _drawn(panel: Panel) -> str:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    panel.draw(figure.subplots())
+    return svg(figure)
 
 
-def _turn(record: dict[str, Any]) -> str:
-    """Describe what sets the steps after a record apart from a straight run."""
-    if record["event"] == "changed":
-        return "changed: " + ", ".join(f"{name} {old} to {new}" for name, (old, new) in record["fields"].items())
-    if record["event"] == "skip_batches":
-        first, last = record["samples"]
-        return f"{record['batches']} batches left out, samples {first:,} to {last:,}"
-    return "gone back to this checkpoint"
+def _card(title: str, content: str) -> str:
+    return f'<div class="card"><h3>{html.escape(title)}</h3>{content}</div>'
 
 
-def _bits_table(records: Records) -> str:
-    evaluations = [r for r in records if r["event"] == "evaluation"]
-    if not evaluations:
-        return "<p>none measured</p>"
-    first, last = evaluations[0], evaluations[-1]
-    rows: list[tuple[str, ...]] = [("", f"step {first['step']}", f"step {last['step']}")]
-    rows += [(d, f"{first['bpb'][d]:.3f}", f"{last['bpb'][d]:.3f}") for d in last["bpb"]]
-    without: dict[str, float] = next((r["bpb"] for r in records if r["event"] == "evaluation_without_fp8"), {})
-    if without:
-        more = ["without fp8", *(f"{value:.3f}" for value in without.values())]
-        rows = [(*row, cell) for row, cell in zip(rows, more, strict=True)]
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def _samples(records: Records) -> str:
-    sampled = [r for r in records if r["event"] == "samples"]
-    if not sampled:
-        return "<p>none drawn</p>"
-    texts = sampled[-1]["texts"].items()
-    return "".join(f"<h3>{html.escape(name)}</h3><pre>{html.escape(text)}</pre>" for name, text in texts)
+def _switch(variants: Sequence[tuple[str, str, str]]) -> str:
+    """Return a card with one of several pictures, chosen by a button; it needs no script."""
+    buttons = "".join(
+        f'<input type="radio" name="axis" id="axis{i}"{" checked" * (i == 0)}><label for="axis{i}">{html.escape(name)}'
+        "</label>"
+        for i, (name, *_) in enumerate(variants)
+    )
+    pictures = "".join(f'<div class="axis{i}">{picture}</div>' for i, (*_, picture) in enumerate(variants))
+    return f'<div class="card switch"><h3>{html.escape(variants[0][1])}</h3>{buttons}{pictures}</div>'

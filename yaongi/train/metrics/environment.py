@@ -1,0 +1,55 @@
+"""What a run was started with: plan, command, code, versions, machine and text."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import yaongi
+from yaongi.data.epochs import count_epochs
+from yaongi.data.loader import Loader
+from yaongi.train.metrics.records import Metrics
+from yaongi.train.plan.run_plan import Plan
+
+
+def record_start(metrics: Metrics, plan: Plan, loader: Loader, resumed_from: int | None) -> None:
+    """Record the plan of a new run, and of every start the environment and how much there is of each text."""
+    if resumed_from is None:
+        metrics.write("plan", 0, **plan.record())
+    epochs = count_epochs(loader.tokens, loader.mixture.shares, plan.tokens)
+    sources = [{"name": stream.name, "there": stream.there, "wanted": stream.wanted} for stream in epochs]
+    metrics.write("start", resumed_from or 0, **environment(), sources=sources)
+
+
+def environment() -> dict[str, str]:
+    """Return the command, the code's commit (empty if it isn't a checkout), versions, and the machine."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    versions = {"yaongi": yaongi.__version__, "python": platform.python_version(), **packages}
+    if torch.version.cuda:
+        versions["CUDA"] = torch.version.cuda
+    cores = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else f"{os.cpu_count()} cores"
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return {
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "commit": _commit(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "machine": ", ".join([*gpu, f"{platform.system()} {platform.machine()}", cores]),
+    }
+
+
+def _commit() -> str:
+    """Return the checkout's commit, and whether files were changed since; empty outside a checkout."""
+    root = Path(yaongi.__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=, with changes", "--exclude=*", "--abbrev=12"]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
