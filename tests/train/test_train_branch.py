@@ -193,3 +193,12 @@ def test_a_restart_by_torchrun_does_nothing_twice(
         session.__exit__(None, None, None)
         assert session.step == 10
     assert [r["event"] for r in events(out)].count("from_step") == 0
+
+
+def test_from_a_damaged_checkpoint(tokens: Path, stable: Path, tmp_path: Path) -> None:
+    """One line that doesn't name a checkpoint of the new run."""
+    shutil.copytree(stable, tmp_path / "origin")
+    file = tmp_path / "origin" / "checkpoints" / "step-00000009" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"step-00000009 is damaged: .*; --init-step names another checkpoint$"):
+        train(tokens, tmp_path / "run", "--init", str(tmp_path / "origin"), "--init-step", "9")

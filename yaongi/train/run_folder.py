@@ -39,13 +39,19 @@ class Lock:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove the files of a run from `folder`, and nothing else."""
+    """Remove the files of a run from `folder`, and nothing else. Links to folders and mount points stay, empty."""
     for name in RUN_ENTRIES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(folder / name)
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif path.is_symlink() or path.is_mount():
+        for inner in path.iterdir():
+            _remove(inner)
+    else:
+        shutil.rmtree(path)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ from yaongi.data.tokenizer import MODEL_FILE
 from yaongi.files import has_sums
 from yaongi.model.hub.folder import read_weights
 from yaongi.train.build import build_model, fit_to_data, open_data
-from yaongi.train.checkpoint.branch import same_compression
+from yaongi.train.checkpoint.branch import taking_over
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
-from yaongi.train.checkpoint.model_folder import save_model
+from yaongi.train.checkpoint.model_folder import save_model, saved_bytes
 from yaongi.train.checkpoint.resume import compare_sites, fp8_sites, launch_of, without_what_was_done
 from yaongi.train.checkpoint.start import Start, find_start, note_start
 from yaongi.train.config import Config, as_dict
@@ -123,7 +123,9 @@ class Session:
             self._branch(start.origin.folder, start.origin.meta)
         self._require_same_weights()
         skipped = self.loader.skip(run.skip_batches)
-        if 0 < run.checkpoint_every < self.schedule.steps - self.step:
+        saves = [step for step in range(self.step + 1, self.schedule.steps + 1) if self.due(run.checkpoint_every, step)]
+        self.checkpoints.check_room(self._tensors(), saves, out / MODEL, saved_bytes(self.model))
+        if len(saves) > 1:
             self.checkpoints.reserve(self._tensors())
         self._open_logs(resumed=start.found is not None)
         if world.is_main:
@@ -136,7 +138,7 @@ class Session:
         self.model = build_model(config, self.tokenizer, world.device, dtype=dtype)
         origin = self._start.origin
         if origin is not None and origin.meta is None:
-            with same_compression(self.model):
+            with taking_over(self.model):
                 read_weights(origin.folder, self.model.state_dict())
         engine: Replicas | Shards
         if self.plan.parallel == "fsdp":
@@ -158,7 +160,7 @@ class Session:
 
     def _branch(self, path: Path, meta: dict[str, Any]) -> None:
         """Take from another run's checkpoint all that goes over into a new run."""
-        with same_compression(self.model):
+        with taking_over(self.model):
             self._load(path, meta)
         try:
             self.loader.load_state_dict(meta["data"])
@@ -246,7 +248,7 @@ class Session:
         self.checkpoints.poll()
         lr = {kind: self.schedule.lr(self.step, peak) for kind, peak in self.optimizer.peak_lr.items()}
         phase = self.schedule.phase(self.step)
-        result = self.stepper(batches, lr, self.config.train.bias_rate_at(self.step, self._steps_before))
+        result = self.stepper(batches, lr, self.config.train.bias_rate_at(self.step, self._start.steps_before))
         self.step += 1
         if result.bad is not None:
             self.metrics.write("bad_step", self.step, what=result.bad, tokens=self._tokens())
@@ -372,9 +374,10 @@ class Session:
             self.display.say(f"model: {out / MODEL}\nreport: {report}")
         self.world.barrier()
 
-    def due(self, every: int) -> bool:
-        """Return whether something that happens every `every` steps, and after the last one, is due now."""
-        return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
+    def due(self, every: int, step: int | None = None) -> bool:
+        """Return whether something that happens every `every` steps, and after the last one, is due at `step`; now."""
+        step = self.step if step is None else step
+        return step == self.schedule.steps or (every > 0 and step % every == 0)
 
     def _tensors(self, *, with_scales: bool = True) -> dict[str, Any]:
         """Return the tensors of a checkpoint; a weight with a master copy is left out, for it is that copy's cast."""
@@ -386,11 +389,6 @@ class Session:
 
     def _tokens(self) -> int:
         return self.step * self.config.train.batch_tokens
-
-    @property
-    def _steps_before(self) -> int:
-        lineage: list[dict[str, Any]] = self._record["lineage"]
-        return int(lineage[-1]["steps"]) if lineage else 0
 
     def _samples_of_last_step(self) -> range:
         return range(self.loader.samples - self.config.train.batch_rows, self.loader.samples)

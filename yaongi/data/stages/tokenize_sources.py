@@ -30,6 +30,7 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import sha256_file
 
 _BATCH_CHARACTERS = 1 << 19
+_BUILDING = ".building"  # suffix of the folder that is being built
 _USUAL_SPEED = 4e6  # bytes of text per second and core
 
 
@@ -106,13 +107,14 @@ def tokenize_sources(
     if (done := _finished(out, plan)) is not None:
         say(f"token shards in {out} are up to date")
         return done
-    building = out.with_name(out.name + ".building")
+    place = out.resolve()  # where a link leads: the link stays
+    building = place / _BUILDING if place.is_mount() else place.with_name(f"{place.name}{_BUILDING}")
     shutil.rmtree(building, ignore_errors=True)
     workers = workers or os.cpu_count() or 1
     _forecast(sources, out, workers, say)
     building.mkdir(parents=True)
     _build(sources, tokenizer, building, options, plan, workers, say)
-    _replace(out, building)
+    _replace(place, building)
     return ShardSet.open(out).manifest
 
 
@@ -197,6 +199,15 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _replace(out: Path, building: Path) -> None:
+    """Put what was built in the place of what was there. A mount point can't be renamed: its content is replaced."""
+    if building.parent == out:
+        (out / MANIFEST).unlink(missing_ok=True)  # first to go and last to come: it describes complete files
+        for path in sorted(building.iterdir(), key=lambda path: path.name == MANIFEST):
+            former = out / path.name
+            shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
+            path.rename(former)
+        building.rmdir()
+        return
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

@@ -3,6 +3,7 @@
 Reading first checks every name and shape in the files' headers, then copies shard by shard.
 """
 
+import errno
 import os
 import re
 import tempfile
@@ -85,7 +86,10 @@ def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = S
         size, total = size + tensor.nbytes, total + tensor.nbytes
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
-        save_file({n: t.cpu().contiguous() for n, t in shard.items()}, folder / file, metadata={"format": "pt"})
+        try:
+            save_file({n: t.cpu().contiguous() for n, t in shard.items()}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"{folder / file} can't be written: {' '.join(str(error).split())}") from error
         (folder / file).chmod(0o644)  # safetensors makes it readable for the owner only
     weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -17,7 +17,7 @@ from yaongi.files import sha256_file
 from yaongi.model import ModelConfig, Yaongi
 from yaongi.model.hub.folder import read_config
 from yaongi.model.hub.run_weights import CHECKPOINTS, TOKENIZER, checkpoints_in, find_weights, is_checkpoint
-from yaongi.train.checkpoint.checkpoints import read_meta
+from yaongi.train.checkpoint.checkpoints import DamagedError, read_meta
 
 MAY_DIFFER = ("precision", "max_sequence_length", "attention_backend", "stop_token_ids", "compressed_vocab_size")
 
@@ -89,10 +89,13 @@ def check_origin(origin: Origin, model: ModelConfig, tokenizer_hash: str, matrix
 
 
 @contextmanager
-def same_compression(model: Yaongi) -> Iterator[None]:
-    """Raise ValueError if the weights loaded within the block were trained with another map of Engram's ids."""
+def taking_over(model: Yaongi) -> Iterator[None]:
+    """Load an origin's weights within the block. Raise ValueError for damage, or for another map of Engram's ids."""
     table = model.backbone.compression
     before = None if table is None else table.clone()
-    yield
+    try:
+        yield
+    except DamagedError as error:
+        raise ValueError(f"{error}; --init-step names another checkpoint") from error
     if table is not None and before is not None and not torch.equal(table, before):
         raise ValueError("train: --init must be of the same --engram-compression and tokenizer, got another map of ids")

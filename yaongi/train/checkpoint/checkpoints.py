@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from yaongi.files import find_damage, write_atomically
 from yaongi.model.hub.run_weights import LATEST, META, checkpoints_in
 from yaongi.train.checkpoint.hashes import HashingWriter
+from yaongi.train.checkpoint.room import MARGIN, check_room, kept_of, most_checkpoints
 from yaongi.train.checkpoint.staging import PinnedStaging
 from yaongi.train.distributed.sharding import local_part
 from yaongi.train.step.guard import first_nonfinite
@@ -32,7 +33,6 @@ from yaongi.world import PATIENCE, World
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
 Problem = tuple[int, str]  # errno and one line
-_MARGIN = 1.05  # free disk space that a save needs, as a multiple of the checkpoint's bytes
 
 
 class DamagedError(ValueError):
@@ -210,11 +210,29 @@ class Checkpoints:
             what = bad or "a tensor of another process"
             raise ValueError(f"checkpoint: {what} is not finite; step {step} is not saved, {self._intact()}")
 
-    def _check_space(self, tensors: dict[str, Any]) -> None:
+    def check_room(self, tensors: dict[str, Any], saves: Iterable[int], model: Path, model_bytes: int) -> None:
+        """Check that the disk has room for all that will be kept, and for the model at the end.
+
+        Args:
+            tensors: of a checkpoint.
+            saves: the steps of the saves to come, ascending.
+            model: the folder of the model.
+
+        Raises:
+            OSError: it has not.
+        """
+        there, size = self.kept(), self._bytes_of(tensors)
+        counts = most_checkpoints(there, saves, self._keep_last, self._keep_every)
+        check_room(self.folder, model, (len(there), *counts), (size, model_bytes))
+
+    def _bytes_of(self, tensors: dict[str, Any]) -> int:
         sizes: dict[str, int] = {}  # a tensor that several processes hold is written once
         for held in self._world.gather({name: _size(tensor) for name, tensor in _flat(tensors)}):
             sizes |= held
-        wanted = _MARGIN * sum(sizes.values())
+        return sum(sizes.values())
+
+    def _check_space(self, tensors: dict[str, Any]) -> None:
+        wanted = MARGIN * self._bytes_of(tensors)
         free = shutil.disk_usage(self.folder).free
         if free < wanted:
             text = f"{self.folder} must have {wanted / 1e9:.3f} GB free, got {free / 1e9:.3f} GB; {self._intact()}"
@@ -235,12 +253,10 @@ class Checkpoints:
 
     def _remove_old(self, newest: int) -> None:
         """Remove what need not be kept, and what a run that went on from an older step left of its later steps."""
-        kept = sorted(self.kept().items())
-        for step, path in kept:
-            if step > newest:
-                shutil.rmtree(path)
-        for step, path in [(s, p) for s, p in kept if s <= newest][: -self._keep_last]:
-            if not (self._keep_every and step % self._keep_every == 0):
+        kept = self.kept()
+        stay = kept_of((step for step in kept if step <= newest), self._keep_last, self._keep_every)
+        for step, path in kept.items():
+            if step not in stay:
                 shutil.rmtree(path)
 
     def kept(self) -> dict[int, Path]:
@@ -276,11 +292,6 @@ def _flat(tensors: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torc
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def state_bytes(tensors: dict[str, Any]) -> int:
-    """Return the bytes of all tensors in nested dicts; a sharded tensor counts with its full size."""
-    return sum(_size(tensor) for _, tensor in _flat(tensors))
 
 
 def _size(tensor: torch.Tensor) -> int:

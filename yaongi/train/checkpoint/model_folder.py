@@ -17,14 +17,29 @@ def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) 
     """Write weights, configuration and tokenizer. All processes must call it.
 
     An error leaves `folder` as it was. Files that an earlier save did not write stay.
+
+    Raises:
+        OSError: it can't be written.
     """
     sharded = any(map(is_sharded, model.parameters()))
     whole = _gathered(model, world) if sharded else model
     if whole is not None and world.is_main:
-        with staged(folder) as building:
-            whole.save_pretrained(building)
-            tokenizer.save(building)
+        try:
+            with staged(folder) as building:
+                whole.save_pretrained(building)
+                tokenizer.save(building)
+        except OSError as error:
+            rest = "the last checkpoint is whole, and the same command writes the model again"
+            why = " ".join((error.strerror or str(error)).split())
+            raise OSError(error.errno, f"train: the model can't be written to {folder}: {why}; {rest}") from error
     world.barrier()
+
+
+def saved_bytes(model: Yaongi) -> int:
+    """Return the bytes of the tensors that `save_model` writes."""
+    size = model.lm_head.weight.element_size()  # of projections too, which FP8 training keeps in float32
+    tensors = model.state_dict().items()
+    return sum(t.numel() * (size if n.endswith("_proj.weight") else t.element_size()) for n, t in tensors)
 
 
 def _gathered(model: Yaongi, world: World) -> Yaongi | None:

@@ -26,6 +26,11 @@ class Start:
             return self.found[1]["config"].get("lineage", [])
         return self.origin.lineage() if self.origin else []
 
+    @property
+    def steps_before(self) -> int:
+        """Steps of the runs that this one descends from."""
+        return int(self.lineage[-1]["steps"]) if self.lineage else 0
+
 
 def find_start(config: Config, checkpoints: Checkpoints, record: dict[str, Any], tokenizer_hash: str) -> Start:
     """Return where a run of this configuration starts.
