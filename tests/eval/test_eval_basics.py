@@ -1,7 +1,10 @@
 """Our own suite: the same questions always, right answers that are right, and no way to guess them."""
 
+import random
 import re
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ def of(task: str) -> list[Item]:
 def test_the_questions_are_always_the_same(tmp_path: Path) -> None:
     """A change of the questions needs another VERSION: scores are compared by it."""
     (tmp_path / "items").write_text("\n".join(map(repr, ITEMS)), encoding="utf-8")
-    assert sha256_file(tmp_path / "items")[:16] == "8e01d8c8b343d42a"
+    assert sha256_file(tmp_path / "items")[:16] == "13bc014d693284cb"
     assert basics_items(10)[:10] == ITEMS[:10]
 
 
@@ -68,6 +71,26 @@ def test_guessing_from_the_answers_alone_is_chance(task: str) -> None:
             values.append(sum(rates) / len(rates) if rates else 0.25)
         found += max(range(4), key=values.__getitem__) == item.answer
     assert found / len(items) < 0.36, found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_liking_for_words_is_chance(task: str) -> None:
+    """Whoever likes some words more than others, or short answers, or long ones, is right about one time in four."""
+    items = [item for item in ITEMS if item.task == task]
+    likings: list[Callable[[str], float]] = [lambda choice: -len(choice), len]
+    for seed in range(30):
+        liked = cache(lambda word, seed=seed: random.Random(f"{seed}/{word}").gauss(0, 1))
+        likings.append(lambda choice, liked=liked: sum(map(liked, re.findall(r"\w+|[^\w\s]", choice))))
+    rates = []
+    for liking in likings:
+        found = 0.0
+        for item in items:
+            values = [liking(choice) for choice in item.choices]
+            best = [i for i, value in enumerate(values) if value == max(values)]
+            found += (item.answer in best) / len(best)
+        rates.append(found / len(items))
+    assert 0.22 < sum(rates[2:]) / 30 < 0.28, rates
+    assert all(0.18 < rate < 0.32 for rate in rates[:2]), rates[:2]
 
 
 def test_particles_follow_the_noun() -> None:

@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         if name == "refused":
             return self.reply(400, "bad")
         if name == "hang":
-            time.sleep(1.5)
+            time.sleep(2.5)
             return None
         score = {"bold": "**점수:** **8**", "half": "점수: 9.5", "eleven": "점수: 11", "nothing": "좋다"}
         score["two"] = "점수: 3 이라 했으나 점수: 7"
@@ -207,7 +207,7 @@ def test_code_in_the_frame_is_refused(clone: Path, tmp_path: Path) -> None:
 def test_every_failure_is_kept_apart(clone: Path, server: Server, tmp_path: Path) -> None:
     """Each part of the judge, both turns: scores, failures with their reason, tries, waits."""
     waits: list[float] = []
-    judge = Judge(server.url, "loopback", KEY, timeout=0.4, sleep=waits.append)
+    judge = Judge(server.url, "loopback", KEY, timeout=1.0, sleep=waits.append)
     wanted = asked_of(clone)
     replies = ask_all(wanted, judge, tmp_path / "replies.jsonl", 8, lambda _: None)
     marks = {PARTS[r.id - 1]: mark(r) for r in replies if r.turn == "multi"}
@@ -342,7 +342,9 @@ def test_as_a_person_uses_it(clone: Path, folder: Path, server: Server, tmp_path
     assert {failure["why"] for failure in found["failures"]} == {"score above 10: 11", "no score in the reply"}
     assert found["modes"]["default"]["overall"] == pytest.approx((6 + 8 + 9.5) / 3)
     assert "scores of other judges are on another scale" in done.stdout
-    assert "LogicKor by category" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "LogicKor by category" in page
+    assert "12 judgements failed" in page
     everything = (
         said + done.stdout + done.stderr + "".join(f.read_text(errors="replace") for f in out.rglob("*") if f.is_file())
     )

@@ -34,15 +34,12 @@ def sum_in_words(rng: random.Random, number: int) -> Question:
 
 
 def copy(rng: random.Random, number: int) -> Question:
-    """Ask for a list of words again; in the other lists one word is another."""
+    """Ask for a list of words again; in each of the other lists another word stands in one place, always the same."""
     pool = [w for kind in ("물건", "동물", "식물", "음식") for w in words()[kind]]
     picked = rng.sample(pool, 5 + 3)
     shown, strange = picked[: 3 + number % 3], picked[5:]
-    lists = [shown]
-    for other in strange:
-        changed = list(shown)
-        changed[rng.randrange(len(shown))] = other
-        lists.append(changed)
+    place = rng.randrange(len(shown))
+    lists = [[*shown[:place], word, *shown[place + 1 :]] for word in (shown[place], *strange)]
     order = rng.sample(range(4), 4)
     context = f"다음 낱말을 그대로 다시 쓰시오.\n{', '.join(shown)}\n답:"
     return context, [f" {', '.join(lists[i])}" for i in order], order.index(0)
@@ -68,8 +65,18 @@ def what_comes_next(rng: random.Random, number: int) -> Question:
 def _near(
     rng: random.Random, right: int, context: str, say: Callable[[int], str], never: Collection[str] = ()
 ) -> Question:
-    """Return the question with the right number and three others near it, all above zero and none of `never`."""
-    others = [n for n in range(max(1, right - 4), right + 5) if n != right and str(n) not in never]
-    numbers = [right, *rng.sample(others, 3)]
+    """Return the question with the right number and three others near it, all above zero and none of `never`.
+
+    The right number is the smallest, the second, third or largest equally often: neither a liking for small numbers nor
+    one for large ones helps or harms.
+    """
+    below, above = ([n for n in span if n > 0 and str(n) not in never] for span in _around(right))
+    smaller = min(rng.randrange(4), len(below))
+    numbers = [right, *rng.sample(below, smaller), *rng.sample(above, 3 - smaller)]
     rng.shuffle(numbers)
     return context, [say(n) for n in numbers], numbers.index(right)
+
+
+def _around(number: int) -> tuple[range, range]:
+    """Return the four numbers below, and the four above."""
+    return range(number - 4, number), range(number + 1, number + 5)

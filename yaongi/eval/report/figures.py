@@ -1,5 +1,6 @@
 """The pictures of an evaluation: bars by task, a group's tasks, curves over checkpoints, LogicKor by category."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,14 +104,16 @@ def curves(models: Sequence[tuple[str, Results]], task: str) -> bytes:
     if values[0]["chance"] is not None:
         first.axhline(100 * values[0]["chance"], color="black", linewidth=1, label="chance")
         first.legend()
-    first.set(title=f"{task}: {metric}, per cent", xlabel="million tokens")
+    first.set(title=f"{task}: {metric.split(' ')[0]}, per cent", xlabel="million tokens")
     for ax, key, title in (
         (second, "margin", "margin of the right answer, nats"),
         (third, "bits_per_byte", "bits per byte of the right answer"),
     ):
         if all(key in entry for _, entry in found):
             ax.plot(tokens, [entry[key] for _, entry in found], ".-")
-        ax.set(title=title, xlabel="million tokens")
+            ax.set(title=title, xlabel="million tokens")
+        else:
+            ax.set_visible(False)
     return png(figure)
 
 
@@ -125,7 +128,7 @@ def categories(models: Sequence[tuple[str, Mapping[str, Any]]]) -> bytes:
             places = np.arange(len(names)) + (number - (len(models) - 1) / 2) * width
             values = [found["categories"].get(name, {}).get(turn) or 0 for name in names]
             ax.bar(places, values, width, color=_COLOURS[number % len(_COLOURS)], alpha=0.8, label=model)
-        ax.set_xticks(range(len(names)), names)
+        ax.set_xticks(range(len(names)), [_in_english(name) for name in names], rotation=20)
         ax.set(title=f"{turn} turn", ylim=(0, 10))
         ax.grid(axis="x", visible=False)
     _legend(axes[0])
@@ -151,6 +154,12 @@ def _model_bars(ax: Axes, names: Sequence[str], number: int, width: float, model
         label=model,
     )
     ax.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+
+
+def _in_english(category: str) -> str:
+    """Return what a category's name has in brackets, which every font can draw; the name itself where it has none."""
+    bracketed = re.search(r"\(([ -~]+)\)", category)
+    return bracketed[1] if bracketed else category
 
 
 def _metric(entry: Mapping[str, Any]) -> str:

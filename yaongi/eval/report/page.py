@@ -37,15 +37,12 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     """
     tasks: list[tuple[str, Mapping[str, Any]]] = []
     talks: list[tuple[str, Mapping[str, Any]]] = []
-    for folder in folders:
+    for folder, label in zip(folders, _labels(folders), strict=True):
         judged = folder / LOGICKOR
         if (folder / RESULTS).is_file() or not judged.is_file():
-            results = read_results(folder)
-            tasks.append((results["model"]["name"], results))
+            tasks.append((label, read_results(folder)))
         if judged.is_file():
-            found = read_json(judged)
-            talks.append((found["model"], found))
-    tasks, talks = _distinct(tasks), _distinct(talks)
+            talks.append((label, read_json(judged)))
     matplotlib.use("Agg")
     with matplotlib.rc_context(STYLE):
         parts = [*_task_parts(tasks), *_talk_parts(talks)]
@@ -59,17 +56,21 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _distinct(models: Named) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the models with names that tell them apart: by tokens seen, else by number."""
-    names = [name for name, _ in models]
-    found = []
-    for number, (name, results) in enumerate(models):
-        label = name
-        if names.count(name) > 1:
-            tokens = results.get("model", {}).get("trained_tokens") if isinstance(results.get("model"), dict) else None
-            label = f"{name} {tokens / 1e6:,.0f}M" if tokens else f"{name} ({number + 1})"
-        found.append((label, results))
-    return found
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """Return the models' names, where several are equal with the tokens seen, else with a number."""
+    found: list[tuple[str, int | None]] = []
+    for folder in folders:
+        if (folder / RESULTS).is_file() or not (folder / LOGICKOR).is_file():
+            model = read_results(folder)["model"]
+            found.append((model["name"], model["trained_tokens"]))
+        else:
+            found.append((read_json(folder / LOGICKOR)["model"], None))
+    names = [name for name, _ in found]
+    labels = []
+    for number, (name, tokens) in enumerate(found, 1):
+        told_apart = f"{name} {tokens / 1e6:,.0f}M" if tokens else f"{name} ({number})"
+        labels.append(told_apart if names.count(name) > 1 else name)
+    return labels
 
 
 def _task_parts(models: Named) -> list[str]:
@@ -179,10 +180,23 @@ def _talk_parts(models: Named) -> list[str]:
         f"<h2>LogicKor</h2><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         "<p>Scores of other judges are on another scale. “As published” counts a failed judgement as 0, as the "
         "protocol's own program does.</p>",
+        _failures(models),
         _image(categories([(name, found) for name, found in models if found["categories"]]), "LogicKor by category")
         if any(found["categories"] for _, found in models)
         else "",
     ]
+
+
+def _failures(models: Named) -> str:
+    """Return a list of the judgements that failed, and why."""
+    lines = []
+    for name, found in models:
+        for failed in found["failures"]:
+            said = f"{name}: {failed['mode']} {failed['id']} {failed['turn']}: {failed['why']}"
+            lines.append(f"<li>{html.escape(said)}</li>")
+    if not lines:
+        return ""
+    return f"<details><summary>{len(lines)} judgements failed</summary><ul>{''.join(lines)}</ul></details>"
 
 
 def _mean(value: float | None) -> str:

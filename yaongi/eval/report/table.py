@@ -8,6 +8,7 @@ from rich.table import Table
 
 SIGNIFICANT = 2.0  # standard errors of guessing: a score that is nearer to chance is chance
 MOST_MEMBERS = 12  # tasks of a group that the table lists
+WIDE = 105  # columns of a terminal from which the whole table is shown
 _PERCENT = ("acc", "exact_match", "f1", "pass")
 
 
@@ -44,11 +45,12 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
     """Print the results of a folder."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=110)
+        console = Console(highlight=False, width=140)
     table = Table(box=None, pad_edge=False)
     for column, justify in (("task", "left"), ("shots", "right"), ("n", "right"), ("metric", "left")):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for column in ("score", "chance", "distance", "bits/byte", "margin"):
+        table.add_column(column, justify=justify, no_wrap=column != "metric")  # type: ignore[arg-type]
+    columns = 5 if console.width >= WIDE else 2  # a narrow terminal shows score and chance
+    for column in ("score", "chance", "distance", "bits/byte", "margin")[:columns]:
         table.add_column(column, justify="right", no_wrap=True)
     tasks = results["tasks"]
     for depth, name in ordered(tasks):
@@ -56,8 +58,11 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
         siblings = sum(other.get("group") == entry.get("group") for other in tasks.values())
         if depth == 0 or "tasks" in entry or siblings <= MOST_MEMBERS:
             for row in _rows(depth, name, entry):
-                table.add_row(*row)
+                table.add_row(*row[: 4 + columns])
     console.print(table)
+    hidden = sum(len(entry["tasks"]) for entry in tasks.values() if len(entry.get("tasks", ())) > MOST_MEMBERS)
+    if hidden:
+        console.print(f"{hidden} tasks of groups are in the page")
     for line in notes(results):
         console.print(line, markup=False)
 
