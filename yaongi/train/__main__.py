@@ -18,6 +18,7 @@ from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.distributed.errors import agree_on_error, is_loss, others_failed
 from yaongi.train.plan.advice import explain_out_of_memory
+from yaongi.train.plan.run_plan import make_plan
 from yaongi.train.session import Session
 from yaongi.train.signals import StopRequest, resume_command
 from yaongi.train.step.guard import BadStepError
@@ -94,6 +95,9 @@ def run(arguments: Sequence[str]) -> int:
         ValueError, TypeError, OSError, MemoryError: the user made a mistake or the machine is too small.
     """
     config = _parsed(arguments)
+    if config.run.plan_for != "none":
+        print(make_plan(config, None, World(0, 1, torch.device("cpu"))).lines())
+        return 0
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun starts the same command after a failure
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False, from_step=0))
     set_determinism(config.run.deterministic)

@@ -58,10 +58,17 @@ def fit_to_data(config: Config, tokenizer: Tokenizer, loader: Loader) -> Config:
     return dataclasses.replace(config, model=model, train=train)
 
 
-def build_model(config: Config, tokenizer: Tokenizer, device: torch.device | str, *, dtype: torch.dtype) -> Yaongi:
-    """Build the model with its initial weights; on the meta device it has none."""
-    variant = config.train.engram_compression
-    compression = compression_map(tokenizer.pieces(), variant) if config.model.engram and variant != "none" else None
+def build_model(
+    config: Config, tokenizer: Tokenizer | None, device: torch.device | str, *, dtype: torch.dtype
+) -> Yaongi:
+    """Build the model with its initial weights; on the meta device it has none.
+
+    Args:
+        tokenizer: may be absent on the meta device alone: it decides which ids Engram takes for the same.
+    """
+    variant, compression = config.train.engram_compression, None
+    if tokenizer is not None and config.model.engram and variant != "none":
+        compression = compression_map(tokenizer.pieces(), variant)
     model = Yaongi(config.model, seed=config.train.seed, device=device, dtype=dtype, compression=compression)
     model.recompute = recomputed_layers(config.run.recompute, config.model.pattern)
     return model

@@ -100,6 +100,9 @@ class Training:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
 
 
+PlanFor = Literal["none", "h100", "h200", "a100", "l40s", "rtx4090"]
+
+
 @dataclass(frozen=True)
 class Running:
     """Settings of where and how a run happens; they may change when it is resumed."""
@@ -131,7 +134,8 @@ class Running:
     checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # how many of the newest checkpoints to keep
     keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0: none
-    dollars_per_hour: float = 0.0  # price of the machine, for the plan's cost; 0: no cost
+    plan_for: PlanFor = "none"  # print the plan for a GPU that needn't be here, without data, and stop
+    dollars_per_hour: float = 0.0  # price of a GPU, or of a machine without one, for the plan's cost; 0: no cost
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with WANDB_API_KEY, else offline
     project: str = "open-yaongi"  # name of the wandb project
     tensorboard: bool = True  # write TensorBoard event files to OUT/tensorboard

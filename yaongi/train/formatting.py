@@ -25,8 +25,10 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format as in `46h04m`, `3m20s`, `12s`."""
+    """Format as in `12d04h`, `46h04m`, `3m20s`, `12s`."""
     whole = round(seconds)
+    if whole >= 4 * 86400:
+        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

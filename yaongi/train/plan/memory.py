@@ -19,6 +19,7 @@ from yaongi.train.distributed.ownership import Ownership
 from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.plan.activations import activation_bytes
+from yaongi.train.plan.machines import Machine
 from yaongi.train.recompute import recomputed_layers
 
 _USABLE = 0.93  # share of a device's memory that a run may plan with; the rest is left for fragmentation
@@ -50,9 +51,18 @@ class Memory:
 class MemoryForecast:
     """A forecast of the memory that training takes, for a model on the meta device."""
 
-    def __init__(self, model: Yaongi, config: Config, device: torch.device, processes: int = 1) -> None:
+    def __init__(
+        self,
+        model: Yaongi,
+        config: Config,
+        device: torch.device,
+        processes: int = 1,
+        machine: Machine | None = None,
+    ) -> None:
+        """Prepare a forecast for a device of this machine, or for one of another `machine`."""
         self._model, self._config, self._device, self._processes = model, config, device, processes
-        self._usable = _USABLE * memory_of(device)
+        self._has_kernels = _has_kernel("mamba_scan") if machine is None else True
+        self._usable = _USABLE * (memory_of(device) if machine is None else machine.memory)
         self.ownership = divide_parameters(model, config.train, processes)
         self._state = self._state_bytes(processes, self.ownership)
         self.parallel = self._choose(config.run.parallel)
@@ -77,7 +87,7 @@ class MemoryForecast:
         policy = self._config.run.recompute if recompute is None else recompute
         self._model.recompute = recomputed_layers(policy, self._config.model.pattern)
         activations = activation_bytes(self._model, rows, self._config.train.row_tokens, self._device)
-        if self._device.type == "cpu" or not _has_kernel("mamba_scan"):
+        if self._device.type == "cpu" or not self._has_kernels:
             activations = round(_REFERENCES[self._device.type] * activations)
         several = _NCCL if self._processes > 1 else 0
         base = _GPU_BASE + several if self._device.type == "cuda" else resident_bytes()

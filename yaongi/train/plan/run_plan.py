@@ -9,12 +9,15 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import flops_per_token
 from yaongi.train.build import build_model
 from yaongi.train.config import Config
-from yaongi.train.formatting import duration, gigabytes
+from yaongi.train.formatting import duration, gigabytes, short
 from yaongi.train.plan.advice import advise
+from yaongi.train.plan.machines import MACHINES, as_measured
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
 from yaongi.train.plan.scaling import StepSeconds, step_seconds
-from yaongi.train.plan.speed import fp8_here, kernels_here, step_cost, step_speed
+from yaongi.train.plan.speed import fp8_here, fp8_layers, kernels_here, step_cost, step_speed
 from yaongi.world import World
+
+TOKEN_BYTES = 2  # of a token in a shard
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,12 @@ class Plan:
     step: StepSeconds
     seconds: float
     checkpoint: int  # bytes
+    disk: int  # bytes of what the run keeps, with a checkpoint being written, and of its tokens
     dollars: float
     advice: str  # empty if it fits
     kernels: str  # the implementations that run here and, on other devices than an H100, how much slower they are
     precision: str  # what runs in FP8; empty if nothing does
+    basis: str  # what the time follows from
 
     @property
     def share(self) -> int:
@@ -86,11 +91,12 @@ class Plan:
             ("FLOPs", f"{flops:.2e}, {self.flops_per_token / 1e9:.3g} GFLOP per token"),
             ("memory", f"{gigabytes(self.memory.total)} of {gigabytes(self.available)}: {verdict}"),
             ("", by_part),
-            ("time", f"about {duration(self.seconds)}, guessed from the speed of a matrix product"),
+            ("time", f"about {duration(self.seconds)} at {short(self.tokens / self.seconds)} tokens/s, {self.basis}"),
             ("checkpoint", gigabytes(self.checkpoint)),
+            ("disk", f"about {gigabytes(self.disk)}: checkpoints, model, tokens"),
         ]
         if self.processes > 1 and self.parallel == "replicate":
-            rows.insert(-1, ("", self._step_line()))
+            rows.insert(-2, ("", self._step_line()))
         if self.precision:
             rows.insert(5, ("precision", self.precision))
         if self.dollars:
@@ -106,38 +112,44 @@ class Plan:
         )
 
 
-def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
+def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan:
     """Work out the figures; this takes a second or two.
+
+    Args:
+        tokenizer: needed unless the plan is for another machine (`plan_for`).
 
     Raises:
         ValueError: the global batch can't be divided into equal micro-batches on every process, or there are several
             processes with FP8, or a number of processes without a dry run.
     """
-    train, device = config.train, world.device
-    if config.run.processes and not config.run.dry_run:
-        raise ValueError(f"train: --processes must come with --dry-run, got {config.run.processes}: torchrun sets it")
-    processes = config.run.processes or world.size
-    precision = fp8_here(config.model, device)
+    train, run = config.train, config.run
+    machine = MACHINES.get(run.plan_for)
+    device = world.device if machine is None else torch.device("cuda")
+    if run.processes and not run.dry_run and machine is None:
+        raise ValueError(f"train: --processes must come with --dry-run, got {run.processes}: torchrun sets it")
+    processes = run.processes or world.size
+    precision = fp8_here(config.model, device) if machine is None else fp8_layers(config.model, machine.has_fp8)
     if precision and processes > 1:
         raise ValueError(f"train: fp8 must run in one process, got {processes}: its scales and weights aren't sharded")
     dtype = train.weight_dtype(device)
     model = build_model(config, tokenizer, "meta", dtype=dtype)
-    forecast = MemoryForecast(model, config, device, processes)
+    forecast = MemoryForecast(model, config, device, processes, machine)
     rows = micro_rows(config, processes, forecast.parallel, min(world.gather(forecast.rows_that_fit())))
     memory, counts = forecast(rows), model.count_parameters()
     flops = flops_per_token(config.model, counts.active, train.row_tokens)
-    speed = step_speed(device, dtype)
-    step = step_seconds(step_cost(model, train, rows, flops, speed, device), processes, forecast.ownership.size)
-    seconds = train.steps * step.total
+    speed = step_speed(device, dtype) if machine is None else machine.speed
+    cost, basis = step_cost(model, train, rows, flops, speed, device), "guessed from the speed of a matrix product"
+    if machine is not None:
+        cost, basis = as_measured(cost, rows * train.row_tokens, machine, config)
+    step = step_seconds(cost, processes, forecast.ownership.size)
+    tokens, seconds = train.steps * train.batch_tokens, train.steps * step.total
     share = train.batch_rows // processes if forecast.parallel == "fsdp" else train.batch_rows
     return Plan(
         preset=config.preset,
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        device=_name(device) if machine is None else machine.name,
         parameters=counts.total,
         active=counts.active,
-        tokens=train.steps * train.batch_tokens,
+        tokens=tokens,
         steps=train.steps,
         batch_rows=train.batch_rows,
         micro_rows=rows,
@@ -146,15 +158,22 @@ def make_plan(config: Config, tokenizer: Tokenizer, world: World) -> Plan:
         parallel=forecast.parallel,
         flops_per_token=flops,
         memory=memory,
-        available=memory_of(device),
+        available=memory_of(device) if machine is None else machine.memory,
         step=step,
         seconds=seconds,
         checkpoint=forecast.checkpoint_bytes,
-        dollars=seconds / 3600 * config.run.dollars_per_hour,
-        advice="" if forecast.fits(rows) else advise(share, rows, config.run.recompute, forecast.fits),
-        kernels=kernels_here(device, speed),
+        disk=(run.keep_last + 1) * forecast.checkpoint_bytes + 2 * counts.total + TOKEN_BYTES * tokens,
+        dollars=seconds / 3600 * run.dollars_per_hour * processes,
+        advice="" if forecast.fits(rows) else advise(share, rows, run.recompute, forecast.fits),
+        kernels=kernels_here(device, speed) if machine is None else machine.kernels,
         precision=precision,
+        basis=basis,
     )
+
+
+def _name(device: torch.device) -> str:
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else threads
 
 
 def micro_rows(config: Config, processes: int, parallel: str, fits: int) -> int:

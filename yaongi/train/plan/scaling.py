@@ -14,7 +14,7 @@ _REACHED = 304 / 355
 IN_NODE = {2: 329e9, 4: 355e9, 8: 361e9}
 BETWEEN_NODES = {2: 350e9, 8: 345e9, 16: 320e9, 32: 300e9, 64: 280e9, 128: 260e9}  # by number of nodes
 _CARD = 45e9  # one network card of 400 Gb/s, for each GPU
-_SMALL = 0.009  # the part of the update that every process does, and its launches
+COMMON_UPDATE = 0.009  # the part of the update that every process does, and its launches
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def step_seconds(cost: StepCost, processes: int, owners: int, bandwidth: float |
         bandwidth: bytes per second through each GPU's links; None for that of H100s.
     """
     busiest = -(-cost.micro_batches // processes)
-    update = cost.zero_seconds + _SMALL + cost.update_seconds / owners
+    update = cost.zero_seconds + COMMON_UPDATE + cost.update_seconds / owners
     if processes == 1:
         return StepSeconds(busiest * cost.micro_seconds, update, 0.0)
     moved = (owners - 1) / owners * (cost.gradient_bytes + cost.weight_bytes)

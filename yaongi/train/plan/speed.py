@@ -66,13 +66,17 @@ def kernels_here(device: torch.device, speed: float) -> str:
 
 
 def fp8_here(model: ModelConfig, device: torch.device) -> str:
-    """Return what runs in FP8 and where it is only emulated; empty without FP8."""
+    """Return what runs in FP8 on a device of this machine; empty without FP8."""
+    return fp8_layers(model, device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY)
+
+
+def fp8_layers(model: ModelConfig, real: bool) -> str:
+    """Return what runs in FP8, and whether it is `real` or only emulated; empty without FP8."""
     layers = model.precision.layers(model.pattern)
     if not layers:
         return ""
     kinds = {PRECISION_ROLES[model.pattern[i]] for i in layers}
     roles = ", ".join(role for role in model.precision.roles if role in kinds).replace("_", " ")
-    real = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
     how = "" if real else "; emulated here, slower than bf16"
     return f"fp8: {roles} in {len(layers)} of {len(model.pattern)} layers{how}"
 
