@@ -69,7 +69,7 @@ def test_the_lineage(tokens: Path, stable: Path, tmp_path: Path) -> None:
     saved = json.loads((second / "checkpoints" / "step-00000002" / "run.json").read_text())
     assert saved["config"]["lineage"] == found
     assert [r["steps"] for r in events(second) if r["event"] == "init"] == [12]
-    assert "step-00000006, after 12 steps and 6.1k tokens in all" in (second / "report.html").read_text()
+    assert "step-00000006, 12 steps, 6.1k tokens" in (second / "report.html").read_text()
 
 
 def test_from_a_model_with_longer_rows(
