@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -207,9 +208,17 @@ def study(asked: argparse.Namespace, world: World) -> dict[str, Any]:
         "batch_tokens": config.train.batch_tokens,
     }
     base = min(asked.rows_alone or ROWS[asked.preset], config.train.batch_rows)
+    began = time.perf_counter()
+
+    def say(what: str) -> None:
+        if world.is_main:
+            print(f"{time.perf_counter() - began:6.1f} s: {what}", file=sys.stderr, flush=True)
+
     if not asked.no_baseline:
+        say(f"each of {world.size} alone")
         ones = world.gather(alone(config, world.device, base, dtype, asked.steps))
         figures["alone"] = [one | {"tokens_per_second": config.train.batch_tokens / one["seconds"]} for one in ones]
+    say("together")
     figures["together"] = together(config, world, rows, dtype, asked.steps)
     figures["tokens_per_second"] = config.train.batch_tokens / figures["together"]["seconds"]
     if not asked.no_baseline:
@@ -217,8 +226,11 @@ def study(asked: argparse.Namespace, world: World) -> dict[str, Any]:
         figures["times_one"] = figures["tokens_per_second"] / mean
     if asked.bits:
         short = dataclasses.replace(config.train, batch_tokens=min(config.train.batch_tokens, 131072))
+        say(f"two runs of {asked.bits} steps")
         few = min(rows, short.batch_rows // world.size)
         figures["same_bits"] = same_bits(dataclasses.replace(config, train=short), world, few, dtype, asked.bits)
+    say("done")
+    release(world.device)
     return figures
 
 
@@ -258,15 +270,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     asked = parser.parse_args()
     world = init_world("auto")
-    try:
-        set_determinism(True)
-        figures = study(asked, world)
-    finally:
-        world.close()
+    set_determinism(True)
+    figures = study(asked, world)
     if world.is_main:
         print(lines(figures), flush=True)
         if asked.out:
             asked.out.write_text(json.dumps(figures, indent=1))
+    world.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """This process's rank, device and collectives, and torch's determinism settings."""
 
 import datetime
+import gc
 import os
 import time
 import uuid
@@ -40,6 +41,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Take the maximum of `tensor` over the processes, in place, and return it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def gather(self, value: T) -> list[T]:
         """Return the `value` of every process, in the order of their ranks; it must be picklable."""
         if self.size == 1:
@@ -63,8 +70,10 @@ class World:
         self.any(False)
 
     def close(self) -> None:
-        """Destroy the process group."""
+        """Destroy the process group, when all processes are here."""
         if self.size > 1:
+            gc.collect()  # CUDA graphs must go before the communicators
+            self.barrier()
             dist.destroy_process_group()
 
 

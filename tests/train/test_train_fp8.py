@@ -7,6 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
+from processes import in_processes
+from processes import train as train_in_processes
 from small_run import FOR_KERNELS, arguments, config_of, final_tensors, losses, session_of
 from study_fp8_sites import study, table
 
@@ -16,8 +18,6 @@ from yaongi.train import __main__ as program
 from yaongi.train.command_line import parse
 from yaongi.train.config import load_config
 from yaongi.train.plan.speed import fp8_here
-from yaongi.train.session import Session
-from yaongi.world import World
 
 FP8 = [
     *("--model.precision.mamba-projections", "fp8", "--model.precision.attention-projections", "fp8"),
@@ -62,9 +62,27 @@ def test_recorded_and_plain_pieces_are_one_run(tokens: Path, tmp_path: Path) -> 
         assert torch.equal(tensor, pieces[name]), name
 
 
-def test_several_processes_are_refused(tokens: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^train: fp8 must run in one process, got 2: its scales and weights aren'"):
-        Session(config_of(tokens, tmp_path / "run", *FP8), World(0, 2, torch.device("cpu")))
+def test_several_processes(tokens: Path, tmp_path: Path) -> None:
+    """Have the same scales, of the largest magnitudes of all; so they learn as one does, which goes on from two."""
+    more = (*FP8, *AS_ON_A_GPU, "--sample-tokens", "0", "--micro-rows", "2", "--evaluate-every", "100")
+    for count, name in ((1, "one"), (2, "two")):
+        asked = arguments(tokens, tmp_path / name, *more, "--stop-after", "3")
+        assert not any(in_processes(count, tmp_path / f"{name}-log", train_in_processes, asked).codes)
+    for (_, *got), (_, *wanted) in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert got == pytest.approx(wanted, rel=0.02)
+    one, two = (final_tensors(tmp_path / name)["fp8/history"] for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0.2, atol=0)
+    train(tokens, tmp_path / "two", *more, "--stop-after", "4")
+    assert [step for step, *_ in losses(tmp_path / "two")] == [1, 2, 3, 4]
+
+
+def test_fsdp_is_refused(tokens: Path, tmp_path: Path) -> None:
+    asked = arguments(tokens, tmp_path / "run", *FP8, "--parallel", "fsdp")
+    done = in_processes(2, tmp_path / "log", train_in_processes, asked)
+    assert done.err == [
+        "error: train: fp8 must run with --parallel replicate, got fsdp: its scales and weights aren't sharded\n",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("first", ["fp8", "bf16"])

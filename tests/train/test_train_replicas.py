@@ -1,9 +1,12 @@
 """Replicated weights with an owned optimizer: two, three and four processes compute what one does."""
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import study_processes
 import torch
 from processes import SPLIT_NUMBERS, in_processes, train
 from small_run import FOR_KERNELS, arguments, final_tensors, losses
@@ -74,14 +77,13 @@ def save_again(arguments: Sequence[str]) -> None:
     world.close()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_a_checkpoint_moves_between_numbers_of_processes(dtype: str, tokens: Path, tmp_path: Path) -> None:
-    """Begin with two; one, three and four load and save every tensor to the bit. Then train on with three."""
-    out, more = tmp_path / "run", ("--dtype", dtype)
+def test_a_checkpoint_moves_between_numbers_of_processes(tokens: Path, tmp_path: Path) -> None:
+    """Begin with two; one, three and four, and two with sharded weights, load and save every tensor to the bit."""
+    out, more = tmp_path / "run", ("--dtype", "bfloat16")
     run(2, tokens, out, *more, "--stop-after", "2")
     wanted = final(out)
-    for count in (1, 3, 4, 2):
-        asked = arguments(tokens, out, *FEW, *more)
+    for count, parallel in ((1, "auto"), (3, "auto"), (2, "fsdp"), (4, "auto")):
+        asked = arguments(tokens, out, *FEW, *more, "--parallel", parallel)
         done = in_processes(count, tmp_path / "log", save_again, asked)
         assert not any(done.codes), "\n".join(done.err)[-4000:]
         assert f"resumed from step 2 of {out}" in done.out[0]
@@ -90,6 +92,23 @@ def test_a_checkpoint_moves_between_numbers_of_processes(dtype: str, tokens: Pat
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     run(3, tokens, out, *more, "--stop-after", "3")
     assert [step for step, *_ in losses(out)] == [1, 2, 3]
+
+
+def measure(*given: str) -> None:
+    """Run the study that measures one process and several."""
+    sys.argv[1:] = given
+    study_processes.main()
+
+
+def test_the_study_of_processes(tmp_path: Path) -> None:
+    """Run it as on GPUs, on the smallest preset: every figure is there, and two runs have the same bits."""
+    given = ("--preset", "yaongi-tiny", "--batch-tokens", "1024", "--steps", "1", "--bits", "1")
+    done = in_processes(2, tmp_path / "log", measure, *given, "--out", str(tmp_path / "figures.json"))
+    assert not any(done.codes), "\n".join(done.err)[-4000:]
+    assert "two runs have the same bits: yes" in done.out[0]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["alone"]) == 2
+    assert all(figures["together"][name] > 0 for name in ("seconds", "reduce_gradients", "gather_weights", "optimizer"))
 
 
 @pytest.mark.gpu

@@ -143,7 +143,7 @@ class Session:
         engine: Replicas | Shards
         if self.plan.parallel == "fsdp":
             shard(self.model, self.model.backbone.layers, ("losses",), world)
-            engine = Shards(self.model, world)
+            engine = Shards(self.model, world, dtype)
         else:
             engine = Replicas(self.model, world, divide_parameters(self.model, config.train, world.size))
         momentum_dtype = config.train.matrix_momentum_dtype(world.device)

@@ -36,6 +36,7 @@ class Fp8Scales(nn.Module):
         self.enabled = True  # False: the layers compute without FP8
         self.calibrating = False  # whether each producer runs twice, first for its scale
         self.known = False  # whether there are scales: from a calibration or a checkpoint
+        self.maximum: Callable[[Tensor], object] | None = None  # over all processes, in place; None for one process
         count = len(sites)
         self.scale = nn.Buffer(torch.ones(count, device=device), persistent=False)
         self.unit = nn.Buffer(torch.ones(count, 4, device=device), persistent=False)  # 16 bytes apart, for cuBLASLt
@@ -56,8 +57,16 @@ class Fp8Scales(nn.Module):
         site = self.site(name, seen=seen)
         if self.calibrating and seen:
             produce(site)
+            if self.maximum is not None:
+                self.maximum(site.amax)
             self._set(self._places[name], site.amax)
         return produce(site)
+
+    def share(self) -> None:
+        """Take the largest magnitudes of all processes, so that all have the same scales; call it once a step."""
+        if self.maximum is not None:
+            self.amax.nan_to_num_(nan=torch.inf, posinf=torch.inf)  # a maximum may leave out a NaN
+            self.maximum(self.amax)
 
     def _set(self, i: int | slice, largest: Tensor) -> None:
         """Set scales from the largest magnitudes; a site that was all zeros keeps its scale."""

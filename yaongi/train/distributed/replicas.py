@@ -37,6 +37,7 @@ class Replicas:
 
     in_place = True  # gradients are accumulated in tensors that keep their address
     loss_scale = 1  # gradients are summed over the processes, not averaged
+    masters: frozenset[nn.Parameter] = frozenset()  # parameters that are master copies: none
 
     def __init__(self, model: nn.Module, world: World, ownership: Ownership | None = None) -> None:
         """Move the parameters that have owners into buffers; with one process do nothing.
@@ -51,6 +52,7 @@ class Replicas:
         self._shard, self._replica = world.rank % size, world.rank // size
         self._rows = {p: self._ownership.rows(name, self._shard) for name, p in self._named.items()}
         self._buffers: list[Buffer] = []
+        self._gathered = [p for name, p in self._named.items() if name in self._ownership]
         self._shared: list[Tensor] = []  # the gradients of shared parameters, a flat tensor for each dtype
         if world.size > 1:
             self._mesh, self._replica_group = _groups(world, size)
@@ -104,6 +106,7 @@ class Replicas:
             return
         for buffer in self._buffers:
             all_gather(buffer.weight, buffer.weight[buffer.own], group=self._mesh.get_group())
+        torch.autograd.graph.increment_version(self._gathered)  # by which casts to FP8 notice the change
 
     @torch.no_grad()
     def sum_of_squares(self) -> Tensor:

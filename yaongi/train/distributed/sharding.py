@@ -94,10 +94,16 @@ class Shards:
 
     in_place = False
 
-    def __init__(self, model: nn.Module, world: World) -> None:
-        """Take a model that `shard` has sharded."""
+    def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
+        """Take a model that `shard` has sharded.
+
+        Args:
+            dtype: of its weights before.
+        """
         self._world, self.loss_scale = world, world.size  # FSDP averages gradients: × size gives their sum
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        # Shards in float32 of weights that are narrower: a checkpoint holds them as the master copies that they are.
+        self.masters = {p for p in self._parameters if is_sharded(p) and p.element_size() > dtype.itemsize}
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Return whether this process keeps state of a parameter: of all."""

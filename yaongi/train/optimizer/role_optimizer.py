@@ -124,15 +124,19 @@ class RoleOptimizer(torch.optim.Optimizer):
 
         With several processes each has what it owns; of a parameter divided by rows, that is a part of a `DTensor`.
         """
-        return {
+        found = {
             name: {key: self.engine.saved(value, p) for key, value in self.state[p].items()}
             for p, name in self._names.items()
             if self.engine.owns(p)
         }
+        for parameter in self.engine.masters:
+            found[self._names[parameter]]["master"] = parameter.detach()
+        return found
 
     def master_names(self) -> set[str]:
         """Return the names of the parameters that have a master copy, on this process or another."""
-        return {name for p, name in self._names.items() if p.dtype not in WIDE or p in self._own_masters}
+        own = self._own_masters | self.engine.masters
+        return {name for p, name in self._names.items() if p.dtype not in WIDE or p in own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
 
     Raises:
         ValueError: the global batch can't be divided into equal micro-batches on every process, or there are several
-            processes with FP8, or a number of processes without a dry run.
+            processes with FP8 and FSDP, or a number of processes without a dry run.
     """
     train, run = config.train, config.run
     machine = MACHINES.get(run.plan_for)
@@ -129,11 +129,13 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
         raise ValueError(f"train: --processes must come with --dry-run, got {run.processes}: torchrun sets it")
     processes = run.processes or world.size
     precision = fp8_here(config.model, device) if machine is None else fp8_layers(config.model, machine.has_fp8)
-    if precision and processes > 1:
-        raise ValueError(f"train: fp8 must run in one process, got {processes}: its scales and weights aren't sharded")
     dtype = train.weight_dtype(device)
     model = build_model(config, tokenizer, "meta", dtype=dtype)
     forecast = MemoryForecast(model, config, device, processes, machine)
+    if precision and forecast.parallel == "fsdp":
+        raise ValueError(
+            "train: fp8 must run with --parallel replicate, got fsdp: its scales and weights aren't sharded"
+        )
     rows = micro_rows(config, processes, forecast.parallel, min(world.gather(forecast.rows_that_fit())))
     memory, counts = forecast(rows), model.count_parameters()
     flops = flops_per_token(config.model, counts.active, train.row_tokens)

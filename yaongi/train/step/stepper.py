@@ -60,6 +60,8 @@ class Stepper:
         self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
         self._engine = optimizer.engine
         self._scales = model.fp8_scales
+        if self._scales is not None and world.size > 1:
+            self._scales.maximum = world.maximum
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.micro_batches = 0  # begun so far
@@ -94,7 +96,10 @@ class Stepper:
         parts = self._sums, self._engine.sum_of_squares().unsqueeze(0), self._loads.flatten().double()
         sums = self._world.all_reduce(torch.cat(parts))
         loads = sums[4:].long().view_as(self._loads)
-        measured = [] if self._scales is None else self._scales.measures().double().unbind()
+        measured: Sequence[torch.Tensor] = []
+        if self._scales is not None:
+            self._scales.share()
+            measured = self._scales.measures().double().unbind()
         loss, z, balance, norm, count, size, *fp8 = torch.stack(
             [*sums[:3].unbind(), sums[3].sqrt(), targets.double(), text_bytes.double(), *measured]
         ).tolist()
@@ -184,8 +189,8 @@ class Stepper:
             (f"the gradient of {n}", local_part(p.grad)) for n, p in reversed(self._named) if p.grad is not None
         )
         here = first_nonfinite(weights)
-        site = None if here or self._scales is None else self._scales.bad_site()
-        if site is not None:
-            return f"{site}, before its cast to fp8,"
+        site = None if self._scales is None else self._scales.bad_site()
+        if here is None and site is not None:
+            here = f"{site}, before its cast to fp8,"
         here = here or first_nonfinite(itertools.chain([("the loss", loss)], gradients))
         return next((name for name in self._world.gather(here) if name is not None), "the gradient's norm")
