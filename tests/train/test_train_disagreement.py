@@ -1,7 +1,9 @@
 """What goes wrong on some of several processes: one line says it, and nothing is lost."""
 
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from processes import Done, in_processes, train
 from small_run import arguments
 
-from yaongi.train.distributed import agreement
+from yaongi.train.distributed import agreement, watch
 from yaongi.train.session import Session
 
 FEW = ("--sample-tokens", "0", "--micro-rows", "2", "--evaluate-every", "100", "--stop-after", "2")
@@ -61,6 +63,18 @@ def run_out(session: Session) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has none")
 
 
+def hang(session: Session) -> None:
+    """Get no further for some seconds before the second step."""
+    if session.step == 1:
+        time.sleep(8)
+
+
+def hanging(given: Sequence[str]) -> None:
+    """Train with a second process that hangs, watched impatiently."""
+    watch.LEAST, watch.STEPS, watch.POLL = 3.0, 0, 0.1
+    spoiled("train_step", hang, given)
+
+
 def said(done: Done, codes: list[int]) -> list[str]:
     """Return the lines on standard error that are no gloo warnings."""
     assert done.codes == codes
@@ -105,6 +119,15 @@ def test_one_process_out_of_memory(tokens: Path, tmp_path: Path) -> None:
     assert line.startswith("error: rank 1 of 2 (")
     assert "out of GPU memory in" in line
     assert line.endswith("needed 2.00 GiB: try --micro-rows 1")
+
+
+def test_a_process_that_hangs(tokens: Path, tmp_path: Path) -> None:
+    """Each says where it is; the one that is elsewhere is the cause. The run goes on."""
+    done = in_processes(2, tmp_path / "log", hanging, arguments(tokens, tmp_path / "run", *FEW))
+    lines = [line for line in said(done, [0, 0]) if line.endswith(", after step 1")]
+    form = r'warning: rank (\d) \(.*\): no progress for [3-9] s in "(.*)", after step 1'
+    found = [re.fullmatch(form, line) for line in lines]
+    assert {m[1]: m[2] for m in found if m} == {"0": "the count of targets", "1": "the next step"}, lines
 
 
 @pytest.mark.parametrize("option", ["--no-such-option", "--steps"])

@@ -72,6 +72,6 @@ def test_what_was_not_measured_is_said(
     assert text in plan(capsys, "--preset", "yaongi-4b", "--plan-for", "h100", *more)[line]
 
 
-def test_fp8_is_planned_for_one_process() -> None:
-    with pytest.raises(ValueError, match="fp8 must run in one process, got 2"):
-        run(("--preset", "yaongi-4b-fp8", "--plan-for", "h100", "--processes", "2"))
+def test_fp8_is_not_planned_with_sharded_weights() -> None:
+    with pytest.raises(ValueError, match="fp8 must run with --parallel replicate, got fsdp"):
+        run(("--preset", "yaongi-4b-fp8", "--plan-for", "h100", "--processes", "2", "--parallel", "fsdp"))

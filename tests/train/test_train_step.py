@@ -147,7 +147,7 @@ def test_the_run_goes_on_after_a_bad_step(tokens: Path, tmp_path: Path) -> None:
         session.train_step(next(batches))
         batches.close()
     events = [line.split('"')[3] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert events == ["plan", "bad_step", "step"]
+    assert events == ["plan", "start", "bad_step", "step"]
     assert session.guard.skipped == 1
     assert session.loader.state_dict()["samples"] == 16
 

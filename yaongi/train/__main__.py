@@ -17,6 +17,7 @@ from yaongi.train.checkpoint.checkpoints import DamagedError, step_of
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.distributed.errors import agree_on_error, is_loss, others_failed
+from yaongi.train.distributed.watch import Watch
 from yaongi.train.plan.advice import explain_out_of_memory
 from yaongi.train.plan.run_plan import make_plan
 from yaongi.train.session import Session
@@ -48,9 +49,10 @@ def train(config: Config, world: World, arguments: Sequence[str]) -> int:
 def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
     session.start()
     run = session.config.run
-    with StopRequest(world, run.out, lambda: _progress(session)) as stop, session:
+    watch = Watch(world, lambda: (session.step, session.stepper.doing))
+    with StopRequest(world, run.out, lambda: _progress(session)) as stop, watch, session:
         if session.lacks_evaluation():
-            with stop.unwatched():
+            with stop.unwatched(), watch.paused():
                 session.evaluate()
         for batches in session.batches():
             session.train_step(batches)
@@ -58,9 +60,10 @@ def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
             last = session.step == run.stop_after
             saved = stopping or last or session.due(run.checkpoint_every)
             if saved:
-                session.save(wait=stopping)
+                with watch.paused():
+                    session.save(wait=stopping)
             if not stopping and session.due(run.evaluate_every):
-                with stop.unwatched():
+                with stop.unwatched(), watch.paused():
                     session.evaluate()
                 stopping = stop.requested()
                 if stopping and not saved:
@@ -69,7 +72,8 @@ def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
                 session.checkpoints.wait()
                 session.display.say(f"saved step {session.step}; go on with: {resume_command(arguments)}")
                 return stop.exit_code
-        session.finish()
+        with watch.paused():
+            session.finish()
     return 0
 
 

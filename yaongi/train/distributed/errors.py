@@ -22,7 +22,7 @@ def agree_on_error(world: World, message: str) -> list[str]:
     if world.store is None:
         return [message]
     try:
-        found = _collect(world, world.store, f"{_place(world)}\n{message}")
+        found = _collect(world, world.store, f"{place_of(world)}\n{message}")
     except RuntimeError:
         return []  # the store was in the first process, which has ended, and has printed
     if min(found) != world.rank:
@@ -60,6 +60,7 @@ def _key(rank: int) -> str:
     return f"error/{rank}"
 
 
-def _place(world: World) -> str:
+def place_of(world: World) -> str:
+    """Return the machine of this process, and its GPU."""
     host = socket.gethostname()
     return f"{host}, GPU {world.device.index}" if world.device.type == "cuda" else host

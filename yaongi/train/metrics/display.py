@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from yaongi.train.formatting import duration, scientific, short, significant
 
 COLUMNS = 100  # of a step's line
-_LEAST = ("memory", "flops", "bpb", "fp8", "gnorm", "lr", "")  # what a line that is too long leaves out first
+_LEAST = ("memory", "flops", "bpb", "ranks", "fp8", "gnorm", "lr", "")  # what a line that is too long leaves out first
 _WAIT = 0.01  # share of the time spent waiting for data from which it is shown
 
 
@@ -81,6 +81,8 @@ def console_line(record: dict[str, Any], steps: int) -> str:
         parts["data"] = f"data {100 * record['data_wait']:.0f}%"
     if "fp8_saturated" in record:
         parts["fp8"] = f"fp8 saturated {100 * record['fp8_saturated']:.1f}%"
+    if "rank_seconds" in record:
+        parts["ranks"] = ranks_text(record["rank_seconds"])
     if "experts_cv" in record:
         parts["experts"] = f"cv {record['experts_cv']:.2f}"
         if record["experts_dead"]:
@@ -91,3 +93,9 @@ def console_line(record: dict[str, Any], steps: int) -> str:
             break
         parts.pop(least, None)
     return line
+
+
+def ranks_text(seconds: list[float]) -> str:
+    """Format the seconds of the ranks' micro-batches: `ranks 159 to 164 ms, slowest 5`."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    return f"ranks {1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f} ms, slowest {slowest}"

@@ -67,6 +67,8 @@ class Meter:
             **self._speed(elapsed),
             "memory": self._memory(),
         }
+        if any(result.rank_seconds):
+            values["rank_seconds"] = list(result.rank_seconds)
         if result.fp8_saturated is not None:
             values |= {"fp8_saturated": result.fp8_saturated, "fp8_reach": result.fp8_reach}
         if self._is_hopper():

@@ -16,6 +16,7 @@ from yaongi.model.layers.cuda_graph import GraphedFunction
 from yaongi.train.config import Training
 from yaongi.train.distributed.sharding import local_part
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
+from yaongi.train.step.clock import Clock
 from yaongi.train.step.guard import first_nonfinite
 from yaongi.world import World
 
@@ -36,6 +37,7 @@ class StepResult:
     bad: str | None  # None, or the non-finite tensor nearest to the loss; then nothing was updated
     fp8_saturated: float | None = None  # share of the FP8 casts that saturated; None without FP8
     fp8_reach: float | None = None  # the largest magnitude before an FP8 cast, as a share of what it can hold
+    rank_seconds: tuple[float, ...] = ()  # of each of several processes, its micro-batches in the step before
 
 
 class Stepper:
@@ -65,6 +67,8 @@ class Stepper:
         self._token_bytes = token_bytes.to(world.device)
         self._named: Named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.micro_batches = 0  # begun so far
+        self.doing = "the next step"  # for messages
+        self._clock = Clock(world.device)
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
         self._wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of the model's sums
         layers, experts = model.config.pattern.count("E"), model.config.experts
@@ -90,19 +94,25 @@ class Stepper:
         moved = [
             (b.input_ids.to(device, non_blocking=True), b.document_ids.to(device, non_blocking=True)) for b in batches
         ]
+        self.doing = "the count of targets"
         targets, text_bytes = self._count(moved)
-        self._backward(moved, targets)
+        seconds = self._own_seconds()
+        with self._clock:
+            self._backward(moved, targets)
+        self.doing = "the sum of gradients"
         self._engine.reduce_gradients()
-        parts = self._sums, self._engine.sum_of_squares().unsqueeze(0), self._loads.flatten().double()
+        parts = self._sums, self._engine.sum_of_squares().unsqueeze(0), seconds, self._loads.flatten().double()
         sums = self._world.all_reduce(torch.cat(parts))
-        loads = sums[4:].long().view_as(self._loads)
+        ranks = sums[4 : 4 + len(seconds)]
+        loads = sums[4 + len(seconds) :].long().view_as(self._loads)
         measured: Sequence[torch.Tensor] = []
         if self._scales is not None:
             self._scales.share()
             measured = self._scales.measures().double().unbind()
-        loss, z, balance, norm, count, size, *fp8 = torch.stack(
-            [*sums[:3].unbind(), sums[3].sqrt(), targets.double(), text_bytes.double(), *measured]
+        loss, z, balance, norm, count, size, *more = torch.stack(
+            [*sums[:3].unbind(), sums[3].sqrt(), targets.double(), text_bytes.double(), *measured, *ranks]
         ).tolist()
+        fp8 = more[: len(measured)]
         bad = None
         if all(map(math.isfinite, (loss, norm, *fp8))):
             self._update(loads, norm, lr, bias_rate)
@@ -110,7 +120,18 @@ class Stepper:
             bad = self._name_nonfinite(sums[0])
         if self._scales is not None:
             (self._scales.advance if bad is None else self._scales.discard)()
-        return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad, *fp8)
+        self.doing = "the next step"
+        saturated, reach = fp8 or (None, None)
+        by_rank = tuple(more[len(measured) :])
+        return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad, saturated, reach, by_rank)
+
+    def _own_seconds(self) -> torch.Tensor:
+        """Return the seconds of this process's last micro-batches in its place, (N), to be summed; (0) for one."""
+        count = self._world.size if self._world.size > 1 else 0
+        seconds = torch.zeros(count, dtype=torch.float64, device=self._world.device)
+        if count:
+            seconds[self._world.rank].fill_(self._clock.last())
+        return seconds
 
     def _count(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the predicted tokens of the global batch and their UTF-8 bytes."""
@@ -128,12 +149,11 @@ class Stepper:
             sums.zero_()
         self._engine.zero_gradients()
         self._model.refresh_fp8()
-        with self._scales.first_micro_batch() if self._scales is not None else contextlib.nullcontext():
+        for number, (ids, documents) in enumerate(moved, 1):
             self.micro_batches += 1
-            self._accumulate(*moved[0], targets)
-        for ids, documents in moved[1:]:
-            self.micro_batches += 1
-            self._accumulate(ids, documents, targets)
+            self.doing = f"micro-batch {number}"
+            with self._scales.first_micro_batch() if self._scales and number == 1 else contextlib.nullcontext():
+                self._accumulate(ids, documents, targets)
 
     def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
         """Add a micro-batch's gradients, cross entropy, z, balance and loads to the sums of the step.
@@ -174,6 +194,7 @@ class Stepper:
         clip = self._train.clip
         if clip and norm > clip:
             self._engine.scale_gradients(clip / norm)
+        self.doing = "the update"
         self._optimizer.set_lr(lr)
         self._optimizer.step(loads=loads)
         self._model.update_router_bias(loads, rate=bias_rate)
