@@ -66,6 +66,16 @@ def test_several_processes_are_one(runs: dict[int, Path], count: int) -> None:
     assert_close(runs[count], runs[1], loss=1e-12, tensor=1e-10)
 
 
+def test_idle_experts(tokens: Path, tmp_path: Path) -> None:
+    """Compare runs whose bias leaps by 5, so that in many steps one or two experts of four get no tokens."""
+    leaps = ("--bias-travel", "0", "--bias-rate", "5", "--dtype", "float64", "--log-every", "1")
+    for count in (1, 3):
+        run(count, tokens, tmp_path / str(count), *leaps)
+    assert_close(tmp_path / "3", tmp_path / "1", loss=1e-12, tensor=1e-10)
+    records = map(json.loads, (tmp_path / "3" / "metrics.jsonl").read_text().splitlines())
+    assert sum(r["experts_dead"] > 0 for r in records if r["event"] == "step") >= 2
+
+
 def save_again(arguments: Sequence[str]) -> None:
     """Resume a run, and save its step once more."""
     partition.SPLIT_NUMBERS = SPLIT_NUMBERS

@@ -4,7 +4,6 @@ It resumes by itself when the output folder holds a run of the same configuratio
 """
 
 import contextlib
-import dataclasses
 import os
 import sys
 import traceback
@@ -102,8 +101,6 @@ def run(arguments: Sequence[str]) -> int:
     if config.run.plan_for != "none":
         print(make_plan(config, None, World(0, 1, torch.device("cpu"))).lines())
         return 0
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun starts the same command after a failure
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False, from_step=0))
     set_determinism(config.run.deterministic)
     world = init_world(config.run.device)
     try:
