@@ -17,7 +17,8 @@ usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
   --tokens N       tokens to train on; default: the preset's, but at most 4 epochs of what is there
   --vocab-size N   pieces of the tokenizer; fewer if the text is too little
   --gpus N         GPUs to train on, or processes without one; default: all GPUs of the machine
-  --stage NAME     only this one: env, data, tokenizer, tokens, train, report
+  --stage NAME     only this one: env, data, tokenizer, tokens, train, report; or eval, which only runs when asked for:
+                   scores of the model, with options of python -m yaongi.eval tasks after --
   --smoke          everything in miniature, a minute or two
   --help
 WANDB_API_KEY, HF_TOKEN and the like are read from .env if it is there. PYTHON picks the interpreter of a new environment.
@@ -52,8 +53,8 @@ while (($#)); do
   esac
 done
 case $stage in
-  all | env | data | tokenizer | tokens | train | report) ;;
-  *) die "--stage must be one of env, data, tokenizer, tokens, train, report, got $stage" ;;
+  all | env | data | tokenizer | tokens | train | report | eval) ;;
+  *) die "--stage must be one of env, data, tokenizer, tokens, train, report, eval, got $stage" ;;
 esac
 [[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || die "--gpus must be a number from 1, got $gpus"
 wants() { [[ $stage == all || $stage == "$1" ]]; }
@@ -274,4 +275,9 @@ if wants report; then
   say "report"
   "$python" -m yaongi.train.report "$out"
   say "done: text from the model with $python -m yaongi.generate $out/model"
+fi
+if [[ $stage == eval ]]; then
+  say "eval"
+  ((smoke)) && extra=(--limit 5 "${extra[@]}")
+  run "$python" -m yaongi.eval tasks "$out" --out "$out/eval" "${extra[@]}"
 fi

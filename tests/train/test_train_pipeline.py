@@ -72,6 +72,10 @@ def test_smoke(tmp_path: Path) -> None:
     assert (tree / "runs" / "yaongi-tiny-smoke-embedded" / "report.html").is_file()
     assert "up to date" in run_stage(tree, "tokens").stdout
     assert run_stage(tree, "train").returncode == 0
+    done = run_stage(tree, "eval")
+    assert done.returncode == 0, done.stderr
+    assert "LIMITED to the first 5 questions" in done.stdout
+    assert (tree / "runs" / "yaongi-tiny-smoke-embedded" / "eval" / "results.json").is_file()
 
 
 def copy_of_the_tree(folder: Path) -> Path:
