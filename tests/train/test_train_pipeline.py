@@ -42,7 +42,7 @@ def test_dotenv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stage", "cook"], "--stage must be one of env, data, tokenizer, tokens, train, report, got cook"),
+        (["--stage", "cook"], "--stage must be one of env, data, tokenizer, tokens, train, report, eval, got cook"),
         (["--what"], "option must be one of those above, got --what"),
         (["--preset"], "--preset must have a value, got none"),
     ],
