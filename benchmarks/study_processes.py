@@ -31,7 +31,7 @@ from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.step.stepper import Stepper
 from yaongi.world import World, init_world, set_determinism
 
-ROWS = {"yaongi-4b": 2, "yaongi-small": 32, "yaongi-tiny": 1}  # per micro-batch on one GPU
+ROWS = {"yaongi-4b": 2, "yaongi-4b-fp8": 2, "yaongi-small": 32, "yaongi-tiny": 1}  # per micro-batch on one GPU
 RATES = {"matrix": 2e-3, "vector": 3e-4, "table": 15e-4}
 WARM = 2  # steps before the timed ones: the first compiles, the second may record the graph
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import study_scaling
 import torch
+from processes import in_processes
 from small_run import ROOT, arguments
 
 from yaongi.model import Yaongi
@@ -16,6 +17,8 @@ from yaongi.train.distributed.ownership import Group, assign_owners, count_owner
 from yaongi.train.optimizer.partition import divide_parameters, partition_parameters
 from yaongi.train.plan.memory import MemoryForecast
 from yaongi.train.plan.scaling import StepCost, step_seconds
+from yaongi.train.plan.speed import link_speed, links_here
+from yaongi.world import init_world
 
 
 def flagship(rows: int) -> StepCost:
@@ -102,6 +105,22 @@ def test_groups_of_owners() -> None:
     assert count_owners(96, 0) == 48
     heavy, light = Group(("a", "b"), 10, 9.0), [Group((letter,), 10, 3.0) for letter in "cdef"]
     assert assign_owners([*light, heavy], 2) == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1, "f": 0}
+
+
+def print_link_speed() -> None:
+    """Print the speed of the links between these processes, in bytes per second."""
+    world = init_world("cpu")
+    print(link_speed(world, numbers=1 << 18))
+    world.close()
+
+
+def test_links(tmp_path: Path) -> None:
+    """Measure those of two processes; links without NVLink are pointed out."""
+    done = in_processes(2, tmp_path / "log", print_link_speed)
+    assert all(1e6 < float(printed) < 1e12 for printed in done.out)
+    assert links_here(355e9, one_host=True) == "355 GB/s between GPUs"
+    assert links_here(38e9, one_host=True) == "38 GB/s between GPUs: NVLink is not used (nvidia-smi topo -m)"
+    assert links_here(38e9, one_host=False) == "38 GB/s between GPUs"
 
 
 def test_a_dry_run_plans_for_many(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The plan of a run: model size, steps, FLOPs, memory and whether it fits, time and cost."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from yaongi.train.formatting import duration, gigabytes, short
 from yaongi.train.plan.advice import advise
 from yaongi.train.plan.machines import MACHINES, as_measured
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
-from yaongi.train.plan.scaling import StepSeconds, step_seconds
-from yaongi.train.plan.speed import fp8_here, fp8_layers, kernels_here, step_cost, step_speed
+from yaongi.train.plan.scaling import REACHED, StepSeconds, step_seconds
+from yaongi.train.plan.speed import fp8_here, fp8_layers, kernels_here, link_speed, links_here, step_cost, step_speed
 from yaongi.world import World
 
 TOKEN_BYTES = 2  # of a token in a shard
@@ -47,6 +48,7 @@ class Plan:
     kernels: str  # the implementations that run here and, on other devices than an H100, how much slower they are
     precision: str  # what runs in FP8; empty if nothing does
     basis: str  # what the time follows from
+    links: str  # the speed of the links between several GPUs; empty where it was not measured
 
     @property
     def share(self) -> int:
@@ -99,6 +101,8 @@ class Plan:
             rows.insert(-2, ("", self._step_line()))
         if self.precision:
             rows.insert(5, ("precision", self.precision))
+        if self.links:
+            rows.insert(2, ("links", self.links))
         if self.dollars:
             rows.append(("cost", f"about ${self.dollars:,.2f}"))
         return "\n".join(f"{name:<12} {text}" for name, text in rows)
@@ -132,10 +136,7 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
     dtype = train.weight_dtype(device)
     model = build_model(config, tokenizer, "meta", dtype=dtype)
     forecast = MemoryForecast(model, config, device, processes, machine)
-    if precision and forecast.parallel == "fsdp":
-        raise ValueError(
-            "train: fp8 must run with --parallel replicate, got fsdp: its scales and weights aren't sharded"
-        )
+    _check_precision(precision, forecast.parallel)
     rows = micro_rows(config, processes, forecast.parallel, min(world.gather(forecast.rows_that_fit())))
     memory, counts = forecast(rows), model.count_parameters()
     flops = flops_per_token(config.model, counts.active, train.row_tokens)
@@ -143,7 +144,8 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
     cost, basis = step_cost(model, train, rows, flops, speed, device), "guessed from the speed of a matrix product"
     if machine is not None:
         cost, basis = as_measured(cost, rows * train.row_tokens, machine, config)
-    step = step_seconds(cost, processes, forecast.ownership.size)
+    links, bandwidth = ("", None) if machine is not None or run.processes else _links(world)
+    step = step_seconds(cost, processes, forecast.ownership.size, bandwidth)
     tokens, seconds = train.steps * train.batch_tokens, train.steps * step.total
     share = train.batch_rows // processes if forecast.parallel == "fsdp" else train.batch_rows
     return Plan(
@@ -170,7 +172,23 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
         kernels=kernels_here(device, speed) if machine is None else machine.kernels,
         precision=precision,
         basis=basis,
+        links=links,
     )
+
+
+def _check_precision(precision: str, parallel: str) -> None:
+    if precision and parallel == "fsdp":
+        raise ValueError(
+            "train: fp8 must run with --parallel replicate, got fsdp: its scales and weights aren't sharded"
+        )
+
+
+def _links(world: World) -> tuple[str, float | None]:
+    """Measure the links between several GPUs; return what to say, and the bytes per second of an exchange."""
+    if world.size == 1 or world.device.type != "cuda":
+        return "", None
+    speed = link_speed(world)
+    return links_here(speed, one_host=os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)), REACHED * speed
 
 
 def _name(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 PER_NODE = 8
 # Bytes per second through each GPU's links. For four GPUs it is what our own exchange reached (docs/LAB.md); all other
 # figures are NCCL's of 1 GiB on H100s, times the same share.
-_REACHED = 304 / 355
+REACHED = 304 / 355
 IN_NODE = {2: 329e9, 4: 355e9, 8: 361e9}
 BETWEEN_NODES = {2: 350e9, 8: 345e9, 16: 320e9, 32: 300e9, 64: 280e9, 128: 260e9}  # by number of nodes
 _CARD = 45e9  # one network card of 400 Gb/s, for each GPU
@@ -65,6 +65,6 @@ def step_seconds(cost: StepCost, processes: int, owners: int, bandwidth: float |
 def bus_bandwidth(gpus: int) -> float:
     """Return the bytes per second through each GPU's links in an exchange of `gpus` H100s."""
     if gpus <= PER_NODE:
-        return _REACHED * IN_NODE[max((n for n in IN_NODE if n <= gpus), default=2)]
+        return REACHED * IN_NODE[max((n for n in IN_NODE if n <= gpus), default=2)]
     nodes = -(-gpus // PER_NODE)
-    return _REACHED * BETWEEN_NODES[min((n for n in BETWEEN_NODES if n >= nodes), default=128)]
+    return REACHED * BETWEEN_NODES[min((n for n in BETWEEN_NODES if n >= nodes), default=128)]

@@ -10,11 +10,13 @@ from yaongi.model.config import PRECISION_ROLES
 from yaongi.train.config import Training
 from yaongi.train.optimizer.partition import newton_schulz_flops
 from yaongi.train.plan.scaling import StepCost
+from yaongi.world import World
 
 _SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # FLOP/s of a training step over FLOP/s of a large matrix product
 _SHARE_OF_UPDATE = 0.96  # FLOP/s of Newton-Schulz steps over those of a training step
 _MEMORY = {"cuda": 2.6e12, "cpu": 1e10}  # bytes per second to and from memory
 _TRAFFIC = 22  # bytes that the update of a number reads and writes
+_NVLINK = 150e9  # bytes per second that links within a host reach with NVLink
 FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 _H100_SPEED = 0.5 * 7.3e14  # FLOP/s of a bfloat16 training step on an H100, by the same estimate
 
@@ -50,6 +52,30 @@ def step_cost(model: Yaongi, train: Training, rows: int, flops: float, speed: fl
         gradient_bytes=4 * numbers,
         weight_bytes=element * numbers,
     )
+
+
+def link_speed(world: World, numbers: int = 1 << 26) -> float:
+    """Return the bytes per second through each process's links, from all-reduces of so many float32 numbers."""
+    tensor, repeats = torch.zeros(numbers, device=world.device), 5
+    world.all_reduce(tensor)
+    _synchronize(world.device)
+    world.barrier()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        world.all_reduce(tensor)
+    _synchronize(world.device)
+    moved = repeats * 2 * (world.size - 1) / world.size * 4 * numbers
+    return moved / (time.perf_counter() - began)
+
+
+def links_here(speed: float, *, one_host: bool) -> str:
+    """Return what to say about the links between GPUs.
+
+    Args:
+        speed: from `link_speed`.
+    """
+    slow = one_host and speed < _NVLINK
+    return f"{speed / 1e9:.0f} GB/s between GPUs" + (": NVLink is not used (nvidia-smi topo -m)" if slow else "")
 
 
 def kernels_here(device: torch.device, speed: float) -> str:
