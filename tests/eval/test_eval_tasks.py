@@ -204,6 +204,13 @@ def test_two_processes_give_the_same_file(plain_folder: Path, task_folder: Path,
     assert {"basics_copy.jsonl", "own_answers.jsonl"} < set(found[0]["samples"])
 
 
+def test_one_of_several_processes_says_what_is_wrong(evaluated: Path, plain_folder: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    done = command(tmp_path, "tasks", plain_folder, "--out", evaluated, launcher=launcher)
+    assert done.returncode == 1
+    assert done.stderr.count("error: eval: --out must hold no results of another model") == 1
+
+
 @needs_lm_eval
 def test_errors_of_tasks(plain_folder: Path, task_folder: Path, tmp_path: Path) -> None:
     """An unknown task, code without leave, too many examples, and data that is not there: one line each."""

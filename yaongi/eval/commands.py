@@ -45,24 +45,24 @@ class Tasks:
         """Run the tasks, print the table, and write the page."""
         from yaongi.eval.evaluate import Settings, evaluate
         from yaongi.eval.harness.suites import asks
+        from yaongi.eval.processes import in_world
         from yaongi.eval.report.page import write_page
         from yaongi.eval.report.table import print_table
-        from yaongi.world import init_world
+        from yaongi.world import World
 
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"eval: --limit must be 1 or more, got {self.limit}")
         asked = asks(self.suite, names(self.tasks), self.shots)
         shared = (field for field in Settings.__dataclass_fields__)
         settings = Settings(**{name: getattr(self, name) for name in shared})
-        world = init_world(self.device, "eval")
-        try:
-            say = print if world.is_main else _silent
-            results = evaluate(self.folder, asked, settings, world, say)
+
+        def score(world: World) -> None:
+            results = evaluate(self.folder, asked, settings, world, print if world.is_main else _silent)
             if results is not None:
                 print_table(results)
                 print(f"report: {write_page([self.out], self.out / 'report.html')}")
-        finally:
-            world.close()
+
+        in_world(self.device, score)
         return 0
 
 

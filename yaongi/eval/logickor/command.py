@@ -29,11 +29,12 @@ class Generate:
         from yaongi.eval.evaluate import Settings, load
         from yaongi.eval.logickor.answers import write_answers
         from yaongi.eval.logickor.protocol import read_protocol
-        from yaongi.world import init_world
+        from yaongi.eval.processes import in_world
+        from yaongi.world import World
 
         protocol = read_protocol(self.protocol)
-        world = init_world(self.device, "eval")
-        try:
+
+        def generate(world: World) -> None:
             say = print if world.is_main else (lambda _: None)
             loaded = load(self.folder, Settings(self.out), world, say)
             answerer = loaded.answerer
@@ -41,8 +42,8 @@ class Generate:
             write_answers(self.out, protocol, answerer, loaded.description, self.max_new_tokens, say)
             if answerer.tally.cut:
                 say(f"{answerer.tally.cut} prompts were too long and lost their beginning")
-        finally:
-            world.close()
+
+        in_world(self.device, generate)
 
 
 @dataclass(frozen=True)
