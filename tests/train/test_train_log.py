@@ -34,6 +34,10 @@ def test_the_line_of_a_step() -> None:
     assert console_line(short_run, 12) == (
         "step 3/12 | loss 3.412 | lr 2.0e-3 | gnorm 0.41 | 83k tok/s | data 2% | cv 0.12 dead 2 | eta 4s"
     )
+    assert "rank" not in console_line(record | {"rank_seconds": [1.0, 1.004, 1.0]}, 14305)
+    several = console_line(record | {"rank_seconds": [1.0, 1.029, 1.0], "experts_dead": 1}, 14305)
+    assert " | slowest rank 1 +2.9% | " in several
+    assert len(several) <= 100
     worst = {"step": 143050, "gnorm": 12345.678, "data_wait": 0.99, "experts_dead": 1408, "fp8_saturated": 0.123}
     for more in ({}, {"loss": 123.4567, "bpb": 46.123, "tokens_per_second": 999_000}):
         line = console_line(record | worst | more, 143050)

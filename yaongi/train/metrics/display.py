@@ -1,5 +1,6 @@
 """Printed lines and the progress bar."""
 
+import statistics
 import sys
 from typing import Any
 
@@ -9,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from yaongi.train.formatting import duration, scientific, short, significant
 
 COLUMNS = 100  # of a step's line
-_LEAST = ("memory", "flops", "bpb", "ranks", "fp8", "gnorm", "lr", "")  # what a line that is too long leaves out first
+_LEAST = ("memory", "flops", "bpb", "fp8", "gnorm", "lr", "")  # what a line that is too long leaves out first
+_SLOW = 0.01  # share of the median time by which a rank is longer from which it is shown
 _WAIT = 0.01  # share of the time spent waiting for data from which it is shown
 
 
@@ -81,8 +83,8 @@ def console_line(record: dict[str, Any], steps: int) -> str:
         parts["data"] = f"data {100 * record['data_wait']:.0f}%"
     if "fp8_saturated" in record:
         parts["fp8"] = f"fp8 saturated {100 * record['fp8_saturated']:.1f}%"
-    if "rank_seconds" in record:
-        parts["ranks"] = ranks_text(record["rank_seconds"])
+    if slowest := slowest_rank(record.get("rank_seconds", [])):
+        parts["ranks"] = slowest
     if "experts_cv" in record:
         parts["experts"] = f"cv {record['experts_cv']:.2f}"
         if record["experts_dead"]:
@@ -95,7 +97,10 @@ def console_line(record: dict[str, Any], steps: int) -> str:
     return line
 
 
-def ranks_text(seconds: list[float]) -> str:
-    """Format the seconds of the ranks' micro-batches: `ranks 159 to 164 ms, slowest 5`."""
+def slowest_rank(seconds: list[float]) -> str:
+    """Say how much longer a rank's micro-batches take than the median, as in `slowest rank 5 +2.9%`, if it is much."""
+    if not any(seconds):
+        return ""
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
-    return f"ranks {1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f} ms, slowest {slowest}"
+    over = seconds[slowest] / statistics.median(seconds) - 1
+    return f"slowest rank {slowest} +{100 * over:.1f}%" if over >= _SLOW else ""
