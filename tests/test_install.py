@@ -133,5 +133,5 @@ def test_the_command_lists_its_commands(run: Run) -> None:
     wrong = run("trian")
     assert (wrong.returncode, wrong.stderr) == (
         1,
-        "error: yaongi: command must be one of data, train, report, generate, export, model, kernels, got 'trian'\n",
+        "error: yaongi: command must be one of data, train, report, generate, eval, export, model, kernels, got 'trian'\n",
     )
