@@ -75,7 +75,7 @@ def note_start(
         if config.run.from_step:
             metrics.write("from_step", step)
         changed = changes(start.found[1]["config"], record)
-        if changed:
+        if changed and step < config.train.steps:
             metrics.write("changed", step, fields=changed)
             told = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
             say(f"changed since the checkpoint: {told}")

@@ -18,7 +18,12 @@ from yaongi.train.plan.run_plan import Plan
 
 
 def record_start(metrics: Metrics, plan: Plan, loader: Loader, resumed_from: int | None) -> None:
-    """Record the plan of a new run, and of every start the environment and how much there is of each text."""
+    """Record the plan of a new run, and of every start the environment and how much there is of each text.
+
+    A run that is at its end already is left as it is.
+    """
+    if resumed_from == plan.steps:
+        return
     if resumed_from is None:
         metrics.write("plan", 0, **plan.record())
     epochs = count_epochs(loader.tokens, loader.mixture.shares, plan.tokens)
