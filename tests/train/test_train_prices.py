@@ -10,7 +10,8 @@ from yaongi.train.__main__ import run
 from yaongi.train.config import PlanFor
 from yaongi.train.plan.machines import H100, MACHINES
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
+ROOT = Path(__file__).parents[2]
+RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
@@ -75,3 +76,28 @@ def test_what_was_not_measured_is_said(
 def test_fp8_is_not_planned_with_sharded_weights() -> None:
     with pytest.raises(ValueError, match="fp8 must run with --parallel replicate, got fsdp"):
         run(("--preset", "yaongi-4b-fp8", "--plan-for", "h100", "--processes", "2", "--parallel", "fsdp"))
+
+
+def table_rows() -> list[tuple[str, ...]]:
+    """Return the cells of the README's table of machines and prices."""
+    row = r"^\| (\w+) \(\d+ GB\) \| `([\w-]+)` \| ([\d ×]+) \| (\d+k) \| ([\d.]+) \| ([^|]+) \| ([^|]+) \|$"
+    return re.findall(row, README.read_text(), re.MULTILINE)
+
+
+def test_the_readme_has_its_table() -> None:
+    assert [row[0] for row in table_rows()] == ["rtx4090", "l40s", "h100", "h100", "h100", "h200", "h200"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", table_rows(), ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_readme_s_prices_are_those_of_the_plan(row: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    machine, preset, rows, speed, price, one, fifteen = row
+    words = ("--preset", preset, "--plan-for", machine, "--dollars-per-hour", price, "--tokens")
+    for tokens, shown in (("1B", one), ("15B", fifteen)):
+        found = plan(capsys, *words, tokens)
+        assert found["micro-batch"].startswith(rows.replace("×", "x"))
+        assert f" at {speed} tokens/s" in found["time"]
+        dollars = float(found["cost"].removeprefix("about $"))
+        hours, _, cost = shown.partition(" h, $")
+        assert float(cost) == pytest.approx(dollars, rel=0.005, abs=0.06 if tokens == "1B" else 0.6)
+        assert float(hours) == pytest.approx(dollars / float(price), rel=0.005, abs=0.06)
