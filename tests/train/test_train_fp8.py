@@ -136,13 +136,13 @@ def test_what_is_not_finite_before_a_cast_is_named_and_skipped(tokens: Path, tmp
     kept = weight.detach().clone()
     spoil = lambda module, given, out: (out[0].index_fill(1, torch.tensor([3]), torch.inf), *out[1:])  # noqa: E731
     hook = layers[1].register_forward_hook(spoil)
-    result = session.stepper(next(batches), {"matrix": 0.1, "vector": 0.1, "table": 0.1})
+    result = session.stepper(next(batches), {"matrix": 0.1, "vector": 0.1, "table": 0.1}, 1e-3)
     hook.remove()
     assert result.bad == "layers.2 x, before its cast to fp8,"
     assert torch.equal(scales.scale, before[0])
     assert torch.equal(scales.history, before[1])
     assert torch.equal(weight, kept)
-    assert session.stepper(next(batches), {"matrix": 0.01, "vector": 0.01, "table": 0.01}).bad is None
+    assert session.stepper(next(batches), {"matrix": 0.01, "vector": 0.01, "table": 0.01}, 1e-3).bad is None
 
 
 def test_plan_log_metrics_report_and_both_evaluations(

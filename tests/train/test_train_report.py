@@ -130,6 +130,14 @@ def test_every_word_is_translated(eventful: Path, tmp_path: Path) -> None:
     assert [p for p in words._KOREAN if f'"{p}"' not in sources and f"'{p}'" not in sources] == []
 
 
+def test_a_run_without_held_out_text(eventful: Path, tmp_path: Path) -> None:
+    """Its evaluations have no domain, and so no mean."""
+    (tmp_path / "metrics.jsonl").write_text(
+        re.sub(r'"bpb": {[^}]*}', '"bpb": {}', (eventful / "metrics.jsonl").read_text())
+    )
+    assert "<thead>" in write_report([tmp_path]).read_text()
+
+
 def test_several_runs(eventful: Path, tmp_path: Path) -> None:
     """Their curves share panels, and the settings that differ stand unfolded."""
     other = tmp_path / "other"

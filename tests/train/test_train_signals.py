@@ -32,7 +32,8 @@ def script(folder: Path, words: list[str]) -> list[str]:
     shutil.copy(ROOT / "run_all_vessl.sh", tree)
     python = tree / ".venv" / "bin" / "python"
     python.write_text(
-        f'#!/bin/sh\n[ "$2" = yaongi.train ] && exec {sys.executable} {PROGRAM} {" ".join(words)}\nexit 1\n'
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        f'[ "$2" = yaongi.train ] && exec {sys.executable} {PROGRAM} {" ".join(words)}\nexit 1\n'
     )
     python.chmod(0o755)
     return [str(tree / "run_all_vessl.sh"), "--preset", "yaongi-tiny", "--stage", "train"]

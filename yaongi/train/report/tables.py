@@ -74,12 +74,10 @@ def bits_table(run: Run, language: Language) -> str:
     if not evaluations:
         return "<p>" + html.escape(translate("no evaluation was recorded", language)) + "</p>"
     domains = list(evaluations[-1]["bpb"])
-    rows = [
-        [f"{r['step']:,}", short(r["tokens"]), *_bits(r["bpb"], domains), f"{_mean(r['bpb']):.3f}"] for r in evaluations
-    ]
+    rows = [[f"{r['step']:,}", short(r["tokens"]), *_bits(r["bpb"], domains), _mean(r["bpb"])] for r in evaluations]
     for record in run.of("evaluation_without_fp8"):
         name = translate("without fp8", language)
-        rows.append([name, short(record["tokens"]), *_bits(record["bpb"], domains), f"{_mean(record['bpb']):.3f}"])
+        rows.append([name, short(record["tokens"]), *_bits(record["bpb"], domains), _mean(record["bpb"])])
     head = [translate("step", language), translate("tokens", language), *domains, translate("mean", language)]
     return _table(head, rows, numbers=True)
 
@@ -88,8 +86,9 @@ def _bits(bits: Mapping[str, float], domains: Sequence[str]) -> list[str]:
     return [f"{bits[domain]:.3f}" if domain in bits else "" for domain in domains]
 
 
-def _mean(bits: Mapping[str, float]) -> float:
-    return sum(bits.values()) / len(bits)
+def _mean(bits: Mapping[str, float]) -> str:
+    """Return the mean over the domains; nothing where none has held-out text."""
+    return f"{sum(bits.values()) / len(bits):.3f}" if bits else ""
 
 
 def samples(runs: Sequence[Run], language: Language) -> str:
