@@ -28,6 +28,7 @@ from yaongi.train.config import Config, load_config
 from yaongi.train.distributed.replicas import Replicas
 from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
+from yaongi.train.step.clock import Clock
 from yaongi.train.step.stepper import Stepper
 from yaongi.world import World, init_world, set_determinism
 
@@ -40,36 +41,27 @@ class Stopwatch:
     """The durations of the parts of a step, by name, in milliseconds."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self._device = device
+        self._clocks: dict[str, list[Clock]] = defaultdict(list)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function with its duration on the device recorded under `name`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = self._now()
-            result = function(*args, **kwargs)
-            self._marks[name].append((start, self._now()))
+            clock = Clock(self._device)
+            with clock:
+                result = function(*args, **kwargs)
+            self._clocks[name].append(clock)
             return result
 
         return call
 
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def milliseconds(self) -> dict[str, list[float]]:
         """Return the durations of each part, in order, and forget them."""
-        if self._cuda:
+        if self._device.type == "cuda":
             torch.cuda.synchronize()
-        found = {
-            name: [a.elapsed_time(b) if self._cuda else 1e3 * (b - a) for a, b in pairs]
-            for name, pairs in self._marks.items()
-        }
-        self._marks.clear()
+        found = {name: [1e3 * clock.last() for clock in clocks] for name, clocks in self._clocks.items()}
+        self._clocks.clear()
         return found
 
 

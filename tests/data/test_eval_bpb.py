@@ -8,28 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import ROW, SIZES, save_model
 
 from yaongi.data.loader import Loader
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import ModelConfig, Yaongi
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW = 64
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small model whose logits are far from even."""
-    sizes = {"mamba_heads": 4, "mamba_head_dim": 6, "mamba_groups": 2, "mamba_state": 5, "experts": 4}
-    sizes |= {"attention_heads": 2, "attention_kv_heads": 1, "attention_head_dim": 8, "experts_per_token": 2}
-    sizes |= {"hidden_size": 24, "expert_size": 8, "shared_expert_size": 8, "max_sequence_length": ROW}
-    model = Yaongi(ModelConfig(pattern="M*", vocab_size=tokenizer.vocab_size, **sizes))
+    model = Yaongi(ModelConfig(pattern="M*", vocab_size=tokenizer.vocab_size, **SIZES))
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
+    return save_model(model, tokenizer, tmp_path_factory.mktemp("model"))
 
 
 def bpb(*arguments: object) -> subprocess.CompletedProcess[str]:

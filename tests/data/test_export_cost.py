@@ -8,37 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import ROW, SIZES, save_model
 
 from yaongi.data.loader import Loader
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import EngramConfig, ModelConfig, Yaongi, compression_map
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW = 64
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model with Engram, whose table is large enough to matter."""
-    sizes = {"mamba_heads": 4, "mamba_head_dim": 6, "mamba_groups": 2, "mamba_state": 5, "experts": 4}
-    sizes |= {"attention_heads": 2, "attention_kv_heads": 1, "attention_head_dim": 8, "experts_per_token": 2}
-    config = ModelConfig(
-        pattern="ME*",
-        hidden_size=24,
-        vocab_size=tokenizer.vocab_size,
-        expert_size=8,
-        shared_expert_size=8,
-        max_sequence_length=ROW,
-        engram=(EngramConfig(layer=1, heads=2, head_dim=4, rows=500),),
-        **sizes,
-    )
+    engram = (EngramConfig(layer=1, heads=2, head_dim=4, rows=500),)
+    config = ModelConfig(pattern="ME*", vocab_size=tokenizer.vocab_size, engram=engram, **SIZES)
     model = Yaongi(config, compression=compression_map(tokenizer.pieces()))
     with torch.no_grad():
         model.backbone.layers[1].engram.table.weight.mul_(50)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
+    return save_model(model, tokenizer, tmp_path_factory.mktemp("model"))
 
 
 def export(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,5 @@
 """A run as the report sees it: its records and its settings."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from yaongi.files import read_json
 from yaongi.train.metrics.records import plan_record, read_metrics
 from yaongi.train.run_folder import CONFIG, METRICS
 
@@ -64,7 +64,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The resolved configuration; empty if the folder holds none."""
         path = self.folder / CONFIG
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     @property
     def is_finished(self) -> bool:
