@@ -42,6 +42,11 @@ def test_times_are_those_of_the_results_page(preset: str, capsys: pytest.Capture
     assert found["time"].endswith("measured on an H100 (docs/results.md)")
 
 
+def test_each_measured_preset_names_the_page_with_its_figures() -> None:
+    on_page = {preset for preset, measured in H100.items() if measured.page == "docs/results.md"}
+    assert on_page == results().keys()
+
+
 def test_the_price_of_fifteen_billion_tokens(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

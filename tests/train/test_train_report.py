@@ -1,6 +1,7 @@
 """The report: a page about a run, or several, in two languages, as a browser shows it."""
 
 import html
+import importlib.metadata
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_run import environment, run
 
+from yaongi.train.metrics.environment import environment as run_environment
 from yaongi.train.report import words
 from yaongi.train.report.kernels import kernel_panels
 from yaongi.train.report.page import write_report
@@ -91,6 +94,16 @@ def test_a_run_s_own_page(tokens: Path, tmp_path: Path) -> None:
     assert "kernels: share of the roofline" in page
     assert "-m yaongi.train" in page
     assert not re.search(r"(src|href)=\"(?!#|data:)", page.replace("xlink:href", "href")), "it needs another file"
+
+
+def test_a_start_is_recorded_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    found = run_environment()["versions"]
+    assert f"torch {torch.__version__}" in found
+    assert "triton" not in found
 
 
 def test_what_the_page_shows(eventful: Path, tmp_path: Path) -> None:

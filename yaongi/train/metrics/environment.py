@@ -1,5 +1,6 @@
 """What a run was started with: plan, command, code, versions, machine and text."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -33,8 +34,9 @@ def record_start(metrics: Metrics, plan: Plan, loader: Loader, resumed_from: int
 
 def environment() -> dict[str, str]:
     """Return the command, the code's commit (empty if it isn't a checkout), versions, and the machine."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-    versions = {"yaongi": yaongi.__version__, "python": platform.python_version(), **packages}
+    versions = {"yaongi": yaongi.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the references need no Triton
+        versions["triton"] = importlib.metadata.version("triton")
     if torch.version.cuda:
         versions["CUDA"] = torch.version.cuda
     cores = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else f"{os.cpu_count()} cores"

@@ -27,10 +27,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a preset took on one H100 (docs/results.md)."""
+    """What a preset took on one H100."""
 
     token_seconds: float  # of a micro-batch
     update_seconds: float
+    page: str = "docs/results.md"  # where the figures stand
 
 
 _TRITON = "Triton and torch's products, not measured"
@@ -43,7 +44,7 @@ MACHINES = {
 }
 H100 = {  # from the milliseconds of micro-batches of 2, 2, 1 and 32 rows, and of the optimizer
     "yaongi-4b": Measured(0.1599 / 8192, 0.1409),
-    "yaongi-4b-fp8": Measured(0.1456 / 8192, 0.1644),
+    "yaongi-4b-fp8": Measured(0.1456 / 8192, 0.1644, "docs/LAB.md"),
     "yaongi-4b-pairs": Measured(0.1329 / 4096, 0.1561),
     "yaongi-small": Measured(0.09269 / 65536, 0.01943),
 }
@@ -63,4 +64,4 @@ def as_measured(cost: StepCost, micro_tokens: int, machine: Machine, config: Con
         return cost, "guessed from the GPU's published speed"
     update = max(0.0, found.update_seconds - cost.zero_seconds - COMMON_UPDATE)
     seconds = micro_tokens * found.token_seconds
-    return replace(cost, micro_seconds=seconds, update_seconds=update), "measured on an H100 (docs/results.md)"
+    return replace(cost, micro_seconds=seconds, update_seconds=update), f"measured on an H100 ({found.page})"
