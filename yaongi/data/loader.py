@@ -37,10 +37,12 @@ class Batch:
     document_ids: torch.Tensor  # (B, L) int32, not decreasing within a row, from 0
     domains: torch.Tensor  # (B,) int64, index into Loader.domains
     samples: torch.Tensor  # (B,) int64, sample numbers
+    targets: torch.Tensor | None = None  # (B, L) int64, negative where there is none; None: the next tokens
 
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, so that copies to the GPU overlap with its work."""
-        return Batch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Batch(**{name: part.pin_memory() for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from yaongi.model.check import check_tokens
 from yaongi.model.engram.engram import EngramCache
 from yaongi.model.layers.cuda_graph import GraphedFunction
 from yaongi.model.layers.plain import any_hooks
 from yaongi.model.mixers.attention import AttentionCache
 from yaongi.model.mixers.attention_backends import CachedAttention
 from yaongi.model.mixers.mamba2 import MambaCache
-from yaongi.model.model import Context, Yaongi, check_tokens
+from yaongi.model.model import Context, Yaongi
 
 Tensor = torch.Tensor
 SHORTEST = 256  # places that a step on a GPU attends to at first, then twice as many; those after its own are masked

@@ -19,7 +19,7 @@ class Losses(NamedTuple):
     cross_entropy_sum: Tensor  # scalar, nats, summed over the targets
     z_sum: Tensor  # scalar, Σ logsumexp² over the targets
     balance: Tensor  # scalar, the sequence balance loss, averaged over rows and summed over expert layers, unweighted
-    targets: Tensor  # scalar int64, number of predicted tokens
+    targets: Tensor  # scalar int64, number of targets
     loads: Tensor  # (expert layers, E) int32, tokens that each expert got
 
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from yaongi.model.check import check_targets, check_tokens, compression_table
 from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts, count_parameters
 from yaongi.model.engram.engram import Engram
@@ -22,7 +23,7 @@ from yaongi.model.layers.fp8_scales import Fp8Scales
 from yaongi.model.layers.linear import Embedding, Linear
 from yaongi.model.layers.norm import RMSNorm, add_and_norm
 from yaongi.model.layers.plain import is_plain
-from yaongi.model.losses import NO_TARGET, Losses, head_cross_entropy, module_cross_entropy, next_tokens
+from yaongi.model.losses import Losses, head_cross_entropy, module_cross_entropy, next_tokens
 from yaongi.model.mixers.attention import Attention
 from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, plan_attention
 from yaongi.model.mixers.fp8_mixers import LETTERS, Fp8Products
@@ -201,7 +202,7 @@ class Yaongi(nn.Module):
         super().__init__()
         place = None if device is None else torch.device(device)
         dtype = dtype or torch.float32
-        table = None if compression is None or not config.engram else _compression_table(compression, config)
+        table = None if compression is None or not config.engram else compression_table(compression, config)
         if table is not None:
             config = dataclasses.replace(config, compressed_vocab_size=int(table.max()) + 1)
         self.config = config
@@ -237,35 +238,38 @@ class Yaongi(nn.Module):
         """Return what the head reads: the normalised hidden states (B, L, d); arguments as in `forward`."""
         return self._hidden(input_ids, document_ids, with_routing=False)[0]
 
-    def loss(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Return the mean loss in nats over the tokens that have a next one in their document; 0 if none has."""
+    def loss(self, input_ids: Tensor, document_ids: Tensor | None = None, *, targets: Tensor | None = None) -> Tensor:
+        """Return the mean loss in nats over the targets, 0 if there are none; arguments as in `losses`."""
         hidden, _ = self._hidden(input_ids, document_ids, with_routing=False)
-        targets = next_tokens(input_ids, document_ids).flatten()
-        total, _ = self._cross_entropy(hidden, targets)
-        return total / (targets != NO_TARGET).sum().clamp(min=1)
+        labels = self._labels(input_ids, document_ids, targets)
+        total, _ = self._cross_entropy(hidden, labels)
+        return total / (labels >= 0).sum().clamp(min=1)
 
     def losses(
         self,
         input_ids: Tensor,
         document_ids: Tensor | None = None,
         *,
+        targets: Tensor | None = None,
         upstream: tuple[Tensor, Tensor] | None = None,
     ) -> Losses:
         """Return the sums that a training step accumulates over micro-batches; arguments and errors as in `forward`.
 
         Args:
+            targets: (B, L) int64, the id to predict at each token; NO_TARGET or any other negative number (−100, say)
+                where there is none. By default the next token of the same document.
             upstream: the gradients with which a backward pass will come to the first two sums, if they are known: it is
                 faster then (`head_cross_entropy`).
         """
         hidden, routings = self._hidden(input_ids, document_ids, with_routing=True)
-        targets = next_tokens(input_ids, document_ids).flatten()
-        total, squares = self._cross_entropy(hidden, targets, upstream)
+        labels = self._labels(input_ids, document_ids, targets)
+        total, squares = self._cross_entropy(hidden, labels, upstream)
         if routings:
             balance = torch.stack([routing.balance for routing in routings]).sum()
             loads = torch.stack([routing.load for routing in routings])
         else:
-            balance, loads = total.new_zeros(()), targets.new_zeros((0, self.config.experts), dtype=torch.int32)
-        return Losses(total, squares, balance, (targets != NO_TARGET).sum(), loads)
+            balance, loads = total.new_zeros(()), labels.new_zeros((0, self.config.experts), dtype=torch.int32)
+        return Losses(total, squares, balance, (labels >= 0).sum(), loads)
 
     @classmethod
     def from_pretrained(
@@ -351,11 +355,18 @@ class Yaongi(nn.Module):
             bias = mixer.gate.e_score_correction_bias
             bias.add_(change.to(bias))
 
+    def _labels(self, input_ids: Tensor, document_ids: Tensor | None, targets: Tensor | None) -> Tensor:
+        """Return the targets (B·L); those of the next tokens if none are given."""
+        if targets is None:
+            return next_tokens(input_ids, document_ids).flatten().long()
+        check_targets(targets, input_ids, self.config.vocab_size)
+        return targets.flatten()
+
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, upstream: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the sums of the cross entropy and of logsumexp² over the targets (B·L)."""
-        rows, targets = hidden.flatten(0, 1), targets.long()
+        rows = hidden.flatten(0, 1)
         if is_plain(self.lm_head, Linear):
             return head_cross_entropy(rows, self.lm_head.weight, targets, upstream=upstream)
         return module_cross_entropy(rows, self.lm_head, targets, self.config.vocab_size)
@@ -366,35 +377,3 @@ class Yaongi(nn.Module):
         check_tokens(input_ids, document_ids, self.config.vocab_size)
         context = self.backbone.context(input_ids, document_ids, with_routing=with_routing)
         return self.backbone(input_ids, context, self.recompute)
-
-
-def check_tokens(input_ids: Tensor, document_ids: Tensor | None, vocab_size: int) -> None:
-    """Check the shape and dtype of the ids, and on the CPU that they are in the vocabulary."""
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"model: input_ids must be int64 or int32, got {str(input_ids.dtype).removeprefix('torch.')}")
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"model: input_ids must be (B, L) with B, L >= 1, got {tuple(input_ids.shape)}")
-    if document_ids is not None:
-        if document_ids.dtype != torch.int32:
-            got = str(document_ids.dtype).removeprefix("torch.")
-            raise TypeError(f"model: document_ids must be int32, got {got}")
-        if document_ids.shape != input_ids.shape:
-            wanted = tuple(input_ids.shape)
-            raise ValueError(f"model: document_ids must be {wanted} like input_ids, got {tuple(document_ids.shape)}")
-    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"model: token ids must be 0 to {vocab_size - 1}, got {bad}")
-
-
-def _compression_table(compression: ArrayLike, config: ModelConfig) -> Tensor:
-    """Return the compression map as a tensor on the CPU, checked against the config."""
-    table = torch.as_tensor(compression, dtype=torch.int64, device="cpu")
-    if table.shape != (config.vocab_size,) or int(table.min()) < 0:
-        wanted = f"({config.vocab_size},) whole numbers from 0"
-        raise ValueError(f"Yaongi: compression must be {wanted}, got {tuple(table.shape)} from {int(table.min())}")
-    size = int(table.max()) + 1
-    if config.compressed_vocab_size not in (None, size):
-        raise ValueError(f"Yaongi: compression must have {config.compressed_vocab_size} ids, got {size}")
-    return table

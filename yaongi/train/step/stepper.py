@@ -21,6 +21,7 @@ from yaongi.train.step.guard import first_nonfinite
 from yaongi.world import World
 
 Named = list[tuple[str, nn.Parameter]]
+Micros = list[list[torch.Tensor]]  # of each micro-batch: ids, document ids and, if it has its own, targets
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ class Stepper:
             batches: this process's micro-batches of the global batch.
             lr: the learning rate of each kind of parameter group.
             bias_rate: the step size of the router's balancing bias.
+
+        Raises:
+            ValueError: the global batch has no target.
         """
         device = self._world.device
-        moved = [
-            (b.input_ids.to(device, non_blocking=True), b.document_ids.to(device, non_blocking=True)) for b in batches
-        ]
+        moved = [[part.to(device, non_blocking=True) for part in _parts(batch)] for batch in batches]
         self.doing = "the count of targets"
         targets, text_bytes = self._count(moved)
         seconds = self._own_seconds()
@@ -133,40 +135,52 @@ class Stepper:
             seconds[self._world.rank].fill_(self._clock.last())
         return seconds
 
-    def _count(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _count(self, moved: Micros) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the predicted tokens of the global batch and their UTF-8 bytes."""
         counts = torch.zeros(2, dtype=torch.int64, device=self._world.device)
-        for ids, documents in moved:
-            predicted = documents[:, 1:] == documents[:, :-1]
+        for ids, documents, *given in moved:
+            if given:
+                predicted, following = given[0] >= 0, given[0].clamp(min=0)
+            else:
+                predicted, following = documents[:, 1:] == documents[:, :-1], ids[:, 1:]
             counts[0] += predicted.sum()
-            counts[1] += (self._token_bytes[ids[:, 1:]] * predicted).sum()
+            counts[1] += (self._token_bytes[following] * predicted).sum()
         targets, text_bytes = self._world.all_reduce(counts).unbind()
+        if len(moved[0]) > 2 and not targets:
+            raise ValueError(f"step: a batch must have a target, got none in its {self._train.batch_rows} rows")
         return targets, text_bytes
 
-    def _backward(self, moved: list[tuple[torch.Tensor, torch.Tensor]], targets: torch.Tensor) -> None:
+    def _backward(self, moved: Micros, targets: torch.Tensor) -> None:
         """Replace the last step's gradients and sums by those of these micro-batches."""
         for sums in (self._sums, self._loads):
             sums.zero_()
         self._engine.zero_gradients()
         self._model.refresh_fp8()
-        for number, (ids, documents) in enumerate(moved, 1):
+        for number, (ids, documents, *given) in enumerate(moved, 1):
             self.micro_batches += 1
             self.doing = f"micro-batch {number}"
             with self._scales.first_micro_batch() if self._scales and number == 1 else contextlib.nullcontext():
-                self._accumulate(ids, documents, targets)
+                self._accumulate(ids, documents, targets, *given)
 
-    def _add_micro_batch(self, ids: torch.Tensor, documents: torch.Tensor, targets: torch.Tensor) -> None:
+    def _add_micro_batch(
+        self,
+        ids: torch.Tensor,
+        documents: torch.Tensor,
+        targets: torch.Tensor,
+        given: torch.Tensor | None = None,
+    ) -> None:
         """Add a micro-batch's gradients, cross entropy, z, balance and loads to the sums of the step.
 
         Args:
             targets: scalar, predicted tokens of the global batch.
+            given: (B, L), the batch's own targets, if it has any.
         """
         train = self._train
         with fused_accumulation(self._engine.in_place):
             scale = self._engine.loss_scale
             unit = torch.full((), scale, dtype=self._wide, device=targets.device) / targets
             z_unit = train.z_loss * unit
-            losses = self._model.losses(ids, documents, upstream=(unit, z_unit))
+            losses = self._model.losses(ids, documents, targets=given, upstream=(unit, z_unit))
             share = len(ids) / train.batch_rows
             loss = losses.cross_entropy_sum * unit + scale * train.balance_loss * share * losses.balance
             if train.z_loss:
@@ -215,3 +229,8 @@ class Stepper:
             here = f"{site}, before its cast to fp8,"
         here = here or first_nonfinite(itertools.chain([("the loss", loss)], gradients))
         return next((name for name in self._world.gather(here) if name is not None), "the gradient's norm")
+
+
+def _parts(batch: Batch) -> list[torch.Tensor]:
+    """Return what a step reads of a micro-batch."""
+    return [batch.input_ids, batch.document_ids, *([] if batch.targets is None else [batch.targets])]
