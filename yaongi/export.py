@@ -104,7 +104,7 @@ def without_engram(model: "Yaongi") -> "Yaongi":
 
 def vocabulary_of(tokenizer: "Tokenizer") -> "Vocabulary":
     """Return what a GGUF file holds of a tokenizer."""
-    from yaongi.data.chat import CHAT_TEMPLATE
+    from yaongi.data.chats.template import CHAT_TEMPLATE
     from yaongi.data.pieces import END_OF_TURN
     from yaongi.model.hub.gguf_file import Vocabulary
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from texts import random_texts
 
-from yaongi.data.chat import render_chat
+from yaongi.data.chats.template import render_chat
 from yaongi.data.pieces import CONTROL_PIECES, USER_PIECES
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -179,4 +179,4 @@ def test_trl_accepts_the_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "안녕?"}, {"role": "assistant", "content": "네.\n"}]
     found = fast.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     trained = [i for i, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
-    assert fast.decode(trained) == "네.\n<|im_end|>"
+    assert fast.decode(trained) == "네.<|im_end|>"

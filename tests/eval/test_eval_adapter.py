@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from yaongi.data.chats.encode import encode_prompt
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.encoding import CachedEncoder
 
@@ -127,6 +128,8 @@ def test_chat(folder: Path, task_folder: Path) -> None:
     text = "<|im_start|>user\n안녕<|im_end|>\n<|im_start|>assistant\n네"
     assert lm.apply_chat_template(messages[:1]) == text.removesuffix("네")
     assert lm.apply_chat_template(messages, add_generation_prompt=False) == text
+    listed = [{"role": "user", "content": "- 하나\n- 둘"}, {"role": "assistant", "content": "# 셋"}, messages[0]]
+    assert lm.tok_encode(lm.apply_chat_template(listed)) == encode_prompt(listed, lm.answerer.tokenizer)
     found = evaluate(lm, task_folder, ["own_letters"], 1, apply_chat_template=True)
     prompt = found["samples"]["own_letters"][0]["arguments"][0][0]
     assert prompt.startswith("<|im_start|>user\n")

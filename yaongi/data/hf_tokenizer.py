@@ -5,31 +5,36 @@ an unknown character and falls back to its three bytes, as in `Tokenizer`. User-
 here and in `Tokenizer`. Control pieces are *special* tokens here, as every Hugging Face tool expects: their names
 inside a text are matched, unless the tokenizer is called with `split_special_tokens=True`. `Tokenizer` always reads
 them as plain text.
+
+Files for a model that was tuned on chats differ in three things. What opens and ends a turn is special too. An answer's
+end is the tokenizer's EOS, the only one that trainers and many servers look for. And a message's header is encoded
+apart from what follows, as in `chats.encode`; so is a role on a line of its own that begins a text.
 """
 
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from yaongi.data.chat import CHAT_TEMPLATE
-from yaongi.data.pieces import CONTROL_PIECES, SPACE_MARK, USER_PIECES
+from yaongi.data.chats.template import CHAT_TEMPLATE, ROLES
+from yaongi.data.pieces import CONTROL_PIECES, END_OF_TURN, SPACE_MARK, START_OF_TURN, USER_PIECES
 from yaongi.files import write_atomically
 
 
-def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: Path) -> None:
+def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: Path, *, chat: bool = False) -> None:
     """Write both files into `folder`.
 
     Args:
         pieces: all pieces, by id.
         byte_pieces: those pieces that stand for one byte.
+        chat: whether they are for a model that was tuned on chats.
     """
-    write_atomically(folder / "tokenizer.json", tokenizer_json(pieces, byte_pieces).encode())
+    write_atomically(folder / "tokenizer.json", tokenizer_json(pieces, byte_pieces, chat=chat).encode())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": CONTROL_PIECES[0],
         "unk_token": CONTROL_PIECES[1],
         "bos_token": CONTROL_PIECES[2],
-        "eos_token": CONTROL_PIECES[3],
+        "eos_token": END_OF_TURN if chat else CONTROL_PIECES[3],
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -40,9 +45,9 @@ def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: 
     write_atomically(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2).encode())
 
 
-def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str]) -> str:
-    """Return the text of `tokenizer.json`."""
-    from tokenizers import AddedToken, decoders, models, normalizers
+def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str], *, chat: bool = False) -> str:
+    """Return the text of `tokenizer.json`; arguments as in `write_hf_files`."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as HfTokenizer
 
     pieces = [piece.replace(SPACE_MARK, " ") for piece in pieces]
@@ -53,8 +58,11 @@ def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str]) -> str:
     result = HfTokenizer(model)
     result.normalizer = normalizers.NFC()  # changes nothing in text that Python has normalised
     result.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    result.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in CONTROL_PIECES])
-    result.add_tokens([AddedToken(piece, normalized=False) for piece in USER_PIECES])
+    special = (*CONTROL_PIECES, START_OF_TURN, END_OF_TURN) if chat else CONTROL_PIECES
+    result.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    result.add_tokens([AddedToken(piece, normalized=False) for piece in USER_PIECES if piece not in special])
+    if chat:
+        result.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\A({'|'.join(ROLES)})\n"), "isolated")
     return result.to_str(pretty=False)
 
 

@@ -4,9 +4,9 @@ CONTROL_PIECES = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>")
 
 NEWLINE_RUNS = ("\n\n", "\n\n\n", "\n\n\n\n")
 
-END_OF_TURN = "<|im_end|>"
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 
-CHAT_PIECES = ("<|im_start|>", END_OF_TURN, "<|step|>", "<|code|>")
+CHAT_PIECES = (START_OF_TURN, END_OF_TURN, "<|step|>", "<|code|>")
 
 USER_PIECES = (*NEWLINE_RUNS, *CHAT_PIECES, *(f"<|reserved_{i}|>" for i in range(100)))
 

@@ -87,12 +87,17 @@ class Tokenizer:
             raise FileNotFoundError(f"tokenizer: {wanted}, got {folder}")
         return cls.load(folder)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+    def save(self, folder: str | Path, *, chat: bool = False) -> None:
+        """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`.
+
+        Args:
+            chat: whether the folder is that of a model tuned on chats (see `hf_tokenizer`); the ids are the same.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pieces = self.pieces()
-        write_hf_files(pieces, [piece for i, piece in enumerate(pieces) if self.is_byte(i)], folder)
+        byte_pieces = [piece for i, piece in enumerate(pieces) if self.is_byte(i)]
+        write_hf_files(pieces, byte_pieces, folder, chat=chat)
         write_atomically(folder / MODEL_FILE, self.model)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:

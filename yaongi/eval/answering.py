@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from yaongi.data.chats.encode import encode_rendered
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.progress import Done
 from yaongi.model import Yaongi
@@ -100,7 +101,7 @@ class Answerer:
         if not 1 <= prompt.max_new_tokens < limit:
             wanted = f"max_new_tokens must be 1 to {limit - 1}, below the model's max_sequence_length"
             raise ValueError(f"eval: {wanted}, got {prompt.max_new_tokens}; --max-new-tokens sets a limit")
-        ids = self.tokenizer.encode(prompt.text) or [self.tokenizer.bos_id]
+        ids = encode_rendered(prompt.text, self.tokenizer.encode) or [self.tokenizer.bos_id]
         room = limit - prompt.max_new_tokens
         if len(ids) > room:
             self.tally.cut += 1

@@ -4,6 +4,7 @@ import re
 from functools import lru_cache
 from itertools import chain
 
+from yaongi.data.chats.encode import encode_rendered
 from yaongi.data.tokenizer import Tokenizer
 
 # Runs of two to four newlines are pieces of their own, which merge with nothing: the text may be cut around them.
@@ -17,7 +18,10 @@ class CachedEncoder:
         self._encode = lru_cache(paragraphs)(lambda text: tuple(tokenizer.encode(text)))
 
     def __call__(self, text: str) -> list[int]:
-        """Return the ids of `text`. Raises ValueError for a lone surrogate."""
+        """Return the ids of `text`, in which messages may be rendered. Raises ValueError for a lone surrogate."""
+        return encode_rendered(text, self._by_paragraph)
+
+    def _by_paragraph(self, text: str) -> list[int]:
         if "\n\n\n" in text:
             return list(chain.from_iterable(map(self._encode, _BREAK.split(text))))
         first, *rest = map(self._encode, text.split("\n\n"))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from yaongi.data.chat import CHAT_TEMPLATE
+from yaongi.data.chats.template import CHAT_TEMPLATE
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.answering import Answerer
 from yaongi.eval.basics.suite import GROUP, QUESTIONS, TASKS, basics_items

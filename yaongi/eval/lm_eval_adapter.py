@@ -21,7 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import env as templates
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from yaongi.data.chat import CHAT_TEMPLATE, render_chat
+from yaongi.data.chats.template import ANSWER_HEADER, CHAT_TEMPLATE, render_chat
 from yaongi.data.pieces import END_OF_TURN
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.answering import Answerer, Prompt
@@ -37,7 +37,6 @@ templates.from_string = lru_cache(1024)(templates.from_string)
 Prefix = Literal["none", "bos"]
 NOTHING = -1  # stands for the token before a text that nothing precedes
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-ANSWER_HEADER = "<|im_start|>assistant\n"
 
 
 @register_model("yaongi")

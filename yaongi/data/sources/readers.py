@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from yaongi.data.chat import render_chat
+from yaongi.data.chats.template import render_chat
 from yaongi.data.sources.files import TABLES, file_format
 from yaongi.data.sources.frames import open_bz2, open_xz, open_zst
 from yaongi.data.sources.json_array import array_items

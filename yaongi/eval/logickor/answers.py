@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from yaongi.data.chat import render_chat
+from yaongi.data.chats.template import ANSWER_HEADER, render_chat
 from yaongi.eval.answering import Answerer, Prompt
 from yaongi.eval.logickor.protocol import Protocol
 from yaongi.files import read_json, write_atomically
 
 FOLDER = "logickor"
 MODEL = "model.json"
-HEADER = "<|im_start|>assistant\n"
 
 
 def write_answers(
@@ -68,7 +67,7 @@ def read_answers(out: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, An
 
 
 def _answer(answerer: Answerer, talks: Sequence[Sequence[Mapping[str, str]]], max_new_tokens: int) -> list[str]:
-    prompts = [Prompt(render_chat(talk) + HEADER, (), max_new_tokens) for talk in talks]
+    prompts = [Prompt(render_chat(talk) + ANSWER_HEADER, (), max_new_tokens) for talk in talks]
     return [answer.strip() for answer in answerer.answer(prompts)]
 
 
