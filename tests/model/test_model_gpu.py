@@ -15,6 +15,7 @@ from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.mixers import moe as moe_module
 from yaongi.model.mixers import router as router_module
 from yaongi.model.mixers.attention_backends import attend, plan_attention
+from yaongi.model.slots import Slots
 from yaongi.world import set_determinism
 
 pytestmark = pytest.mark.gpu
@@ -201,6 +202,24 @@ def test_a_recorded_step_gives_the_same_bits(batch: int) -> None:
         assert isinstance(advance, RecordedStep) == cuda_graph
         logits.append([advance(ids[:, place]).clone() for place in range(8, 40)])
     assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
+
+
+def test_recorded_slots_give_the_same_bits() -> None:
+    """Rows join, the batch grows, and a row ends: each number of rows and places has a graph of its own."""
+    model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
+    ids = token_ids(model, 3, SHORTEST + 40).to("cuda")
+    found = []
+    for cuda_graph in (True, False):
+        slots, logits = Slots(model, 4, SHORTEST + 40, cuda_graph=cuda_graph), []
+        for slot, length in enumerate((SHORTEST - 9, 5, 2)):
+            slots.put(slot, prefill(model, ids[slot : slot + 1, :length], capacity=length)[1], 0, length)
+            for _ in range(9):
+                tokens = ids[: slots.rows(slot + 1), length]
+                tokens = torch.nn.functional.pad(tokens, (0, slots.rows(slot + 1) - len(tokens)))
+                logits.append(slots.step(tokens, SHORTEST - 9 + len(logits))[: slot + 1].clone())
+        logits.append(slots.step(ids[:1, 0], 30)[:1].clone())
+        found.append(logits)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_a_model_with_hooks_is_not_recorded() -> None:

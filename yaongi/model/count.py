@@ -78,6 +78,21 @@ def bytes_per_step(counts: ParameterCounts, config: ModelConfig, batch: int, pos
     return itemsize * (weights + rows) + mamba * (states + convolutions) + attention * keys
 
 
+def cache_bytes(config: ModelConfig, rows: int, capacity: int, itemsize: int = 2) -> int:
+    """Return the bytes of the caches of rows that have room for `capacity` tokens each (`Cache` of decoding.py).
+
+    Args:
+        itemsize: bytes per number of keys, values and convolutions' inputs.
+    """
+    keys = 2 * capacity * config.attention_kv_heads * config.attention_head_dim * itemsize
+    state = config.mamba_width * config.mamba_state * 4 + config.conv_width * (config.mamba_conv - 1) * itemsize
+    inputs = sum(max(engram.orders) * (engram.kernel - 1) for engram in config.engram) * config.hidden_size * itemsize
+    longest = max((max(engram.orders) for engram in config.engram), default=1)
+    bookkeeping = capacity + 8 * (2 + longest - 1)
+    layers = len(config.layers_of("*")) * keys + len(config.layers_of("M")) * state
+    return rows * (layers + inputs + bookkeeping)
+
+
 def flops_per_token(config: ModelConfig, active: int, sequence_length: int) -> float:
     """Return the model FLOPs per token of training, forward and backward, for `active` parameters.
 

@@ -1,16 +1,18 @@
-"""Prompts read into caches, and the steps that go on: `prefill`, `step`, and the step recorded as a CUDA graph."""
+"""Prompts read into caches, and what goes on: `prefill`, `read_on`, `step`, and the step recorded as a CUDA graph."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from yaongi.model.check import check_tokens
 from yaongi.model.engram.engram import EngramCache
+from yaongi.model.engram.hashing import ngram_window
 from yaongi.model.layers.cuda_graph import GraphedFunction
 from yaongi.model.layers.plain import any_hooks
 from yaongi.model.mixers.attention import AttentionCache
-from yaongi.model.mixers.attention_backends import CachedAttention
+from yaongi.model.mixers.attention_backends import CachedAttention, ContinuedAttention
 from yaongi.model.mixers.mamba2 import MambaCache
 from yaongi.model.model import Context, Yaongi
 
@@ -32,9 +34,9 @@ class Cache:
 
     layers: list[LayerCache]
     visible: Tensor  # (B, capacity) bool, the positions read so far that belong to each row's last document
-    position: int  # tokens read so far, padding included
-    place: Tensor  # (1,) int64, `position` where the model is
-    steps: Tensor  # (1,) int64, the tokens read since the prefill
+    position: int  # tokens read so far, padding included; of rows that differ the most
+    place: Tensor  # (B,) int64, the same of each row, where the model is; capacity − 1 once the row is full
+    steps: Tensor  # (B,) int64, the steps of each row since the last prompt was read into it
     tail: Tensor | None  # (B, n − 1) int64, the last compressed ids, newest first; None without Engram
 
     @property
@@ -60,13 +62,40 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, integers (R,), in this order; a row may be taken several times."""
-        self.visible = self.visible[rows]
+        self.visible, self.place, self.steps = self.visible[rows], self.place[rows], self.steps[rows]
         self.tail = None if self.tail is None else self.tail[rows]
         for layer in self.layers:
             if layer.mixer is not None:
                 layer.mixer.select(rows)
             if layer.engram is not None:
                 layer.engram.select(rows)
+                layer.engram.steps = self.steps
+
+    def first(self, rows: int) -> "Cache":
+        """Return the first rows, in the same memory."""
+        steps, layers = self.steps[:rows], []
+        for layer in self.layers:
+            mixer = None if layer.mixer is None else layer.mixer.first(rows)
+            phases = None if layer.engram is None or layer.engram.phases is None else layer.engram.phases[:, :rows]
+            layers.append(LayerCache(mixer, None if layer.engram is None else EngramCache(steps, phases)))
+        tail = None if self.tail is None else self.tail[:rows]
+        return Cache(layers, self.visible[:rows], self.position, self.place[:rows], steps, tail)
+
+    def put(self, row: int, other: "Cache", source: int, length: int) -> None:
+        """Copy the last `length` tokens of a row of another cache, all of its last document, to a row of this one."""
+        places = slice(other.position - length, other.position)
+        self.visible[row, :length], self.visible[row, length:] = True, False
+        self.place[row] = length
+        self.steps[row] = other.steps[source]
+        if self.tail is not None and other.tail is not None:
+            self.tail[row] = other.tail[source]
+        for own, new in zip(self.layers, other.layers, strict=True):
+            if isinstance(own.mixer, AttentionCache) and isinstance(new.mixer, AttentionCache):
+                own.mixer.put(row, new.mixer, source, places)
+            elif isinstance(own.mixer, MambaCache) and isinstance(new.mixer, MambaCache):
+                own.mixer.put(row, new.mixer, source)
+            if own.engram is not None and new.engram is not None:
+                own.engram.put(row, new.engram, source)
 
 
 @torch.no_grad()
@@ -107,6 +136,36 @@ def read(
 
 
 @torch.no_grad()
+def read_on(model: Yaongi, input_ids: Tensor, cache: Cache) -> Tensor:
+    """Read more tokens of each row, (B, L), and return their normalised hidden states, (B, L, d).
+
+    All rows must be at one position, as they are after a prefill.
+    """
+    length = input_ids.shape[1]
+    if length == 1:
+        return step_hidden(model, input_ids[:, 0], cache).unsqueeze(1)
+    check_tokens(input_ids, None, model.config.vocab_size)
+    start, end = cache.position, cache.position + length
+    if end > cache.capacity:
+        raise ValueError(f"read_on: input_ids must be at most {cache.capacity - start} tokens long, got {length}")
+    backbone, window, attention = model.backbone, None, None
+    if cache.tail is not None:
+        known = cache.tail.flip(1)
+        ids = torch.cat([known, backbone.compress(input_ids)], dim=1)
+        window = ngram_window(ids, None, backbone.longest, backbone.engram_pad)[:, :, known.shape[1] :]
+        cache.tail.copy_(window[:, :-1, -1])
+    cache.visible[:, start:end] = True
+    if "*" in model.config.pattern:
+        causal = torch.ones(length, end, dtype=torch.bool, device=input_ids.device).tril(start)
+        attention = ContinuedAttention(start, cache.visible[:, None, None, :end] & causal)
+    hidden, _ = backbone(input_ids, Context(None, attention, window), caches=cache.layers)
+    cache.position = end
+    cache.place.fill_(end)
+    cache.steps.zero_()
+    return hidden
+
+
+@torch.no_grad()
 def step(model: Yaongi, tokens: Tensor, cache: Cache) -> Tensor:
     """Read one more token of each row, (B,) integers, and return the logits of the token after it, (B, V)."""
     return model.lm_head(step_hidden(model, tokens, cache).unsqueeze(1))[:, 0]
@@ -127,13 +186,12 @@ class RecordedStep:
     """`step` on a GPU, recorded as a CUDA graph: a call is one launch, and the GPU never waits for Python.
 
     A graph attends to a fixed number of places. When they are read, a new one of twice as many is recorded: the first
-    step of that length runs as usual, the second one is recorded.
+    step of that length runs as usual, the second one is recorded. The graphs are kept: rows may end and others begin.
     """
 
     def __init__(self, model: Yaongi, cache: Cache) -> None:
         self._model, self._cache = model, cache
-        self._length = 0
-        self._graphed: Callable[[Tensor], None] | None = None
+        self._graphed: dict[int, Callable[[Tensor], None]] = {}
         self._logits: Tensor | None = None
 
     @torch.no_grad()
@@ -141,15 +199,16 @@ class RecordedStep:
         """Do what `step` does; the logits are valid until the next call."""
         _check_room(self._cache)
         length = _attended(self._cache)
-        if self._graphed is None or length != self._length:
-            self._length, self._graphed = length, GraphedFunction(self._run, "a step", "generate without cuda_graph")
-        self._graphed(tokens)
+        if length not in self._graphed:
+            run = partial(self._run, length)
+            self._graphed[length] = GraphedFunction(run, "a step", "generate without cuda_graph")
+        self._graphed[length](tokens)
         self._cache.position += 1
         assert self._logits is not None
         return self._logits
 
-    def _run(self, tokens: Tensor) -> None:
-        hidden = _advance(self._model, tokens, self._cache, self._length)
+    def _run(self, length: int, tokens: Tensor) -> None:
+        hidden = _advance(self._model, tokens, self._cache, length)
         logits = self._model.lm_head(hidden.unsqueeze(1))[:, 0]
         if self._logits is None:
             self._logits = torch.empty_like(logits)
@@ -189,21 +248,21 @@ def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor
     if cache.tail is not None:
         window = torch.cat([backbone.compress(tokens).unsqueeze(-1), cache.tail], dim=1).unsqueeze(-1)
         cache.tail.copy_(window[:, :-1, 0])
-    cache.visible.index_fill_(1, cache.place, True)
+    cache.visible.scatter_(1, cache.place.unsqueeze(1), True)
     attention = None
     if "*" in model.config.pattern:
         unseen = ~cache.visible[:, None, None, :length]
         mask = torch.zeros(unseen.shape, dtype=cache.dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
         attention = CachedAttention(cache.place, mask, length)
     hidden, _ = backbone(tokens.unsqueeze(-1), Context(None, attention, window), caches=cache.layers)
-    cache.place.add_(1)
+    cache.place.add_(1).clamp_(max=cache.capacity - 1)
     cache.steps.add_(1)
     return hidden[:, 0]
 
 
 def _empty_cache(model: Yaongi, batch: int, capacity: int, device: torch.device) -> Cache:
     config = model.config
-    place, steps = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+    place, steps = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
     engrams = {engram.layer for engram in config.engram}
     layers = []
     for i, kind in enumerate(config.pattern):

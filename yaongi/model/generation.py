@@ -7,6 +7,7 @@ does its sampling: the random numbers of a row come from the seed and its prompt
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def stream(
     _check_prompts(model, prompts, max_new_tokens)
     ends = set(model.config.answer_ends if stop is None else stop)
     device = next(model.parameters()).device
-    input_ids, document_ids = _padded(prompts, model.config.pad_token_id, device)
+    input_ids, document_ids = padded(prompts, model.config.pad_token_id, device)
     capacity = -(-(input_ids.shape[1] + max_new_tokens) // EVEN) * EVEN
     logits, cache = prefill(model, input_ids, document_ids, capacity=capacity)
     advance = stepper(model, cache, cuda_graph=cuda_graph)
@@ -89,11 +90,11 @@ def stream(
     running = [True] * len(prompts)
     for count in range(max_new_tokens):
         chosen = sampler(logits)
-        copied = _Copied(chosen)
+        copied = Copied(chosen)
         ahead = _runs_ahead(device) and count < max_new_tokens - 1
         if ahead:
             logits = advance(chosen.clamp(min=0))
-        tokens = copied.tokens()
+        tokens = copied.numbers()
         if -1 in tokens:
             raise ValueError(f"generate: logits must be finite numbers, got others in row {tokens.index(-1)}")
         running = [alive and token not in ends for alive, token in zip(running, tokens, strict=True)]
@@ -180,24 +181,24 @@ def _runs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class _Copied:
-    """Tokens on their way to the host: work that is launched after them goes on meanwhile."""
+class Copied:
+    """Numbers on their way to the host: work that is launched after them goes on meanwhile."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self._host = tokens.to("cpu", non_blocking=True)
+    def __init__(self, numbers: Tensor) -> None:
+        self._host = numbers.to("cpu", non_blocking=True)
         self._there = None
-        if tokens.is_cuda:
+        if numbers.is_cuda:
             self._there = torch.cuda.Event()
             self._there.record()
 
-    def tokens(self) -> list[int]:
-        """Wait for them."""
+    def numbers(self) -> list[Any]:
+        """Wait for them, and return them as lists in lists."""
         if self._there is not None:
             self._there.synchronize()
         return self._host.tolist()
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return the prompts (B, L), padded on the left, and document ids: 0 for padding, 1 for text (None: no padding)."""
     longest = max(map(len, prompts))
     rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]

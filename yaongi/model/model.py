@@ -25,7 +25,7 @@ from yaongi.model.layers.norm import RMSNorm, add_and_norm
 from yaongi.model.layers.plain import is_plain
 from yaongi.model.losses import Losses, head_cross_entropy, module_cross_entropy, next_tokens
 from yaongi.model.mixers.attention import Attention
-from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, plan_attention
+from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, ContinuedAttention, plan_attention
 from yaongi.model.mixers.fp8_mixers import LETTERS, Fp8Products
 from yaongi.model.mixers.mamba2 import Mamba2
 from yaongi.model.mixers.moe import MoE, Routing
@@ -41,7 +41,7 @@ class Context:
     """Inputs that all layers of one forward pass, or of one step of generation, share."""
 
     document_ids: Tensor | None  # (B, L) int32
-    attention: AttentionPlan | CachedAttention | None  # None without attention layers
+    attention: AttentionPlan | CachedAttention | ContinuedAttention | None  # None without attention layers
     window: Tensor | None  # (B, n, L) int64, compressed ids of the n-gram that ends at each token; None without Engram
     with_routing: bool = False
 
@@ -71,7 +71,7 @@ class Layer(nn.Module):
         Args:
             hidden: (B, L, d).
             delta: (B, L, d), still to be added to `hidden`; None for zero.
-            cache: a `LayerCache` (decoding.py) to fill, or a filled one to continue by one token.
+            cache: a `LayerCache` (decoding.py) to fill, or a filled one to continue.
 
         Returns:
             `hidden` and `delta` after this layer, and the routing's measures if the layer has experts.

@@ -35,11 +35,46 @@ class Sampling:
         check.require(0 < penalty < math.inf, "repetition_penalty", "a finite number above 0", penalty)
 
 
-def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class RowSampling:
+    """`Sampling` of each row of a batch, without penalties."""
+
+    temperature: Tensor  # (B, 1) float64; 1 for a row that takes the likeliest token
+    top_k: Tensor | None  # (B, 1) int64, V for a row without a limit; None: no row has one
+    top_p: Tensor | None  # (B, 1) float64, 2 for a row without a limit, which no sum reaches; None: no row has one
+    greedy: Tensor  # (B,) bool, rows that take the likeliest token
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], vocab_size: int, device: torch.device) -> "RowSampling | Sampling":
+        """Return the rows' settings on a device; where they are all the same, just them.
+
+        Raises:
+            ValueError: a row has a repetition penalty.
+        """
+        if any(row.repetition_penalty != 1 for row in rows):
+            raise ValueError("generate: repetition_penalty must be 1 for rows that differ, got another")
+        if len(set(rows)) == 1:
+            return rows[0]
+
+        def column(values: list[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).unsqueeze(-1).to(device, non_blocking=True)
+
+        top_k: list[float] = [row.top_k or vocab_size for row in rows]
+        top_p = [2.0 if row.top_p in (None, 1) else row.top_p or 0.0 for row in rows]
+        return cls(
+            column([row.temperature or 1.0 for row in rows], torch.float64),
+            column(top_k, torch.int64) if min(top_k) < vocab_size else None,
+            column(top_p, torch.float64) if min(top_p) < 1 else None,
+            torch.tensor([row.temperature == 0 for row in rows]).to(device, non_blocking=True),
+        )
+
+
+def choose(logits: Tensor, sampling: Sampling | RowSampling, uniforms: Tensor | None = None) -> Tensor:
     """Choose a token for each row; of equally likely tokens the one with the smaller id comes first.
 
     Args:
         logits: (B, V); −∞ for tokens that must not come.
+        sampling: of all rows, or of each; a penalty must have been applied.
         uniforms: (B,) float64, uniform in [0, 1), on the logits' device; None for temperature 0.
 
     Returns:
@@ -47,10 +82,11 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None = None) -
     """
     best = logits.argmax(-1)
     wrong = ~logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
-    if sampling.temperature > 0:
+    if isinstance(sampling, RowSampling) or sampling.temperature > 0:
         if uniforms is None:
             raise ValueError("choose: uniforms must be given for a temperature above 0, got none")
-        best = _sampled(logits, sampling, uniforms)
+        sampled = _sampled(logits, sampling, uniforms)
+        best = torch.where(sampling.greedy, best, sampled) if isinstance(sampling, RowSampling) else sampled
     return best.masked_fill(wrong, -1)
 
 
@@ -69,15 +105,15 @@ def row_uniforms(seed: int, prompt: Sequence[int], copy: int, count: int) -> NDA
     return np.random.default_rng(int.from_bytes(key, "little")).random(count)
 
 
-def _sampled(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+def _sampled(logits: Tensor, sampling: Sampling | RowSampling, uniforms: Tensor) -> Tensor:
     """Sample by the inverse of the cumulative distribution, in float64."""
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     wide = ranked.double()
     # The difference comes first: at the smallest temperatures it is 0 / T for the likeliest and −∞ for the others.
     weights = ((wide - wide[:, :1]) / sampling.temperature).exp()
     if sampling.top_k is not None:
-        weights[:, sampling.top_k :] = 0
-    if sampling.top_p is not None and sampling.top_p < 1:
+        weights = weights.masked_fill(torch.arange(weights.shape[1], device=weights.device) >= sampling.top_k, 0)
+    if sampling.top_p is not None and (isinstance(sampling, RowSampling) or sampling.top_p < 1):
         sums = weights.cumsum(-1)
         reached = (sums - weights) >= sums[:, -1:] * (sampling.top_p * (1 - ROUNDING))
         reached[:, 0] = False

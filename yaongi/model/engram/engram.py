@@ -23,16 +23,30 @@ SMALLEST = 1e-6  # keeps the gradient of the square root in the "demo" gate fini
 class EngramCache:
     """The last inputs of one layer's convolution, by phase of its dilation; the prefill fills it.
 
-    Step t, counted from 0 after the prefill, reads and updates phase t % dilation.
+    Step t, counted from 0 after the prefill, reads and updates phase t % dilation of its row.
     """
 
-    steps: Tensor  # (1,) int64, the steps since the prefill, t; all layers share it
+    steps: Tensor  # (B,) int64, the steps since the prefill, t; all layers share it
     phases: Tensor | None = None  # (dilation, B, d, kernel − 1), that of step 0 first
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
         if self.phases is not None:
             self.phases = self.phases[:, rows]
+
+    def put(self, row: int, other: "EngramCache", source: int) -> None:
+        """Copy a row of another cache to a row of this one; its steps go along elsewhere."""
+        assert self.phases is not None
+        assert other.phases is not None
+        self.phases[:, row] = other.phases[:, source]
+
+    def history(self) -> Tensor:
+        """Return the inputs as a sequence, the oldest first: (B, (kernel − 1)·dilation, d)."""
+        assert self.phases is not None
+        dilation, batch = self.phases.shape[:2]
+        rows = torch.arange(batch, device=self.phases.device)
+        order = (self.steps + torch.arange(dilation, device=self.phases.device).unsqueeze(-1)) % dilation
+        return self.phases[order, rows].permute(1, 3, 0, 2).flatten(1, 2)
 
 
 class Engram(nn.Module):
@@ -78,7 +92,8 @@ class Engram(nn.Module):
             hidden: (B, L, d).
             window: (B, n, L) int64, `ngram_window` of the compressed ids, n ≥ the longest order.
             document_ids: (B, L) int32 or None.
-            cache: filled with the convolution's last inputs. A filled one is continued by one token: L = 1.
+            cache: filled with the convolution's last inputs. A filled one is continued: by one token, L = 1, in place;
+                after more than one the steps must be counted from 0 again.
 
         Raises:
             ValueError: something else is in the convolution's place.
@@ -87,17 +102,21 @@ class Engram(nn.Module):
         value = self._gated_value(hidden, self.look_up(window))
         normed = self.value_norm(value)
         if cache is not None and cache.phases is not None:
-            return value + self._stepped(normed.squeeze(1), cache.phases, cache.steps).unsqueeze(1)
+            if hidden.shape[1] == 1:
+                return value + self._stepped(normed.squeeze(1), cache.phases, cache.steps).unsqueeze(1)
+            normed = torch.cat([cache.history(), normed], dim=1)
+            cache.phases = self._last_inputs(normed, None)
+            return value + self._convolved(normed, None)[:, -value.shape[1] :]
         if cache is not None:
             cache.phases = self._last_inputs(normed, document_ids)
         return value + self._convolved(normed, document_ids)
 
     def _stepped(self, x: Tensor, phases: Tensor, steps: Tensor) -> Tensor:
         """Return SiLU of the convolution for one token, (B, d), and update its phase in place."""
-        phase = steps % self.dilation
-        state = phases.index_select(0, phase).squeeze(0)
+        phase = (steps % self.dilation).view(1, -1, 1, 1).expand_as(phases[:1])
+        state = phases.gather(0, phase).squeeze(0)
         y = causal_conv1d_step(x, state, self.conv.taps)
-        phases.index_copy_(0, phase, state.unsqueeze(0))
+        phases.scatter_(0, phase, state.unsqueeze(0))
         return y
 
     def look_up(self, window: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ from torch.nn import functional as F
 
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.linear import Linear, fork
-from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, attend, attend_to_cache
+from yaongi.model.mixers.attention_backends import (
+    AttentionPlan,
+    CachedAttention,
+    ContinuedAttention,
+    attend,
+    attend_to_cache,
+    scaled_attention,
+)
 
 Tensor = torch.Tensor
 
@@ -26,6 +33,14 @@ class AttentionCache:
         more = self.capacity - k.shape[1]
         self.keys, self.values = (F.pad(t.transpose(1, 2), (0, 0, 0, more)) for t in (k, v))
 
+    def extend(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (B, L, kv heads, D) at `start`, and return all up to their end, (B, kv heads, start + L, D)."""
+        assert self.keys is not None
+        assert self.values is not None
+        end = start + k.shape[1]
+        self.keys[:, :, start:end], self.values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
     def grow(self, capacity: int) -> None:
         """Make room for so many tokens."""
         if self.keys is not None and self.values is not None:
@@ -37,6 +52,20 @@ class AttentionCache:
         """Keep these rows, in this order."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def first(self, rows: int) -> "AttentionCache":
+        """Return the first rows, in the same memory."""
+        assert self.keys is not None
+        assert self.values is not None
+        return AttentionCache(self.capacity, self.keys[:rows], self.values[:rows])
+
+    def put(self, row: int, other: "AttentionCache", source: int, places: slice) -> None:
+        """Copy places of a row of another cache to the start of a row of this one, and clear the rest: 0·NaN is NaN."""
+        for own, new in ((self.keys, other.keys), (self.values, other.values)):
+            assert own is not None
+            assert new is not None
+            length = places.stop - places.start
+            own[row, :, :length], own[row, :, length:] = new[source, :, places], 0
 
 
 class Attention(nn.Module):
@@ -51,15 +80,23 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, self.kv_heads * head, device, dtype)
         self.o_proj = Linear(self.heads * head, width, device, dtype)
 
-    def forward(self, x: Tensor, plan: AttentionPlan | CachedAttention, cache: AttentionCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        plan: AttentionPlan | CachedAttention | ContinuedAttention,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
         """Map (B, L, d) to (B, L, d), and write keys and values to the start of the cache.
 
         With a `CachedAttention` for a plan, x is one token, (B, 1, d), whose key and value go to the plan's place, and
-        which attends to what the cache holds.
+        which attends to what the cache holds. With a `ContinuedAttention` it is more tokens of the cache's rows.
         """
         q, k, v = self._project(x)
         if isinstance(plan, CachedAttention):
             return self.o_proj(self._step(q, k, v, plan, cache).flatten(-2))
+        if isinstance(plan, ContinuedAttention):
+            keys, values = _filled(cache).extend(plan.start, k, v)
+            return self.o_proj(scaled_attention(q.transpose(1, 2), keys, values, plan.mask).transpose(1, 2).flatten(-2))
         if cache is not None:
             cache.fill(k, v)
         return self.o_proj(attend(q, k, v, plan).flatten(-2))
@@ -72,10 +109,12 @@ class Attention(nn.Module):
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, plan: CachedAttention, cache: AttentionCache | None) -> Tensor:
         """Add one token's key and value to the cache, and attend to it; all (B, 1, …, D)."""
-        if cache is None or cache.keys is None or cache.values is None:
-            raise ValueError("attention: cache must be one that a prefill has filled, got an empty one")
-        cache.keys.index_copy_(2, plan.place, k.transpose(1, 2))
-        cache.values.index_copy_(2, plan.place, v.transpose(1, 2))
+        cache = _filled(cache)
+        assert cache.keys is not None
+        assert cache.values is not None
+        place = plan.place.view(-1, 1, 1, 1).expand_as(k.transpose(1, 2))
+        cache.keys.scatter_(2, place, k.transpose(1, 2))
+        cache.values.scatter_(2, place, v.transpose(1, 2))
         return attend_to_cache(q, cache.keys, cache.values, plan)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,3 +123,10 @@ class Attention(nn.Module):
         k, x = fork(self.k_proj, x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, self.v_proj(x)))
         return q, k, v
+
+
+def _filled(cache: AttentionCache | None) -> AttentionCache:
+    """Return the cache. Raises ValueError if no prefill has filled it."""
+    if cache is None or cache.keys is None or cache.values is None:
+        raise ValueError("attention: cache must be one that a prefill has filled, got an empty one")
+    return cache

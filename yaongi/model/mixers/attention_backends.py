@@ -63,9 +63,17 @@ class AttentionPlan:
 class CachedAttention:
     """How one new token of each row attends to a cache, made once per step for all attention layers."""
 
-    place: Tensor  # (1,) int64, the token's place in the cache
+    place: Tensor  # (B,) int64, the token's place in its row of the cache
     mask: Tensor  # (B, 1, 1, length), 0 for a place that may be attended to, −∞ for one that may not
     length: int  # places of the cache to look at
+
+
+@dataclass(frozen=True)
+class ContinuedAttention:
+    """How more tokens of each row attend to a cache and to each other, made once for all attention layers."""
+
+    start: int  # place of the first of them in the cache
+    mask: Tensor  # (B, 1, L, start + L) bool, the places that a token may attend to
 
 
 def plan_attention(

@@ -28,6 +28,19 @@ class MambaCache:
         if self.conv is not None and self.state is not None:
             self.conv, self.state = self.conv[rows], self.state[rows]
 
+    def first(self, rows: int) -> "MambaCache":
+        """Return the first rows, in the same memory."""
+        assert self.conv is not None
+        assert self.state is not None
+        return MambaCache(self.conv[:rows], self.state[:rows], self.rates)
+
+    def put(self, row: int, other: "MambaCache", source: int) -> None:
+        """Copy a row of another cache to a row of this one."""
+        for own, new in ((self.conv, other.conv), (self.state, other.state)):
+            assert own is not None
+            assert new is not None
+            own[row] = new[source]
+
 
 class Mamba2(KeepsFloat32):
     """h_t = exp(δ_t·A)·h_{t−1} + δ_t·x_t ⊗ b_t, y_t = h_t·c_t + D·x_t, δ = softplus(dt + dt_bias) without a clamp.
@@ -54,22 +67,25 @@ class Mamba2(KeepsFloat32):
     def forward(self, x: Tensor, document_ids: Tensor | None, cache: MambaCache | None = None) -> Tensor:
         """Map (B, L, d) to (B, L, d), and fill the cache with the state after the last token.
 
-        A cache that is filled already is continued by one token: x (B, 1, d).
+        A cache that is filled already is continued: by one token, x (B, 1, d), in place.
 
         Raises:
             ValueError: something else is in the convolution's place.
         """
         require_plain(self.conv1d, DepthwiseConv, "conv1d")
-        if cache is not None and cache.state is not None:
+        if cache is not None and cache.state is not None and x.shape[1] == 1:
             return self._step(x, cache)
         projected = self.in_proj(x)
         if cache is None and is_plain(self.norm, GatedRMSNorm):
             return self.out_proj(self.core(projected, document_ids))
         z, xbc, dt = projected.split(self.splits, dim=-1)
         taps, bias, rates = self.conv1d.taps, self.conv1d.bias, self._rates()
-        xbc, conv = causal_conv1d(xbc, taps, bias, document_ids=document_ids, return_final_state=True)
+        conv, state = (None, None) if cache is None else (cache.conv, cache.state)
+        xbc, conv = causal_conv1d(
+            xbc, taps, bias, document_ids=document_ids, initial_state=conv, return_final_state=True
+        )
         operands = self._operands(xbc, dt, rates)
-        y, state = mamba_scan(*operands, document_ids=document_ids, return_final_state=True)
+        y, state = mamba_scan(*operands, document_ids=document_ids, initial_state=state, return_final_state=True)
         if cache is not None:
             cache.conv, cache.state, cache.rates = conv, state, rates
         return self.out_proj(self.norm(y.flatten(-2), z))
