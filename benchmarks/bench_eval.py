@@ -19,12 +19,12 @@ import torch
 from bench_train_step import MICRO_ROWS, figures, seconds, trainer_step
 from measure import report
 
+from yaongi.data.packing import pack
 from yaongi.data.sources.embedded.korean import korean_documents
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 from yaongi.eval.choices import Item, encode_items
 from yaongi.eval.encoding import CachedEncoder
 from yaongi.eval.rows.batches import make_batches, to_device
-from yaongi.eval.rows.packing import pack
 from yaongi.eval.scoring import Request, Scorer
 from yaongi.model import Yaongi, load_preset
 from yaongi.model.hub.folder import export_nemotron_h

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from yaongi.data.packing import pack
 from yaongi.eval.progress import Done
-from yaongi.eval.rows.packing import pack
 from yaongi.eval.scoring import ALONE, Request, Score, Scorer
 from yaongi.model import EngramConfig, ModelConfig, Yaongi
 

@@ -9,7 +9,8 @@ import pytest
 from safetensors import SafetensorError
 from small_run import arguments, final_tensors, run
 
-from yaongi.data.stages.tokenize_sources import Options, _replace, tokenize_sources
+from yaongi.data.stages.shard_folder import replace
+from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model.hub import weights
 from yaongi.train import __main__ as program
@@ -134,7 +135,7 @@ def test_mount_points_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     renamed: list[str] = []
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda path, to: (renamed.append(path.name), rename(path, to))[1])
-    _replace(out, building)
+    replace(out, building)
     assert (out / "train" / "ko.bin").read_text() == (out / "manifest.json").read_text() == "new"
     assert renamed == ["train", "manifest.json"]
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "own.txt", "train"]

@@ -6,6 +6,11 @@ split and domain, pairs of files::
     train/ko-00000.bin   the ids of its documents one after another, each ending in EOS: uint16, little-endian
     train/ko-00000.idx   for each document, the end of its ids and its UTF-8 bytes: uint64 (documents, 2)
 
+Conversations (`chats.rows`) are documents without EOS, of which only a part is learnt: their UTF-8 bytes are those of
+that part, and a third file says which ids belong to it::
+
+    train/chat-00000.mask   a bit for each id, the first in the lowest bit
+
 The manifest lists SHA-256, tokens, bytes, documents, source and licence of each shard, and the tokenizer's hash. The
 folder is built under another name and renamed when complete, so a manifest always describes complete files.
 """
@@ -28,6 +33,8 @@ MANIFEST = "manifest.json"
 TOKEN_BYTES = "token_bytes.npy"
 VERIFIED = ".verified.json"
 VERSION = 1
+TEXT = "text"  # the kind of a folder; others are those of `chats.rows`
+MADE_BY = {TEXT: "tokenize"}  # by kind, the command that makes a folder; for others: chat
 TOKEN = np.dtype("<u2")
 
 
@@ -44,6 +51,12 @@ class Shard:
     documents: int
     source: str
     licence: str
+    mask: str | None = None  # of conversations
+    mask_sha256: str | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Return what the manifest says of it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class ShardWriter:
@@ -55,12 +68,13 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self.shards: list[Shard] = []
 
-    def add(self, tokens: NDArray[np.int32], text_bytes: int) -> None:
+    def add(self, tokens: NDArray[np.int32], text_bytes: int, mask: NDArray[np.bool_] | None = None) -> None:
         """Append a document.
 
         Args:
             tokens: (n,), its ids with EOS.
-            text_bytes: UTF-8 bytes of its text.
+            text_bytes: UTF-8 bytes of its text; of a conversation, of what is learnt.
+            mask: (n,), of a conversation which of the ids are learnt; all documents of a writer have one, or none.
 
         Raises:
             ValueError: an id is outside the vocabulary or above 65,535.
@@ -76,6 +90,8 @@ class ShardWriter:
         self._file.write(data)  # type: ignore[union-attr]
         self._tokens += len(tokens)
         self._rows.append((self._tokens, text_bytes))
+        if mask is not None:
+            self._masks.append(mask)
         if self._tokens >= self._shard_tokens:
             self.close()
 
@@ -91,7 +107,16 @@ class ShardWriter:
         digests = self._hash.hexdigest(), hashlib.sha256(index).hexdigest()
         counts = self._tokens, text_bytes, len(self._rows)
         files = f"{self._name}.bin", f"{self._name}.idx"
-        self.shards.append(Shard(*files, *digests, *counts, self._source, self._licence))
+        self.shards.append(Shard(*files, *digests, *counts, self._source, self._licence, *self._close_mask()))
+
+    def _close_mask(self) -> tuple[str, str] | tuple[None, None]:
+        """Write the mask, if there is one; return its file and SHA-256."""
+        if not self._masks:
+            return None, None
+        name = f"{self._name}.mask"
+        bits = np.packbits(np.concatenate(self._masks), bitorder="little").tobytes()
+        (self._folder / name).write_bytes(bits)
+        return name, hashlib.sha256(bits).hexdigest()
 
     def _open(self) -> None:
         self._name = f"{self._stem}-{len(self.shards):05d}"
@@ -100,6 +125,7 @@ class ShardWriter:
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
         self._rows: list[tuple[int, int]] = []
+        self._masks: list[NDArray[np.bool_]] = []
         self._tokens = 0
 
 
@@ -111,7 +137,9 @@ def totals(shards: Sequence[Shard]) -> dict[str, int]:
 def write_manifest(folder: Path, splits: dict[str, dict[str, list[Shard]]], **fields: Any) -> None:
     """Write `manifest.json`; `fields` are added to it unchanged."""
     described = {
-        split: {domain: {**totals(shards), "shards": [asdict(s) for s in shards]} for domain, shards in domains.items()}
+        split: {
+            domain: {**totals(shards), "shards": [s.described() for s in shards]} for domain, shards in domains.items()
+        }
         for split, domains in splits.items()
     }
     manifest = {"version": VERSION, **fields, "splits": described}
@@ -127,7 +155,7 @@ class ShardSet:
     hash: str  # SHA-256 of manifest.json, which covers all content because the manifest lists every file's hash
 
     @classmethod
-    def open(cls, folder: str | Path, *, tokenizer_hash: str | None = None) -> "ShardSet":
+    def open(cls, folder: str | Path, *, tokenizer_hash: str | None = None, kind: str = TEXT) -> "ShardSet":
         """Read the manifest, and check every file against it.
 
         SHA-256 is computed only for files whose size or modification time has changed since the last check. So the
@@ -135,26 +163,28 @@ class ShardSet:
 
         Raises:
             FileNotFoundError: there is no manifest, or a file that it lists is missing.
-            ValueError: the shards were made with another tokenizer, or a file was truncated or changed.
+            ValueError: the folder holds another kind, the shards were made with another tokenizer, or a file was
+                truncated or changed.
         """
         folder = Path(folder)
         path = folder / MANIFEST
+        command = f"python -m yaongi.data {MADE_BY.get(kind, 'chat')}"
         if not path.is_file():
-            made = f"python -m yaongi.data tokenize --out {shlex.quote(str(folder))}"
+            made = f"{command} --out {shlex.quote(str(folder))}"
             raise FileNotFoundError(f"shards: no {MANIFEST} in {folder}; make it with {made}")
         content = path.read_bytes()
         try:
             manifest = json.loads(content)
             version, built_for = manifest["version"], manifest["tokenizer_hash"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"shards: {path} is damaged ({error}); run python -m yaongi.data tokenize again"
-            ) from error
+            raise ValueError(f"shards: {path} is damaged ({error}); run {command} again") from error
         if version != VERSION:
             raise ValueError(f"shards: {path} must be of version {VERSION}, got {version}")
+        if (got := manifest.get("kind", TEXT)) != kind:
+            raise ValueError(f"shards: {folder} must hold {kind}, as {command} writes it, got {got}")
         if tokenizer_hash is not None and tokenizer_hash != built_for:
             raise ValueError(f"shards: {folder} was made with tokenizer {built_for[:12]}, got {tokenizer_hash[:12]}")
-        _verify(folder, manifest)
+        _verify(folder, manifest, command)
         return cls(folder, manifest, hashlib.sha256(content).hexdigest())
 
     def shards(self, split: str, domain: str) -> list[Shard]:
@@ -182,10 +212,12 @@ def described_files(manifest: dict[str, Any]) -> dict[str, tuple[str, int]]:
             for shard in domain["shards"]:
                 files[shard["file"]] = (shard["sha256"], shard["tokens"] * TOKEN.itemsize)
                 files[shard["index"]] = (shard["index_sha256"], shard["documents"] * 16)
+                if "mask" in shard:
+                    files[shard["mask"]] = (shard["mask_sha256"], -(-shard["tokens"] // 8))
     return files
 
 
-def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+def _verify(folder: Path, manifest: dict[str, Any], command: str) -> None:
     record = folder / VERIFIED
     try:
         known = json.loads(record.read_text())
@@ -195,7 +227,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
     for name, (sha256, size) in described_files(manifest).items():
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"shards: {path} is missing; run python -m yaongi.data tokenize again")
+            raise FileNotFoundError(f"shards: {path} is missing; run {command} again")
         status = path.stat()
         if status.st_size != size:
             raise ValueError(f"shards: {path} is truncated or changed: must be {size} bytes, got {status.st_size}")

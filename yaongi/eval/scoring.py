@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from yaongi.data.packing import pack
 from yaongi.eval.progress import Done
 from yaongi.eval.rows.batches import Batch, Pass, make_batches, run_batch
-from yaongi.eval.rows.packing import pack
 from yaongi.model import Yaongi
 from yaongi.world import World
 

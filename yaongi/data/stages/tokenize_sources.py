@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,18 +18,18 @@ from numpy.typing import NDArray
 
 from yaongi.data.filters import dedup
 from yaongi.data.filters.decontaminate import Benchmarks, benchmark_files, benchmark_items
-from yaongi.data.shards import MANIFEST, TOKEN_BYTES, Shard, ShardSet, ShardWriter, write_manifest
+from yaongi.data.shards import Shard, ShardSet, ShardWriter
 from yaongi.data.sources.files import describe
 from yaongi.data.sources.readers import PLAIN, Reading
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources, is_held_out
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.stages.forecast import SHARD_BYTES, check_disk, duration, size
+from yaongi.data.stages.shard_folder import built, finished, write_description
 from yaongi.data.text import batches, normalize, word_hashes
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import sha256_file
 
 _BATCH_CHARACTERS = 1 << 19
-_BUILDING = ".building"  # suffix of the folder that is being built
 _USUAL_SPEED = 4e6  # bytes of text per second and core
 
 
@@ -104,17 +103,13 @@ def tokenize_sources(
     """
     sources = open_sources(specs, options.reading, say)
     plan = _plan(sources, tokenizer, options)
-    if (done := _finished(out, plan)) is not None:
+    if (done := finished(out, plan)) is not None:
         say(f"token shards in {out} are up to date")
         return done
-    place = out.resolve()  # where a link leads: the link stays
-    building = place / _BUILDING if place.is_mount() else place.with_name(f"{place.name}{_BUILDING}")
-    shutil.rmtree(building, ignore_errors=True)
     workers = workers or os.cpu_count() or 1
     _forecast(sources, out, workers, say)
-    building.mkdir(parents=True)
-    _build(sources, tokenizer, building, options, plan, workers, say)
-    _replace(place, building)
+    with built(out) as building:
+        _build(sources, tokenizer, building, options, plan, workers, say)
     return ShardSet.open(out).manifest
 
 
@@ -145,16 +140,10 @@ def _build(
         splits, counts = _write_all(labels, process, folder, tokenizer.vocab_size, options, say)
     if sources.left_out:
         say(describe(sources.left_out))
-    tokenizer.save(folder / "tokenizer")
-    np.save(folder / TOKEN_BYTES, tokenizer.byte_lengths)
-    write_manifest(
+    write_description(
         folder,
+        tokenizer,
         splits,
-        tokenizer_hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        token_bytes_sha256=sha256_file(folder / TOKEN_BYTES),
-        token_bytes_size=(folder / TOKEN_BYTES).stat().st_size,
         benchmark_items=benchmarks.items,
         shares=_shares(sources),
         counts=counts,
@@ -186,34 +175,6 @@ def _shares(sources: Sequence[Source]) -> dict[str, dict[str, float]]:
         if source.share is not None:
             shares.setdefault(source.domain, {})[source.name] = source.share
     return shares
-
-
-def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    if not (out / MANIFEST).is_file():
-        return None
-    try:
-        manifest = ShardSet.open(out).manifest
-    except (ValueError, FileNotFoundError):
-        return None  # damaged: write it again
-    return manifest if manifest.get("plan") == plan else None
-
-
-def _replace(out: Path, building: Path) -> None:
-    """Put what was built in the place of what was there. A mount point can't be renamed: its content is replaced."""
-    if building.parent == out:
-        (out / MANIFEST).unlink(missing_ok=True)  # first to go and last to come: it describes complete files
-        for path in sorted(building.iterdir(), key=lambda path: path.name == MANIFEST):
-            former = out / path.name
-            shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
-            path.rename(former)
-        building.rmdir()
-        return
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    building.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _labels(sources: Sequence[Source]) -> dict[str, Source]:

@@ -1,4 +1,4 @@
-"""Token sequences packed into rows of one length, so that hardly any position of a forward pass is padding."""
+"""Token sequences packed into rows of one length, so that hardly any position is padding."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
