@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "yaongi"
 COMMANDS = [
     *("train", "train.report", "generate", "export", "model count"),
     *(f"eval {command}" for command in ("bpb", "tasks", "fetch", "report", "logickor generate", "logickor judge")),
-    *(f"data {stage}" for stage in ("download", "benchmarks", "tokenizer", "tokenize", "inspect")),
+    *(f"data {stage}" for stage in ("download", "benchmarks", "tokenizer", "tokenize", "chat", "inspect")),
 ]
 MODEL = ("--preset", "yaongi-tiny")
 OTHERS = {  # values for the fields that take no arbitrary number or word

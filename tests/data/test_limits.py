@@ -15,7 +15,7 @@ from texts import PEAK, random_texts, read_documents, write_jsonl
 from yaongi.data.shards import ShardSet
 from yaongi.data.sources.readers import Reading
 from yaongi.data.sources.specs import open_sources
-from yaongi.data.stages import tokenize_sources as stage
+from yaongi.data.stages.processes import worker_pool
 from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.text import cut
 from yaongi.data.tokenizer import Tokenizer
@@ -118,5 +118,5 @@ class Dying:
 
 def test_a_worker_that_is_killed_is_one_line() -> None:
     with pytest.raises(ChildProcessError, match=r"a worker process was killed, .*; run again, with fewer --workers"):
-        with stage._pool(Dying(), 2) as process:  # type: ignore[arg-type]
+        with worker_pool(Dying(), 2, "tokenize") as process:
             list(process(iter([["x"], ["y"]])))

@@ -1,4 +1,4 @@
-"""`python -m yaongi.data download|benchmarks|tokenizer|tokenize|inspect`: the stages from sources to token shards."""
+"""`python -m yaongi.data download|benchmarks|tokenizer|tokenize|chat|inspect`: the stages from sources to shards."""
 
 import sys
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import tyro
 
 from yaongi import cli
+from yaongi.data.chats.encode import TrainOn
+from yaongi.data.chats.fitting import TooLong
 from yaongi.data.sources.readers import PLAIN, Reading
 from yaongi.data.sources.tally import BAD_ROWS
 
@@ -21,6 +23,8 @@ SOURCES = "embedded, DOMAIN=PATH, a folder with train/ and val/, or a file or fo
 Sources = Annotated[Words, tyro.conf.arg(name="source", help=SOURCES)]
 HUB = "hf:OWNER/NAME, hf:OWNER/NAME:SUBSET or DOMAIN=hf:..., the train split of each; none: the public mix."
 HubSources = Annotated[Words, tyro.conf.arg(name="source", help=HUB)]
+CHATS = "a file, a folder (with train/ and val/: both splits), hf:OWNER/NAME, hf:OWNER/NAME:SUBSET or …:SUBSET:SPLIT."
+ChatSources = Annotated[Words, tyro.conf.arg(name="source", help=CHATS)]
 Read = Annotated[Reading, tyro.conf.arg(name="")]
 MIX = "shares of the domains, such as ko=40,law=20; none: of those with text the public mix's, or their sizes."
 Mix = Annotated[str, tyro.conf.arg(help=MIX)]
@@ -108,6 +112,45 @@ class Tokenize:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """Write conversations, or pairs of answers, for python -m yaongi.tune: ids, and a mask of what is learnt.
+
+    Reads OpenAI's and TRL's messages, ShareGPT, Alpaca, prompt and completion, and preferences, in JSON, Parquet and
+    tables. Prints what was lost, and why. Does nothing when the result is up to date.
+    """
+
+    source: ChatSources = ()
+    tokenizer: Path = Path("data/tokenizer")  # folder of the tokenizer: that of the model to tune
+    out: Path = Path("data/chat")  # folder to write
+    row_tokens: int = 4096  # tokens of a row, and of the longest conversation
+    show: int = 0  # conversations to print, with what is learnt in colour
+    train_on: TrainOn = "answers"  # what is learnt: every answer, the last answer of a conversation, or all of it
+    too_long: TooLong = "turns"  # what goes of a conversation that is too long: whole turns from its end; or an error
+    val: float = 0.01  # share of the questions to hold out, where a source has no val/ of its own
+    benchmark: Words = ()  # files or folders of benchmarks: training conversations that quote them are left out
+    encoding: str = "utf-8"  # encoding of text files and JSON lines, such as cp949
+    mirror: Path | None = None  # read a local copy, MIRROR/owner/name/..., instead of the hub; None: the hub
+    shard_tokens: int = 100_000_000  # tokens per shard
+    workers: int = 0  # worker processes; 0: one per core
+
+    def run(self) -> None:
+        from yaongi.data.shards import ShardSet
+        from yaongi.data.sources.row_sources import open_row_sources
+        from yaongi.data.stages.show_chats import show_chats
+        from yaongi.data.stages.tokenize_chats import ChatOptions, tokenize_chats
+        from yaongi.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(self.tokenizer)
+        options = ChatOptions(
+            self.row_tokens, self.train_on, self.too_long, self.val, joined(self.benchmark), self.shard_tokens
+        )
+        sources = open_row_sources(joined(self.source), encoding=self.encoding, mirror=self.mirror)
+        manifest = tokenize_chats(sources, tokenizer, self.out, options, workers=self.workers)
+        if self.show:
+            show_chats(ShardSet.open(self.out, kind=manifest["kind"]), tokenizer, self.show)
+
+
+@dataclass(frozen=True)
 class FetchBenchmarks:
     """Fetch the benchmarks whose texts must not be trained on: KMMLU, HAE-RAE, KoBEST, HRM8K, GSM8K and others."""
 
@@ -144,13 +187,14 @@ def main() -> None:
         "benchmarks": FetchBenchmarks,
         "tokenizer": TrainTokenizer,
         "tokenize": Tokenize,
+        "chat": Chat,
         "inspect": Inspect,
     }
     stage = tyro.extras.subcommand_cli_from_dict(
         stages,
         prog="python -m yaongi.data",
         description="From sources to token shards, one stage each.",
-        args=cli.with_digits(sys.argv[1:], ("--tokens", "--shard-tokens")),
+        args=cli.with_digits(sys.argv[1:], ("--tokens", "--shard-tokens", "--row-tokens")),
     )
     cli.run(stage.run, interrupted="interrupted; run the same command to go on")
 

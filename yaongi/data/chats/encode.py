@@ -56,7 +56,7 @@ def encode_chat(
     ids: list[int] = []
     mask: list[bool] = []
     for number, (message, (role, content)) in enumerate(zip(messages, turns, strict=True)):
-        header, body, end = _header(role, tokenizer), encode_content(content, tokenizer), _end(tokenizer)
+        header, body, end = encode_header(role, tokenizer), encode_content(content, tokenizer), _end(tokenizer)
         weight = _weight(message)
         around, inside = weight and train_on == "all", weight and (train_on == "all" or number in learnt)
         ids += header + body + end
@@ -66,7 +66,7 @@ def encode_chat(
 
 def encode_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
     """Return a conversation's ids and the header of the answer that is to follow; errors as in `encode_chat`."""
-    return [*encode_chat(messages, tokenizer).ids, *_header(ANSWER, tokenizer)]
+    return [*encode_chat(messages, tokenizer).ids, *encode_header(ANSWER, tokenizer)]
 
 
 def encode_rendered(text: str, encode: Callable[[str], list[int]]) -> list[int]:
@@ -124,7 +124,8 @@ def _weight(message: Mapping[str, Any]) -> bool:
     return weight != 0 and train is not False
 
 
-def _header(role: str, tokenizer: Tokenizer) -> list[int]:
+def encode_header(role: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that open a turn of `role`."""
     return [tokenizer.piece_to_id(START_OF_TURN), *tokenizer.encode(f"{role}\n")]
 
 

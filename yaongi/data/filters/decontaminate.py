@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from yaongi.data.sources.files import data_files, file_format
 from yaongi.data.sources.readers import read_rows
 from yaongi.data.text import ngram_hashes, normalize, word_hashes
+from yaongi.files import sha256_file
 
 NGRAM = 13
 SHORTEST = 8
@@ -77,14 +78,14 @@ def benchmark_files(path: str) -> list[Path]:
     return data_files(Path(path))[0]
 
 
+def benchmark_hashes(paths: Sequence[str]) -> list[list[str]]:
+    """Return path, file and SHA-256 of each file of the benchmarks; errors as in `benchmark_files`."""
+    return [[path, file.name, sha256_file(file)] for path in paths for file in benchmark_files(path)]
+
+
 def row_items(stream: IO[bytes], name: str) -> Iterator[str]:
     """Yield the items in a file. Raises ValueError if it can't be read."""
-    fields: Sequence[str] = ("text",)
-    if file_format(name) == ".parquet":
-        from pyarrow import parquet
-
-        fields = parquet.read_schema(stream).names
-    for row in read_rows(stream, name, fields):
+    for row in read_rows(stream, name, None):
         if isinstance(row, ValueError):
             raise row
         try:

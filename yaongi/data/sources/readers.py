@@ -113,7 +113,7 @@ def _no_text(fields: Sequence[str], got: str) -> str:
 def read_rows(
     file: IO[bytes],
     name: str,
-    fields: Sequence[str],
+    fields: Sequence[str] | None,
     start: int = 0,
     *,
     encoding: str = "utf-8",
@@ -123,7 +123,7 @@ def read_rows(
 
     Args:
         name: its ending gives the format.
-        fields: columns to read of a parquet file; other formats give all fields.
+        fields: columns to read of a parquet file; None: all. Other formats give all fields.
         encoding: of text files and JSON lines.
         longest: bytes of text that a row may need; a JSON line of sixteen times as many characters is an error.
 
@@ -220,17 +220,18 @@ def _object(record: Any, name: str, number: int) -> Row:
     return ValueError(f"data: {name}, row {number}: must be a JSON object, got {type(record).__name__}")
 
 
-def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str], start: int) -> Iterator[Row]:
+def _parquet_rows(file: IO[bytes], name: str, fields: Sequence[str] | None, start: int) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(file, page_checksum_verification=True)
         names = table.schema_arrow.names
-        columns = [field for field in fields if field in names or field.partition(".")[0] in names]
+        wanted = names if fields is None else fields
+        columns = [field for field in wanted if field in names or field.partition(".")[0] in names]
         if not columns:
             got = f"fields {names} (--text-field names another)"
-            raise ValueError(f"data: {name}: {_no_text(fields, got)}")
+            raise ValueError(f"data: {name}: {_no_text(wanted, got)}")
         first = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows

@@ -1,13 +1,9 @@
 """Sources to token shards, on all cores: normalise to NFC, drop duplicates and benchmark texts, write ids."""
 
 import json
-import multiprocessing
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -17,17 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yaongi.data.filters import dedup
-from yaongi.data.filters.decontaminate import Benchmarks, benchmark_files, benchmark_items
+from yaongi.data.filters.decontaminate import Benchmarks, benchmark_hashes, benchmark_items
 from yaongi.data.shards import Shard, ShardSet, ShardWriter
 from yaongi.data.sources.files import describe
 from yaongi.data.sources.readers import PLAIN, Reading
 from yaongi.data.sources.source import TRAIN, VAL, Source, Sources, is_held_out
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.stages.forecast import SHARD_BYTES, check_disk, duration, size
+from yaongi.data.stages.processes import worker_pool
 from yaongi.data.stages.shard_folder import built, finished, write_description
 from yaongi.data.text import batches, normalize, word_hashes
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.files import sha256_file
 
 _BATCH_CHARACTERS = 1 << 19
 _USUAL_SPEED = 4e6  # bytes of text per second and core
@@ -135,7 +131,7 @@ def _build(
     if options.near_duplicates:
         say(f"near duplicates found, by the Jaccard similarity of their runs of five words: {dedup.curve()}")
     benchmarks = Benchmarks(benchmark_items(options.benchmarks))
-    with _pool(_Worker(tokenizer.model, benchmarks, options), workers) as process:
+    with worker_pool(_Worker(tokenizer.model, benchmarks, options), workers, "tokenize") as process:
         labels = _labels(sources)
         splits, counts = _write_all(labels, process, folder, tokenizer.vocab_size, options, say)
     if sources.left_out:
@@ -156,14 +152,13 @@ def _build(
 def _plan(sources: Sources, tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     """Return everything that decides the shards' content, so that a second run can see that nothing has changed."""
     inputs = [[s.domain, s.split, s.name, s.licence, s.share, s.fingerprint()] for s in sources]
-    benchmarks = [[b, file.name, sha256_file(file)] for b in options.benchmarks for file in benchmark_files(b)]
     plan = {
         "inputs": inputs,
         "left_out": sources.left_out,
         "tokenizer": tokenizer.hash,
         "dedup": dedup.INDEX_VERSION,
         **asdict(options),
-        "benchmarks": benchmarks,
+        "benchmarks": benchmark_hashes(options.benchmarks),
     }
     return json.loads(json.dumps(plan))
 
@@ -247,48 +242,3 @@ def _write_source(
     if not counts["documents"]:
         raise ValueError(f"data: source {source.name} of {source.domain} gave no documents ({dict(counts)})")
     return counts
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(worker: _Worker) -> None:
-    global _worker
-    _worker = worker
-
-
-def _run_worker(texts: list[str]) -> list[_Document]:
-    if _worker is None:
-        raise RuntimeError("pipeline: worker process was not started")
-    return _worker(texts)
-
-
-@contextmanager
-def _killed() -> Iterator[None]:
-    """Tell of a worker process that was killed."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        ended = "a worker process was killed, perhaps for lack of memory"
-        raise ChildProcessError(f"tokenize: {ended}; run again, with fewer --workers") from error
-
-
-@contextmanager
-def _pool(worker: _Worker, workers: int) -> Iterator[Callable[[Iterator[list[str]]], Iterator[list[_Document]]]]:
-    """Give a function from batches of texts to those of their documents, in order, computed on `workers` processes."""
-    if workers == 1:
-        yield lambda batches: map(worker, batches)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (worker,)) as pool, _killed():
-
-        def ordered(batches: Iterator[list[str]]) -> Iterator[list[_Document]]:
-            running: deque[Any] = deque()
-            for batch in batches:
-                running.append(pool.submit(_run_worker, batch))
-                if len(running) > 2 * workers:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-
-        yield ordered
