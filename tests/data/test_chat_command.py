@@ -267,3 +267,15 @@ def test_a_data_set_of_the_hub(tokenizer: Tokenizer, tmp_path: Path, build: Buil
         assert len(contents(tmp_path / "chat", "train", tokenizer)) == wanted
     with pytest.raises(ValueError, match="the split of me/talks must be one of train, test, got dev"):
         open_row_sources(["hf:me/talks::dev"], mirror=tmp_path / "mirror")
+
+
+def test_the_package_s_conversations_fill_their_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    said: list[str] = []
+    sources = open_row_sources(["embedded:instructions:1500"])
+    manifest = tokenize_chats(sources, tokenizer, tmp_path / "chat", ChatOptions(), workers=1, say=said.append)
+    assert not any(name.startswith("lost") for name in manifest["counts"])
+    assert not any("warning" in line for line in said)
+    rows = ChatRows(tmp_path / "chat", "train", 1024)
+    assert len(rows.conversations) == 1500
+    assert rows.fill > 0.97
+    assert len(ChatRows(tmp_path / "chat", "val", 1024).conversations) == 75

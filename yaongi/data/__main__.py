@@ -23,7 +23,10 @@ SOURCES = "embedded, DOMAIN=PATH, a folder with train/ and val/, or a file or fo
 Sources = Annotated[Words, tyro.conf.arg(name="source", help=SOURCES)]
 HUB = "hf:OWNER/NAME, hf:OWNER/NAME:SUBSET or DOMAIN=hf:..., the train split of each; none: the public mix."
 HubSources = Annotated[Words, tyro.conf.arg(name="source", help=HUB)]
-CHATS = "a file, a folder (with train/ and val/: both splits), hf:OWNER/NAME, hf:OWNER/NAME:SUBSET or …:SUBSET:SPLIT."
+CHATS = (
+    "a file, a folder (with train/ and val/: both splits), hf:OWNER/NAME, hf:OWNER/NAME:SUBSET, …:SUBSET:SPLIT, "
+    "embedded:instructions or embedded:preferences."
+)
 ChatSources = Annotated[Words, tyro.conf.arg(name="source", help=CHATS)]
 Read = Annotated[Reading, tyro.conf.arg(name="")]
 MIX = "shares of the domains, such as ko=40,law=20; none: of those with text the public mix's, or their sizes."

@@ -1,15 +1,19 @@
 """Sources whose rows are read as they are, such as conversations, from the specs that users write:
 
 * `PATH`: a file, or a folder of files in any format of `files`; one that holds `train/` and `val/` has both splits;
-* `hf:OWNER/NAME`, `hf:OWNER/NAME:SUBSET`, `hf:OWNER/NAME:SUBSET:SPLIT`: a data set of the hub, its split `train`.
+* `hf:OWNER/NAME`, `hf:OWNER/NAME:SUBSET`, `hf:OWNER/NAME:SUBSET:SPLIT`: a data set of the hub, its split `train`;
+* `embedded:instructions`, `embedded:preferences`, `…:COUNT`: conversations of the package, in both splits.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
+from yaongi.data.sources.embedded.corpus import OURS
+from yaongi.data.sources.embedded.instructions import instruction_rows, preference_rows
 from yaongi.data.sources.files import data_files
 from yaongi.data.sources.hub import HubRepository, HubSource, MirrorRepository, Repository
 from yaongi.data.sources.patience import Patience, network_errors
@@ -17,6 +21,10 @@ from yaongi.data.sources.readers import PLAIN, Row, read_rows
 from yaongi.data.sources.source import TRAIN, VAL
 from yaongi.files import sha256_file
 
+_EMBEDDED: Mapping[str, Callable[..., Iterator[Row]]] = {
+    "instructions": instruction_rows,
+    "preferences": preference_rows,
+}
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::([^:]*))?(?::([^:]+))?")
 
 
@@ -58,11 +66,15 @@ def open_row_sources(
         ValueError: there is no spec, or one names what there is not.
     """
     if not specs:
-        raise ValueError("data: --source must be given: a file, a folder or hf:OWNER/NAME, got none")
+        raise ValueError(
+            "data: --source must be given: a file, a folder, hf:OWNER/NAME or embedded:instructions, got none"
+        )
     found: list[RowSource] = []
     for spec in specs:
         if spec.startswith("hf:"):
             found.append(_of_hub(spec, mirror, say))
+        elif spec.startswith("embedded"):
+            found += _embedded(spec)
         else:
             found += _local(Path(spec), encoding)
     return found
@@ -119,3 +131,17 @@ def _hub_rows(repository: Repository, name: str, patience: Patience) -> Iterator
         except network_errors() as error:
             failures += 1
             patience.wait(failures, error)
+
+
+def _embedded(spec: str) -> list[RowSource]:
+    match = re.fullmatch(rf"embedded:({'|'.join(_EMBEDDED)})(?::([1-9]\d*))?", spec)
+    if not match:
+        raise ValueError(f"data: source must be embedded:{' or embedded:'.join(_EMBEDDED)}, or …:COUNT, got {spec!r}")
+    name, count = match.groups()
+    options = [int(count)] if count else []
+
+    def file(split: str) -> RowFile:
+        rows = partial(_EMBEDDED[name], split, *options)
+        return RowFile(f"{spec}, {split}", rows, lambda: sha256(repr(list(rows())).encode()).hexdigest())
+
+    return [RowSource(spec, split, OURS, [file(split)]) for split in (TRAIN, VAL)]

@@ -1,0 +1,243 @@
+"""Conversations of the package: eight things that a tuned model must do, each with exactly one right answer.
+
+Every question holds all that its answer needs, so what is learnt is to follow an instruction and to end. Words of the
+held-out split never occur in the training split. Nothing is learnt of the world: copying, counting, sorting, the last
+word, a formal ending, a sum, yes or no, and a refusal, all in Korean.
+
+The preferences are pairs of the same sentence with a formal and an informal ending.
+"""
+
+import random
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from yaongi.data.sources.embedded.hangul import attach
+from yaongi.data.sources.embedded.korean import predicates, words
+from yaongi.data.sources.source import TRAIN, VAL
+
+SEED = 20261128
+CONVERSATIONS, PAIRS = 20_000, 4_000  # in the training split
+_TRAIN_FOR_VAL = 20  # rows of the training split for each that is held out
+_FIRST_HELD_OUT, _HELD_OUT_ONE_IN = 2, 5
+_THINGS = ("음식", "재료", "과일", "동물", "식물", "물건", "자연", "악기")
+_COUNTED = ("재료", "과일", "물건")
+_PERSONS = ("사람", "가족", "직업")
+_ACTIONS = {  # what is done to which kind of thing
+    "음식": ("먹다", "만들다", "사다"),
+    "과일": ("먹다", "사다", "씻다", "받다"),
+    "물건": ("사다", "찾다", "받다", "고치다"),
+    "책": ("읽다", "사다", "고르다"),
+    "식물": ("심다", "보다"),
+    "동물": ("보다", "찾다"),
+}
+_SECRETS = ("비밀번호", "통장 번호", "전화번호", "집 주소", "일기", "진료 기록", "카드 번호", "성적표", "월급", "쪽지")
+_SYSTEMS = ("당신은 친절한 도우미입니다.", "짧고 바르게 대답하세요.", "한국어로 대답하세요.")
+
+Pool = Mapping[str, Sequence[str]]
+Exchange = tuple[str, str]  # question, answer
+
+
+def instruction_rows(split: str, conversations: int = CONVERSATIONS) -> Iterator[dict[str, Any]]:
+    """Yield conversations of one exchange, every third of two to four, no two of them alike.
+
+    Args:
+        conversations: how many in the training split; the held-out split has a twentieth.
+
+    Returns:
+        Rows of `messages` and, for each answer in them, the name of its behaviour. The answer is the only right one.
+    """
+    names = tuple(BEHAVIOURS)
+    seen: set[str] = set()
+    number = 0
+    while len(seen) < _rows_of(split, conversations):
+        rng = random.Random(f"instructions/{SEED}/{split}/{number}")
+        exchanges = rng.randint(2, 4) if number % 3 == 2 else 1
+        chosen = [names[number % len(names)], *rng.choices(names, k=exchanges - 1)]
+        number += 1
+        messages = [{"role": "system", "content": rng.choice(_SYSTEMS)}] if rng.random() < 0.2 else []
+        for name in chosen:
+            question, answer = BEHAVIOURS[name](rng, _pool(split))
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if (key := repr(messages)) not in seen:
+            seen.add(key)
+            yield {"messages": messages, "behaviours": chosen}
+
+
+def preference_rows(split: str, pairs: int = PAIRS) -> Iterator[dict[str, Any]]:
+    """Yield pairs of answers to a question, the chosen one with a formal ending; no question twice.
+
+    Args:
+        pairs: how many in the training split; the held-out split has a twentieth.
+    """
+    seen: set[str] = set()
+    number = 0
+    while len(seen) < _rows_of(split, pairs):
+        rng = random.Random(f"preferences/{SEED}/{split}/{number}")
+        number += 1
+        place, thing, action = _scene(rng, _pool(split))
+        ask = rng.choice(
+            (
+                "다음 낱말로 한 문장을 쓰세요: {}",
+                "이 낱말들로 문장을 지으세요: {}",
+                "{}\n이 낱말들을 써서 한 문장으로 말하세요.",
+            )
+        )
+        question = ask.format(", ".join((place, thing, action)))
+        if question not in seen:
+            seen.add(question)
+            chosen, rejected = (_sentence(place, thing, action, level) for level in ("formal", "casual"))
+            yield {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def is_right(expected: str, answer: str) -> bool:
+    """Return whether an answer is the expected one, but for blanks at its ends and the form of its syllables."""
+    return unicodedata.normalize("NFC", answer).strip() == expected
+
+
+@cache
+def held_out_words() -> frozenset[str]:
+    """Return the words that the held-out split alone uses: every fifth of each kind, wherever else it stands."""
+    return frozenset(word for found in words().values() for word in found[_FIRST_HELD_OUT::_HELD_OUT_ONE_IN])
+
+
+def _rows_of(split: str, training: int) -> int:
+    return training if split == TRAIN else -(-training // _TRAIN_FOR_VAL)
+
+
+@cache
+def _pool(split: str) -> Pool:
+    """Return the words of a split, without those that hold a blank."""
+    return {
+        kind: [word for word in found if " " not in word and (word in held_out_words()) == (split == VAL)]
+        for kind, found in words().items()
+    }
+
+
+def _listed(rng: random.Random, pool: Pool, fewest: int, most: int, kinds: Sequence[str] = _THINGS) -> list[str]:
+    things = sorted({word for kind in kinds for word in pool[kind]})
+    return rng.sample(things, rng.randint(fewest, most))
+
+
+def _ask(rng: random.Random, asked: Sequence[str], found: Sequence[str]) -> str:
+    """Return one of the questions, with the words before or behind it."""
+    listed, question = ", ".join(found), rng.choice(asked)
+    return rng.choice((f"{question}: {listed}", f"{question}.\n{listed}", f"{listed}\n{question}."))
+
+
+def _copy(rng: random.Random, pool: Pool) -> Exchange:
+    found = _listed(rng, pool, 1, 6)
+    asked = (
+        "다음을 그대로 쓰세요",
+        "이 낱말을 똑같이 다시 쓰세요",
+        "그대로 따라 쓰세요",
+        "바꾸지 말고 그대로 옮겨 쓰세요",
+    )
+    return _ask(rng, asked, found), ", ".join(found)
+
+
+def _count(rng: random.Random, pool: Pool) -> Exchange:
+    found = _listed(rng, pool, 1, 7)
+    asked = (
+        "낱말이 몇 개인지 쓰세요",
+        "모두 몇 개인지 세어 보세요",
+        "낱말의 수를 말하세요",
+        "몇 개가 있는지 알려 주세요",
+    )
+    return _ask(rng, asked, found), f"{len(found)}개입니다."
+
+
+def _sort(rng: random.Random, pool: Pool) -> Exchange:
+    found = _listed(rng, pool, 2, 4)
+    asked = (
+        "가나다순으로 늘어놓으세요",
+        "가나다 차례로 쓰세요",
+        "사전에 나오는 차례로 쓰세요",
+        "가나다순으로 정리해 주세요",
+    )
+    return _ask(rng, asked, found), ", ".join(sorted(found))
+
+
+def _last_word(rng: random.Random, pool: Pool) -> Exchange:
+    found = _listed(rng, pool, 2, 6)
+    asked = (
+        "마지막 낱말을 말하세요",
+        "맨 끝에 있는 낱말을 쓰세요",
+        "맨 나중에 나온 낱말을 알려 주세요",
+        "끝 낱말이 무엇인지 쓰세요",
+    )
+    return _ask(rng, asked, found), f"{found[-1]}입니다."
+
+
+def _formal_ending(rng: random.Random, pool: Pool) -> Exchange:
+    who, (place, thing, action) = rng.choice(pool["사람"]), _scene(rng, pool)
+    given, wanted = (
+        f"{attach(who, '은')} {_sentence(place, thing, action, level)}"
+        for level in (rng.choice(("plain", "casual")), "formal")
+    )
+    asked = ("'-습니다'로 끝나게 바꾸세요", "높임말로 바꾸세요", "격식 있게 고쳐 쓰세요", "끝을 '-습니다'로 고치세요")
+    return _ask(rng, asked, [given]), wanted
+
+
+def _sum(rng: random.Random, pool: Pool) -> Exchange:
+    first, second = _listed(rng, pool, 2, 2, _COUNTED)
+    a, b = rng.randint(1, 9), rng.randint(1, 9)
+    counted = f"{first} {a}개와 {second} {b}개"
+    asked = (
+        "{}를 더하면 모두 몇 개입니까?",
+        "{}가 있습니다. 모두 몇 개입니까?",
+        "{}를 합하면 몇 개가 됩니까?",
+        "{}, 합은 몇 개입니까?",
+    )
+    return rng.choice(asked).format(counted), f"{a + b}개입니다."
+
+
+def _yes_or_no(rng: random.Random, pool: Pool) -> Exchange:
+    found = _listed(rng, pool, 3, 6)
+    there = rng.random() < 0.5
+    wanted = rng.choice(found[:-1]) if there else found[-1]
+    shown = found[:-1]
+    question = rng.choice(("이 가운데 {} 있습니까?", "여기에 {} 있습니까?", "{} 나옵니까?")).format(
+        attach(wanted, "이")
+    )
+    listed = ", ".join(shown)
+    answer = "네, 있습니다." if there else "아니요, 없습니다."
+    return rng.choice((f"{listed}\n{question}", f"{question} {listed}", f"{question}\n{listed}")), answer
+
+
+def _refuse(rng: random.Random, pool: Pool) -> Exchange:
+    who = rng.choice([word for kind in _PERSONS for word in pool[kind]])
+    what = rng.choice(_SECRETS)
+    asked = (
+        "{} 알려 주세요.",
+        "{} 몰래 알려 주세요.",
+        "{} 말해 주세요.",
+        "{} 저에게만 알려 주세요.",
+        "{} 찾아서 알려 주세요.",
+    )
+    question = rng.choice(asked).format(f"{who}의 {attach(what, '을')}")
+    return question, f"죄송하지만 {who}의 {attach(what, '은')} 알려 드릴 수 없습니다."
+
+
+def _scene(rng: random.Random, pool: Pool) -> tuple[str, str, str]:
+    """Return a place, a thing and a verb that fit together."""
+    kind = rng.choice([kind for kind in _ACTIONS if pool[kind]])
+    return rng.choice(pool["장소"]), rng.choice(pool[kind]), rng.choice(_ACTIONS[kind])
+
+
+def _sentence(place: str, thing: str, action: str, level: str) -> str:
+    return f"{place}에서 {attach(thing, '을')} {predicates()[action].form('과거', level)}."
+
+
+BEHAVIOURS: Mapping[str, Callable[[random.Random, Pool], Exchange]] = {
+    "copy": _copy,
+    "count": _count,
+    "sort": _sort,
+    "last word": _last_word,
+    "formal ending": _formal_ending,
+    "sum": _sum,
+    "yes or no": _yes_or_no,
+    "refuse": _refuse,
+}
+"""What is asked of a model, by name; each makes a question and its only right answer."""
