@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from models import SIZES
 
 from yaongi.data.chats import rows as chat_rows
 from yaongi.data.chats.encode import Encoded, encode_chat, encode_prompt
-from yaongi.data.chats.rows import CHAT, NO_TARGET, PREFERENCES, ChatRows, PreferenceRows
+from yaongi.data.chats.rows import CHAT, NO_TARGET, PREFERENCES, ChatRow, ChatRows, PreferenceRows
 from yaongi.data.loader import Loader
 from yaongi.data.shards import ShardSet, ShardWriter
 from yaongi.data.stages.shard_folder import write_description
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.model import losses
+from yaongi.model import EngramConfig, ModelConfig, Yaongi, compression_map, losses
 
 
 def write_chats(
@@ -71,6 +73,30 @@ def test_every_conversation_is_there_once_and_whole(tokenizer: Tokenizer, tmp_pa
     assert rows.targets == sum(t != NO_TARGET for talk in written for t in targets_of(talk))
     assert rows.fill == sum(len(talk.ids) for talk in written) / (256 * len(rows))
     assert rows.fill > 0.97
+
+
+def test_nothing_leaks_between_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A row costs what its conversations cost alone, though attention, scan, convolution and n-grams run over it."""
+    rows = ChatRows(write_chats(tmp_path / "c", tokenizer, talks(tokenizer, 40)), "train", 256)
+    sizes = {**SIZES, "max_sequence_length": 256, "vocab_size": tokenizer.vocab_size}
+    engram = EngramConfig(layer=1, heads=2, head_dim=4, rows=50, orders=(2, 3))
+    config = ModelConfig.from_dict({"pattern": "MEM*ME", **sizes, "engram": (engram,)})
+    model = Yaongi(config, dtype=torch.float64, compression=compression_map(tokenizer.pieces()))
+
+    def cost(row: ChatRow, documents: np.ndarray) -> float:  # type: ignore[type-arg]
+        ids, targets = torch.from_numpy(row.ids.astype(np.int64)), torch.from_numpy(row.targets)
+        with torch.no_grad():
+            found = model.losses(ids[None], torch.from_numpy(documents)[None], targets=targets[None])
+        assert int(found.targets) == (row.targets != NO_TARGET).sum()
+        return float(found.cross_entropy_sum)
+
+    for number in range(3):
+        row = rows.read(number)
+        parts = [row.documents == document for document in range(row.documents[-1] + 1)]
+        alone = [ChatRow(row.ids[part], row.documents[part], row.targets[part]) for part in parts]
+        wanted = sum(cost(part, np.zeros_like(part.documents)) for part in alone)
+        assert cost(row, row.documents) == pytest.approx(wanted, rel=1e-12)
+        assert cost(row, np.zeros_like(row.documents)) != pytest.approx(wanted, rel=1e-6), "as one document it leaks"
 
 
 def test_a_first_id_is_no_target(tokenizer: Tokenizer, tmp_path: Path) -> None:
