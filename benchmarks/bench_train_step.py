@@ -20,7 +20,7 @@ from composition import Composition, mamba_ssm_scan
 from measure import MATMUL_FLOPS_PER_S, Absent, report
 from torch.profiler import ProfilerActivity, profile
 
-from yaongi.data.loader import Batch
+from yaongi.data.row_loader import Batch
 from yaongi.model import Yaongi
 from yaongi.model.count import flops_per_token
 from yaongi.train.config import Training, load_config

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from yaongi.data.loader import Batch
+from yaongi.data.row_loader import Batch
 from yaongi.model import Yaongi
 from yaongi.train.config import Config, load_config
 from yaongi.train.distributed.replicas import Replicas

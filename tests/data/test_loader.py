@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from yaongi.data.loader import Batch, Loader
+from yaongi.data.loader import Loader
+from yaongi.data.row_loader import Batch
 from yaongi.data.shards import ShardSet
 from yaongi.data.streams import TokenStream
 from yaongi.data.tokenizer import Tokenizer
@@ -82,8 +83,8 @@ def test_the_order_is_pure(shards: Path) -> None:
 def test_an_epoch_gives_each_row_once_and_the_next_in_another_order(shards: Path) -> None:
     loader = make(shards, mix="en=1")
     rows = loader.rows["en"]
-    stream = loader._streams[0]
-    every = sorted(tuple(stream.read(row * ROW, ROW).tolist()) for row in range(rows))
+    stream = loader.streams[0]
+    every = sorted(tuple(stream.rows.read(row)[0].tolist()) for row in range(rows))
     epochs = [loader.read(range(epoch * rows, (epoch + 1) * rows)).input_ids.tolist() for epoch in (0, 1)]
     assert sorted(map(tuple, epochs[0])) == sorted(map(tuple, epochs[1])) == every
     assert epochs[0] != epochs[1]

@@ -13,7 +13,7 @@ from typing import Any
 SECONDS = 240  # that a group of processes may take
 SPLIT_NUMBERS = 1 << 10  # of a matrix whose rows have owners: so few that a tiny embedding is such a one
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["yaongi.train.session", "yaongi.train.__main__", "tyro", "tensorboard"])
+_context.set_forkserver_preload(["yaongi.train.session", "yaongi.train.program", "tyro", "tensorboard"])
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _work(
 
 def train(arguments: Sequence[str]) -> None:
     """Run `python -m yaongi.train`."""
-    from yaongi.train.__main__ import main
     from yaongi.train.optimizer import partition
+    from yaongi.train.program import main
 
     partition.SPLIT_NUMBERS = SPLIT_NUMBERS
     sys.argv[1:] = arguments

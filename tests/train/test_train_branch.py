@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_run import FOR_KERNELS, arguments, final_tensors, losses, run, session_of
 
-from yaongi.train import __main__ as program
+from yaongi.train import program
 from yaongi.train.report.page import write_report
 from yaongi.train.step.stepper import Stepper
 

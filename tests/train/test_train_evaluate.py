@@ -7,9 +7,10 @@ import pytest
 import torch
 from small_run import session_of
 
-from yaongi.data.loader import HeldOut
+from yaongi.data.row_loader import HeldOut
 from yaongi.eval.bits_per_byte import bits_per_byte, nats
-from yaongi.train.evaluation import Evaluator, draw_samples
+from yaongi.train.evaluation.held_out import HeldOutBits
+from yaongi.train.evaluation.samples import draw_samples
 from yaongi.world import World
 
 
@@ -35,7 +36,7 @@ def test_against_a_loop_over_tokens(tokens: Path, tmp_path: Path) -> None:
     """Compare with a loop that leaves out EOS and first tokens of documents and adds up the pieces' bytes."""
     session = session_of(tokens, tmp_path / "run")
     with session:
-        measured = session.evaluator.bits_per_byte(session.model, 2)
+        measured = session.evaluation.held_out.bits_per_byte(session.model, 2)
         rows = session.loader.held_out("ko", 2)
         logits = session.model(rows.input_ids, rows.document_ids).detach().double()
         total, text_bytes = 0.0, 0
@@ -55,7 +56,7 @@ def test_processes_share_the_rows(tokens: Path, tmp_path: Path) -> None:
         rows = session.loader.held_out("ko", 4)
         shares = []
         for rank in range(3):
-            evaluator = Evaluator(session.loader, 4, World(rank, 3, torch.device("cpu")), lambda _: None)
+            evaluator = HeldOutBits({}, World(rank, 3, torch.device("cpu")))
             shares.append(evaluator._share(rows))
     assert [len(share.input_ids) for share in shares] == [2, 2, 2]
     assert sum(int(share.predicted.sum()) for share in shares) == int(rows.predicted.sum())

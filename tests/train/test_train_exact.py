@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_run import FOR_KERNELS, arguments, final_tensors, losses
 
-from yaongi.train import __main__ as program
+from yaongi.train import program
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

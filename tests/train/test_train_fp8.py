@@ -14,7 +14,7 @@ from study_fp8_sites import study, table
 
 from yaongi.kernels.fp8_quantize.op import refuses_gpu
 from yaongi.model import load_preset
-from yaongi.train import __main__ as program
+from yaongi.train import program
 from yaongi.train.command_line import parse
 from yaongi.train.config import load_config
 from yaongi.train.plan.speed import fp8_here

@@ -11,13 +11,13 @@ from processes import in_processes
 from small_run import ROOT, arguments
 
 from yaongi.model import Yaongi
-from yaongi.train.__main__ import run
 from yaongi.train.config import Config, load_config
 from yaongi.train.distributed.ownership import Group, assign_owners, count_owners
 from yaongi.train.optimizer.partition import divide_parameters, partition_parameters
 from yaongi.train.plan.memory import MemoryForecast
 from yaongi.train.plan.scaling import StepCost, step_seconds
 from yaongi.train.plan.speed import link_speed, links_here
+from yaongi.train.program import run
 from yaongi.world import init_world
 
 

@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
-from yaongi.train.__main__ import run
 from yaongi.train.config import PlanFor
 from yaongi.train.plan.machines import H100, MACHINES
+from yaongi.train.program import run
 
 ROOT = Path(__file__).parents[2]
 RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"

@@ -13,7 +13,7 @@ from yaongi.data.stages.shard_folder import replace
 from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model.hub import weights
-from yaongi.train import __main__ as program
+from yaongi.train import program
 from yaongi.train.checkpoint.room import check_room, most_checkpoints
 from yaongi.train.run_folder import remove_run
 

@@ -20,7 +20,7 @@ from yaongi.data.loader import Loader
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.kernels import moe_route
 from yaongi.model import Yaongi
-from yaongi.train import __main__ as program
+from yaongi.train import program
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_run import losses, session_of
 
-from yaongi.data.loader import Batch
+from yaongi.data.row_loader import Batch
 from yaongi.model.losses import NO_TARGET, next_tokens
 
 EXACT = ("--dtype", "float64", "--z-loss", "1e-3")

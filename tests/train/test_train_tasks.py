@@ -10,10 +10,10 @@ from small_run import ALONE, arguments, losses, run, session_of
 from yaongi.eval.basics.suite import TASKS, basics_items
 from yaongi.eval.evaluate import Settings, evaluate
 from yaongi.eval.harness.suites import BASICS
-from yaongi.train import task_scores
-from yaongi.train.__main__ import train
 from yaongi.train.command_line import parse
+from yaongi.train.evaluation import task_scores
 from yaongi.train.metrics.records import read_metrics
+from yaongi.train.program import train
 from yaongi.train.report.curves import Curves
 from yaongi.train.report.run import Run
 

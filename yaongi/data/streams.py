@@ -47,6 +47,23 @@ class TokenStream:
         return out
 
 
+class TextRows:
+    """The rows of a stream of ids: each is the next `row_tokens` ids, and its documents end with EOS."""
+
+    def __init__(self, stream: TokenStream, row_tokens: int, eos_id: int) -> None:
+        self._stream, self._row_tokens, self._eos_id = stream, row_tokens, eos_id
+
+    def __len__(self) -> int:
+        return self._stream.tokens // self._row_tokens
+
+    def read(self, row: int) -> tuple[NDArray[np.uint16], NDArray[np.int32], None]:
+        """Return ids and document ids, each (L,); the targets are the next tokens."""
+        ids = self._stream.read(row * self._row_tokens, self._row_tokens)
+        ends = np.zeros(len(ids), np.int32)
+        ends[1:] = ids[:-1] == self._eos_id
+        return ids, ends.cumsum(dtype=np.int32), None
+
+
 def training_streams(shard_set: ShardSet, mix: Mapping[str, float]) -> list[Stream]:
     """Return the streams of the domains of `mix`, in its order; a domain without shards has one without tokens."""
     return [stream for domain, share in mix.items() for stream in _of_domain(shard_set, domain, share)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy
 
-from yaongi.data.loader import HeldOut
+from yaongi.data.row_loader import HeldOut
 
 Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and document ids (B, L) → logits (B, L, V)
 _POSITIONS_AT_ONCE = 1 << 14  # positions whose logits are cast to float32 together

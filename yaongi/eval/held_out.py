@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from yaongi.data.loader import HeldOut, Loader
+from yaongi.data.loader import Loader
+from yaongi.data.row_loader import HeldOut, RowLoader
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.bits_per_byte import Logits, bits_per_byte, nats
 
@@ -16,15 +17,21 @@ _TOKENS_AT_ONCE = 1 << 14  # read by the model in a pass
 def held_out_rows(
     folder: Path, tokenizer_hash: str, row_tokens: int, rows: int, warn: Callable[[str], None]
 ) -> dict[str, HeldOut]:
-    """Read `rows` held-out rows per domain, 0: all. A domain whose text doesn't fill one is left out, with a warning.
+    """Read held-out rows of each domain of a folder as `rows_of_domains` does.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the tokens were made with another tokenizer, or a file is damaged.
     """
-    loader = Loader(folder, row_tokens=row_tokens, batch_rows=1, tokenizer_hash=tokenizer_hash)
+    return rows_of_domains(
+        Loader(folder, row_tokens=row_tokens, batch_rows=1, tokenizer_hash=tokenizer_hash), rows, warn
+    )
+
+
+def rows_of_domains(loader: RowLoader, rows: int, warn: Callable[[str], None]) -> dict[str, HeldOut]:
+    """Read `rows` held-out rows per domain, 0: all. One whose text doesn't fill a row is left out, with a warning."""
     found = {}
-    for domain in loader.domains:
+    for domain in loader.measured:
         try:
             found[domain] = loader.held_out(domain, rows)
         except ValueError as error:

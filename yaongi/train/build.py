@@ -8,6 +8,7 @@ import torch
 from yaongi.data.epochs import tokens_for
 from yaongi.data.loader import Loader
 from yaongi.data.mix import mix_text
+from yaongi.data.row_loader import RowLoader
 from yaongi.data.shards import MANIFEST
 from yaongi.data.tokenizer import MODEL_FILE, Tokenizer
 from yaongi.model import Yaongi, compression_map
@@ -41,7 +42,7 @@ def open_data(config: Config) -> tuple[Loader, Tokenizer]:
     return loader, tokenizer
 
 
-def fit_to_data(config: Config, tokenizer: Tokenizer, loader: Loader) -> Config:
+def fit_to_data(config: Config, tokenizer: Tokenizer, loader: RowLoader) -> Config:
     """Return `config` with the loader's mix, the tokens of at most `max_epochs`, and the tokenizer's size and ids."""
     model = dataclasses.replace(
         config.model,

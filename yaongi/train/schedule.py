@@ -17,6 +17,11 @@ def bias_rate(step: int, steps: int, travel: float) -> float:
     return min(MOST_BIAS_RATE, 2 * travel * (steps - step) / (steps * (steps + 1)))
 
 
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Return whether something that happens every `every` steps, and after the last of `steps`, is due at `step`."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate as a pure function of the step, so checkpoints need no scheduler state."""

@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from yaongi.data.loader import Batch
+from yaongi.data.row_loader import Batch
 from yaongi.data.tokenizer import MODEL_FILE
 from yaongi.files import has_sums
 from yaongi.model.hub.folder import read_weights
-from yaongi.train.build import build_model, fit_to_data, open_data
+from yaongi.train.build import build_model
 from yaongi.train.checkpoint.branch import taking_over
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
-from yaongi.train.checkpoint.model_folder import save_model, saved_bytes
+from yaongi.train.checkpoint.model_folder import saved_bytes
 from yaongi.train.checkpoint.resume import compare_sites, fp8_sites, launch_of, without_what_was_done
 from yaongi.train.checkpoint.start import Start, find_start, note_start
 from yaongi.train.config import Config, as_dict
 from yaongi.train.distributed.agreement import require_same_data, require_same_folder, require_same_weights
 from yaongi.train.distributed.replicas import Replicas
 from yaongi.train.distributed.sharding import Shards, shard
-from yaongi.train.evaluation import Evaluator, draw_samples
+from yaongi.train.job import PRETRAINING, Pretraining
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.environment import record_start
 from yaongi.train.metrics.meter import Meter
@@ -35,10 +35,9 @@ from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
 from yaongi.train.plan.shown import show_plan
 from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, STOP, Lock, check_writable, remove_run, write_config
-from yaongi.train.schedule import Schedule
+from yaongi.train.schedule import Schedule, is_due
 from yaongi.train.step.guard import Guard
 from yaongi.train.step.stepper import Stepper
-from yaongi.train.task_scores import TaskScores, said
 from yaongi.world import World
 
 PATIENCE = 3.0  # seconds that training may wait for the previous checkpoint before a message is printed
@@ -47,16 +46,19 @@ PATIENCE = 3.0  # seconds that training may wait for the previous checkpoint bef
 class Session:
     """A training run: `start` opens it, and leaving its context closes it."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, job: Pretraining = PRETRAINING) -> None:
         """Open the data and work out the plan; nothing is written yet.
+
+        Args:
+            job: what the run is for.
 
         Raises:
             ValueError, FileNotFoundError: the data or the configuration doesn't fit; the message is one line.
         """
-        self.world = world
-        self.loader, self.tokenizer = open_data(config)
+        self.world, self.job = world, job
+        self.loader, self.tokenizer = job.open_data(config)
         asked = config.train.tokens
-        self.config = config = fit_to_data(config, self.tokenizer, self.loader)
+        self.config = config = job.fit(config, self.tokenizer, self.loader)
         self.plan: Plan = make_plan(config, self.tokenizer, world)
         train = config.train
         self.schedule = Schedule(train.steps, train.schedule, train.warmup, train.decay, train.final_lr)
@@ -103,7 +105,7 @@ class Session:
             OSError: the folder can't be written to.
         """
         world, out = self.world, self.config.run.out
-        require_same_data(world, self.loader.shard_set.hash)
+        require_same_data(world, self.loader.hash)
         out.mkdir(parents=True, exist_ok=True)
         require_same_folder(world, out)
         self.claim()
@@ -149,14 +151,13 @@ class Session:
         momentum_dtype = config.train.matrix_momentum_dtype(world.device)
         self.optimizer = RoleOptimizer(self.model, config.train, momentum_dtype, engine)
         self.guard = Guard(config.train.bad_steps)
-        token_bytes = torch.from_numpy(self.loader.shard_set.token_bytes())
+        token_bytes = torch.from_numpy(self.tokenizer.byte_lengths)
         self.stepper = Stepper(
             self.model, self.optimizer, config.train, world, token_bytes, cuda_graph=config.run.cuda_graph
         )
-        self.evaluator = Evaluator(self.loader, config.run.evaluate_rows, world, self.display.warn)
-        suite, self.tasks = config.run.evaluate_tasks, None
-        if suite != "none":
-            self.tasks = TaskScores(suite, self.tokenizer, world, config.train.row_tokens)
+        self.evaluation = self.job.evaluation(
+            config, self.loader, self.tokenizer, world, self.plan.micro_rows, self.display
+        )
 
     def _branch(self, path: Path, meta: dict[str, Any]) -> None:
         """Take from another run's checkpoint all that goes over into a new run."""
@@ -285,45 +286,19 @@ class Session:
         return self.world.any(self.world.is_main and due and not done)
 
     def evaluate(self) -> None:
-        """Measure bits per byte and draw samples; record and print both."""
+        """Make an evaluation; record, print and log what it finds."""
         with self.meter.paused():
-            bits = self.evaluator.bits_per_byte(self.model, self.plan.micro_rows)
-            self.metrics.write("evaluation", self.step, bpb=bits, tokens=self._tokens())
-            self._say_bits("", bits)
-            scales = self.model.fp8_scales
-            if scales is not None and self.step == self.schedule.steps:
-                with scales.disabled():  # as the saved model will be run
-                    without = self.evaluator.bits_per_byte(self.model, self.plan.micro_rows)
-                self.metrics.write("evaluation_without_fp8", self.step, bpb=without, tokens=self._tokens())
-                self._say_bits(" without fp8", without)
-            self._log({f"bpb/{domain}": value for domain, value in bits.items()})
-            self._score_tasks()
-            if self.config.run.sample_tokens:
-                drawn = draw_samples(self.model, self.tokenizer, self.config.run.sample_tokens, self.world.device)
-                self.metrics.write("samples", self.step, texts=drawn)
-                for name, sample in drawn.items():
-                    self.display.say(f"  {name}: {' '.join(sample.split())}")
-
-    def _score_tasks(self) -> None:
-        """Score the tasks, if there are any and it is their turn; record and print."""
-        run = self.config.run
-        turn = self.due(run.evaluate_every * run.evaluate_tasks_every)
-        if self.tasks is None or not (turn or self.step == 0):
-            return
-        scores = self.tasks.measure(self.model, self.plan.micro_rows, self.display.say)
-        self.metrics.write("tasks", self.step, scores=scores, tokens=self._tokens())
-        self.display.say(f"step {self.step}: {said(self.tasks.top(scores))}")
-        for name, found in scores.items():
-            values = {"": found["metrics"]["acc"]["value"], "_margin": found["margin"]}
-            self._log({f"tasks/{name}{kind}": value for kind, value in values.items()})
+            for finding in self.evaluation(self.model, self.step):
+                self.metrics.write(finding.event, self.step, tokens=self._tokens(), **finding.values)
+                for line in finding.lines:
+                    self.display.say(line if line.startswith(" ") else f"step {self.step}: {line}")
+                if finding.warning:
+                    self.display.warn(finding.warning)
+                self._log(finding.logged)
 
     def _require_same_weights(self) -> None:
         if self.plan.parallel == "replicate":
             require_same_weights(self.world, self.model, self.step)
-
-    def _say_bits(self, how: str, bits: dict[str, float]) -> None:
-        text = " ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
-        self.display.say(f"step {self.step}: held-out bits per byte{how} {text}")
 
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint, and record how long training stood still for it.
@@ -366,7 +341,7 @@ class Session:
         """Wait for the last checkpoint, then write the model folder and the report."""
         self.checkpoints.wait()
         out = self.config.run.out
-        save_model(self.model, self.tokenizer, out / MODEL, self.world)
+        self.job.save_model(self.model, self.tokenizer, out / MODEL, self.world)
         if self.world.is_main:
             from yaongi.train.report.page import write_report
 
@@ -377,7 +352,7 @@ class Session:
     def due(self, every: int, step: int | None = None) -> bool:
         """Return whether something that happens every `every` steps, and after the last one, is due at `step`; now."""
         step = self.step if step is None else step
-        return step == self.schedule.steps or (every > 0 and step % every == 0)
+        return is_due(every, step, self.schedule.steps)
 
     def _tensors(self, *, with_scales: bool = True) -> dict[str, Any]:
         """Return the tensors of a checkpoint; a weight with a master copy is left out, for it is that copy's cast."""

@@ -21,7 +21,6 @@ from yaongi.world import World
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = 60.0  # seconds without progress after which a process that was asked to stop ends itself
 _ONCE = ("--stop-after", "--from-step", "--skip-batches")  # options with a value that act once
-_MODULE = "yaongi.train"
 
 
 def under_torchrun() -> bool:
@@ -126,11 +125,14 @@ class _Watch:
                 os._exit(1)
 
 
-def resume_command(arguments: Sequence[str], *, from_step: int = 0, skip_batches: int = 0) -> str:
+def resume_command(
+    arguments: Sequence[str], *, module: str = "yaongi.train", from_step: int = 0, skip_batches: int = 0
+) -> str:
     """Return the command that resumes this run: the same command line, without the options that act once.
 
     Args:
         arguments: those of the trainer; under torchrun its own come before them.
+        module: of `python -m`.
         from_step: the checkpoint to go on from; 0: the newest.
         skip_batches: batches to leave out.
     """
@@ -145,16 +147,16 @@ def resume_command(arguments: Sequence[str], *, from_step: int = 0, skip_batches
     for option, number in (("--from-step", from_step), ("--skip-batches", skip_batches)):
         if number:
             kept += [option, str(number)]
-    return shlex.join([*(_torchrun() if under_torchrun() else ["python", "-m", _MODULE]), *kept])
+    return shlex.join([*(_torchrun(module) if under_torchrun() else ["python", "-m", module]), *kept])
 
 
-def _torchrun() -> list[str]:
+def _torchrun(module: str) -> list[str]:
     """Return torchrun's part of the command line: as it was typed, if the process that started this one shows it."""
     words: list[str] = []
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     names = [Path(word).name for word in words]
     start = next((i for i, name in enumerate(names) if name in ("torchrun", "torch.distributed.run")), None)
-    if start is not None and _MODULE in words[start:]:
-        return ["torchrun", *words[start + 1 : words.index(_MODULE, start) + 1]]
-    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", _MODULE]
+    if start is not None and module in words[start:]:
+        return ["torchrun", *words[start + 1 : words.index(module, start) + 1]]
+    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", module]

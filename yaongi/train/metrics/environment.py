@@ -13,12 +13,12 @@ import torch
 
 import yaongi
 from yaongi.data.epochs import count_epochs
-from yaongi.data.loader import Loader
+from yaongi.data.row_loader import RowLoader
 from yaongi.train.metrics.records import Metrics
 from yaongi.train.plan.run_plan import Plan
 
 
-def record_start(metrics: Metrics, plan: Plan, loader: Loader, resumed_from: int | None) -> None:
+def record_start(metrics: Metrics, plan: Plan, loader: RowLoader, resumed_from: int | None) -> None:
     """Record the plan of a new run, and of every start the environment and how much there is of each text.
 
     A run that is at its end already is left as it is.

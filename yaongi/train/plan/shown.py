@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 from yaongi.data.epochs import check_epochs, count_epochs, epoch_warnings
-from yaongi.data.loader import Loader
+from yaongi.data.row_loader import RowLoader
 from yaongi.train.config import Config
 from yaongi.train.plan.run_plan import Plan
 
 Say = Callable[[str], None]
 
 
-def show_plan(plan: Plan, config: Config, loader: Loader, asked: float, say: Say, warn: Say) -> None:
+def show_plan(plan: Plan, config: Config, loader: RowLoader, asked: float, say: Say, warn: Say) -> None:
     """Print the plan.
 
     Args:
@@ -25,8 +25,7 @@ def show_plan(plan: Plan, config: Config, loader: Loader, asked: float, say: Say
     if run.init is not None:
         step = f", step {run.init_step}" if run.init_step else ""
         say(f"{'init':<12} {run.init}{step}, unless {run.out} has a checkpoint")
-    unused = [domain for domain in loader.shard_set.tokens("train") if domain not in loader.mix]
-    say(f"{'mix':<12} {train.mix}" + (f"; not in it: {', '.join(unused)}" if unused else ""))
+    say(f"{'mix':<12} {train.mix}" + (f"; not in it: {', '.join(loader.unused)}" if loader.unused else ""))
     epochs = count_epochs(loader.tokens, loader.mixture.shares, plan.tokens)
     for number, stream in enumerate(epochs):
         say(f"{'' if number else 'data':<12} {stream}")

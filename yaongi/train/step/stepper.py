@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yaongi.data.loader import Batch
+from yaongi.data.row_loader import Batch
 from yaongi.model import Yaongi
 from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.layers.cuda_graph import GraphedFunction

@@ -17,7 +17,7 @@ from yaongi.eval.evaluate import need_lm_eval
 from yaongi.eval.harness.suites import BASICS, SUITES
 from yaongi.eval.scoring import Request, Scorer
 from yaongi.model import Yaongi
-from yaongi.train.evaluation import evaluating
+from yaongi.train.evaluation.held_out import evaluating
 from yaongi.world import World
 
 Prepared = tuple[list[Item], list[Request]]
