@@ -23,7 +23,7 @@ from yaongi.train.config import Running, Training, load_config
 
 PACKAGE = Path(__file__).resolve().parent.parent / "yaongi"
 COMMANDS = [
-    *("train", "train.report", "generate", "export", "model count"),
+    *("train", "train.report", "tune", "generate", "export", "model count"),
     *(f"eval {command}" for command in ("bpb", "tasks", "fetch", "report", "logickor generate", "logickor judge")),
     *(f"data {stage}" for stage in ("download", "benchmarks", "tokenizer", "tokenize", "chat", "inspect")),
 ]
@@ -52,7 +52,8 @@ def test_every_option_has_help(command: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "300")
     program = [sys.executable, "-m", f"yaongi.{module}", *stage, "--help"]
     text = subprocess.run(program, capture_output=True, text=True, check=True).stdout
-    options = re.findall(r"^│ ([-\[\w].*?)(?: {2,}(.*?))? *│$(?:\n^│ {6,}(\S.*?) *│$)?", text, re.MULTILINE)
+    # of a group's first line, its description, there is a rule below
+    options = re.findall(r"^│ ([-\[\w].*?)(?: {2,}(.*?))? *│$(?!\n│ ─)(?:\n^│ {6,}(\S.*?) *│$)?", text, re.MULTILINE)
     assert options, text
     for option, beside, below in options:
         assert re.match(r"[^(\s]", beside or below), f"{option} has no help"

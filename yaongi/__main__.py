@@ -9,6 +9,7 @@ from yaongi import cli
 COMMANDS = {  # name: the module that `python -m` would run, and what it does
     "data": ("yaongi.data", "download text, train a tokenizer, write and inspect token shards"),
     "train": ("yaongi.train", "pretrain a model, or go on with a run"),
+    "tune": ("yaongi.tune", "tune a model on conversations"),
     "report": ("yaongi.train.report", "one page on a run, or on several beside each other"),
     "generate": ("yaongi.generate", "text from a trained model"),
     "eval": ("yaongi.eval", "bits per byte, scores on tasks, and a page that shows them"),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
+from yaongi.data.tokenizer import train_tokenizer
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.session import Session
@@ -70,6 +72,18 @@ def documents(seed: int, count: int) -> list[str]:
     rng = random.Random(seed)
     letters = "abcdefghij가나다라마바사아"
     return [" ".join("".join(rng.choices(letters, k=4)) for _ in range(40)) for _ in range(count)]
+
+
+def write_tokens(folder: Path) -> Path:
+    """Write token shards of four domains of such texts, with a tokenizer of 600 pieces, and return their folder."""
+    for number, domain in enumerate(("ko", "en", "code", "math")):
+        for split, seed, count in (("train", number, 60), ("val", 100 + number, 8)):
+            (folder / split / domain).mkdir(parents=True)
+            for i, text in enumerate(documents(seed, count)):
+                (folder / split / domain / f"{i}.txt").write_text(text)
+    tokenizer = train_tokenizer(documents(1, 200), 600)
+    tokenize_sources([str(folder)], tokenizer, folder / "tokens", Options(), workers=1, say=lambda _: None)
+    return folder / "tokens"
 
 
 def arguments(tokens: Path, out: Path, *more: str) -> list[str]:

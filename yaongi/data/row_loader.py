@@ -295,5 +295,5 @@ def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
 def _next_tokens(ids: NDArray[np.uint16], documents: NDArray[np.int32], _: None = None) -> NDArray[np.int64]:
     """Return the token after each one in its document (L,), -1 where there is none."""
     targets = np.full(len(ids), -1, np.int64)
-    targets[:-1] = np.where(documents[1:] == documents[:-1], ids[1:], -1)
+    targets[:-1] = np.where(documents[1:] == documents[:-1], ids[1:].astype(np.int64), -1)
     return targets

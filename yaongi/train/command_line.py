@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 from yaongi import cli
@@ -19,7 +20,16 @@ DERIVED = {  # options of the model that training sets itself: what sets each
     "--model.eos-token-id": "the tokenizer in the folder of --data",
     "--model.compressed-vocab-size": "--engram-compression and the tokenizer",
 }
-_COUNTS = ("--tokens", "--batch-tokens", "--row-tokens")
+COUNTS = ("--tokens", "--batch-tokens", "--row-tokens")
+
+
+def load_tyro() -> ModuleType:
+    """Return the library of the command line. Raises ValueError if it is not installed."""
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ValueError("train: the command line needs tyro: pip install tyro") from error
+    return tyro
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -29,10 +39,7 @@ def parse(arguments: Sequence[str]) -> Config:
         FileNotFoundError: there is no such preset or file.
         ValueError: a value doesn't fit, or tyro is not installed.
     """
-    try:
-        import tyro
-    except ModuleNotFoundError as error:
-        raise ValueError("train: the command line needs tyro: pip install tyro") from error
+    tyro = load_tyro()
     first = argparse.ArgumentParser("python -m yaongi.train", add_help=False, allow_abbrev=False)
     source = first.add_mutually_exclusive_group()
     source.add_argument("--preset", default=DEFAULT_PRESET)
@@ -59,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
     return tyro.cli(
         collect,
-        args=cli.with_digits(rest, _COUNTS),
+        args=cli.with_digits(rest, COUNTS),
         prog="python -m yaongi.train",
         description=f"Pretraining. Presets: {', '.join(preset_names())}. --model.engram none leaves Engram out.",
     )

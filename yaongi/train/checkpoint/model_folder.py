@@ -13,10 +13,13 @@ from yaongi.train.distributed.sharding import is_sharded
 from yaongi.world import World
 
 
-def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) -> None:
+def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World, *, chat: bool = False) -> None:
     """Write weights, configuration and tokenizer. All processes must call it.
 
     An error leaves `folder` as it was. Files that an earlier save did not write stay.
+
+    Args:
+        chat: whether the model was tuned on chats: the tokenizer's files say then how its turns end.
 
     Raises:
         OSError: it can't be written.
@@ -27,7 +30,7 @@ def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) 
         try:
             with staged(folder) as building:
                 whole.save_pretrained(building)
-                tokenizer.save(building)
+                tokenizer.save(building, chat=chat)
         except OSError as error:
             rest = "the last checkpoint is whole, and the same command writes the model again"
             why = " ".join((error.strerror or str(error)).split())

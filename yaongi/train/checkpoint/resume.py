@@ -13,6 +13,7 @@ from yaongi.train.config import Running
 MODEL_CHANGES = ("precision",)  # fields of the model that may change when a run is resumed
 RATES = ("matrix_lr", "adam_lr", "table_lr_scale", "final_lr", "bias_travel", "bias_rate")
 TRAIN_CHANGES = (*RATES, "clip", "bad_steps")
+TUNE_CHANGES = ("lr_scale",)
 ONCE = ("fresh", "from_step", "skip_batches")  # what to do at the start, once
 NOT_TOLD = (*ONCE, "init", "init_step", "data", "out", "dry_run", "stop_after", "max_epochs", "allow_epochs")
 
@@ -54,7 +55,7 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     The precision may differ: a checkpoint holds float32 weights whatever was multiplied in FP8.
     """
     lines = []
-    for part, free in (("model", MODEL_CHANGES), ("train", TRAIN_CHANGES)):
+    for part, free in (("model", MODEL_CHANGES), ("train", TRAIN_CHANGES), ("tune", TUNE_CHANGES)):
         for key, (old, new) in _differing(saved, asked, part).items():
             if key not in free:
                 lines.append(f"{part}.{key}: the run has {old}, got {new}")

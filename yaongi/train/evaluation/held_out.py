@@ -20,15 +20,18 @@ class HeldOutBits:
 
     def bits_per_byte(self, model: Yaongi, rows_at_once: int) -> dict[str, float]:
         """Return the bits per byte of each domain."""
+        held_out = zip(self._held_out.items(), self.nats(model, rows_at_once), strict=True)
+        return {domain: bits_per_byte(total, int(rows.text_bytes.sum())) for (domain, rows), total in held_out}
+
+    def nats(self, model: Yaongi, rows_at_once: int) -> list[float]:
+        """Return the nats of all predicted tokens of each domain."""
         device = self._world.device
         with evaluating(model):
             sums = [
                 nats(model, self._share(rows), device=device, rows_at_once=rows_at_once)
                 for rows in self._held_out.values()
             ]
-        totals = self._world.all_reduce(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
-        held_out = zip(self._held_out.items(), totals, strict=True)
-        return {domain: bits_per_byte(total, int(rows.text_bytes.sum())) for (domain, rows), total in held_out}
+        return self._world.all_reduce(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
 
     def _share(self, rows: HeldOut) -> HeldOut:
         """Return this process's rows. Every process gets the same number; rows added as padding don't count."""

@@ -12,6 +12,7 @@ from yaongi.train.formatting import duration, scientific, short, significant
 COLUMNS = 100  # of a step's line
 _LEAST = ("memory", "flops", "bpb", "fp8", "gnorm", "lr", "")  # what a line that is too long leaves out first
 _SLOW = 0.01  # share of the median time by which a rank is longer from which it is shown
+_MASKED = 0.95  # share of the tokens that are targets below which it is shown: pretraining predicts almost all
 _WAIT = 0.01  # share of the time spent waiting for data from which it is shown
 
 
@@ -81,6 +82,8 @@ def console_line(record: dict[str, Any], steps: int) -> str:
     }
     if record["data_wait"] >= _WAIT:
         parts["data"] = f"data {100 * record['data_wait']:.0f}%"
+    if record.get("target_share", 1) < _MASKED:
+        parts["targets"] = f"targets {100 * record['target_share']:.0f}%"
     if "fp8_saturated" in record:
         parts["fp8"] = f"fp8 saturated {100 * record['fp8_saturated']:.1f}%"
     if slowest := slowest_rank(record.get("rank_seconds", [])):

@@ -61,6 +61,7 @@ class Meter:
             "z": result.z,
             "balance": result.balance,
             "gnorm": result.gnorm,
+            "target_share": result.targets / (self._plan.batch_rows * self._plan.row_tokens),
             "tokens": step * self._plan.batch_rows * self._plan.row_tokens,
             "hours": self.seconds / 3600,
             "step_seconds": elapsed,

@@ -1,0 +1,66 @@
+"""The command line: the folder of `--init` gives the model, and every field of the configuration is an option."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from yaongi import cli
+from yaongi.model import ModelConfig, load_preset
+from yaongi.model.config import PrecisionConfig
+from yaongi.model.hub.folder import read_config
+from yaongi.model.hub.run_weights import find_weights, run_config
+from yaongi.train.command_line import COUNTS, DEFAULT_PRESET, load_tyro
+from yaongi.train.config import Training
+from yaongi.tune.config import TuneConfig, TuneRunning, TuneSettings, tuning_defaults
+
+_RUNNING, _SETTINGS = TuneRunning(), TuneSettings()
+_EPOCHS = ("--tokens", "--max-epochs")  # of the trainer's options, those in whose place --epochs is
+
+
+def parse(arguments: Sequence[str]) -> TuneConfig:
+    """Parse `arguments` into a configuration; `--help` or an unknown option ends the program.
+
+    Raises:
+        FileNotFoundError: there is no model at `--init`.
+        ValueError: a value doesn't fit, or tyro is not installed.
+    """
+    tyro = load_tyro()
+    first = argparse.ArgumentParser("python -m yaongi.tune", add_help=False, allow_abbrev=False)
+    first.add_argument("--init")
+    chosen, _ = first.parse_known_args(arguments)
+    for option in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
+        if option in _EPOCHS:
+            raise ValueError(f"tune: {option} must be left out: --epochs sets how long it is")
+    model, compression = load_preset(DEFAULT_PRESET), "paper"  # for --help
+    if chosen.init is not None:
+        model, compression = _of_init(Path(chosen.init))
+    elif not {"--help", "-h"} & set(arguments):
+        raise ValueError("tune: --init must be a model folder or a run, got none")
+    training = tuning_defaults(model, engram_compression=compression)
+
+    def collect(
+        precision: Annotated[PrecisionConfig, tyro.conf.arg(name="model.precision")] = model.precision,
+        train: Annotated[Training, tyro.conf.arg(name="")] = training,
+        run: Annotated[TuneRunning, tyro.conf.arg(name="")] = _RUNNING,
+        tune: Annotated[TuneSettings, tyro.conf.arg(name="")] = _SETTINGS,
+    ) -> TuneConfig:
+        scaled = {name: tune.lr_scale * getattr(train, name) for name in ("matrix_lr", "adam_lr")}
+        tuned = dataclasses.replace(model, precision=precision)
+        return TuneConfig(Path(run.init or "").name, tuned, dataclasses.replace(train, **scaled), run, tune)
+
+    return tyro.cli(
+        collect,
+        args=cli.with_digits(arguments, COUNTS),
+        prog="python -m yaongi.tune",
+        description="Tuning on conversations, from the weights of --init, which is needed.",
+    )
+
+
+def _of_init(init: Path) -> tuple[ModelConfig, str]:
+    """Return the model of a folder or run, and which token ids its Engram takes for the same."""
+    folder = find_weights(init)
+    model, _ = read_config(folder)
+    trained = run_config(folder).get("train", {})
+    return model, "none" if model.compressed_vocab_size is None else trained.get("engram_compression", "paper")

@@ -1,0 +1,81 @@
+"""Tuning as what a run is for: conversations as its data, answers as what it measures, and a folder that chats."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from yaongi.data.chats.rows import CHAT
+from yaongi.data.pieces import END_OF_TURN
+from yaongi.data.row_loader import RowLoader
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.eval.held_out import rows_of_domains
+from yaongi.model import Yaongi
+from yaongi.train.checkpoint.model_folder import save_model
+from yaongi.train.config import Config
+from yaongi.train.evaluation.findings import Evaluation
+from yaongi.train.job import Pretraining
+from yaongi.train.metrics.display import Display
+from yaongi.tune.answers import AnswerEvaluation
+from yaongi.tune.chat_loader import ChatLoader
+from yaongi.tune.command_line import parse
+from yaongi.tune.config import TuneConfig
+from yaongi.world import World
+
+
+class Tuning(Pretraining):
+    """Supervised tuning on conversations."""
+
+    module = "yaongi.tune"
+
+    def parse(self, arguments: Sequence[str]) -> TuneConfig:
+        """Parse a command line; errors as in `command_line.parse`."""
+        return parse(arguments)
+
+    def open_data(self, config: Config) -> tuple[ChatLoader, Tokenizer]:
+        """Open the conversations and the text that is read again; errors as in `ChatLoader`."""
+        assert isinstance(config, TuneConfig)
+        train, run = config.train, config.run
+        tokenizer = Tokenizer.load(run.data / "tokenizer")
+        loader = ChatLoader(
+            run.data,
+            run.base_data,
+            tokenizer,
+            row_tokens=train.row_tokens,
+            batch_rows=train.batch_rows,
+            seed=train.seed,
+            mix=train.mix,
+        )
+        return loader, tokenizer
+
+    def fit(self, config: Config, tokenizer: Tokenizer, loader: RowLoader) -> Config:
+        """Return the configuration with the tokens of its epochs, and a model whose answers end with their turn."""
+        assert isinstance(config, TuneConfig)
+        epochs, shares = config.tune.epochs, loader.mixture.shares
+        config = super().fit(config, tokenizer, loader)
+        rows = epochs * loader.rows[CHAT] * sum(shares.values()) / shares[CHAT]
+        steps = max(1, round(rows / config.train.batch_rows))
+        ends = tuple(dict.fromkeys((*config.model.stop_token_ids, tokenizer.piece_to_id(END_OF_TURN))))
+        return replace(
+            config,
+            model=replace(config.model, stop_token_ids=ends),
+            train=replace(config.train, tokens=float(steps * config.train.batch_tokens)),
+        )
+
+    def evaluation(
+        self,
+        config: Config,
+        loader: RowLoader,
+        tokenizer: Tokenizer,
+        world: World,
+        rows_at_once: int,
+        display: Display,
+    ) -> Evaluation:
+        """Return what the run measures between steps; of what there is no held-out text is left out."""
+        assert isinstance(config, TuneConfig)
+        assert isinstance(loader, ChatLoader)
+        rows = rows_of_domains(loader, config.run.evaluate_rows, display.warn)
+        return AnswerEvaluation(config, rows, tokenizer, world, rows_at_once, display.say, loader)
+
+    def save_model(self, model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) -> None:
+        """Write a model folder whose files say that answers end with their turn; errors as in `Pretraining`."""
+        save_model(model, tokenizer, folder, world, chat=True)
