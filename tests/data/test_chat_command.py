@@ -110,9 +110,12 @@ def test_the_counts_add_up(tmp_path: Path, build: Build) -> None:
     rows[4]["messages"] = rows[4]["messages"][:1]
     rows[5]["messages"] += [{"role": "user", "content": "다시"}, {"role": "assistant", "content": "길다 " * 90}]
     rows[6]["messages"][0]["content"] = "길다 " * 90
-    manifest, said = build(write_rows(tmp_path / "a.jsonl", [*rows, rows[0], rows[1]]), row_tokens=128, held_out=0.3)
+    open_end = {"messages": [*rows[1]["messages"], {"role": "user", "content": "그래서?"}]}
+    read = [*rows, rows[0], open_end]  # the last is a duplicate, as what nobody answers goes
+    manifest, said = build(write_rows(tmp_path / "a.jsonl", read), row_tokens=128, held_out=0.3)
     counts = manifest["counts"]
     assert {name: count["conversations"] for name, count in counts.items() if name.startswith("lost")} == {
+        "lost, after the last answer": 0,
         "lost, duplicate": 2,
         "lost, empty answer": 1,
         "lost, no answer": 1,
@@ -120,7 +123,7 @@ def test_the_counts_add_up(tmp_path: Path, build: Build) -> None:
     }
     assert counts["lost, too long"]["turns"] == 4
     assert counts["read"]["conversations"] == 32
-    assert counts["read"]["turns"] == sum(len(row["messages"]) for row in [*rows, rows[0], rows[1]])
+    assert counts["read"]["turns"] == sum(len(row["messages"]) for row in read)
     for column in ("conversations", "turns", "targets"):
         assert counts["read"][column] == sum(count[column] for name, count in counts.items() if name != "read")
     targets = sum(ChatRows(tmp_path / "chat", split, 128).targets for split in ("train", "val"))
@@ -225,6 +228,7 @@ def test_preferences(tokenizer: Tokenizer, tmp_path: Path, build: Build) -> None
         ),
         ([exchange("q", "")], "sources must hold conversations to learn from, got none: 1 empty answer"),
         ([], "sources must hold rows, got none"),
+        (exchanges(3), "sources must hold conversations to learn from, got none: 3 held out"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
@@ -232,7 +236,7 @@ def test_what_is_wrong_names_file_and_row(tmp_path: Path, build: Build, rows: li
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=words) as caught:
-        build(path)
+        build(path, held_out=0.9999)
     assert "\n" not in str(caught.value)
     assert not words.startswith("row ") or f"{path}, row" in str(caught.value)
     assert not (tmp_path / "chat").exists()

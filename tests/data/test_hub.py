@@ -13,6 +13,10 @@ from hub_server import COMMIT, hub_environment, serve_hub
 from pyarrow import parquet
 from texts import read_documents
 
+from yaongi.data.sources.patience import Patience
+from yaongi.data.sources.row_sources import hub_rows
+from yaongi.data.tokenizer import Tokenizer
+
 SET = "HuggingFaceTB/finemath"
 CARD = """---
 configs:
@@ -44,6 +48,10 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         },
         "me/one": {"train.jsonl": b'{"text": "a"}\n{"text": "b"}\n', "test.jsonl": b'{"text": "no"}\n'},
         "me/table": {"train.csv": 'document,label\n"하나, 둘\n셋",1\n넷,0\n'.encode()},
+        "me/talks": {
+            "train.parquet": packed(prompt=["몇?", "왜?"], completion=["둘", ""]),
+            "test.parquet": packed(prompt=["no"], completion=["no"]),
+        },
         "me/many": {
             "README.md": CARD.encode(),
             "news/1.parquet": packed(body=["소식 하나", "소식 둘"], title=["x", "y"]),
@@ -61,6 +69,46 @@ def run_download(endpoint: str, out: Path, *arguments: str, script: str = "") ->
     command = [sys.executable, "-c", code, "download", "--out", str(out), "--tokens", "1000", *arguments]
     environment = hub_environment(endpoint, str(out / "home"))
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_conversations_come_from_the_hub(hub: tuple[str, list[str]], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    command = [sys.executable, "-m", "yaongi.data", "chat", "--tokenizer", str(tmp_path / "tokenizer"), "--val", "0"]
+    for source, code, said in (
+        ("hf:me/talks", 0, "lost, empty answer              1              2"),
+        ("hf:me/nothing", 1, "error: download: me/nothing is not to be had"),
+        ("hf:me/talks:default:dev", 1, "error: data: the split of me/talks must be one of train, test, got dev"),
+    ):
+        options = ["--source", source, "--out", str(tmp_path / "chat"), "--show", "1", "--workers", "1"]
+        environment = hub_environment(hub[0], str(tmp_path / "home"))
+        done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+        assert done.returncode == code, done.stderr
+        assert said in (done.stderr if code else done.stdout)
+        assert "Traceback" not in done.stderr
+        assert code or "⟦둘<|im_end|>⟧" in done.stdout
+
+
+def test_a_connection_that_breaks_goes_on_with_the_next_row() -> None:
+    lines = b"".join(json.dumps({"prompt": str(n), "completion": "x"}).encode() + b"\n" for n in range(20000))
+    opened: list[int] = []
+
+    class Breaking(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            if len(opened) < 3 and self.tell() > len(opened) * 200_000:
+                raise ConnectionResetError("reset")
+            return super().read1(size)
+
+    class Repository:
+        def open(self, name: str) -> io.BytesIO:
+            opened.append(1)
+            return Breaking(lines)
+
+    slept: list[float] = []
+    patience = Patience("me/talks", lambda _: None, slept.append)
+    rows = list(hub_rows(Repository(), "train.jsonl", patience))  # type: ignore[arg-type]
+    assert [row["prompt"] for row in rows if isinstance(row, dict)] == [str(n) for n in range(20000)]
+    assert len(opened) == 3
+    assert len(slept) == 2
 
 
 def texts(folder: Path) -> list[str]:

@@ -49,26 +49,28 @@ class Conversations:
         self._ids = [np.memmap(shard_set.folder / shard.file, TOKEN, "r") for shard in shards]
         self._masks = [np.memmap(shard_set.folder / str(shard.mask), np.uint8, "r") for shard in shards]
         ends = [shard_set.index(shard)[:, 0].astype(np.int64) for shard in shards]
-        self._starts = [np.concatenate(([0], part[:-1])) for part in ends]
-        self._places = [(shard, number) for shard, part in enumerate(ends) for number in range(len(part))]
-        self.lengths = np.concatenate(ends) - np.concatenate(self._starts)  # (conversations,)
+        self._shards = np.repeat(np.arange(len(shards)), [len(part) for part in ends])
+        self._starts = np.concatenate([np.concatenate(([0], part[:-1])) for part in ends])  # in its shard
+        self.lengths = np.concatenate(ends) - self._starts  # (conversations,)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def read(self, number: int) -> Conversation:
         """Read a conversation."""
-        shard, place = self._places[number]
-        start = int(self._starts[shard][place])
+        shard, start = int(self._shards[number]), int(self._starts[number])
         end = start + int(self.lengths[number])
         bits = np.unpackbits(self._masks[shard][start // 8 : -(-end // 8)], bitorder="little")
         return Conversation(np.array(self._ids[shard][start:end]), bits[start % 8 :][: end - start].astype(np.bool_))
 
     def count_targets(self) -> int:
         """Return the number of ids that are learnt; the first of a conversation is none, as nothing precedes it."""
-        learnt = sum(int.from_bytes(mask.tobytes(), "little").bit_count() for mask in self._masks)
-        pairs = zip(self._masks, self._starts, strict=True)
-        return learnt - sum(int((mask[starts >> 3] >> (starts & 7) & 1).sum()) for mask, starts in pairs)
+        learnt = 0
+        for shard, mask in enumerate(self._masks):
+            first = self._starts[self._shards == shard]
+            learnt += int.from_bytes(mask.tobytes(), "little").bit_count()
+            learnt -= int((mask[first // 8] >> first % 8 & 1).sum())
+        return learnt
 
 
 class ChatRows:

@@ -112,13 +112,13 @@ def _of_hub(spec: str, mirror: Path | None, say: Callable[[str], None]) -> RowSo
     if split not in splits:
         raise ValueError(f"data: the split of {name} must be one of {', '.join(splits) or 'none'}, got {split}")
     files = [
-        RowFile(f"{name}/{file}", partial(_hub_rows, repository, file, patience), partial(str, repository.revision))
+        RowFile(f"{name}/{file}", partial(hub_rows, repository, file, patience), partial(str, repository.revision))
         for file in sorted(splits[split])
     ]
     return RowSource(spec.removeprefix("hf:"), None, repository.licence, files)
 
 
-def _hub_rows(repository: Repository, name: str, patience: Patience) -> Iterator[Row]:
+def hub_rows(repository: Repository, name: str, patience: Patience) -> Iterator[Row]:
     """Yield the rows of a file; where the connection breaks, go on with the next row."""
     rows = failures = 0
     while True:

@@ -50,5 +50,7 @@ class ChatCounts:
         return lines
 
     def summary(self) -> str:
-        """Return in a few words what was lost."""
-        return ", ".join(f"{count['conversations']:,} {reason}" for reason, count in sorted(self._lost.items()))
+        """Return in a few words why none is left to learn from."""
+        counts = {reason: count["conversations"] for reason, count in sorted(self._lost.items())}
+        counts["held out"] = self._kept[VAL]["conversations"]
+        return ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)

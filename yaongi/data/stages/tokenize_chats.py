@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,9 @@ from yaongi.data.chats.encode import Encoded, TrainOn, encode_header
 from yaongi.data.chats.fitting import Loss, TooLong, count_targets, fit_pair, fit_talk
 from yaongi.data.chats.formats import PREFERENCE, Talk, find_format, read_talks
 from yaongi.data.chats.rows import CHAT, PREFERENCES
-from yaongi.data.chats.template import ANSWER, CHAT_TEMPLATE, render_chat
+from yaongi.data.chats.template import ANSWER, CHAT_TEMPLATE
 from yaongi.data.filters.decontaminate import Benchmarks, benchmark_hashes, benchmark_items
-from yaongi.data.filters.dedup import exact_key
-from yaongi.data.shards import Shard, ShardSet, ShardWriter
+from yaongi.data.shards import TOKEN, Shard, ShardSet, ShardWriter
 from yaongi.data.sources.row_sources import RowSource
 from yaongi.data.sources.source import TRAIN, VAL, is_held_out
 from yaongi.data.stages.chat_counts import ChatCounts
@@ -67,7 +67,7 @@ class _Chat:
     losses: tuple[Loss, ...]
     turns: int  # of what is kept
     targets: int
-    key: int  # equal for duplicates
+    key: bytes  # equal for duplicates
     held_out: bool
     contaminated: bool
 
@@ -94,12 +94,13 @@ class _Worker:
             text = normalize("\n".join(message["content"] for talk in talks for message in talk))
         except ValueError as error:
             raise ValueError(f"chat: {row.where}: {str(error).removeprefix('chat: ')}") from error
+        ids = np.array([token for encoded in kept for token in encoded.ids], TOKEN)
         return _Chat(
             tuple(map(self._part, kept)),
             losses,
             sum(map(len, talks)) - sum(loss.turns for loss in losses),
             sum(map(count_targets, kept)),
-            exact_key(normalize("\0".join(map(render_chat, talks)))),
+            blake2b(ids.tobytes(), digest_size=8).digest(),
             is_held_out(_question(talks[0]), options.held_out),
             bool(kept) and bool(self.benchmarks) and self.benchmarks.touches(word_hashes(text)),
         )
@@ -220,7 +221,7 @@ def _write_all(
     shard_tokens: int,
     counts: ChatCounts,
 ) -> dict[str, dict[str, list[Shard]]]:
-    seen: set[int] = set()
+    seen: set[bytes] = set()
     splits: dict[str, dict[str, list[Shard]]] = {TRAIN: {}, VAL: {}}
     for number, source in sorted(enumerate(sources), key=lambda item: item[1].split != VAL):
         writers = {
@@ -254,7 +255,7 @@ def _of_kind(rows: Iterator[_Row], kind: str) -> Iterator[_Row]:
         yield row
 
 
-def _keep(chat: _Chat, split: str, seen: set[int], counts: ChatCounts) -> bool:
+def _keep(chat: _Chat, split: str, seen: set[bytes], counts: ChatCounts) -> bool:
     """Return whether a row's conversation is written, and count it."""
     for loss in chat.losses:
         counts.lose(loss)
