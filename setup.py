@@ -104,6 +104,7 @@ REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokeni
 EXTRAS = {
     "eval": ["lm-eval==0.4.13"],
     "gguf": ["gguf>=0.18"],
+    "serve": ["starlette>=1.0", "uvicorn>=0.40"],
     "peers": [
         "mamba-ssm",
         "causal-conv1d",
@@ -124,6 +125,9 @@ EXTRAS = {
         "gguf>=0.18",
         "trl",
         "lm-eval==0.4.13",
+        "starlette>=1.0",
+        "uvicorn>=0.40",
+        "httpx",
     ],
 }
 
@@ -186,6 +190,7 @@ setup(
             "data/sources/embedded/*.txt",
             "data/sources/embedded/*/*.txt",
             "kernels/*/README.md",
+            "serve/page.html",
         ]
     },
     install_requires=REQUIRES,

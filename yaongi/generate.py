@@ -31,28 +31,15 @@ class Generate:
 
     def run(self) -> None:
         """Load model and tokenizer, generate, and print. Raises ValueError or OSError with a message of one line."""
-        import torch
-
-        from yaongi.data.tokenizer import Tokenizer
-        from yaongi.model import Yaongi
         from yaongi.model.devices import device_of
         from yaongi.model.generation import stream_text
-        from yaongi.model.hub.folder import read_config
-        from yaongi.model.hub.run_weights import find_weights, said_weights, tokenizer_folder
         from yaongi.model.sampling import Sampling
+        from yaongi.pretrained import load_pretrained
 
         device = device_of(self.device, "generate")
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         prompts = self._prompts()
-        folder = find_weights(self.folder)
-        read_config(folder)
-        tokenizer = Tokenizer.of_model(tokenizer_folder(folder))
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = Yaongi.from_pretrained(folder, dtype=dtype, device=device)
-        print(said_weights(self.folder, folder), end="", file=sys.stderr)
-        if tokenizer.vocab_size != model.config.vocab_size:
-            wanted = model.config.vocab_size
-            raise ValueError(f"generate: tokenizer must have {wanted} pieces, got {tokenizer.vocab_size}")
+        model, tokenizer = load_pretrained(self.folder, device, "generate")
         pieces = stream_text(
             model,
             [tokenizer.encode(prompt) for prompt in prompts],

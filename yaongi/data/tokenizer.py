@@ -155,17 +155,20 @@ class Tokenizer:
         """Return whether `token` is one of the 256 byte pieces."""
         return self._processor.is_byte(token)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for, in UTF-8 but for a byte piece; none for a control piece."""
+        piece = self._processor.id_to_piece(token)
+        if self.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return b"" if token <= self.eos_id else piece.replace(SPACE_MARK, " ").encode()
+
     @property
     def byte_lengths(self) -> NDArray[np.int32]:
         """UTF-8 bytes of text that each id stands for: (vocab_size,). Control pieces stand for none.
 
         The sum over a text's ids is the number of its UTF-8 bytes, the divisor of bits per byte.
         """
-        lengths = [
-            1 if self.is_byte(i) else len(p.replace(SPACE_MARK, " ").encode()) for i, p in enumerate(self.pieces())
-        ]
-        lengths[: len(CONTROL_PIECES)] = [0] * len(CONTROL_PIECES)
-        return np.array(lengths, np.int32)
+        return np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)], np.int32)
 
     def _encode_marks(self, text: str) -> list[int]:
         first, *rest = map(self._processor.encode, text.split(SPACE_MARK))

@@ -1,0 +1,316 @@
+"""The running batch: requests wait, are read, join at the boundary of two steps, and leave when they end."""
+
+import heapq
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from yaongi.model import Yaongi
+from yaongi.model.decoding import Cache, read, read_on
+from yaongi.model.generation import EVEN, Copied, padded
+from yaongi.model.sampling import RowSampling, Sampling, choose
+from yaongi.model.slots import Slots
+from yaongi.serve.rows import GREEDY, Piece, Row, Scored
+
+Tensor = torch.Tensor
+Said = list[tuple[Row, Piece]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is done at once."""
+
+    slots: int  # answers
+    capacity: int  # tokens of prompt and answer together
+    chunk: int = 512  # tokens of prompts that are read between two steps
+    queue: int = 256  # requests that may wait for a slot
+
+
+class QueueFullError(Exception):
+    """More requests than may wait."""
+
+
+class Engine:
+    """Everything that is answered at once. `work` does the work between two boundaries, on the engine's thread alone.
+
+    On a GPU that runs ahead, a step is begun before the host knows the tokens of the one before: what it did for a row
+    that ended is left out.
+    """
+
+    def __init__(
+        self,
+        model: Yaongi,
+        ends: Collection[int],
+        limits: Limits,
+        deliver: Callable[[Said], None],
+        *,
+        cuda_graph: bool = True,
+        runs_ahead: bool = False,
+    ) -> None:
+        """Allocate the caches.
+
+        Args:
+            ends: tokens that end an answer.
+            deliver: takes the pieces of the rows, in order, on the engine's thread.
+            cuda_graph: on a GPU, record the steps and replay them.
+            runs_ahead: begin a step before the tokens of the last one are known.
+        """
+        self._model, self._ends, self._limits, self._deliver = model, set(ends), limits, deliver
+        self._ahead = runs_ahead
+        self._device = next(model.parameters()).device
+        self._slots = Slots(model, limits.slots, limits.capacity, cuda_graph=cuda_graph)
+        self._last = torch.zeros(limits.slots, dtype=torch.int64, device=self._device)  # the newest token of each slot
+        self._free = list(range(limits.slots))  # a heap: the first slots are used first
+        self._running: dict[int, Row] = {}
+        self._reading: _Reading | None = None
+        self._flying: deque[_Flight] = deque()  # tokens on their way to the host
+        self._said: Said = []
+        self._settings: tuple[list[Sampling], RowSampling | Sampling] = ([], GREEDY)
+        self._wake = threading.Condition()
+        self._waiting: deque[Row] = deque()
+        self._closed = False
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue rows, all or none of them.
+
+        Raises:
+            QueueFullError: more would wait than may, or the engine has stopped.
+        """
+        with self._wake:
+            room = self._limits.queue + len(self._free) - len(self._waiting)
+            if self._closed or len(rows) > room:
+                raise QueueFullError
+            self._waiting.extend(rows)
+            self._wake.notify()
+
+    def cancel(self, rows: Sequence[Row]) -> None:
+        """Have rows leave at the next boundary; those that have ended stay as they are."""
+        with self._wake:
+            for row in rows:
+                row.cancelled = True
+            self._wake.notify()
+
+    def load(self) -> tuple[int, int]:
+        """Return how many rows are answered, and how many wait."""
+        return self._limits.slots - len(self._free), len(self._waiting)
+
+    def run(self) -> None:
+        """Work until `stop`; the thread's loop. Rows that are left are told so, after an error too."""
+        reason = "the server has stopped"
+        try:
+            while self._wait():
+                self.work()
+        except Exception as error:
+            reason = f"the engine has failed: {' '.join(str(error).split())}"
+            raise
+        finally:
+            with self._wake:
+                self._closed = True
+                left = [*self._running.values(), *(self._reading.rows if self._reading else ()), *self._waiting]
+            self._deliver([(row, Piece(error=reason)) for row in left if not row.ended])
+
+    def stop(self) -> None:
+        """Have `run` return after the present step."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+
+    @torch.no_grad()
+    def work(self) -> bool:
+        """Read some of the prompts that wait, do a step, and deliver what has come; return whether more is to do."""
+        self._drop_cancelled()
+        self._read_prompts()
+        if not self._ahead:
+            self._receive(0)
+        stepped = self._step()
+        self._receive(1 if stepped and self._ahead else 0)
+        if self._said:
+            self._deliver(self._said)
+            self._said = []
+        return self._busy()
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._reading or self._running or self._flying)
+
+    def _wait(self) -> bool:
+        """Wait for something to do; return False to end."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._busy())
+            return not self._closed
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            if any(row.cancelled for row in self._waiting):
+                self._waiting = deque(row for row in self._waiting if not row.cancelled)
+        for row in [row for row in self._running.values() if row.cancelled]:
+            self._leave(row)
+        if self._reading and all(row.cancelled for row in self._reading.rows):
+            for row in self._reading.rows:
+                self._leave(row)
+            self._reading = None
+
+    def _leave(self, row: Row) -> None:
+        row.ended = True
+        if row.slot is not None:
+            self._running.pop(row.slot, None)
+            heapq.heappush(self._free, row.slot)
+            row.slot = None
+
+    def _read_prompts(self) -> None:
+        """Read a piece of a long prompt, or some short ones, and let them join when they are read."""
+        if self._reading is None:
+            rows = self._admitted()
+            if not rows:
+                return
+            prompts = [row.request.prompt for row in rows]
+            self._reading = _Reading(rows, *padded(prompts, self._model.config.pad_token_id, self._device))
+        reading = self._reading
+        hidden = reading.read(self._model, self._limits.chunk)
+        if reading.whole:
+            self._reading = None
+            self._join(reading, hidden[:, -1])
+
+    def _admitted(self) -> list[Row]:
+        """Take the next rows that wait: one, or several whose padded prompts are a piece together. They get slots."""
+        rows: list[Row] = []
+        longest = 0
+        with self._wake:
+            while self._waiting and self._free:
+                longest = max(longest, len(self._waiting[0].request.prompt))
+                if rows and (len(rows) + 1) * longest > self._limits.chunk:
+                    break
+                row = self._waiting.popleft()
+                row.slot = heapq.heappop(self._free)
+                rows.append(row)
+        return rows
+
+    def _join(self, reading: "_Reading", last: Tensor) -> None:
+        """Choose the first tokens, from the hidden states (B, d) of the last ones, and put the rows into the batch."""
+        assert reading.cache is not None
+        slots = torch.tensor([row.slot for row in reading.rows]).to(self._device, non_blocking=True)
+        chosen = self._choose(self._model.lm_head(last.unsqueeze(1))[:, 0], reading.rows)
+        self._last.index_copy_(0, slots, chosen.clamp(min=0))
+        for number, row in enumerate(reading.rows):
+            assert row.slot is not None
+            self._running[row.slot] = row
+            if row.goes_on:
+                self._slots.put(row.slot, reading.cache, number, len(row.request.prompt))
+
+    def _step(self) -> bool:
+        """Choose a token for each row that goes on; return whether there was one."""
+        rows = {slot: row for slot, row in self._running.items() if row.goes_on}
+        if not rows:
+            return False
+        size = self._slots.rows(1 + max(rows))
+        logits = self._slots.step(self._last[:size], max(row.position for row in rows.values()))
+        self._last[:size] = self._choose(logits, [rows.get(slot) for slot in range(size)]).clamp(min=0)
+        return True
+
+    def _choose(self, logits: Tensor, rows: Sequence[Row | None]) -> Tensor:
+        """Return the tokens chosen from logits (B, V), and send them to the host."""
+        samplings = [GREEDY if row is None else row.request.sampling for row in rows]
+        if samplings != self._settings[0]:
+            self._settings = samplings, RowSampling.of(samplings, logits.shape[1], self._device)
+        uniforms = None
+        if any(sampling.temperature > 0 for sampling in samplings):
+            numbers = [0.0 if row is None else row.uniform() for row in rows]
+            uniforms = torch.tensor(numbers, dtype=torch.float64).to(self._device, non_blocking=True)
+        chosen = choose(logits, self._settings[1], uniforms)
+        wanted = [(number, row) for number, row in enumerate(rows) if row and row.request.alternatives is not None]
+        scores = None
+        if wanted:
+            places = torch.tensor([number for number, _ in wanted]).to(self._device, non_blocking=True)
+            most = max(row.request.alternatives or 0 for _, row in wanted)
+            scores = _scores(logits[places], chosen[places].clamp(min=0), most)
+        self._flying.append(_Flight(rows, Copied(chosen), [number for number, _ in wanted], scores))
+        for row in rows:
+            if row is not None:
+                row.chosen += 1
+        return chosen
+
+    def _receive(self, left: int) -> None:
+        """Take the tokens that were chosen, except those of the last so many times."""
+        while len(self._flying) > left:
+            flight = self._flying.popleft()
+            tokens, scores = flight.tokens.numbers(), {}
+            if flight.scores is not None:
+                scores = dict(zip(flight.scored, flight.scores.numbers(), strict=True))
+            for number, row in enumerate(flight.rows):
+                if row is None or row.ended:
+                    continue
+                scored = None
+                if number in scores:
+                    scored = _as_scored(tokens[number], scores[number], row.request.alternatives or 0)
+                self._said.append((row, row.take(tokens[number], self._ends, scored)))
+                if row.ended:
+                    self._leave(row)
+
+
+@dataclass
+class _Flight:
+    """What a step has chosen, on its way to the host."""
+
+    rows: Sequence[Row | None]
+    tokens: Copied  # (B,)
+    scored: list[int]  # rows whose tokens are scored
+    scores: Copied | None  # of these rows, as `_scores` gives them
+
+
+class _Reading:
+    """Prompts that are being read, piece by piece."""
+
+    def __init__(self, rows: list[Row], input_ids: Tensor, document_ids: Tensor | None) -> None:
+        self.rows = rows
+        self._input_ids, self._document_ids, self._done = input_ids, document_ids, 0
+        self.cache: Cache | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the prompts are read to their ends."""
+        return self._done == self._input_ids.shape[1]
+
+    def read(self, model: Yaongi, chunk: int) -> Tensor:
+        """Read up to `chunk` more tokens of each row, and return their hidden states (B, L, d)."""
+        ids = self._input_ids[:, self._done : self._done + chunk]
+        if self.cache is None:
+            capacity = -(-self._input_ids.shape[1] // EVEN) * EVEN
+            hidden, self.cache = read(model, ids, self._document_ids, capacity=capacity)
+        else:
+            hidden = read_on(model, ids, self.cache)
+        for number, row in enumerate(self.rows):
+            if row.request.echo and row.request.alternatives is not None:
+                self._score(model, hidden[number], number, row)
+        self._done += ids.shape[1]
+        return hidden
+
+    def _score(self, model: Yaongi, hidden: Tensor, number: int, row: Row) -> None:
+        """Score the prompt's tokens that come after these hidden states (L, d)."""
+        end = self._input_ids.shape[1]
+        begin = max(self._done, end - len(row.request.prompt))
+        last = min(self._done + hidden.shape[0], end - 1)
+        if not row.prompt_scores:
+            row.prompt_scores.append(Scored(row.request.prompt[0], None))
+        if last > begin:
+            following = self._input_ids[number, begin + 1 : last + 1]
+            logits = model.lm_head(hidden[begin - self._done : last - self._done].unsqueeze(0))[0]
+            most = row.request.alternatives or 0
+            for token, scores in zip(following.tolist(), _scores(logits, following, most).numbers(), strict=True):
+                row.prompt_scores.append(_as_scored(token, scores, most))
+
+
+def _scores(logits: Tensor, tokens: Tensor, most: int) -> Copied:
+    """Return for each row its token's log-probability, those of the `most` likeliest tokens, and these tokens."""
+    logprobs = logits.float().log_softmax(-1)
+    values, likeliest = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
+    own = logprobs.gather(-1, tokens.unsqueeze(-1))
+    return Copied(torch.cat([own.double(), values.double(), likeliest.double()], dim=-1))
+
+
+def _as_scored(token: int, scores: Sequence[float], most: int) -> Scored:
+    """Return a token's scores from a row of `_scores`, with no more than `most` alternatives."""
+    count = len(scores) // 2
+    values, likeliest = scores[1 : 1 + count], scores[1 + count :]
+    return Scored(token, scores[0], tuple((int(i), v) for i, v in zip(likeliest[:most], values[:most], strict=True)))
