@@ -19,7 +19,7 @@ from rich.console import Console
 from yaongi.data.stages.fetch_benchmarks import BENCHMARKS
 from yaongi.eval.commands import Fetch
 from yaongi.eval.evaluate import Settings, evaluate
-from yaongi.eval.harness.suites import BASICS, SUITES, Ask, asks
+from yaongi.eval.harness.suites import BASICS, INSTRUCTIONS, OWN, SUITES, Ask, asks
 from yaongi.eval.report.page import write_page
 from yaongi.eval.report.results import read_results
 from yaongi.eval.report.table import print_table
@@ -125,11 +125,12 @@ def test_page_holds_several_models(evaluated: Path, tmp_path: Path) -> None:
 
 
 def test_bad_input(folder: Path, evaluated: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--suite must be among basics, quick, korean, math, code, got 'all'"):
+    with pytest.raises(ValueError, match=r"--suite must be among basics, instructions, quick, .*, code, got 'all'"):
         asks("all", (), None)
     assert asks("korean", (), None) == list(SUITES["korean"])
     assert asks("quick", (), 2)[1] == Ask("kmmlu_hard", 2)
-    assert asks("basics", ("kmmlu", "basics"), None) == [Ask("kmmlu"), BASICS]
+    assert asks("basics", ("kmmlu", "basics", "instructions"), 3) == [Ask("kmmlu", 3), *OWN]
+    assert asks("instructions", (), None) == [INSTRUCTIONS]
     done = command(tmp_path, "tasks", tmp_path, "--out", tmp_path / "out")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "folder must hold config.json" in done.stderr
@@ -278,7 +279,7 @@ def test_what_is_scored_is_never_trained_on() -> None:
     import lm_eval
 
     folder = Path(lm_eval.__file__).parent / "tasks"
-    names = {ask.task.split("_")[0] for suite in SUITES.values() for ask in suite} - {"basics"}
+    names = {ask.task.split("_")[0] for suite in SUITES.values() for ask in suite if ask not in OWN}
     texts = [path.read_text() for name in names for path in (folder / name).rglob("*") if "yaml" in path.name]
     paths = {path for text in texts for path in re.findall(r"^dataset_path: *(\S+)", text, re.MULTILINE)}
     scored = {path for path in paths if not path.startswith("evalplus/")} - {"HAERAE-HUB/KMMLU-HARD"}  # part of KMMLU

@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 Words = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # `--name a b` and `--name a --name b`
-SUITE = "basics (ours, no download), quick, korean (KMMLU, HAE-RAE, KoBEST), math or code; all of them with basics."
+SUITE = (
+    "basics (ours, no download), quick, korean (KMMLU, HAE-RAE, KoBEST), math or code, all of them with basics; "
+    "instructions (ours, no download, for a model tuned on chats)."
+)
 Suite = Annotated[str, tyro.conf.arg(help=SUITE)]
-TASKS = "tasks or groups of lm-eval instead of the suite, such as kmmlu,haerae; basics is ours."
+TASKS = "tasks or groups of lm-eval instead of the suite, such as kmmlu,haerae; basics and instructions are ours."
 TaskNames = Annotated[Words, tyro.conf.arg(help=TASKS)]
 
 
@@ -79,12 +82,12 @@ class Fetch:
     def run(self) -> int:
         """Print a line per data set: rows and revision, or why it can't be had; return 1 if one can't."""
         from yaongi.eval.evaluate import need_lm_eval
-        from yaongi.eval.harness.suites import BASICS, asks
+        from yaongi.eval.harness.suites import OWN, asks
 
         need_lm_eval()
         from yaongi.eval.harness.task_data import fetch, task_manager
 
-        wanted = [ask.task for ask in asks(self.suite, names(self.tasks), None) if ask != BASICS]
+        wanted = [ask.task for ask in asks(self.suite, names(self.tasks), None) if ask not in OWN]
         options: dict[str, Any] = {name: getattr(self, name) for name in ("include", "data_root", "allow_code")}
         failed = fetch(wanted, lambda found: task_manager(found, **options), print)
         return 1 if failed else 0

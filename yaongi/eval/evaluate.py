@@ -15,11 +15,12 @@ import torch
 from yaongi.data.chats.template import CHAT_TEMPLATE
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.answering import Answerer
+from yaongi.eval.basics.instructions import run_instructions
 from yaongi.eval.basics.suite import GROUP, QUESTIONS, TASKS, basics_items
 from yaongi.eval.basics.suite import VERSION as BASICS_VERSION
 from yaongi.eval.choices import encode_items, measure, score_items
 from yaongi.eval.encoding import CachedEncoder
-from yaongi.eval.harness.suites import BASICS, Ask
+from yaongi.eval.harness.suites import BASICS, INSTRUCTIONS, OWN, Ask
 from yaongi.eval.progress import Done
 from yaongi.eval.report.results import add_results, check_same_model, describe_model, write_samples
 from yaongi.eval.scoring import Scorer
@@ -102,7 +103,7 @@ def evaluate(folder: Path, asked: Sequence[Ask], settings: Settings, world: Worl
     Raises:
         ValueError, OSError: a folder, a data set or an option doesn't fit; the message is one line.
     """
-    others = [ask for ask in asked if ask != BASICS]
+    others = [ask for ask in asked if ask not in OWN]
     manager = None
     if others:
         need_lm_eval()
@@ -119,14 +120,19 @@ def evaluate(folder: Path, asked: Sequence[Ask], settings: Settings, world: Worl
     samples: dict[str, Any] = {}
     if BASICS in asked:
         tasks, samples = run_basics(loaded.scorer, loaded.answerer.tokenizer, settings.limit)
+    if INSTRUCTIONS in asked:
+        found = run_instructions(loaded.answerer, settings.limit, settings.max_new_tokens)
+        tasks, samples = tasks | found[0], samples | found[1]
     lm = None
     if manager is not None:
         from yaongi.eval.harness.run_tasks import run_tasks
         from yaongi.eval.lm_eval_adapter import YaongiLM
 
         lm = YaongiLM(loaded.scorer, loaded.answerer, prefix=settings.prefix, max_new_tokens=settings.max_new_tokens)
-        found = run_tasks(lm, others, manager, limit=settings.limit, chat=settings.chat, allow_code=settings.allow_code)
-        tasks, samples = tasks | found.tasks, samples | found.samples
+        theirs = run_tasks(
+            lm, others, manager, limit=settings.limit, chat=settings.chat, allow_code=settings.allow_code
+        )
+        tasks, samples = tasks | theirs.tasks, samples | theirs.samples
     run = _describe_run(loaded, settings, time.perf_counter() - began, lm)
     if not world.is_main:
         return None

@@ -1,1 +1,1 @@
-"""An evaluation of our own that needs no download: eight abilities that come before knowledge does."""
+"""Evaluations of our own that need no download: abilities that come before knowledge does, and instructions."""

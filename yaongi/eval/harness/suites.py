@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ask:
-    """A task or group of lm-eval, or our own `basics`."""
+    """A task or group of lm-eval, or one of our own."""
 
     task: str
     shots: int | None = None  # examples in the prompt; None: what the task says, or none
 
 
-BASICS = Ask("basics", 0)
+BASICS, INSTRUCTIONS = OWN = (Ask("basics", 0), Ask("instructions", 0))
 SUITES: dict[str, tuple[Ask, ...]] = {
     "basics": (BASICS,),
+    "instructions": (INSTRUCTIONS,),
     "quick": (BASICS, Ask("kmmlu_hard", 5), Ask("kobest_copa", 5), Ask("kobest_hellaswag", 5)),
     "korean": (BASICS, Ask("kmmlu", 5), Ask("haerae", 0), Ask("kobest", 5)),
     "math": (BASICS, Ask("hrm8k", 0), Ask("gsm8k", 5)),
@@ -35,6 +36,8 @@ def asks(suite: str, tasks: tuple[str, ...], shots: int | None) -> list[Ask]:
     """
     if suite not in SUITES:
         raise ValueError(f"eval: --suite must be among {', '.join(SUITES)}, got {suite!r}")
-    if tasks:
-        return [BASICS if task == BASICS.task else Ask(task, shots) for task in tasks]
-    return [ask if shots is None or ask == BASICS else Ask(ask.task, shots) for ask in SUITES[suite]]
+    own = {ask.task: ask for ask in OWN}
+    named = [Ask(task, shots) for task in tasks] or [
+        ask if shots is None else Ask(ask.task, shots) for ask in SUITES[suite]
+    ]
+    return [own.get(ask.task, ask) for ask in named]

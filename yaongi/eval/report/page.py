@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 from yaongi.eval.basics.suite import GROUP, TASKS
-from yaongi.eval.harness.suites import PUBLISHED
+from yaongi.eval.harness.suites import INSTRUCTIONS, PUBLISHED
 from yaongi.eval.report.figures import bars, categories, curves, main_metric, members
 from yaongi.eval.report.results import RESULTS, read_results
 from yaongi.eval.report.table import is_chance, notes, ordered, score_text
@@ -94,6 +94,12 @@ def _task_parts(models: Named) -> list[str]:
             "<h2>What “basics” asks</h2><p>Ours, written for this project and seeded: four choices, 400 questions a "
             "task, no examples in the prompt. It measures the forms of Korean, simple sums, copying and names in code, "
             f"not knowledge: its scores move long before KMMLU's do.</p><table>{about}</table>"
+        )
+    if INSTRUCTIONS.task in first:
+        parts.append(
+            "<h2>What “instructions” asks</h2><p>Ours, for models tuned on chats: the held-out conversations of "
+            "embedded:instructions, whose words no training conversation has. An answer is right if it is the only "
+            "right one to the letter, and ends by itself.</p>"
         )
     return [*parts, _models(models)]
 
