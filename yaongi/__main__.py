@@ -12,6 +12,7 @@ COMMANDS = {  # name: the module that `python -m` would run, and what it does
     "tune": ("yaongi.tune", "tune a model on conversations"),
     "report": ("yaongi.train.report", "one page on a run, or on several beside each other"),
     "generate": ("yaongi.generate", "text from a trained model"),
+    "chat": ("yaongi.chat", "a conversation with a trained model"),
     "serve": ("yaongi.serve", "a trained model behind OpenAI's protocol, with a page to talk to it"),
     "eval": ("yaongi.eval", "bits per byte, scores on tasks, and a page that shows them"),
     "export": ("yaongi.export", "a model for transformers or llama.cpp"),

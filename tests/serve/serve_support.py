@@ -16,10 +16,10 @@ CAPACITY = 256
 Serving = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
 
 
-def chain_model(tokenizer: Tokenizer, *chains: Sequence[int]) -> Yaongi:
+def chain_model(tokenizer: Tokenizer, chain: Sequence[int], max_sequence_length: int = CAPACITY) -> Yaongi:
     """Return a model in which each token of a chain is followed by the next one, whatever came before."""
     sizes = SIZES | {"hidden_size": 128, "pattern": "E", "vocab_size": tokenizer.vocab_size}
-    model = Yaongi(ModelConfig.from_dict(sizes | {"max_sequence_length": CAPACITY}))
+    model = Yaongi(ModelConfig.from_dict(sizes | {"max_sequence_length": max_sequence_length}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("down_proj", "down_proj.weight")):
@@ -27,9 +27,8 @@ def chain_model(tokenizer: Tokenizer, *chains: Sequence[int]) -> Yaongi:
         embeddings = model.backbone.embeddings.weight
         torch.nn.init.normal_(embeddings)
         model.lm_head.weight.zero_()
-        for chain in chains:
-            for token, following in itertools.pairwise(chain):
-                model.lm_head.weight[following] += embeddings[token]
+        for token, following in itertools.pairwise(chain):
+            model.lm_head.weight[following] += embeddings[token]
     return model
 
 
