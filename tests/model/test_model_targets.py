@@ -4,7 +4,7 @@ import pytest
 import torch
 from model_support import ENGRAM, assert_relative, gradients, packed, small_model, token_ids
 
-from yaongi.model.losses import NO_TARGET, head_cross_entropy, next_tokens
+from yaongi.model.losses import NO_TARGET, head_cross_entropy, head_token_losses, next_tokens
 
 LENGTH = 48
 DOCUMENTS = (20, 28)
@@ -48,6 +48,35 @@ def test_the_gradient_is_zero_exactly_where_there_is_no_target(ahead: bool) -> N
     total, _ = head_cross_entropy(hidden, weight, targets, 7, upstream)
     (dhidden,) = torch.autograd.grad(total, hidden)
     assert torch.equal(dhidden.abs().sum(1) > 0, targets >= 0)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_the_loss_of_each_token_and_its_gradient(chunk: int) -> None:
+    hidden = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(-9, 17, (30,)), torch.randn(30, dtype=torch.float64)
+    losses = head_token_losses(hidden, weight, targets, chunk)
+    plain = torch.nn.functional.cross_entropy(
+        hidden @ weight.T, targets.clamp(min=-1), reduction="none", ignore_index=-1
+    )
+    assert_relative(losses, plain, 1e-12)
+    found, wanted = (torch.autograd.grad((each * weights).sum(), [hidden, weight]) for each in (losses, plain))
+    for got, exact in zip(found, wanted, strict=True):
+        assert_relative(got, exact, 1e-12)
+
+
+def test_a_model_gives_the_loss_of_each_token() -> None:
+    model = small_model(engram=(ENGRAM,))
+    ids, documents = token_ids(model, 2, LENGTH), packed(DOCUMENTS, DOCUMENTS)
+    targets = masked(ids)
+    found, whole = (
+        model.token_losses(ids, documents, targets=targets),
+        model.losses(ids, documents, targets=targets),
+    )
+    assert torch.equal(found.cross_entropy != 0, targets >= 0)
+    assert_relative(found.cross_entropy.sum(), whole.cross_entropy_sum, 1e-6)
+    assert torch.equal(found.balance, whole.balance)
+    assert torch.equal(found.loads, whole.loads)
 
 
 def test_what_stands_at_a_masked_place_changes_no_bit() -> None:

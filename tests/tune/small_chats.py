@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from yaongi.data.chats.encode import encode_chat, encode_prompt
-from yaongi.data.chats.rows import CHAT
+from yaongi.data.chats.rows import CHAT, PREFERENCES
 from yaongi.data.shards import ShardWriter
 from yaongi.data.stages.shard_folder import write_description
 from yaongi.data.tokenizer import Tokenizer
@@ -35,6 +35,23 @@ def write_chats(folder: Path, tokenizer: Tokenizer, train: int = 60, val: int = 
         splits[split] = {CHAT: writer.shards}
     header = encode_prompt([{"role": "user", "content": ""}], tokenizer)[-3:]
     write_description(folder, tokenizer, splits, kind=CHAT, answer_header=header)
+    return folder
+
+
+def write_preferences(folder: Path, tokenizer: Tokenizer, train: int = 60, val: int = 12) -> Path:
+    """Write pairs in which the letter that was asked for is preferred to another, and return their folder."""
+    rng, splits = random.Random(0), {}
+    for split, count in (("train", train), ("val", val)):
+        writer = ShardWriter(folder, f"{split}/{PREFERENCES}", "own", "none", 10**6, tokenizer.vocab_size)
+        for _ in range(count):
+            question, other = rng.sample(LETTERS, 2)
+            for answer in (question, other):
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                ids, mask = encode_chat(messages, tokenizer)
+                writer.add(np.array(ids, np.int32), 1, np.array(mask))
+        writer.close()
+        splits[split] = {PREFERENCES: writer.shards}
+    write_description(folder, tokenizer, splits, kind=PREFERENCES)
     return folder
 
 

@@ -57,7 +57,7 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, so that copies to the GPU overlap with its work."""
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Batch(**{name: part.pin_memory() for name, part in parts.items() if part is not None})
+        return type(self)(**{name: part.pin_memory() for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ class RowLoader(ABC):
     def read(self, samples: Iterable[int]) -> Batch:
         """Read the rows of the given sample numbers (B,); the result does not depend on earlier reads."""
         numbers = np.fromiter(samples, np.int64)
-        streams, places = self.mixture.locate(numbers)
-        rows = self._rows_at(streams, places)
+        streams, rows = self.rows_of(numbers)
         found = [self.streams[s].rows.read(row) for s, row in zip(streams.tolist(), rows.tolist(), strict=True)]
         ids, documents, targets = zip(*found, strict=True)
         tokens = np.stack(ids)
@@ -132,6 +131,11 @@ class RowLoader(ABC):
             torch.from_numpy(numbers),
             labels,
         )
+
+    def rows_of(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return of each sample (B,) its stream's number and its row there."""
+        streams, places = self.mixture.locate(samples)
+        return streams, self._rows_at(streams, places)
 
     def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro: int = 0, micro_batch: int | None = None

@@ -13,6 +13,14 @@ NO_TARGET = -1
 CHUNK_LOGITS = 2**27  # logits in memory at once, plus as many gradients: 0.5 GB together in bfloat16
 
 
+class TokenLosses(NamedTuple):
+    """The loss of each token of a micro-batch, for objectives that are no sum over them."""
+
+    cross_entropy: Tensor  # (B, L), nats, 0 where there is no target
+    balance: Tensor  # as in `Losses`
+    loads: Tensor  # as in `Losses`
+
+
 class Losses(NamedTuple):
     """Sums over one micro-batch, for exact accumulation over several."""
 
@@ -54,44 +62,72 @@ def head_cross_entropy(
     Returns:
         Two scalars in float32 (float64 for float64 inputs).
     """
-    chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
+    chunk = chunk or _chunk(weight)
     gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
     if upstream is not None and torch.is_grad_enabled():
         return _HeadCrossEntropyAhead.apply(hidden, weight, targets, chunk, gradient, *upstream)
-    return _HeadCrossEntropy.apply(hidden, weight, targets, chunk, gradient)
+    losses, normalizers = _HeadCrossEntropy.apply(hidden, weight, targets, chunk, gradient)
+    return _sums(losses, normalizers, targets)
 
 
 def module_cross_entropy(
     hidden: Tensor, head: torch.nn.Module, targets: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """Do what `head_cross_entropy` does, for a head that is any module: its logits are recomputed chunk by chunk."""
+    return _sums(*_module_cross_entropy(hidden, head, targets, vocab_size), targets)
+
+
+def head_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """Return −log p(target) of each token (T,), 0 where there is none: `head_cross_entropy` before its sum.
+
+    In float32 (float64 for float64 inputs); arguments as there. The backward pass recomputes the logits.
+    """
+    gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
+    return _HeadCrossEntropy.apply(hidden, weight, targets, chunk or _chunk(weight), gradient)[0]
+
+
+def module_token_losses(hidden: Tensor, head: torch.nn.Module, targets: Tensor, vocab_size: int) -> Tensor:
+    """Do what `head_token_losses` does, for a head that is any module."""
+    return _module_cross_entropy(hidden, head, targets, vocab_size)[0]
+
+
+def _module_cross_entropy(
+    hidden: Tensor, head: torch.nn.Module, targets: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return each token's loss and logsumexp, (T,); the logits are recomputed chunk by chunk."""
 
     def part(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses, normalizers = cross_entropy(head(rows), labels)
-        return losses.sum(), torch.where(labels < 0, 0, normalizers.square()).sum()
+        return cross_entropy(head(rows), labels)
 
     chunk = max(1, CHUNK_LOGITS // vocab_size)
     parts = [
         checkpoint(part, rows, labels, use_reentrant=False)
         for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
-    losses, squares = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
-    return losses, squares
+    losses, normalizers = (torch.cat(each) for each in zip(*parts, strict=True))
+    return losses, normalizers
 
 
 class _HeadGradients:
     """The gradients of the loss, summed chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, dloss: Tensor, dsquares: Tensor, into: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, into: Tensor | None) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self._weight, self._dloss, self._dsquares, self._into = weight, dloss, dsquares, into
+        self._weight, self._into = weight, into
         self._dweight = torch.zeros_like(weight, dtype=wide) if into is None else into
         self.dhidden = torch.empty_like(hidden)
 
-    def add(self, part: slice, rows: Tensor, logits: Tensor, targets: Tensor, normalizers: Tensor) -> None:
-        """Add those of the tokens `part`."""
-        dnormalizers = torch.where(targets < 0, 0, 2 * self._dsquares * normalizers)
-        dlosses = self._dloss.expand_as(normalizers)
+    def add(
+        self,
+        part: slice,
+        rows: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        normalizers: Tensor,
+        dlosses: Tensor,
+        dnormalizers: Tensor,
+    ) -> None:
+        """Add those of the tokens `part`, from the gradients of their losses and logsumexps."""
         dlogits = cross_entropy_backward(dlosses, dnormalizers, logits, targets, normalizers)
         torch.mm(dlogits, self._weight, out=self.dhidden[part])
         accumulate_product(self._dweight, dlogits.T, rows)
@@ -102,16 +138,20 @@ class _HeadGradients:
         return self._dweight.to(self._weight.dtype) if self._into is None else None
 
 
+def _chunk(weight: Tensor) -> int:
+    return max(1, CHUNK_LOGITS // weight.shape[0])
+
+
 def _chunks(tokens: int, chunk: int) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)]
 
 
-def _sums(losses: list[Tensor], normalizers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.cat(losses).sum(), torch.where(targets < 0, 0, normalizers.square()).sum()
+def _sums(losses: Tensor, normalizers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return losses.sum(), torch.where(targets < 0, 0, normalizers.square()).sum()
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """The loss chunk by chunk. No logits are saved, so forward and backward both compute the product with the head."""
+    """Each token's loss and logsumexp, chunk by chunk. No logits are saved: forward and backward both compute them."""
 
     @staticmethod
     def forward(
@@ -119,19 +159,20 @@ class _HeadCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         parts = _chunks(len(hidden), chunk)
         results = [cross_entropy(hidden[part] @ weight.T, targets[part]) for part in parts]
-        losses, logsums = map(list, zip(*results, strict=True))
-        normalizers = torch.cat(logsums)
+        losses, normalizers = (torch.cat(each) for each in zip(*results, strict=True))
         ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.parts, ctx.gradient = parts, gradient
-        return _sums(losses, normalizers, targets)
+        return losses, normalizers
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlosses: Tensor, dnormalizers: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
-        gradients = _HeadGradients(hidden, weight, dloss, dsquares, ctx.gradient)
+        gradients = _HeadGradients(hidden, weight, ctx.gradient)
         for part in ctx.parts:
             rows = hidden[part]
-            gradients.add(part, rows, rows @ weight.T, targets[part], normalizers[part])
+            gradients.add(
+                part, rows, rows @ weight.T, targets[part], normalizers[part], dlosses[part], dnormalizers[part]
+            )
         return gradients.dhidden, gradients.dweight, None, None, None
 
 
@@ -149,17 +190,18 @@ class _HeadCrossEntropyAhead(torch.autograd.Function):
         dloss: Tensor,
         dsquares: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        gradients = _HeadGradients(hidden, weight, dloss, dsquares, gradient)
+        gradients = _HeadGradients(hidden, weight, gradient)
         losses, logsums = [], []
         for part in _chunks(len(hidden), chunk):
             rows, labels = hidden[part], targets[part]
             logits = rows @ weight.T
             loss, logsum = cross_entropy(logits, labels)
-            gradients.add(part, rows, logits, labels, logsum)
+            dnormalizers = torch.where(labels < 0, 0, 2 * dsquares * logsum)
+            gradients.add(part, rows, logits, labels, logsum, dloss.expand_as(logsum), dnormalizers)
             losses.append(loss)
             logsums.append(logsum)
         ctx.save_for_backward(gradients.dhidden, gradients.dweight, dloss, dsquares)
-        return _sums(losses, torch.cat(logsums), targets)
+        return _sums(torch.cat(losses), torch.cat(logsums), targets)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, dsquares: Tensor) -> tuple[Tensor | None, ...]:

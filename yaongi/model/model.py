@@ -23,7 +23,15 @@ from yaongi.model.layers.fp8_scales import Fp8Scales
 from yaongi.model.layers.linear import Embedding, Linear
 from yaongi.model.layers.norm import RMSNorm, add_and_norm
 from yaongi.model.layers.plain import is_plain
-from yaongi.model.losses import Losses, head_cross_entropy, module_cross_entropy, next_tokens
+from yaongi.model.losses import (
+    Losses,
+    TokenLosses,
+    head_cross_entropy,
+    head_token_losses,
+    module_cross_entropy,
+    module_token_losses,
+    next_tokens,
+)
 from yaongi.model.mixers.attention import Attention
 from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, ContinuedAttention, plan_attention
 from yaongi.model.mixers.fp8_mixers import LETTERS, Fp8Products
@@ -264,12 +272,18 @@ class Yaongi(nn.Module):
         hidden, routings = self._hidden(input_ids, document_ids, with_routing=True)
         labels = self._labels(input_ids, document_ids, targets)
         total, squares = self._cross_entropy(hidden, labels, upstream)
-        if routings:
-            balance = torch.stack([routing.balance for routing in routings]).sum()
-            loads = torch.stack([routing.load for routing in routings])
-        else:
-            balance, loads = total.new_zeros(()), labels.new_zeros((0, self.config.experts), dtype=torch.int32)
+        balance, loads = self._routed(routings, total)
         return Losses(total, squares, balance, (labels >= 0).sum(), loads)
+
+    def token_losses(self, input_ids: Tensor, document_ids: Tensor | None, *, targets: Tensor) -> TokenLosses:
+        """Return the loss of each token, with a gradient; arguments and errors as in `losses`."""
+        hidden, routings = self._hidden(input_ids, document_ids, with_routing=True)
+        rows, labels = hidden.flatten(0, 1), self._labels(input_ids, document_ids, targets)
+        if is_plain(self.lm_head, Linear):
+            losses = head_token_losses(rows, self.lm_head.weight, labels)
+        else:
+            losses = module_token_losses(rows, self.lm_head, labels, self.config.vocab_size)
+        return TokenLosses(losses.view_as(targets), *self._routed(routings, losses))
 
     @classmethod
     def from_pretrained(
@@ -354,6 +368,13 @@ class Yaongi(nn.Module):
         for mixer, change in zip(layers, rate * balance_direction(loads), strict=True):
             bias = mixer.gate.e_score_correction_bias
             bias.add_(change.to(bias))
+
+    def _routed(self, routings: list[Routing], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the balance loss and the loads of `Losses`."""
+        if routings:
+            balance = torch.stack([routing.balance for routing in routings]).sum()
+            return balance, torch.stack([routing.load for routing in routings])
+        return like.new_zeros(()), like.new_zeros((0, self.config.experts), dtype=torch.int32)
 
     def _labels(self, input_ids: Tensor, document_ids: Tensor | None, targets: Tensor | None) -> Tensor:
         """Return the targets (B·L); those of the next tokens if none are given."""

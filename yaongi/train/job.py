@@ -1,6 +1,6 @@
 """What a run is for: its data, what it measures, and the model folder that it leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from yaongi.data.row_loader import RowLoader
@@ -13,6 +13,7 @@ from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.evaluation.findings import Evaluation
 from yaongi.train.metrics.display import Display
+from yaongi.train.step.objective import NextToken, Objective
 from yaongi.world import World
 
 
@@ -32,6 +33,13 @@ class Pretraining:
     def fit(self, config: Config, tokenizer: Tokenizer, loader: RowLoader) -> Config:
         """Return the configuration with what follows from the data."""
         return fit_to_data(config, tokenizer, loader)
+
+    def prepare(self, config: Config, loader: RowLoader, world: World, say: Callable[[str], None]) -> None:
+        """Do what must be done before the model is built; nothing here."""
+
+    def objective(self, config: Config) -> Objective:
+        """Return what the run minimises."""
+        return NextToken(config.train.z_loss)
 
     def evaluation(
         self,

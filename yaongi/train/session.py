@@ -116,6 +116,7 @@ class Session:
         self._start = start = find_start(self.config, self.checkpoints, self._record, self.tokenizer.hash)
         self._record["lineage"] = start.lineage
         self.checkpoints.prepare()
+        self.job.prepare(self.config, self.loader, world, self.display.say)
         self._build()
         if start.found is not None:
             self._restore(*start.found)
@@ -153,7 +154,13 @@ class Session:
         self.guard = Guard(config.train.bad_steps)
         token_bytes = torch.from_numpy(self.tokenizer.byte_lengths)
         self.stepper = Stepper(
-            self.model, self.optimizer, config.train, world, token_bytes, cuda_graph=config.run.cuda_graph
+            self.model,
+            self.optimizer,
+            config.train,
+            world,
+            token_bytes,
+            cuda_graph=config.run.cuda_graph,
+            objective=self.job.objective(config),
         )
         self.evaluation = self.job.evaluation(
             config, self.loader, self.tokenizer, world, self.plan.micro_rows, self.display

@@ -1,7 +1,9 @@
 """`python -m yaongi.tune --init RUN/model --data CHAT --out TUNED`: tuning, on one device or under `torchrun`."""
 
+import sys
+
 from yaongi.train.program import main
-from yaongi.tune.job import Tuning
+from yaongi.tune.objectives import job_of
 
 if __name__ == "__main__":
-    main(Tuning())
+    main(job_of(sys.argv[1:]))

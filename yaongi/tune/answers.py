@@ -1,6 +1,7 @@
 """What a tuning measures besides bits per byte: the loss on held-out answers, which ones end, three conversations."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +29,37 @@ ENDING = 0.9  # share of answers that must end by themselves at the end of a tun
 Prompts = list[list[int]]
 
 
+@dataclass(frozen=True)
+class HeldOutAnswers:
+    """Held-out answers, to predict and to compare with."""
+
+    rows: HeldOut | None  # what is learnt of them, to predict; None: not measured
+    prompts: Prompts  # to be answered
+    lengths: list[int]  # of the held-out answers to these, with their end
+    ends_learnt: bool  # whether the end of an answer is learnt at all
+
+
+NO_ANSWERS = HeldOutAnswers(None, [], [], True)
+
+
+def chat_answers(loader: ChatLoader, rows: int, prompts: int, end: int) -> HeldOutAnswers:
+    """Read held-out conversations: so many rows, and so many prompts with the last answer of each.
+
+    Args:
+        end: the id that ends an answer.
+
+    Raises:
+        ValueError: there are none.
+    """
+    chats, found, lengths = loader.held_out_chats(), [], []
+    for number in evenly(len(chats.conversations), prompts) if prompts else ():
+        prompt = chats.prompt(number).tolist()
+        found.append(prompt)
+        lengths.append(int(chats.conversations.lengths[number]) - len(prompt) - 1)
+    learnt = bool((loader.chats.read(0).targets == end).any())
+    return HeldOutAnswers(loader.held_out_answers(rows), found, lengths, learnt)
+
+
 class AnswerEvaluation(Evaluation):
     """The trainer's evaluation on conversations, with the model's own answers."""
 
@@ -39,15 +71,12 @@ class AnswerEvaluation(Evaluation):
         world: World,
         rows_at_once: int,
         say: Callable[[str], None],
-        loader: ChatLoader,
+        answers: HeldOutAnswers,
     ) -> None:
-        """Read the held-out prompts; arguments and errors as in `Evaluation`."""
+        """Prepare the questions; arguments and errors as in `Evaluation`."""
         super().__init__(config, rows, tokenizer, world, rows_at_once, say)
         self._run = config.run
-        self._end = tokenizer.piece_to_id(END_OF_TURN)
-        self._answers: HeldOut | None = None
-        self._prompts: Prompts = []
-        self._lengths: list[int] = []  # of the held-out answers to them, with their end
+        self._held = answers
         self._room = config.model.max_sequence_length
         self._questions = {
             name: encode_prompt([{"role": "user", "content": text}], tokenizer) for name, text in QUESTIONS.items()
@@ -56,18 +85,10 @@ class AnswerEvaluation(Evaluation):
             if len(question) + self._run.sample_tokens > self._room:
                 del self._questions[name]
                 say(f"no answer to the question {name}: it would exceed the model's {self._room} tokens")
-        self._ends_learnt = bool((torch.from_numpy(loader.chats.read(0).targets) == self._end).any())
-        if CHAT in rows:
-            self._answers = loader.held_out_answers(config.run.evaluate_rows)
-            chats = loader.held_out_chats()
-            for number in evenly(len(chats.conversations), self._run.stop_prompts) if self._run.stop_prompts else ():
-                prompt = chats.prompt(number).tolist()
-                self._prompts.append(prompt)
-                self._lengths.append(int(chats.conversations.lengths[number]) - len(prompt) - 1)
 
     def texts(self, model: Yaongi, step: int) -> Iterator[Finding]:
         """Measure the held-out answers and the model's own, and have it answer three questions."""
-        if self._answers is not None:
+        if self._held.rows is not None or self._held.prompts:
             yield self._answered(model, step)
         if self._run.sample_tokens:
             answers = self._generate(model, list(self._questions.values()), self._run.sample_tokens)
@@ -79,28 +100,30 @@ class AnswerEvaluation(Evaluation):
 
     def _answered(self, model: Yaongi, step: int) -> Finding:
         """Return the loss per target, and which share of the answers to held-out prompts end, of what length."""
-        assert self._answers is not None
-        (nats,) = HeldOutBits({CHAT: self._answers}, self.world).nats(model, self.rows_at_once)
-        values: dict[str, float] = {"loss": nats / int(self._answers.predicted.sum())}
-        line = f"held-out answers: loss {values['loss']:.3f}"
-        warning = ""
-        if self._prompts:
+        values: dict[str, float] = {}
+        said, warning, prompts = [], "", self._held.prompts
+        if self._held.rows is not None:
+            (nats,) = HeldOutBits({CHAT: self._held.rows}, self.world).nats(model, self.rows_at_once)
+            values["loss"] = nats / int(self._held.rows.predicted.sum())
+            said.append(f"loss {values['loss']:.3f}")
+        if prompts:
             size, rank = self.world.size, self.world.rank
-            answers = self._generate(model, self._prompts[rank::size], self._run.answer_tokens)
+            answers = self._generate(model, prompts[rank::size], self._run.answer_tokens)
             counts = torch.tensor([sum(ends for _, ends in answers), sum(len(answer) for answer, _ in answers)])
             ended, tokens = self.world.all_reduce(counts.to(self.world.device)).tolist()
-            values |= {"stop_rate": ended / len(self._prompts), "length": tokens / len(self._prompts)}
-            line += f", {ended} of {len(self._prompts)} generated ones ended, {values['length']:.0f} tokens on average"
+            values |= {"stop_rate": ended / len(prompts), "length": tokens / len(prompts)}
+            said.append(f"{ended} of {len(prompts)} generated ones ended, {values['length']:.0f} tokens on average")
             if step == self.config.train.steps and values["stop_rate"] < ENDING:
-                warning = f"only {ended} of {len(self._prompts)} answers ended by themselves: {self._cause()}"
+                warning = f"only {ended} of {len(prompts)} answers ended by themselves: {self._cause()}"
+        line = f"held-out answers: {', '.join(said)}"
         return Finding("answers", values, [line], {f"answers/{name}": value for name, value in values.items()}, warning)
 
     def _cause(self) -> str:
         """Say why answers don't end, as far as it can be known."""
-        longer = sum(length >= self._run.answer_tokens for length in self._lengths)
-        if not self._ends_learnt:
+        longer = sum(length >= self._run.answer_tokens for length in self._held.lengths)
+        if not self._held.ends_learnt:
             return f"no {END_OF_TURN} of the conversations is learnt (python -m yaongi.data chat --show 3)"
-        if longer > (1 - ENDING) * len(self._lengths):
+        if longer > (1 - ENDING) * len(self._held.lengths):
             return f"{longer} of the held-out answers are not shorter than --answer-tokens {self._run.answer_tokens}"
         return "the tuning was too short or its steps too small for that: more --epochs, or a larger --lr-scale"
 

@@ -1,7 +1,7 @@
 """Batches of conversations, and of pretraining text beside them, in the order of `data.row_loader`."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from yaongi.data.mix import mix_text, parse_mix
 from yaongi.data.pieces import END_OF_TURN
 from yaongi.data.row_loader import HeldOut, RowLoader, RowStream
 from yaongi.data.tokenizer import Tokenizer
+from yaongi.eval.held_out import held_out_rows
+from yaongi.tune.config import TuneConfig
 
 
 class ChatLoader(RowLoader):
@@ -109,6 +111,14 @@ class ChatLoader(RowLoader):
     def _counting(self, ids: torch.Tensor, documents: torch.Tensor, predicted: torch.Tensor) -> HeldOut:
         sizes = torch.from_numpy(self._tokenizer.byte_lengths.astype(np.int64))
         return HeldOut(ids, documents, predicted, (sizes[ids] * predicted).sum(1))
+
+
+def base_rows(config: TuneConfig, tokenizer: Tokenizer, warn: Callable[[str], None]) -> dict[str, HeldOut]:
+    """Read the held-out rows of --base-data, by which what is forgotten is measured; none without it."""
+    run = config.run
+    if run.base_data is None:
+        return {}
+    return held_out_rows(run.base_data, tokenizer.hash, config.train.row_tokens, run.evaluate_rows, warn)
 
 
 def _joined(*hashes: str) -> str:

@@ -15,7 +15,11 @@ from yaongi.train.command_line import COUNTS, DEFAULT_PRESET, load_tyro
 from yaongi.train.config import Training
 from yaongi.tune.config import TuneConfig, TuneRunning, TuneSettings, tuning_defaults
 
-_RUNNING, _SETTINGS = TuneRunning(), TuneSettings()
+_RUNNING = TuneRunning()
+BY_OBJECTIVE = {  # share of the steps for the warm-up, and settings
+    "sft": (0.03, TuneSettings()),
+    "dpo": (0.1, TuneSettings("dpo", epochs=1.0, lr_scale=0.01)),
+}
 _EPOCHS = ("--tokens", "--max-epochs")  # of the trainer's options, those in whose place --epochs is
 
 
@@ -29,6 +33,7 @@ def parse(arguments: Sequence[str]) -> TuneConfig:
     tyro = load_tyro()
     first = argparse.ArgumentParser("python -m yaongi.tune", add_help=False, allow_abbrev=False)
     first.add_argument("--init")
+    first.add_argument("--objective")
     chosen, _ = first.parse_known_args(arguments)
     for option in (argument.partition("=")[0].replace("_", "-") for argument in arguments):
         if option in _EPOCHS:
@@ -38,13 +43,14 @@ def parse(arguments: Sequence[str]) -> TuneConfig:
         model, compression = _of_init(Path(chosen.init))
     elif not {"--help", "-h"} & set(arguments):
         raise ValueError("tune: --init must be a model folder or a run, got none")
-    training = tuning_defaults(model, engram_compression=compression)
+    warmup, settings = BY_OBJECTIVE.get(chosen.objective, BY_OBJECTIVE["sft"])
+    training = tuning_defaults(model, warmup, engram_compression=compression)
 
     def collect(
         precision: Annotated[PrecisionConfig, tyro.conf.arg(name="model.precision")] = model.precision,
         train: Annotated[Training, tyro.conf.arg(name="")] = training,
         run: Annotated[TuneRunning, tyro.conf.arg(name="")] = _RUNNING,
-        tune: Annotated[TuneSettings, tyro.conf.arg(name="")] = _SETTINGS,
+        tune: Annotated[TuneSettings, tyro.conf.arg(name="")] = settings,
     ) -> TuneConfig:
         scaled = {name: tune.lr_scale * getattr(train, name) for name in ("matrix_lr", "adam_lr")}
         tuned = dataclasses.replace(model, precision=precision)
@@ -54,7 +60,7 @@ def parse(arguments: Sequence[str]) -> TuneConfig:
         collect,
         args=cli.with_digits(arguments, COUNTS),
         prog="python -m yaongi.tune",
-        description="Tuning on conversations, from the weights of --init, which is needed.",
+        description="Tuning on conversations or preferences, from the weights of --init, which is needed.",
     )
 
 

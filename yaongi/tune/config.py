@@ -13,9 +13,11 @@ from yaongi.train.config import Config, Running, Training
 class TuneSettings:
     """Settings of a tuning that decide the weights, beside those of `Training`."""
 
-    objective: Literal["sft"] = "sft"  # sft: learn the answers of conversations
-    epochs: float = 2.0  # how often the conversations are read
-    lr_scale: float = 0.1  # factor on --matrix-lr and --adam-lr, which are the peaks of pretraining
+    objective: Literal["sft", "dpo"] = "sft"  # sft: learn the answers of conversations; dpo: prefer one of two
+    epochs: float = 2.0  # how often the conversations or pairs are read; 1 for dpo
+    lr_scale: float = 0.1  # factor on --matrix-lr and --adam-lr, which are the peaks of pretraining; 0.01 for dpo
+    beta: float = 0.0  # dpo: weight of the log-probabilities; 0: 0.1, or 5 with --length-normalised
+    length_normalised: bool = False  # dpo: log-probabilities per token of their answer
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError for one that doesn't fit."""
@@ -23,13 +25,22 @@ class TuneSettings:
         for name in ("epochs", "lr_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"config: {name} must be above 0, got {getattr(self, name)}")
+        if not self.beta >= 0:
+            raise ValueError(f"config: beta must be 0 or more, got {self.beta}")
+        if self.objective == "sft" and (self.beta or self.length_normalised):
+            raise ValueError("tune: --beta and --length-normalised must go with --objective dpo, got sft")
+
+    @property
+    def weight(self) -> float:
+        """The β of dpo."""
+        return self.beta or (5.0 if self.length_normalised else 0.1)
 
 
 @dataclass(frozen=True)
 class TuneRunning(Running):
     """Settings of where and how a tuning happens; they may change when it is resumed."""
 
-    data: Path = Path("data/chat")  # folder of the conversations, from python -m yaongi.data chat
+    data: Path = Path("data/chat")  # folder of conversations or preferences, from python -m yaongi.data chat
     out: Path = Path("runs/tune")  # folder of the run: checkpoints, metrics, report, model
     parallel: Literal["auto", "replicate", "fsdp"] = "replicate"  # whole weights on each of several processes
     evaluate_every: int = 100  # steps between evaluations; also before the first and after the last step
@@ -57,12 +68,13 @@ class TuneConfig(Config):
     tune: TuneSettings = field(default_factory=TuneSettings)
 
 
-def tuning_defaults(model: ModelConfig, **others: Any) -> Training:
+def tuning_defaults(model: ModelConfig, warmup: float, **others: Any) -> Training:
     """Return the trainer's settings as tuning has them: a short warm-up, then linearly to 0, without weight decay.
 
     The router's balancing bias is frozen: a step of 1e-3 is large beside scores within 0 to 1.
 
     Args:
+        warmup: share of the steps.
         others: further fields.
     """
     rows = min(4096, model.max_sequence_length)
@@ -71,8 +83,8 @@ def tuning_defaults(model: ModelConfig, **others: Any) -> Training:
             "tokens": 16 * rows,  # until the data is opened: the epochs decide
             "batch_tokens": 16 * rows,
             "row_tokens": rows,
-            "warmup": 0.03,
-            "decay": 0.97,
+            "warmup": warmup,
+            "decay": 1 - warmup,
             "final_lr": 0.0,
             "weight_decay": 0.0,
             "bias_travel": 0.0,

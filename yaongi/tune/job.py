@@ -15,7 +15,7 @@ from yaongi.train.config import Config
 from yaongi.train.evaluation.findings import Evaluation
 from yaongi.train.job import Pretraining
 from yaongi.train.metrics.display import Display
-from yaongi.tune.answers import AnswerEvaluation
+from yaongi.tune.answers import NO_ANSWERS, AnswerEvaluation, chat_answers
 from yaongi.tune.chat_loader import ChatLoader
 from yaongi.tune.command_line import parse
 from yaongi.tune.config import TuneConfig
@@ -26,17 +26,22 @@ class Tuning(Pretraining):
     """Supervised tuning on conversations."""
 
     module = "yaongi.tune"
+    domain = CHAT  # what an epoch is counted by
 
     def parse(self, arguments: Sequence[str]) -> TuneConfig:
         """Parse a command line; errors as in `command_line.parse`."""
         return parse(arguments)
 
-    def open_data(self, config: Config) -> tuple[ChatLoader, Tokenizer]:
-        """Open the conversations and the text that is read again; errors as in `ChatLoader`."""
+    def open_data(self, config: Config) -> tuple[RowLoader, Tokenizer]:
+        """Open what is tuned on, and the tokenizer stored with it; errors as in `open_loader`."""
         assert isinstance(config, TuneConfig)
+        tokenizer = Tokenizer.load(config.run.data / "tokenizer")
+        return self.open_loader(config, tokenizer), tokenizer
+
+    def open_loader(self, config: TuneConfig, tokenizer: Tokenizer) -> RowLoader:
+        """Open the conversations and the text that is read again; errors as in `ChatLoader`."""
         train, run = config.train, config.run
-        tokenizer = Tokenizer.load(run.data / "tokenizer")
-        loader = ChatLoader(
+        return ChatLoader(
             run.data,
             run.base_data,
             tokenizer,
@@ -45,14 +50,13 @@ class Tuning(Pretraining):
             seed=train.seed,
             mix=train.mix,
         )
-        return loader, tokenizer
 
     def fit(self, config: Config, tokenizer: Tokenizer, loader: RowLoader) -> Config:
         """Return the configuration with the tokens of its epochs, and a model whose answers end with their turn."""
         assert isinstance(config, TuneConfig)
         epochs, shares = config.tune.epochs, loader.mixture.shares
         config = super().fit(config, tokenizer, loader)
-        rows = epochs * loader.rows[CHAT] * sum(shares.values()) / shares[CHAT]
+        rows = epochs * loader.rows[self.domain] * sum(shares.values()) / shares[self.domain]
         steps = max(1, round(rows / config.train.batch_rows))
         ends = tuple(dict.fromkeys((*config.model.stop_token_ids, tokenizer.piece_to_id(END_OF_TURN))))
         return replace(
@@ -73,8 +77,12 @@ class Tuning(Pretraining):
         """Return what the run measures between steps; of what there is no held-out text is left out."""
         assert isinstance(config, TuneConfig)
         assert isinstance(loader, ChatLoader)
-        rows = rows_of_domains(loader, config.run.evaluate_rows, display.warn)
-        return AnswerEvaluation(config, rows, tokenizer, world, rows_at_once, display.say, loader)
+        run, answers = config.run, NO_ANSWERS
+        rows = rows_of_domains(loader, run.evaluate_rows, display.warn)
+        if CHAT in rows:
+            end = tokenizer.piece_to_id(END_OF_TURN)
+            answers = chat_answers(loader, run.evaluate_rows, run.stop_prompts, end)
+        return AnswerEvaluation(config, rows, tokenizer, world, rows_at_once, display.say, answers)
 
     def save_model(self, model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World) -> None:
         """Write a model folder whose files say that answers end with their turn; errors as in `Pretraining`."""

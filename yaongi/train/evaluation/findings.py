@@ -51,7 +51,7 @@ class Evaluation:
         self.held_out = HeldOutBits(rows, world)
         self.config, self.tokenizer, self.world = config, tokenizer, world
         self.rows_at_once = rows_at_once
-        self._say = say
+        self.say = say
         self._tasks = None
         if run.evaluate_tasks != "none":
             self._tasks = TaskScores(run.evaluate_tasks, tokenizer, world, config.train.row_tokens)
@@ -81,7 +81,7 @@ class Evaluation:
         turn = is_due(run.evaluate_every * run.evaluate_tasks_every, step, self.config.train.steps)
         if self._tasks is None or not (turn or step == 0):
             return
-        scores = self._tasks.measure(model, self.rows_at_once, self._say)
+        scores = self._tasks.measure(model, self.rows_at_once, self.say)
         logged: dict[str, float] = {}
         for name, found in scores.items():
             values = {"": found["metrics"]["acc"]["value"], "_margin": found["margin"]}

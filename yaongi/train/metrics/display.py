@@ -73,13 +73,16 @@ def console_line(record: dict[str, Any], steps: int) -> str:
     parts = {
         "step": f"step {record['step']}/{steps}",
         "loss": f"loss {record['loss']:.3f}",
-        "bpb": f"bpb {record['bpb']:.2f}",
+        "bpb": f"bpb {record['bpb']:.2f}" if "bpb" in record else "",
         "lr": f"lr {scientific(record['lr'])}",
         "gnorm": f"gnorm {record['gnorm']:.2f}",
         "speed": f"{short(record['tokens_per_second'])} tok/s",
         "flops": f"{significant(record['tflops'])} TFLOP/s",
         "memory": f"{record['memory'] / 1e9:.1f}G",
     }
+    if "accuracy" in record:
+        parts["pairs"] = f"accuracy {100 * record['accuracy']:.0f}% margin {record['margin']:.2f}"
+        parts["chosen"] = f"chosen {record['chosen']:.1f}"
     if record["data_wait"] >= _WAIT:
         parts["data"] = f"data {100 * record['data_wait']:.0f}%"
     if record.get("target_share", 1) < _MASKED:
@@ -94,7 +97,7 @@ def console_line(record: dict[str, Any], steps: int) -> str:
             parts["experts"] += f" dead {record['experts_dead']}"
     parts["eta"] = f"eta {duration(record['eta'])}"
     for least in _LEAST:
-        if len(line := " | ".join(parts.values())) <= COLUMNS:
+        if len(line := " | ".join(filter(None, parts.values()))) <= COLUMNS:
             break
         parts.pop(least, None)
     return line

@@ -57,17 +57,19 @@ class Meter:
         self._seconds += elapsed
         values: dict[str, Any] = {
             "loss": result.loss,
-            "bpb": result.loss * result.targets / result.text_bytes / math.log(2),
             "z": result.z,
             "balance": result.balance,
             "gnorm": result.gnorm,
-            "target_share": result.targets / (self._plan.batch_rows * self._plan.row_tokens),
             "tokens": step * self._plan.batch_rows * self._plan.row_tokens,
             "hours": self.seconds / 3600,
             "step_seconds": elapsed,
             **self._speed(elapsed),
             "memory": self._memory(),
         }
+        values |= result.more
+        if result.text_bytes:
+            values["bpb"] = result.loss * result.targets / result.text_bytes / math.log(2)
+            values["target_share"] = result.targets / (self._plan.batch_rows * self._plan.row_tokens)
         if any(result.rank_seconds):
             values["rank_seconds"] = list(result.rank_seconds)
         if result.fp8_saturated is not None:

@@ -14,6 +14,11 @@ from yaongi.train.report.words import Language, translate
 TURNS = ("from_step", "changed", "skip_batches")  # events that set what follows apart from a straight run
 POINTS = 600  # of a curve, at most: a longer one is averaged
 LATE = 0.8  # share of a run that the scale of its loss shows
+OF_TUNING = {  # panel: the event and the field that it shows, and the field's unit
+    "answers that end by themselves, %": ("answers", "stop_rate", 0.01),
+    "length of answers, tokens": ("answers", "length", 1),
+    "pairs told apart, %": ("preferences", "accuracy", 0.01),
+}
 RAW: dict[str, Any] = {"alpha": 0.25, "linewidth": 0}
 
 
@@ -49,6 +54,11 @@ class Curves:
         found = [self._bits()] if any(run.of("evaluation") for run in self._runs) else []
         if any(run.of("tasks") for run in self._runs):
             found += [self._tasks("per cent right"), self._tasks("margin of the right answer, nats")]
+        found += [
+            self._measured(event, field, title, unit)
+            for title, (event, field, unit) in OF_TUNING.items()
+            if any(field in record for run in self._runs for record in run.of(event))
+        ]
         found += [
             self._lines("learning rate", {"lr": "matrices", "adam_lr": "AdamW"}),
             self._gradients(),
@@ -130,6 +140,20 @@ class Curves:
             _legend(ax)
 
         return Panel(self._say(what), draw)
+
+    def _measured(self, event: str, field: str, title: str, unit: float) -> Panel:
+        """Draw a field of an evaluation's records."""
+
+        def draw(ax: Axes) -> None:
+            for run in self._runs:
+                records = run.of(event)
+                values = [record.get(field, np.nan) / unit for record in records]
+                ax.plot(run.column("step", records), values, marker=".", label=run.name)
+            ax.set(xlabel=self._say("step"))
+            ax.set_ylim(bottom=0)
+            self._name_runs(ax)
+
+        return Panel(self._say(title), draw)
 
     def _lines(self, title: str, names: dict[str, str], low: float | None = None, unit: float = 1) -> Panel:
         """Draw fields of the steps, each with its label; several runs by colour, several fields by dashes."""

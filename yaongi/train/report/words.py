@@ -8,6 +8,7 @@ _ENGLISH = {"from_step": "gone back to this checkpoint", "skip_batches": "batche
 _KOREAN = {
     "active": "활성",
     "AdamW": "AdamW",
+    "answers that end by themselves, %": "스스로 끝난 답변, %",
     "bits per byte of held-out text": "검증 텍스트의 바이트당 비트",
     "changed": "바뀐 설정",
     "checkpoint": "체크포인트",
@@ -23,6 +24,7 @@ _KOREAN = {
     "kernels: share of the roofline": "커널: 루프라인 대비",
     "kernels: × the fastest peer": "커널: 가장 빠른 비교 대상 대비 배율",
     "learning rate": "학습률",
+    "length of answers, tokens": "답변의 길이, 토큰",
     "loss spike": "손실 급등",
     "loss, nats per token": "손실, 토큰당 nat",
     "machine": "컴퓨터",
@@ -37,6 +39,7 @@ _KOREAN = {
     "most casts of a step that saturated": "한 스텝에서 포화된 변환의 최대 비율",
     "no evaluation was recorded": "기록된 평가가 없습니다",
     "no samples were drawn": "생성된 예문이 없습니다",
+    "pairs told apart, %": "구별한 쌍, %",
     "parameters": "파라미터",
     "per cent right": "정답률, %",
     "PFLOP": "PFLOP",

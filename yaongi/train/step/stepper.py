@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,27 +18,29 @@ from yaongi.train.distributed.sharding import local_part
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.step.clock import Clock
 from yaongi.train.step.guard import first_nonfinite
+from yaongi.train.step.objective import NextToken, Objective
 from yaongi.world import World
 
 Named = list[tuple[str, nn.Parameter]]
-Micros = list[list[torch.Tensor]]  # of each micro-batch: ids, document ids and, if it has its own, targets
+Micros = list[list[torch.Tensor]]  # of each micro-batch, what the objective reads: ids and document ids first
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Measurements of a step over the global batch."""
 
-    loss: float  # mean nats per predicted token
-    z: float  # mean squared logsumexp of the logits
+    loss: float  # mean of what is minimised: nats per predicted token
+    z: float  # mean squared logsumexp of the logits; 0 where the objective doesn't measure it
     balance: float  # the experts' sequence balance loss, mean over rows
     gnorm: float  # norm of the gradient before clipping
-    targets: int  # predicted tokens
-    text_bytes: int  # UTF-8 bytes of the predicted tokens
+    targets: int  # what the mean is over: predicted tokens
+    text_bytes: int  # UTF-8 bytes of the predicted tokens; 0 for an objective that is no cross entropy
     loads: torch.Tensor  # (MoE layers, E) int64: tokens each expert got
     bad: str | None  # None, or the non-finite tensor nearest to the loss; then nothing was updated
     fp8_saturated: float | None = None  # share of the FP8 casts that saturated; None without FP8
     fp8_reach: float | None = None  # the largest magnitude before an FP8 cast, as a share of what it can hold
     rank_seconds: tuple[float, ...] = ()  # of each of several processes, its micro-batches in the step before
+    more: dict[str, float] = field(default_factory=dict)  # other measures of the objective
 
 
 class Stepper:
@@ -53,15 +55,18 @@ class Stepper:
         token_bytes: torch.Tensor,
         *,
         cuda_graph: bool = True,
+        objective: Objective | None = None,
     ) -> None:
         """Prepare the buffers of a step.
 
         Args:
             token_bytes: (V,), UTF-8 bytes of each id.
+            objective: what is minimised; by default the cross entropy of the next tokens.
             cuda_graph: on a GPU, record a micro-batch as a CUDA graph and replay it.
         """
         self._model, self._optimizer, self._train, self._world = model, optimizer, train, world
         self._engine = optimizer.engine
+        self._objective: Objective = objective or NextToken(train.z_loss)
         self._scales = model.fp8_scales
         if self._scales is not None and world.size > 1:
             self._scales.maximum = world.maximum
@@ -70,7 +75,8 @@ class Stepper:
         self.micro_batches = 0  # begun so far
         self.doing = "the next step"  # for messages
         self._clock = Clock(world.device)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # cross entropy, z and balance
+        self._measures = (*self._objective.names, "balance")
+        self._sums = torch.zeros(len(self._measures), dtype=torch.float64, device=world.device)
         self._wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of the model's sums
         layers, experts = model.config.pattern.count("E"), model.config.experts
         self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=world.device)
@@ -92,10 +98,10 @@ class Stepper:
             bias_rate: the step size of the router's balancing bias.
 
         Raises:
-            ValueError: the global batch has no target.
+            ValueError: the global batch has nothing to learn.
         """
         device = self._world.device
-        moved = [[part.to(device, non_blocking=True) for part in _parts(batch)] for batch in batches]
+        moved = [[part.to(device, non_blocking=True) for part in self._objective.parts(batch)] for batch in batches]
         self.doing = "the count of targets"
         targets, text_bytes = self._count(moved)
         seconds = self._own_seconds()
@@ -105,18 +111,21 @@ class Stepper:
         self._engine.reduce_gradients()
         parts = self._sums, self._engine.sum_of_squares().unsqueeze(0), seconds, self._loads.flatten().double()
         sums = self._world.all_reduce(torch.cat(parts))
-        ranks = sums[4 : 4 + len(seconds)]
-        loads = sums[4 + len(seconds) :].long().view_as(self._loads)
+        most = len(self._sums)
+        ranks = sums[most + 1 : most + 1 + len(seconds)]
+        loads = sums[most + 1 + len(seconds) :].long().view_as(self._loads)
         measured: Sequence[torch.Tensor] = []
         if self._scales is not None:
             self._scales.share()
             measured = self._scales.measures().double().unbind()
-        loss, z, balance, norm, count, size, *more = torch.stack(
-            [*sums[:3].unbind(), sums[3].sqrt(), targets.double(), text_bytes.double(), *measured, *ranks]
+        values = torch.stack(
+            [*sums[:most].unbind(), sums[most].sqrt(), targets.double(), text_bytes.double(), *measured, *ranks]
         ).tolist()
+        found = dict(zip(self._measures, values, strict=False))
+        norm, count, size, *more = values[most:]
         fp8 = more[: len(measured)]
         bad = None
-        if all(map(math.isfinite, (loss, norm, *fp8))):
+        if all(map(math.isfinite, (found["loss"], norm, *fp8))):
             self._update(loads, norm, lr, bias_rate)
         else:
             bad = self._name_nonfinite(sums[0])
@@ -124,8 +133,20 @@ class Stepper:
             (self._scales.advance if bad is None else self._scales.discard)()
         self.doing = "the next step"
         saturated, reach = fp8 or (None, None)
-        by_rank = tuple(more[len(measured) :])
-        return StepResult(loss, z, balance, norm, int(count), int(size), loads, bad, saturated, reach, by_rank)
+        return StepResult(
+            loss=found.pop("loss"),
+            z=found.pop("z", 0.0),
+            balance=found.pop("balance"),
+            gnorm=norm,
+            targets=int(count),
+            text_bytes=int(size),
+            loads=loads,
+            bad=bad,
+            fp8_saturated=saturated,
+            fp8_reach=reach,
+            rank_seconds=tuple(more[len(measured) :]),
+            more=found,
+        )
 
     def _own_seconds(self) -> torch.Tensor:
         """Return the seconds of this process's last micro-batches in its place, (N), to be summed; (0) for one."""
@@ -136,18 +157,13 @@ class Stepper:
         return seconds
 
     def _count(self, moved: Micros) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the predicted tokens of the global batch and their UTF-8 bytes."""
-        counts = torch.zeros(2, dtype=torch.int64, device=self._world.device)
-        for ids, documents, *given in moved:
-            if given:
-                predicted, following = given[0] >= 0, given[0].clamp(min=0)
-            else:
-                predicted, following = documents[:, 1:] == documents[:, :-1], ids[:, 1:]
-            counts[0] += predicted.sum()
-            counts[1] += (self._token_bytes[following] * predicted).sum()
-        targets, text_bytes = self._world.all_reduce(counts).unbind()
+        """Count what the global batch's mean is over, and the UTF-8 bytes that are predicted."""
+        counts = [torch.stack(self._objective.count(parts, self._token_bytes)) for parts in moved]
+        targets, text_bytes = self._world.all_reduce(torch.stack(counts).sum(0)).unbind()
         if len(moved[0]) > 2 and not targets:
-            raise ValueError(f"step: a batch must have a target, got none in its {self._train.batch_rows} rows")
+            raise ValueError(
+                f"step: a batch must have a {self._objective.counted}, got none in its {self._train.batch_rows} rows"
+            )
         return targets, text_bytes
 
     def _backward(self, moved: Micros, targets: torch.Tensor) -> None:
@@ -156,39 +172,29 @@ class Stepper:
             sums.zero_()
         self._engine.zero_gradients()
         self._model.refresh_fp8()
-        for number, (ids, documents, *given) in enumerate(moved, 1):
+        for number, parts in enumerate(moved, 1):
             self.micro_batches += 1
             self.doing = f"micro-batch {number}"
             with self._scales.first_micro_batch() if self._scales and number == 1 else contextlib.nullcontext():
-                self._accumulate(ids, documents, targets, *given)
+                self._accumulate(targets, *parts)
 
-    def _add_micro_batch(
-        self,
-        ids: torch.Tensor,
-        documents: torch.Tensor,
-        targets: torch.Tensor,
-        given: torch.Tensor | None = None,
-    ) -> None:
-        """Add a micro-batch's gradients, cross entropy, z, balance and loads to the sums of the step.
+    def _add_micro_batch(self, targets: torch.Tensor, *parts: torch.Tensor) -> None:
+        """Add a micro-batch's gradients, measures, balance and loads to the sums of the step.
 
         Args:
-            targets: scalar, predicted tokens of the global batch.
-            given: (B, L), the batch's own targets, if it has any.
+            targets: scalar, what the global batch's mean is over.
         """
         train = self._train
         with fused_accumulation(self._engine.in_place):
             scale = self._engine.loss_scale
             unit = torch.full((), scale, dtype=self._wide, device=targets.device) / targets
-            z_unit = train.z_loss * unit
-            losses = self._model.losses(ids, documents, targets=given, upstream=(unit, z_unit))
-            share = len(ids) / train.batch_rows
-            loss = losses.cross_entropy_sum * unit + scale * train.balance_loss * share * losses.balance
-            if train.z_loss:
-                loss = loss + losses.z_sum * z_unit
+            losses = self._objective(self._model, parts, unit)
+            share = len(parts[0]) / train.batch_rows
+            loss = losses.loss + scale * train.balance_loss * share * losses.balance
             with self._foreach_vector_gradients():
                 loss.backward()
-        parts = losses.cross_entropy_sum / targets, losses.z_sum / targets, share * losses.balance
-        self._sums += torch.stack([part.detach().double() for part in parts])
+        measures = *(measure / targets for measure in losses.measures), share * losses.balance
+        self._sums += torch.stack([measure.detach().double() for measure in measures])
         self._loads += losses.loads
 
     @contextlib.contextmanager
@@ -229,8 +235,3 @@ class Stepper:
             here = f"{site}, before its cast to fp8,"
         here = here or first_nonfinite(itertools.chain([("the loss", loss)], gradients))
         return next((name for name in self._world.gather(here) if name is not None), "the gradient's norm")
-
-
-def _parts(batch: Batch) -> list[torch.Tensor]:
-    """Return what a step reads of a micro-batch."""
-    return [batch.input_ids, batch.document_ids, *([] if batch.targets is None else [batch.targets])]
