@@ -30,6 +30,7 @@ AWKWARD = [
     "a\n\n\n\n\nuser\n- x",
     "<|step|>assistant\n# x<|code|>\n",
     "\u3000전각 빈칸\u2028",
+    "<|step|>\u0338 NFC takes its last character",
 ]
 PARTS = [
     "\n",

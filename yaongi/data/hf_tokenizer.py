@@ -60,7 +60,9 @@ def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str], *, chat:
     result.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     special = (*CONTROL_PIECES, START_OF_TURN, END_OF_TURN) if chat else CONTROL_PIECES
     result.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    result.add_tokens([AddedToken(piece, normalized=False) for piece in USER_PIECES if piece not in special])
+    result.add_tokens(
+        [AddedToken(piece, normalized=True) for piece in USER_PIECES if piece not in special]
+    )  # after NFC
     if chat:
         result.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\A({'|'.join(ROLES)})\n"), "isolated")
     return result.to_str(pretty=False)
