@@ -128,6 +128,7 @@ EXTRAS = {
         "starlette>=1.0",
         "uvicorn>=0.40",
         "httpx",
+        "tenacity",
     ],
 }
 

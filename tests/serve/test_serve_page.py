@@ -69,11 +69,9 @@ def test_a_talk_in_the_browser(page: Page, talker: httpx.Client, width: int, lan
         messages.append({"role": "assistant", "content": ANSWER})
         assert page.do("[...document.querySelectorAll('.turn.assistant')].at(-1).textContent") == ANSWER
         assert page.do("[...document.querySelectorAll('.turn.user')].at(-1).textContent") == question
+    page.do("document.querySelector('details').open = true")
     assert page.do("document.documentElement.scrollWidth") <= width
-    assert (
-        page.do("Math.max(...[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right))")
-        <= width
-    )
+    assert page.do(f"Math.max(...[...document.querySelectorAll('body *')].map({RIGHT}))") <= width
     picture(page, f"talk-{width}-{language}")
     page.do("document.getElementById('language').click()")
     assert page.do("document.getElementById('send').textContent") == ("Send" if korean else "보내기")
