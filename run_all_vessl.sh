@@ -27,7 +27,7 @@ TEXT
 
 say() { printf '== %dm%02ds %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 die() {
-  printf 'run_all_vessl.sh: %s\n' "$*" >&2
+  printf 'error: %s\n' "$*" >&2
   exit 1
 }
 
@@ -49,7 +49,7 @@ while (($#)); do
     --smoke) smoke=1 && shift ;;
     --help | -h) usage && exit ;;
     --) shift && extra=("$@") && break ;;
-    *) usage >&2 && die "option must be one of those above, got $1" ;;
+    *) die "option must be one of those that --help lists, got $1" ;;
   esac
 done
 case $stage in
@@ -162,8 +162,9 @@ environment() {
     fi
     command -v cmake >/dev/null || "${pip[@]}" cmake
   fi
-  if [[ $build == auto ]]; then
-    "${pip[@]}" "setuptools>=77" && YAONGI_CUDA=auto "${pip[@]}" --no-deps --no-build-isolation --editable .
+  if [[ $build == auto || ! -x .venv/bin/yaongi ]]; then
+    "${pip[@]}" "setuptools>=77" && YAONGI_CUDA=$build "${pip[@]}" --no-deps --no-build-isolation --editable . ||
+      die "yaongi can't be installed (see above)"
   fi
   say "environment: $("$python" --version), torch $("$python" -c 'import torch; print(torch.__version__)'), ${gpu:-no GPU}"
 }
@@ -274,7 +275,7 @@ fi
 if wants report; then
   say "report"
   "$python" -m yaongi.train.report "$out"
-  say "done: text from the model with $python -m yaongi.generate $out/model"
+  say "done: text from the model with $PWD/$python -m yaongi.generate $PWD/$out/model --prompt '오늘은'"
 fi
 if [[ $stage == eval ]]; then
   say "eval"

@@ -99,9 +99,11 @@ def refuse_serialised_wgmma() -> None:
         sys.exit("\n".join(lines[:5]) + "\nyaongi: ptxas serialised wgmma or ignored setmaxnreg (see above)")
 
 
-REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tyro", "rich", "wandb"]
-REQUIRES += ["tensorboard", "matplotlib", "datasets", "huggingface_hub", "tokenizers", "zstandard", "rensa"]
+REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tokenizers"]
+REQUIRES += ["tyro", "rich", "matplotlib", "wandb"]
 EXTRAS = {
+    "data": ["datasets", "huggingface_hub", "pyarrow", "rensa", "zstandard"],
+    "log": ["tensorboard"],
     "eval": ["lm-eval==0.4.13"],
     "gguf": ["gguf>=0.18"],
     "serve": ["starlette>=1.0", "uvicorn>=0.40"],
@@ -122,15 +124,13 @@ EXTRAS = {
         "mypy",
         "transformers>=5.17",
         "psutil",
-        "gguf>=0.18",
         "trl",
-        "lm-eval==0.4.13",
-        "starlette>=1.0",
-        "uvicorn>=0.40",
         "httpx",
         "tenacity",
     ],
 }
+EXTRAS["all"] = [package for name, packages in EXTRAS.items() if name not in ("peers", "dev") for package in packages]
+EXTRAS["dev"] += EXTRAS["all"]
 
 CLASSIFIERS = [
     "Development Status :: 4 - Beta",

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,12 @@ from random import Random
 
 import pytest
 
+from yaongi import cli
 from yaongi.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
+TINY = ["--tokens", "2048", "--batch-tokens", "1024", "--row-tokens", "128", "--evaluate-rows", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -36,26 +40,31 @@ def run(site: Path, tmp_path: Path) -> Run:
     """Run `yaongi …` of the wheel in an empty folder."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         command = [str(site / "bin" / "yaongi"), *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True, timeout=300
+        )
 
     return run
 
 
-def test_a_wheel_trains_outside_the_checkout(run: Run, site: Path, tmp_path: Path) -> None:
+def write_text(folder: Path) -> None:
     random = Random(0)
     for domain in ("ko", "en", "code", "math"):
         for split, count in (("train", 60), ("val", 8)):
-            (tmp_path / "text" / split / domain).mkdir(parents=True)
+            (folder / split / domain).mkdir(parents=True)
             for i in range(count):
                 text = " ".join("".join(random.choices("abcdefghij가나다라마바사아", k=4)) for _ in range(40))
-                (tmp_path / "text" / split / domain / f"{i}.txt").write_text(text)
-    tiny = ["--tokens", "2048", "--batch-tokens", "1024", "--row-tokens", "128", "--evaluate-rows", "1"]
+                (folder / split / domain / f"{i}.txt").write_text(text)
+
+
+def test_a_wheel_trains_outside_the_checkout(run: Run, site: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
     for command in (
         ["data", "tokenizer", "--source", "text", "--out", "tokenizer", "--vocab-size", "600"],
         ["data", "tokenize", "--source", "text", "--tokenizer", "tokenizer", "--out", "tokens"],
-        ["train", "--preset", "yaongi-tiny", "--data", "tokens", "--out", "run", "--wandb", "off", *tiny],
+        ["train", "--preset", "yaongi-tiny", "--data", "tokens", "--out", "run", "--wandb", "off", *TINY],
         ["report", "run"],
     ):
         done = run(*command)
@@ -63,6 +72,76 @@ def test_a_wheel_trains_outside_the_checkout(run: Run, site: Path, tmp_path: Pat
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
     assert (site / "yaongi" / "py.typed").is_file()
+
+
+ONLY_REQUIRED = r"""
+import importlib.metadata as metadata, re, sys
+from importlib.machinery import PathFinder
+
+distributions = {re.sub("[-_.]+", "-", d.metadata["Name"]).lower(): d for d in metadata.distributions()}
+wanted, todo = set(), ["yaongi"]
+while todo:
+    name = re.sub("[-_.]+", "-", todo.pop()).lower()
+    if name in distributions and name not in wanted:
+        wanted.add(name)
+        lines = [line for line in distributions[name].requires or [] if "extra ==" not in line]
+        todo += [re.match(r"[\w.-]+", line)[0] for line in lines]
+owners = metadata.packages_distributions()
+
+
+class Required(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        found = {re.sub("[-_.]+", "-", owner).lower() for owner in owners.get(name.partition(".")[0], ())}
+        return None if found and not found & wanted else super().find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Required
+"""
+
+
+def test_what_is_required_is_enough(run: Run, site: Path, tmp_path: Path) -> None:
+    """From text to the report with what `pip install yaongi` brings: packages of extras alone can't be imported.
+
+    What needs an extra names it in one line.
+    """
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "sitecustomize.py").write_text(ONLY_REQUIRED)
+    path = {"PYTHONPATH": f"{tmp_path / 'only'}:{site}"}
+    write_text(tmp_path / "text")
+    tokenize = ["data", "tokenize", "--source", "text", "--tokenizer", "tokenizer", "--out", "tokens"]
+    for command in (
+        ["data", "tokenizer", "--source", "text", "--out", "tokenizer", "--vocab-size", "600"],
+        [*tokenize, "--no-near-duplicates"],
+        ["train", "--preset", "yaongi-tiny", "--data", "tokens", "--out", "run", *TINY],
+        ["report", "run"],
+        ["generate", "run", "--prompt", "가나", "--max-new-tokens", "2"],
+        ["export", "run/model", "--out", "hf", "--drop-engram"],
+    ):
+        done = run(*command, **path)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (tmp_path / "run" / "report.html").is_file()
+    for command, package, extra in (
+        (tokenize, "rensa", "data"),
+        (["export", "run/model", "--gguf", "file", "--drop-engram"], "gguf", "gguf"),
+        (["eval", "tasks", "run", "--suite", "quick", "--out", "scores"], "lm_eval", "eval"),
+        (["data", "download", "--out", "raw"], "huggingface_hub", "data"),
+    ):
+        done = run(*command, **path)
+        wanted = f"error: {package} must be installed (pip install 'yaongi[{extra}]'), got none\n"
+        assert (done.returncode, done.stderr) == (1, wanted), command
+
+
+def test_extras_are_pinned_and_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CI pins what `[all]` brings, and `cli` names the extra of each optional package."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    extras = runpy.run_path(str(ROOT / "setup.py"))["EXTRAS"]
+    names = {re.match(r"[\w.-]+", line)[0]: extra for extra, lines in extras.items() for line in lines}  # type: ignore[index]
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE))
+    assert {re.match(r"[\w.-]+", line)[0] for line in extras["all"]} <= pinned.keys()  # type: ignore[index]
+    for module, extra in cli.EXTRAS.items():
+        assert module.replace("_", "-") in {name.replace("_", "-") for name in names}
+        assert any(line.replace("_", "-").startswith(module.replace("_", "-")) for line in extras[extra])
 
 
 def test_a_wheel_counts_and_lists_its_presets(run: Run) -> None:

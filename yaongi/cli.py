@@ -1,5 +1,6 @@
 """How every command ends: a user's mistake is one line on standard error, never a traceback; numbers such as 15B."""
 
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -7,15 +8,34 @@ from decimal import Decimal
 
 _UNITS = {"k": 3, "M": 6, "B": 9, "T": 12}
 USER_ERRORS = (ValueError, TypeError, OSError, MemoryError)
+EXTRAS = {  # optional packages, and the extra of setup.py that brings each
+    "datasets": "data",
+    "huggingface_hub": "data",
+    "pyarrow": "data",
+    "rensa": "data",
+    "zstandard": "data",
+    "tensorboard": "log",
+    "lm_eval": "eval",
+    "gguf": "gguf",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
 
 
 def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") -> None:
     """Run a command, and exit with the status that it returns if that is not 0.
 
-    A user's mistake ends the program with `error: …` on standard error and status 1; Ctrl-C with status 130.
+    A user's mistake, or an optional package that is missing, ends the program with `error: …` on standard error and
+    status 1; Ctrl-C with status 130.
     """
     try:
         status = command()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"error: {_missing(package)}", file=sys.stderr)
+        raise SystemExit(1) from None
     except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -24,6 +44,16 @@ def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") 
         raise SystemExit(130) from None
     if status:
         raise SystemExit(status)
+
+
+def require(package: str) -> None:
+    """Raise ValueError if an optional package is not installed: before work that would need it later."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(_missing(package))
+
+
+def _missing(package: str) -> str:
+    return f"{package} must be installed (pip install 'yaongi[{EXTRAS[package]}]'), got none"
 
 
 def with_digits(arguments: Sequence[str], options: Sequence[str]) -> list[str]:

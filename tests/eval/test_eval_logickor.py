@@ -1,5 +1,6 @@
 """LogicKor against a clone in miniature, written for this test, and a judge on loopback that plays every part."""
 
+import dataclasses
 import json
 import os
 import re
@@ -86,10 +87,12 @@ class Server(ThreadingHTTPServer):
     """The judge: what it says depends on the part that the question names."""
 
     daemon_threads = True
+    request_queue_size = 64  # more than are asked at once: a full queue would look like a judge that hangs
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: Counter[str] = Counter()
+        self.counting = threading.Lock()
         self.keys: set[str | None] = set()
         self.delay = 0.0
         self.forbidden = False
@@ -104,7 +107,8 @@ class Handler(BaseHTTPRequestHandler):
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         user = body["messages"][1]["content"]
-        server.asked[user] += 1
+        with server.counting:
+            server.asked[user] += 1
         server.keys.add(self.headers["Authorization"])
         assert (self.path, body["temperature"]) == ("/v1/chat/completions", 0)
         time.sleep(server.delay)
@@ -119,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         if name == "refused":
             return self.reply(400, "bad")
         if name == "hang":
-            time.sleep(2.5)
+            time.sleep(3)
             return None
         score = {"bold": "**점수:** **8**", "half": "점수: 9.5", "eleven": "점수: 11", "nothing": "좋다"}
         score["two"] = "점수: 3 이라 했으나 점수: 7"
@@ -207,7 +211,7 @@ def test_code_in_the_frame_is_refused(clone: Path, tmp_path: Path) -> None:
 def test_every_failure_is_kept_apart(clone: Path, server: Server, tmp_path: Path) -> None:
     """Each part of the judge, both turns: scores, failures with their reason, tries, waits."""
     waits: list[float] = []
-    judge = Judge(server.url, "loopback", KEY, timeout=1.0, sleep=waits.append)
+    judge = Judge(server.url, "loopback", KEY, timeout=2.0, sleep=waits.append)
     wanted = asked_of(clone)
     replies = ask_all(wanted, judge, tmp_path / "replies.jsonl", 8, lambda _: None)
     marks = {PARTS[r.id - 1]: mark(r) for r in replies if r.turn == "multi"}
@@ -240,7 +244,7 @@ def test_every_failure_is_kept_apart(clone: Path, server: Server, tmp_path: Path
     assert len(found["failures"]) == 12
     assert found["categories"]["글쓰기"] == {"single": 8.0, "multi": 8.0}
     before = server.asked.copy()
-    again = ask_all(wanted, judge, tmp_path / "replies.jsonl", 8, lambda _: None)
+    again = ask_all(wanted, dataclasses.replace(judge, timeout=0.3), tmp_path / "replies.jsonl", 8, lambda _: None)
     assert [r for r in again if r.text is not None] == [r for r in replies if r.text is not None]
     new = server.asked - before
     assert {re.search(r"part=(\w+)", user)[1] for user in new} == {"broken", "hang", "refused"}  # type: ignore[index]

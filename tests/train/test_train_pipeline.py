@@ -43,7 +43,7 @@ def test_dotenv(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--stage", "cook"], "--stage must be one of env, data, tokenizer, tokens, train, report, eval, got cook"),
-        (["--what"], "option must be one of those above, got --what"),
+        (["--what"], "option must be one of those that --help lists, got --what"),
         (["--preset"], "--preset must have a value, got none"),
     ],
 )
@@ -51,7 +51,7 @@ def test_mistakes(arguments: list[str], message: str) -> None:
     """Check that a mistake is reported before anything is done."""
     done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True)
     assert done.returncode == 1
-    assert message in done.stderr
+    assert done.stderr == f"error: {message}\n"
 
 
 def test_help() -> None:

@@ -5,16 +5,20 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_run import losses, run
+from wandb.proto import wandb_internal_pb2
 
+from yaongi.train.config import Running
 from yaongi.train.metrics import sinks
 from yaongi.train.metrics.sinks import TensorBoard, Wandb, open_sinks
 
@@ -99,14 +103,68 @@ def test_tensorboard_without_a_disk(tmp_path: Path) -> None:
 
 def test_tensorboard_that_fails_later(tmp_path: Path) -> None:
     said: list[str] = []
-    (sink,) = open_sinks(
-        tmp_path, wandb="off", project="", tensorboard=True, config={}, first_step=0, say=said.append, warn=said.append
-    )
+    (sink,) = open_sinks(Running(out=tmp_path, wandb="off"), {}, 0, said.append, said.append)
     sink._writer.add_scalar = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # type: ignore[attr-defined]
     for step in range(3):
         sink.log(step, {"loss": 1.0})
     sink.close()
     assert said == ["tensorboard: [Errno 28] No space left on device; the run goes on without it"]
+
+
+def test_auto_is_off_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said once, and nothing is made; a key of `wandb login` counts."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run, said = Running(out=tmp_path / "run", tensorboard=False), list[str]()
+    assert open_sinks(run, {}, 0, said.append, said.append) == []
+    assert said == [
+        "wandb: off, for there is no WANDB_API_KEY (--wandb offline keeps a log that `wandb sync` sends later)"
+    ]
+    assert not (tmp_path / "run").exists()
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert sinks.has_key()
+
+
+def log_records(content: bytes) -> Iterator[bytes]:
+    """Read wandb's log, which has LevelDB's format: blocks of 32 KiB, in them parts with a header of 7 bytes."""
+    place, record = 7, b""  # after the file's own header
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", content[place : place + 7])
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_what_wandb_gets(tokens: Path, tmp_path: Path) -> None:
+    """Name, group, tags, configuration, curves, expert loads, samples as a table, and the report, in a run's log."""
+    out = tmp_path / "seed-1"
+    named = ("--wandb", "offline", "--project", "cats", "--wandb-group", "seeds", "--wandb-tags", "tiny", "test")
+    done = run(tokens, out, *named, "--sample-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    (file,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
+    records = [wandb_internal_pb2.Record.FromString(record) for record in log_records(file.read_bytes())]
+    (begun,) = (record.run for record in records if record.HasField("run"))
+    assert (begun.display_name, begun.run_group, begun.project, set(begun.tags)) == (
+        *("seed-1", "seeds", "cats"),
+        {"tiny", "test"},
+    )
+    config = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert config["preset"] == "small"
+    logged: dict[str, list[Any]] = {}
+    for record in records:
+        for item in record.history.item:
+            logged.setdefault(".".join(item.nested_key) or item.key, []).append(json.loads(item.value_json))
+    assert len(logged["loss"]) >= 2
+    assert any(key.startswith("bpb/") for key in logged)
+    assert set(logged["expert_load._type"]) == {"histogram"}
+    assert logged["samples.nrows"] == [3, 6, 9]
+    assert logged["report._type"] == ["html-file"]
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

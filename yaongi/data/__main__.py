@@ -171,7 +171,7 @@ class FetchBenchmarks:
 class Inspect:
     """Check the files of a folder of token shards, and show its contents."""
 
-    folder: Path = Path("data/tokens")  # folder of the token shards
+    folder: tyro.conf.Positional[Path] = Path("data/tokens")  # folder of the token shards
     samples: int = 1  # held-out documents to show per domain
     mix: Mix = ""
     tokens: float = 0  # of a run, to show how often it reads each source; 0: as many as read none more than 4 times

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from yaongi import cli
+
 Words = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # `--name a b` and `--name a --name b`
 SUITE = (
     "basics (ours, no download), quick, korean (KMMLU, HAE-RAE, KoBEST), math or code, all of them with basics; "
@@ -81,10 +83,9 @@ class Fetch:
 
     def run(self) -> int:
         """Print a line per data set: rows and revision, or why it can't be had; return 1 if one can't."""
-        from yaongi.eval.evaluate import need_lm_eval
         from yaongi.eval.harness.suites import OWN, asks
 
-        need_lm_eval()
+        cli.require("lm_eval")
         from yaongi.eval.harness.task_data import fetch, task_manager
 
         wanted = [ask.task for ask in asks(self.suite, names(self.tasks), None) if ask not in OWN]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from yaongi import cli
 from yaongi.data.chats.template import CHAT_TEMPLATE
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.answering import Answerer
@@ -67,12 +67,6 @@ class Loaded:
         return str(self.scorer.model.lm_head.weight.dtype).removeprefix("torch.")
 
 
-def need_lm_eval() -> None:
-    """Raise ValueError if lm-eval is not installed."""
-    if find_spec("lm_eval") is None:
-        raise ValueError("eval: lm-eval must be installed for these tasks, got none: pip install yaongi[eval]")
-
-
 def load(folder: Path, settings: Settings, world: World, say: Say) -> Loaded:
     """Load a model folder, a run's newest checkpoint or any one, and what was done with it before an interruption.
 
@@ -106,7 +100,7 @@ def evaluate(folder: Path, asked: Sequence[Ask], settings: Settings, world: Worl
     others = [ask for ask in asked if ask not in OWN]
     manager = None
     if others:
-        need_lm_eval()
+        cli.require("lm_eval")
         from yaongi.eval.harness.task_data import task_manager
 
         if settings.allow_code:

@@ -136,8 +136,11 @@ class Running:
     keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0: none
     plan_for: PlanFor = "none"  # print the plan for a GPU that needn't be here, without data, and stop
     dollars_per_hour: float = 0.0  # price of a GPU, or of a machine without one, for the plan's cost; 0: no cost
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with WANDB_API_KEY, else offline
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online where there is a key, else off
     project: str = "open-yaongi"  # name of the wandb project
+    wandb_name: str = ""  # name of the run in wandb; none: that of the output folder
+    wandb_group: str = ""  # group of runs in wandb, such as the seeds of an experiment; none: no group
+    wandb_tags: tuple[str, ...] = ()  # tags of the run in wandb
     tensorboard: bool = True  # write TensorBoard event files to OUT/tensorboard
     benchmarks: Path | None = None  # JSON file of pytest-benchmark to show in the report
 

@@ -211,16 +211,7 @@ class Session:
             return
         write_config(out, self._record)
         record_start(self.metrics, self.plan, self.loader, self.step if resumed else None)
-        self._sinks = open_sinks(
-            out,
-            wandb=config.run.wandb,
-            project=config.run.project,
-            tensorboard=config.run.tensorboard,
-            config=self._record,
-            first_step=self.step,
-            say=self.display.say,
-            warn=self.display.warn,
-        )
+        self._sinks = open_sinks(config.run, self._record, self.step, self.display.say, self.display.warn)
 
     def __enter__(self) -> "Session":
         self.display.start(self.step)
@@ -280,6 +271,8 @@ class Session:
         if due:
             self.display.step(record, self.schedule.steps)
             self._log({k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"})
+            for sink in self._sinks if loads.numel() else ():
+                sink.log_loads(self.step, loads.tolist())
 
     def lacks_evaluation(self) -> bool:
         """Return whether an evaluation is due now and not recorded: at the start, or after one that was cut short."""
@@ -302,6 +295,8 @@ class Session:
                 if finding.warning:
                     self.display.warn(finding.warning)
                 self._log(finding.logged)
+                for sink in self._sinks if finding.texts else ():
+                    sink.log_samples(self.step, finding.texts)
 
     def _require_same_weights(self) -> None:
         if self.plan.parallel == "replicate":

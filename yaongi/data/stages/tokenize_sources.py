@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from yaongi import cli
 from yaongi.data.filters import dedup
 from yaongi.data.filters.decontaminate import Benchmarks, benchmark_hashes, benchmark_items
 from yaongi.data.shards import Shard, ShardSet, ShardWriter
@@ -93,10 +94,13 @@ def tokenize_sources(
         The manifest.
 
     Raises:
-        ValueError: a source has no documents, unreadable content or too many bad rows, or a benchmark has no items.
+        ValueError: a source has no documents, unreadable content or too many bad rows, a benchmark has no items, or
+            rensa, which finds near duplicates, is not installed.
         FileNotFoundError: a source or benchmark does not exist, or holds no files that can be read.
         OSError: the disk has no room for the shards.
     """
+    if options.near_duplicates:
+        cli.require("rensa")
     sources = open_sources(specs, options.reading, say)
     plan = _plan(sources, tokenizer, options)
     if (done := finished(out, plan)) is not None:

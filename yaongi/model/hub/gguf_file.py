@@ -42,17 +42,15 @@ def write_gguf(state: Mapping[str, Tensor], config: ModelConfig, vocabulary: Voc
         name: what programs show as the model's name.
 
     Raises:
-        ValueError: the gguf package is not installed, the model has an Engram, or the vocabulary has another size than
-            the model's.
+        ModuleNotFoundError: the gguf package is not installed.
+        ValueError: the model has an Engram, or the vocabulary has another size than the model's.
     """
     if config.engram:
         raise ValueError("export: model must be without Engram for a GGUF file, got one with it: --drop-engram")
     if len(vocabulary.pieces) != config.vocab_size:
         raise ValueError(f"export: tokenizer must have {config.vocab_size} pieces, got {len(vocabulary.pieces)}")
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise ValueError("export: --gguf must have the gguf package (pip install yaongi[gguf]), got none") from error
+    import gguf
+
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         writer = gguf.GGUFWriter(temporary, "nemotron_h_moe")

@@ -25,6 +25,11 @@ class Finding:
     logged: dict[str, float] = field(default_factory=dict)
     warning: str = ""
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Texts drawn from the model, by their prompts' names; most findings have none."""
+        return self.values.get("texts", {})
+
 
 class Evaluation:
     """Bits per byte of held-out text, scores on tasks if asked for, and samples."""

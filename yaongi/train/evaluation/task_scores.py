@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
+from yaongi import cli
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.basics.suite import GROUP, TASKS, basics_items
 from yaongi.eval.choices import Item, encode_items, measure, score_items
 from yaongi.eval.encoding import CachedEncoder
-from yaongi.eval.evaluate import need_lm_eval
 from yaongi.eval.harness.suites import BASICS, SUITES
 from yaongi.eval.scoring import Request, Scorer
 from yaongi.model import Yaongi
@@ -41,7 +41,7 @@ class TaskScores:
         loaded = []
         for ask in SUITES[suite]:
             if ask != BASICS:
-                need_lm_eval()
+                cli.require("lm_eval")
                 from yaongi.eval.harness.task_data import load_tasks, task_manager
 
                 tasks = load_tasks(task_manager([ask.task]), ask.task)

@@ -1,4 +1,4 @@
-"""Where metrics go besides `metrics.jsonl`: wandb and TensorBoard, each only if it is installed and configured.
+"""Where metrics go besides `metrics.jsonl`: wandb and TensorBoard, each only if it is installed and wanted.
 
 Neither can hold a run up: what goes wrong there is one warning, and the run goes on without that sink.
 """
@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import netrc
 import os
 import signal
 import subprocess
@@ -14,19 +15,32 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from yaongi.train.run_folder import TENSORBOARD
+import numpy as np
+
+from yaongi.train.config import Running
+from yaongi.train.run_folder import REPORT, TENSORBOARD
 
 CLOSE_SECONDS = 50.0  # that wandb gets to send the rest at the end
 WANDB_PROGRAM = [sys.executable, "-m", "yaongi.train.metrics.wandb_process"]
 _PIPE_BYTES = 1 << 20  # of lines that wait while wandb is busy: thousands of steps
 
 
+Loads = list[list[int]]  # per layer the tokens that each expert got
+
+
 class Sink(Protocol):
-    """A destination for numbers by name. It prints its own trouble, and raises nothing."""
+    """A destination for what a run records. It prints its own trouble, and raises nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` after `step` steps."""
+        """Record numbers by name after `step` steps."""
+
+    def log_loads(self, step: int, loads: Loads) -> None:
+        """Record how evenly the experts are loaded."""
+
+    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Record texts drawn from the model, by their prompts' names."""
 
     def close(self) -> None:
         """Flush and end."""
@@ -44,6 +58,16 @@ class TensorBoard:
         """Record `values` after `step` steps."""
         if self._writer is not None:
             self._guarded(lambda: [self._writer.add_scalar(name, value, step) for name, value in values.items()])
+
+    def log_loads(self, step: int, loads: Loads) -> None:
+        """Record a histogram of the experts' loads, 1 for an even share."""
+        if self._writer is not None:
+            self._guarded(lambda: self._writer.add_histogram("expert_load", np.array(even_shares(loads)), step))
+
+    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Record the texts."""
+        if self._writer is not None:
+            self._guarded(lambda: [self._writer.add_text(f"sample/{name}", text, step) for name, text in texts.items()])
 
     def close(self) -> None:
         """Flush and end."""
@@ -76,7 +100,7 @@ class Wandb:
         """Start the process.
 
         Args:
-            start: what it needs to begin the run: folder, mode, project, config.
+            start: what it needs to begin the run (`wandb_process.py`).
             program: command of the process.
         """
         self._say, self._warn = say, warn
@@ -94,9 +118,15 @@ class Wandb:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` after `step` steps."""
-        self._pass_on()
-        if self._open:
-            self._send({"step": step, "values": dict(values)})
+        self._record({"step": step, "values": dict(values)})
+
+    def log_loads(self, step: int, loads: Loads) -> None:
+        """Record a histogram of the experts' loads, 1 for an even share."""
+        self._record({"step": step, "loads": even_shares(loads)})
+
+    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Record the texts as rows of a table."""
+        self._record({"step": step, "samples": dict(texts)})
 
     def close(self) -> None:
         """Let it send the rest for at most `CLOSE_SECONDS`, then end it."""
@@ -112,6 +142,11 @@ class Wandb:
         self._process.wait()
         if code:
             self._fail(f"wandb: it ended with status {code}; metrics.jsonl has everything")
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._pass_on()
+        if self._open:
+            self._send(record)
 
     def _send(self, record: dict[str, Any]) -> None:
         """Put a line into the pipe; where there is no room for all of it, or no reader, warn and send no more."""
@@ -152,29 +187,58 @@ class Wandb:
 
 
 def open_sinks(
-    folder: Path,
-    *,
-    wandb: str,
-    project: str,
-    tensorboard: bool,
-    config: dict[str, Any],
-    first_step: int,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
+    run: Running, config: dict[str, Any], first_step: int, say: Callable[[str], None], warn: Callable[[str], None]
 ) -> list[Sink]:
-    """Open the configured sinks; one that isn't installed is left out, and a message says so."""
+    """Open the sinks that the run wants; one that isn't installed is left out, and a message says so.
+
+    Args:
+        config: what wandb shows as the run's configuration.
+        first_step: steps done before this start.
+    """
     sinks: list[Sink] = []
-    for name, wanted in (("wandb", wandb != "off"), ("tensorboard", tensorboard)):
+    mode: str = run.wandb
+    if mode == "auto":
+        mode = "online" if has_key() else "off"
+        if mode == "off":
+            say("wandb: off, for there is no WANDB_API_KEY (--wandb offline keeps a log that `wandb sync` sends later)")
+    for name, wanted in (("wandb", mode != "off"), ("tensorboard", run.tensorboard)):
         if not wanted:
             continue
         if importlib.util.find_spec(name) is None:
             say(f"{name} is not installed: metrics go to metrics.jsonl without it")
         elif name == "wandb":
-            start = {"folder": str(folder.resolve()), "mode": wandb, "project": project, "config": config}
-            sinks.append(Wandb(start, say, warn, WANDB_PROGRAM))
+            sinks.append(Wandb(_wandb_start(run, mode, config), say, warn, WANDB_PROGRAM))
         else:
-            sinks.append(TensorBoard(folder, first_step, warn))
+            sinks.append(TensorBoard(run.out, first_step, warn))
     return sinks
+
+
+def has_key() -> bool:
+    """Return whether there is a key for wandb's server: in WANDB_API_KEY, or where `wandb login` puts it."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return bool(os.environ.get("WANDB_API_KEY")) or netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def even_shares(loads: Loads) -> list[float]:
+    """Return each expert's tokens over the mean of its layer, layer after layer."""
+    return [round(count * len(layer) / max(1, sum(layer)), 3) for layer in loads for count in layer]
+
+
+def _wandb_start(run: Running, mode: str, config: dict[str, Any]) -> dict[str, Any]:
+    folder = run.out.resolve()
+    return {
+        "folder": str(folder),
+        "report": str(folder / REPORT),
+        "mode": mode,
+        "project": run.project,
+        "name": run.wandb_name or folder.name,
+        "group": run.wandb_group or None,
+        "tags": list(run.wandb_tags),
+        "config": config,
+    }
 
 
 def _line(error: BaseException) -> str:

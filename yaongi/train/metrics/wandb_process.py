@@ -1,7 +1,7 @@
 """The program that talks to wandb, in a process of its own, so that nothing there can hold training up.
 
-Standard input is a line of JSON with what `wandb.init` needs, then a line per step; its end ends the program.
-Standard output is lines for the user, which `sinks.py` prints; with `!` in front they say why
+Standard input is a line of JSON with what `wandb.init` needs, then lines with a step and `values`, `loads` or `samples`;
+its end ends the program, after the run's report has been sent if there is one. Standard output is lines for the user, which `sinks.py` prints; with `!` in front they say why
 this program ends.
 """
 
@@ -29,22 +29,35 @@ _LATER = "(wandb sync sends it later)"
 def main() -> None:
     """Log what comes; the whole session of processes ends within `_FINISH_SECONDS` of the last line."""
     lines = iter(sys.stdin.readline, "")
-    run = _start(json.loads(next(lines)))
+    start = json.loads(next(lines))
+    run = _start(start)
+    samples = wandb.Table(["step", "sample", "text"], log_mode="INCREMENTAL")
     for line in lines:
         record = json.loads(line)
-        run.log(record["values"], step=record["step"])
+        run.log(_values(record, samples), step=record["step"])
     signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(_FINISH_SECONDS)
+    if Path(start["report"]).is_file():
+        run.log({"report": wandb.Html(Path(start["report"]), inject=False)})
     run.finish()
+
+
+def _values(record: dict[str, Any], samples: Any) -> dict[str, Any]:
+    """Return what wandb is to log of a line; rows of samples are put into their table."""
+    if "loads" in record:
+        return {"expert_load": wandb.Histogram(record["loads"])}
+    if "samples" in record:
+        for name, text in record["samples"].items():
+            samples.add_data(record["step"], name, text)
+        return {"samples": samples}
+    return record["values"]
 
 
 def _start(start: dict[str, Any]) -> Any:
     """Begin or continue the run: online if asked and possible, else offline."""
     folder, mode = Path(start["folder"]), start["mode"]
-    online = mode == "online" or (mode == "auto" and bool(os.environ.get("WANDB_API_KEY")))
-    if mode == "auto" and not online:
-        _say(f"wandb: no WANDB_API_KEY, so this run is logged offline {_LATER}")
-    elif online and not _reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+    online = mode == "online"
+    if online and not _reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
         _say(f"wandb: no connection, so this run is logged offline {_LATER}")
         online = False
     run_id = _run_id(folder)
@@ -62,6 +75,9 @@ def _init(start: dict[str, Any], run_id: str, mode: Any) -> Any:
         mode=mode,
         resume="allow" if mode == "online" else None,
         project=start["project"],
+        name=start["name"],
+        group=start["group"],
+        tags=start["tags"],
         id=run_id,
         dir=start["folder"],
         config=start["config"],
