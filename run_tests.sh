@@ -26,7 +26,7 @@ echo "== lint and types"
 "$python" -m mypy
 
 echo "== Triton kernels in the interpreter"
-TRITON_INTERPRET=1 "$python" -m pytest -q -m interpret tests/kernels
+TRITON_INTERPRET=1 "$python" -m pytest -q -n 2 -m interpret tests/kernels
 
 echo "== tests"
-"$python" -m pytest -q -n 2 --hypothesis-profile ci -m "not gpu and not interpret and not long"
+"$python" -m pytest -q -n 2 --durations 30 --hypothesis-profile ci -m "not gpu and not interpret and not long"

@@ -1,4 +1,4 @@
-"""What comes with the code: the image's recipe, the changelog, the citation, the keys, the page on the kernels, the types."""
+"""What comes with the code: the image's recipe, changelog, citation, keys, the page on the kernels, types."""
 
 import os
 import re

@@ -2,9 +2,11 @@
 
 import importlib.util
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from pathlib import Path
 
 _UNITS = {"k": 3, "M": 6, "B": 9, "T": 12}
 USER_ERRORS = (ValueError, TypeError, OSError, MemoryError)
@@ -54,6 +56,14 @@ def require(package: str) -> None:
 
 def _missing(package: str) -> str:
     return f"{package} must be installed (pip install 'yaongi[{EXTRAS[package]}]'), got none"
+
+
+def words_for(module: str) -> list[str]:
+    """Return how to start a module the way this program was started: `yaongi train` or `python3 -m yaongi.train`."""
+    python, *rest = sys.orig_argv
+    if rest and Path(rest[0]).name == "yaongi":
+        return ["yaongi" if shutil.which("yaongi") == rest[0] else rest[0], module.removeprefix("yaongi.")]
+    return [python, "-m", module]
 
 
 def with_digits(arguments: Sequence[str], options: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Presets, files and the command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,9 @@ def test_differences(tmp_path: Path) -> None:
     assert found == ["train.seed: the run has 0, got 3"]
 
 
-def test_resume_command() -> None:
+def test_resume_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that it is the same command line, quoted, without the options that act once."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "anything"])
     assert resume_command(["--fresh", "--out", "a b"]) == "python -m yaongi.train --out 'a b'"
     assert (
         resume_command(["--from-step", "9", "--out", "a"], from_step=6)
@@ -85,6 +87,27 @@ def test_resume_command() -> None:
     )
     for stop in (["--stop-after", "7"], ["--stop-after=7"], ["--stop_after", "7"], ["--from-step=7"]):
         assert resume_command([*stop, "--out", "a_b"]) == "python -m yaongi.train --out a_b"
+
+
+@pytest.mark.parametrize(
+    ("started", "words"),
+    [
+        (["python3.12", "-m", "yaongi.train", "--out", "a"], "python3.12 -m yaongi.train"),
+        ([".venv/bin/python", "-m", "yaongi", "train"], ".venv/bin/python -m yaongi.train"),
+        (["/usr/bin/python3", "/opt/env/bin/yaongi", "train"], "/opt/env/bin/yaongi train"),
+    ],
+)
+def test_it_starts_as_this_program_was_started(started: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", started)
+    assert resume_command(["--out", "a"]) == f"{words} --out a"
+
+
+def test_the_command_on_the_path_is_named_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "yaongi").write_text("#!/bin/sh\n")
+    (tmp_path / "yaongi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "orig_argv", ["python", str(tmp_path / "yaongi"), "train"])
+    assert resume_command(["--out", "a"]) == "yaongi train --out a"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_signal_saves(tokens: Path, tmp_path: Path, whole: Path, number: int) 
             break
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert "go on with: python -m yaongi.train --config" in printed
+    assert f"go on with: {sys.executable} -m yaongi.train --config" in printed
     assert "Traceback" not in errors
     step = int(printed.split("saved step ")[1].split(";")[0])
     assert json.loads((out / "checkpoints" / f"step-{step:08d}" / "run.json").read_text())["step"] == step

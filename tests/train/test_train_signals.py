@@ -112,7 +112,7 @@ def test_asked_to_stop(
         assert "exitcode" not in errors  # torchrun's table of processes that failed
     else:
         assert "Traceback" not in errors
-        assert "go on with: python -m yaongi.train --config" in printed
+        assert f"go on with: {sys.executable} -m yaongi.train --config" in printed
 
 
 def test_ctrl_c_twice(tokens: Path, tmp_path: Path) -> None:

@@ -223,7 +223,12 @@ class RowLoader(ABC):
         identity = self._identity()
         differing = [key for key in identity if state.get(key) != identity[key]]
         if differing:
-            details = "; ".join(f"{key} must be {identity[key]}, got {state.get(key)}" for key in differing)
+            details = "; ".join(
+                "the rows in --data were others"
+                if key == "manifest"
+                else f"{key} must be {identity[key]}, got {state.get(key)}"
+                for key in differing
+            )
             raise ValueError(f"loader: the saved position is of other data ({details})")
         self.samples = int(state["samples"])
 

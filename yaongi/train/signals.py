@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from yaongi import cli
 from yaongi.train.run_folder import STOP
 from yaongi.world import World
 
@@ -147,7 +148,7 @@ def resume_command(
     for option, number in (("--from-step", from_step), ("--skip-batches", skip_batches)):
         if number:
             kept += [option, str(number)]
-    return shlex.join([*(_torchrun(module) if under_torchrun() else ["python", "-m", module]), *kept])
+    return shlex.join([*(_torchrun(module) if under_torchrun() else cli.words_for(module)), *kept])
 
 
 def _torchrun(module: str) -> list[str]:

@@ -71,7 +71,10 @@ def note_start(
         metrics.write("init", step, **start.lineage[-1])
         say(f"started from {start.origin.folder}")
     if start.found is not None:
-        say(f"resumed from step {step} of {config.run.out}")
+        if step < config.train.steps:
+            say(f"resumed from step {step} of {config.run.out}")
+        else:
+            say(f"{config.run.out} has done all of its {step} steps: its model and report are written again")
         if config.run.from_step:
             metrics.write("from_step", step)
         changed = changes(start.found[1]["config"], record)

@@ -1,8 +1,8 @@
 """The program that talks to wandb, in a process of its own, so that nothing there can hold training up.
 
-Standard input is a line of JSON with what `wandb.init` needs, then lines with a step and `values`, `loads` or `samples`;
-its end ends the program, after the run's report has been sent if there is one. Standard output is lines for the user, which `sinks.py` prints; with `!` in front they say why
-this program ends.
+Standard input is a line of JSON with what `wandb.init` needs, then lines with a step and `values`, `loads` or
+`samples`; its end ends the program, once the run's report has been sent if there is one. Standard output is lines for
+the user, which `sinks.py` prints; with `!` in front they say why this program ends.
 """
 
 import json
