@@ -35,6 +35,7 @@ OTHERS = {  # values for the fields that take no arbitrary number or word
     "attention_kv_heads": 4,
     "mix": "ko=1",
     "stacked": "mamba",
+    "wandb_tags": ("a", "b"),
     "recompute": "all",
     "orders": (2, 4),
     "stop_token_ids": (4, 5),

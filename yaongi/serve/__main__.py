@@ -1,6 +1,5 @@
 """`python -m yaongi.serve FOLDER`: a trained model behind OpenAI's protocol, with a page to talk to it."""
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,8 @@ class Serve:
 
     def run(self) -> int:
         """Load the model, print the plan, and serve until a signal. Raises ValueError or OSError with one line."""
-        missing = next((name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None), None)
-        if missing:
-            raise ValueError(f"serve: {missing} must be installed, got none: pip install 'yaongi[serve]'")
+        for package in ("starlette", "uvicorn"):
+            cli.require(package)
         from yaongi.serve.server import Options, serve
 
         options = Options(**{field: getattr(self, field) for field in Options.__dataclass_fields__})
