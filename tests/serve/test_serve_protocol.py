@@ -248,7 +248,13 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CHAT, {**MESSAGE, "frequency_penalty": 0.5}, 400, "frequency_penalty must be 0 or absent, got 0.5"),
     (CHAT, {**MESSAGE, "temprature": 1}, 400, 'fields must be those of the documentation, got "temprature"'),
     (CHAT, {**MESSAGE, "model": "gpt-4"}, 404, 'model must be small, got "gpt-4"'),
-    (CHAT, {"messages": [{"role": "user", "content": "고양이 " * 200}]}, 400, "prompt must be at most 255 tokens long"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "고양이 " * 200}]},
+        400,
+        "messages must be at most 255 tokens long",
+    ),
+    (COMPLETION, {"prompt": [5] * 256}, 400, "prompt must be at most 255 tokens long, got 256"),
     (COMPLETION, {}, 400, "prompt must be text, ids from 0 to 1023, or a list of such, got null"),
     (COMPLETION, {"prompt": []}, 400, "prompt must be text, ids from 0 to 1023, or a list of such, got []"),
     (COMPLETION, {"prompt": [1024]}, 400, "prompt must be text, ids from 0 to 1023, or a list of such, got [1024]"),
@@ -272,6 +278,9 @@ def test_a_bad_request_is_one_line(client: httpx.Client, path: str, body: Any, s
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"]
     assert len(error["message"]) < 300
+    assert (error["code"] == "context_length_exceeded") == (
+        "_tokens must be at most" in message or "tokens long" in message
+    )
 
 
 def test_other_requests_are_refused_in_the_same_form(client: httpx.Client) -> None:

@@ -182,6 +182,14 @@ def test_a_mistake_is_one_line(folder: Path, options: dict[str, Any], line: str)
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
+def test_a_missing_package_is_one_line(folder: Path, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
+    wanted = rf"^serve: {missing} must be installed, got none: pip install 'yaongi\[serve\]'$"
+    with pytest.raises(ValueError, match=wanted):
+        Serve(folder).run()
+
+
 def test_a_failed_engine_ends_the_server(folder: Path, tmp_path: Path) -> None:
     """The request gets an error, and the command a line and status 1."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -131,7 +131,7 @@ class _Gate:
             return await response(scope, receive, send)
         if service.key is not None and scope["path"].startswith("/v1/"):
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), service.key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), service.key.encode()):
                 response = _error(401, "Authorization must be Bearer and the key, got another or none")
                 response.headers["WWW-Authenticate"] = "Bearer"
                 return await response(scope, receive, send)
@@ -243,7 +243,7 @@ def _error(status: int, message: str, field: str | None = None, **options: Any) 
 
 async def _bad_request(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, BadRequestError)
-    response = _error(error.status, str(error), error.field)
+    response = _error(error.status, str(error), error.field, code=error.code)
     if error.status == 413:
         response.headers["Connection"] = "close"  # what is left of the body is not read
     return response

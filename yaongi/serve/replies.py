@@ -15,9 +15,11 @@ Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
 
 
-def error_json(message: str, field: str | None = None, *, kind: str = "invalid_request_error") -> Json:
+def error_json(
+    message: str, field: str | None = None, *, kind: str = "invalid_request_error", code: str | None = None
+) -> Json:
     """Return the body of an error."""
-    return {"error": {"message": message, "type": kind, "param": field, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:

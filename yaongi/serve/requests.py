@@ -18,15 +18,16 @@ MOST_ANSWERS = 128  # of one call
 MOST_STOPS, LONGEST_STOP = 32, 1000  # strings, and characters of one
 MOST_ALTERNATIVES = 20
 COMPLETION_TOKENS = 16  # of a completion that doesn't say how many, as at OpenAI
+TOO_LONG = "context_length_exceeded"
 SHOWN = 40  # characters of a wrong value that its error shows
 
 
 class BadRequestError(Exception):
-    """A request that can't be answered: a status, one line, and the field that is to blame."""
+    """A request that can't be answered: a status, one line, the field that is to blame, and OpenAI's code for it."""
 
-    def __init__(self, message: str, field: str | None = None, status: int = 400) -> None:
+    def __init__(self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
-        self.field, self.status = field, status
+        self.field, self.status, self.code = field, status, code
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class _Fields:
         self._left: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
         model = self.take("model", served.name)
         if model != served.name:
-            raise BadRequestError(f"model must be {served.name}, got {_shown(model)}", "model", 404)
+            raise BadRequestError(f"model must be {served.name}, got {_shown(model)}", "model", status=404)
 
     def take(self, name: str, default: Any = None) -> Any:
         """Return a field's value, the default if it is absent or null."""
@@ -155,7 +156,7 @@ class _Fields:
         copies: Counter[tuple[int, ...]] = Counter()
         requests = []
         for prompt in map(tuple, prompts):
-            self._require_room(len(prompt), max_tokens)
+            self._require_room(len(prompt), max_tokens, "messages" if kind == "chat" else "prompt")
             for _ in range(count):
                 requests.append(Request(prompt, max_tokens, sampling, seed, copies[prompt], stop, alternatives, echo))
                 copies[prompt] += 1
@@ -187,14 +188,14 @@ class _Fields:
             raise BadRequestError("stream_options must come with stream: true, got them alone", "stream_options")
         return options.get("include_usage", False)
 
-    def _require_room(self, prompt: int, max_tokens: int) -> None:
+    def _require_room(self, prompt: int, max_tokens: int, field: str) -> None:
         capacity = self._served.capacity
         if prompt >= capacity:
-            wanted = f"prompt must be at most {capacity - 1:,} tokens long"
-            raise BadRequestError(f"{wanted}, got {prompt:,}", "prompt")
+            wanted = f"{field} must be at most {capacity - 1:,} tokens long"
+            raise BadRequestError(f"{wanted}, got {prompt:,}", field, code=TOO_LONG)
         if prompt + max_tokens > capacity:
             wanted = f"max_tokens must be at most {capacity - prompt:,} ({capacity:,} less the prompt's {prompt:,})"
-            raise BadRequestError(f"{wanted}, got {_shown(max_tokens)}", "max_tokens")
+            raise BadRequestError(f"{wanted}, got {_shown(max_tokens)}", "max_tokens", code=TOO_LONG)
 
     def _require(self, condition: bool, name: str, wanted: str, got: Any) -> None:
         if not condition:
