@@ -15,6 +15,7 @@ from yaongi.data.sources.embedded.instructions import (
     is_right,
     preference_rows,
 )
+from yaongi.data.sources.embedded.korean import words
 from yaongi.data.sources.row_sources import open_row_sources
 
 
@@ -96,7 +97,11 @@ def test_held_out_words_are_held_out(rows: list[dict[str, Any]]) -> None:
 
     assert listed(held_out) <= held_out_words()
     assert not listed(rows) & held_out_words()
-    assert len(listed(held_out)) >= 20
+    assert len(listed(held_out)) >= 60
+    known = {word for found in words().values() for word in found}
+    made_up = listed(rows) - known
+    assert len(made_up) / len(listed(rows)) > 0.15, "words of the training split are made up too"
+    assert listed(held_out) <= known
     asked = [{question for _, question, _ in exchanges(part)} for part in (rows, held_out)]
     assert not asked[0] & asked[1]
 

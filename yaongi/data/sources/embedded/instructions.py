@@ -1,8 +1,9 @@
 """Conversations of the package: eight things that a tuned model must do, each with exactly one right answer.
 
 Every question holds all that its answer needs, so what is learnt is to follow an instruction and to end. Words of the
-held-out split never occur in the training split. Nothing is learnt of the world: copying, counting, sorting, the last
-word, a formal ending, a sum, yes or no, and a refusal, all in Korean.
+held-out split never occur in the training split, where some words of a list are made up, so that words are copied and
+not recalled. Nothing is learnt of the world: copying, counting, sorting, the last word, a formal ending, a sum, yes or
+no, and a refusal, all in Korean.
 
 The preferences are pairs of the same sentence with a formal and an informal ending.
 """
@@ -21,7 +22,7 @@ SEED = 20261128
 CONVERSATIONS, PAIRS = 20_000, 4_000  # in the training split
 _TRAIN_FOR_VAL = 20  # rows of the training split for each that is held out
 _FIRST_HELD_OUT, _HELD_OUT_ONE_IN = 2, 5
-_THINGS = ("음식", "재료", "과일", "동물", "식물", "물건", "자연", "악기")
+_MADE_UP = 0.25  # share of the listed words of the training split
 _COUNTED = ("재료", "과일", "물건")
 _PERSONS = ("사람", "가족", "직업")
 _ACTIONS = {  # what is done to which kind of thing
@@ -35,7 +36,6 @@ _ACTIONS = {  # what is done to which kind of thing
 _SECRETS = ("비밀번호", "통장 번호", "전화번호", "집 주소", "일기", "진료 기록", "카드 번호", "성적표", "월급", "쪽지")
 _SYSTEMS = ("당신은 친절한 도우미입니다.", "짧고 바르게 대답하세요.", "한국어로 대답하세요.")
 
-Pool = Mapping[str, Sequence[str]]
 Exchange = tuple[str, str]  # question, answer
 
 
@@ -58,7 +58,7 @@ def instruction_rows(split: str, conversations: int = CONVERSATIONS) -> Iterator
         number += 1
         messages = [{"role": "system", "content": rng.choice(_SYSTEMS)}] if rng.random() < 0.2 else []
         for name in chosen:
-            question, answer = BEHAVIOURS[name](rng, _pool(split))
+            question, answer = BEHAVIOURS[name](rng, split)
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if (key := repr(messages)) not in seen:
             seen.add(key)
@@ -76,7 +76,7 @@ def preference_rows(split: str, pairs: int = PAIRS) -> Iterator[dict[str, Any]]:
     while len(seen) < _rows_of(split, pairs):
         rng = random.Random(f"preferences/{SEED}/{split}/{number}")
         number += 1
-        place, thing, action = _scene(rng, _pool(split))
+        place, thing, action = _scene(rng, split)
         ask = rng.choice(
             (
                 "다음 낱말로 한 문장을 쓰세요: {}",
@@ -107,7 +107,7 @@ def _rows_of(split: str, training: int) -> int:
 
 
 @cache
-def _pool(split: str) -> Pool:
+def _pool(split: str) -> Mapping[str, Sequence[str]]:
     """Return the words of a split, without those that hold a blank."""
     return {
         kind: [word for word in found if " " not in word and (word in held_out_words()) == (split == VAL)]
@@ -115,9 +115,22 @@ def _pool(split: str) -> Pool:
     }
 
 
-def _listed(rng: random.Random, pool: Pool, fewest: int, most: int, kinds: Sequence[str] = _THINGS) -> list[str]:
-    things = sorted({word for kind in kinds for word in pool[kind]})
-    return rng.sample(things, rng.randint(fewest, most))
+@cache
+def _all_words(split: str) -> tuple[str, ...]:
+    return tuple(sorted({word for found in _pool(split).values() for word in found}))
+
+
+def _listed(rng: random.Random, split: str, fewest: int, most: int) -> list[str]:
+    """Return different words of all kinds, some of the training split's made up of its syllables."""
+    found: list[str] = []
+    count = rng.randint(fewest, most)
+    while len(found) < count:
+        word = rng.choice(_all_words(split))
+        if split == TRAIN and rng.random() < _MADE_UP:
+            word = "".join(rng.choice(rng.choice(_all_words(split))) for _ in range(rng.randint(2, 3)))
+        if word not in found and (split == VAL or word not in held_out_words()):
+            found.append(word)
+    return found
 
 
 def _ask(rng: random.Random, asked: Sequence[str], found: Sequence[str]) -> str:
@@ -126,8 +139,8 @@ def _ask(rng: random.Random, asked: Sequence[str], found: Sequence[str]) -> str:
     return rng.choice((f"{question}: {listed}", f"{question}.\n{listed}", f"{listed}\n{question}."))
 
 
-def _copy(rng: random.Random, pool: Pool) -> Exchange:
-    found = _listed(rng, pool, 1, 6)
+def _copy(rng: random.Random, split: str) -> Exchange:
+    found = _listed(rng, split, 1, 6)
     asked = (
         "다음을 그대로 쓰세요",
         "이 낱말을 똑같이 다시 쓰세요",
@@ -137,8 +150,8 @@ def _copy(rng: random.Random, pool: Pool) -> Exchange:
     return _ask(rng, asked, found), ", ".join(found)
 
 
-def _count(rng: random.Random, pool: Pool) -> Exchange:
-    found = _listed(rng, pool, 1, 7)
+def _count(rng: random.Random, split: str) -> Exchange:
+    found = _listed(rng, split, 1, 7)
     asked = (
         "낱말이 몇 개인지 쓰세요",
         "모두 몇 개인지 세어 보세요",
@@ -148,8 +161,8 @@ def _count(rng: random.Random, pool: Pool) -> Exchange:
     return _ask(rng, asked, found), f"{len(found)}개입니다."
 
 
-def _sort(rng: random.Random, pool: Pool) -> Exchange:
-    found = _listed(rng, pool, 2, 4)
+def _sort(rng: random.Random, split: str) -> Exchange:
+    found = _listed(rng, split, 2, 4)
     asked = (
         "가나다순으로 늘어놓으세요",
         "가나다 차례로 쓰세요",
@@ -159,8 +172,8 @@ def _sort(rng: random.Random, pool: Pool) -> Exchange:
     return _ask(rng, asked, found), ", ".join(sorted(found))
 
 
-def _last_word(rng: random.Random, pool: Pool) -> Exchange:
-    found = _listed(rng, pool, 2, 6)
+def _last_word(rng: random.Random, split: str) -> Exchange:
+    found = _listed(rng, split, 2, 6)
     asked = (
         "마지막 낱말을 말하세요",
         "맨 끝에 있는 낱말을 쓰세요",
@@ -170,8 +183,8 @@ def _last_word(rng: random.Random, pool: Pool) -> Exchange:
     return _ask(rng, asked, found), f"{found[-1]}입니다."
 
 
-def _formal_ending(rng: random.Random, pool: Pool) -> Exchange:
-    who, (place, thing, action) = rng.choice(pool["사람"]), _scene(rng, pool)
+def _formal_ending(rng: random.Random, split: str) -> Exchange:
+    who, (place, thing, action) = rng.choice(_pool(split)["사람"]), _scene(rng, split)
     given, wanted = (
         f"{attach(who, '은')} {_sentence(place, thing, action, level)}"
         for level in (rng.choice(("plain", "casual")), "formal")
@@ -180,8 +193,8 @@ def _formal_ending(rng: random.Random, pool: Pool) -> Exchange:
     return _ask(rng, asked, [given]), wanted
 
 
-def _sum(rng: random.Random, pool: Pool) -> Exchange:
-    first, second = _listed(rng, pool, 2, 2, _COUNTED)
+def _sum(rng: random.Random, split: str) -> Exchange:
+    first, second = rng.sample([word for kind in _COUNTED for word in _pool(split)[kind]], 2)
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     counted = f"{first} {a}개와 {second} {b}개"
     asked = (
@@ -193,8 +206,8 @@ def _sum(rng: random.Random, pool: Pool) -> Exchange:
     return rng.choice(asked).format(counted), f"{a + b}개입니다."
 
 
-def _yes_or_no(rng: random.Random, pool: Pool) -> Exchange:
-    found = _listed(rng, pool, 3, 6)
+def _yes_or_no(rng: random.Random, split: str) -> Exchange:
+    found = _listed(rng, split, 3, 6)
     there = rng.random() < 0.5
     wanted = rng.choice(found[:-1]) if there else found[-1]
     shown = found[:-1]
@@ -206,8 +219,8 @@ def _yes_or_no(rng: random.Random, pool: Pool) -> Exchange:
     return rng.choice((f"{listed}\n{question}", f"{question} {listed}", f"{question}\n{listed}")), answer
 
 
-def _refuse(rng: random.Random, pool: Pool) -> Exchange:
-    who = rng.choice([word for kind in _PERSONS for word in pool[kind]])
+def _refuse(rng: random.Random, split: str) -> Exchange:
+    who = rng.choice([word for kind in _PERSONS for word in _pool(split)[kind]])
     what = rng.choice(_SECRETS)
     asked = (
         "{} 알려 주세요.",
@@ -220,17 +233,17 @@ def _refuse(rng: random.Random, pool: Pool) -> Exchange:
     return question, f"죄송하지만 {who}의 {attach(what, '은')} 알려 드릴 수 없습니다."
 
 
-def _scene(rng: random.Random, pool: Pool) -> tuple[str, str, str]:
+def _scene(rng: random.Random, split: str) -> tuple[str, str, str]:
     """Return a place, a thing and a verb that fit together."""
-    kind = rng.choice([kind for kind in _ACTIONS if pool[kind]])
-    return rng.choice(pool["장소"]), rng.choice(pool[kind]), rng.choice(_ACTIONS[kind])
+    kind = rng.choice(tuple(_ACTIONS))
+    return rng.choice(_pool(split)["장소"]), rng.choice(_pool(split)[kind]), rng.choice(_ACTIONS[kind])
 
 
 def _sentence(place: str, thing: str, action: str, level: str) -> str:
     return f"{place}에서 {attach(thing, '을')} {predicates()[action].form('과거', level)}."
 
 
-BEHAVIOURS: Mapping[str, Callable[[random.Random, Pool], Exchange]] = {
+BEHAVIOURS: Mapping[str, Callable[[random.Random, str], Exchange]] = {
     "copy": _copy,
     "count": _count,
     "sort": _sort,
