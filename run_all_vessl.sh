@@ -17,8 +17,10 @@ usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
   --tokens N       tokens to train on; default: the preset's, but at most 4 epochs of what is there
   --vocab-size N   pieces of the tokenizer; fewer if the text is too little
   --gpus N         GPUs to train on, or processes without one; default: all GPUs of the machine
-  --stage NAME     only this one: env, data, tokenizer, tokens, train, report; or eval, which only runs when asked for:
-                   scores of the model, with options of python -m yaongi.eval tasks after --
+  --stage NAME     only this one: env, data, tokenizer, tokens, train, report; or one that only runs when asked for: eval,
+                   scores of the model, with options of python -m yaongi.eval tasks after --; tune, the model tuned on
+                   conversations and how many instructions it follows, with options of python -m yaongi.tune after --
+  --chat SPEC      conversations for the stage tune: a file, hf:OWNER/NAME or embedded:instructions, the default
   --smoke          everything in miniature, a minute or two
   --help
 WANDB_API_KEY, HF_TOKEN and the like are read from .env if it is there. PYTHON picks the interpreter of a new environment.
@@ -31,11 +33,11 @@ die() {
   exit 1
 }
 
-preset="" stage=all smoke=0 vocabulary="" tokens="" gpus=""
+preset="" stage=all smoke=0 vocabulary="" tokens="" gpus="" chat=""
 sources=() extra=() mix=() field=() encoding=()
 while (($#)); do
   case $1 in
-    --preset | --source | --mix | --text-field | --encoding | --tokens | --vocab-size | --gpus | --stage)
+    --preset | --source | --mix | --text-field | --encoding | --tokens | --vocab-size | --gpus | --stage | --chat)
       (($# > 1)) || die "$1 must have a value, got none" ;;&
     --preset) preset=$2 && shift 2 ;;
     --source) sources+=("$2") && shift 2 ;;
@@ -46,6 +48,7 @@ while (($#)); do
     --vocab-size) vocabulary=$2 && shift 2 ;;
     --gpus) gpus=$2 && shift 2 ;;
     --stage) stage=$2 && shift 2 ;;
+    --chat) chat=$2 && shift 2 ;;
     --smoke) smoke=1 && shift ;;
     --help | -h) usage && exit ;;
     --) shift && extra=("$@") && break ;;
@@ -53,8 +56,8 @@ while (($#)); do
   esac
 done
 case $stage in
-  all | env | data | tokenizer | tokens | train | report | eval) ;;
-  *) die "--stage must be one of env, data, tokenizer, tokens, train, report, eval, got $stage" ;;
+  all | env | data | tokenizer | tokens | train | report | eval | tune) ;;
+  *) die "--stage must be one of env, data, tokenizer, tokens, train, report, eval, tune, got $stage" ;;
 esac
 [[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || die "--gpus must be a number from 1, got $gpus"
 wants() { [[ $stage == all || $stage == "$1" ]]; }
@@ -249,18 +252,19 @@ if wants tokens; then
   run "$python" -m yaongi.data tokenize "${options[@]}" "${benchmarks[@]}" --tokenizer "$folder/tokenizer" --out "$folder/tokens"
 fi
 
-# Train in one process, or on several GPUs by torchrun, which starts all anew if one of them fails. A dry run comes
-# before, so that a mistake is one line.
-train() {
-  local count=$gpus
+# Train or tune in one process, or on several GPUs by torchrun, which starts all anew if one of them fails. A dry run
+# comes before, so that a mistake is one line.
+launch() {
+  local module=yaongi.$1 count=$gpus
+  shift
   [[ -n $count ]] || count=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
   if ((count == 1)); then
-    run "$python" -m yaongi.train "$@"
+    run "$python" -m "$module" "$@"
     return
   fi
-  run "$python" -m yaongi.train "$@" --dry-run --processes "$count" >/dev/null
+  run "$python" -m "$module" "$@" --dry-run --processes "$count" >/dev/null
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + count - 1) / count))}
-  run "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" --max-restarts 3 -m yaongi.train "$@"
+  run "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" --max-restarts 3 -m "$module" "$@"
 }
 if wants train; then
   say "train"
@@ -270,7 +274,7 @@ if wants train; then
     extra=(--max-epochs 4 "${extra[@]}")
   fi
   ((smoke)) && extra=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24 "${extra[@]}")
-  train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
+  launch train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
 fi
 if wants report; then
   say "report"
@@ -281,4 +285,17 @@ if [[ $stage == eval ]]; then
   say "eval"
   ((smoke)) && extra=(--limit 5 "${extra[@]}")
   run "$python" -m yaongi.eval tasks "$out" --out "$out/eval" "${extra[@]}"
+fi
+if [[ $stage == tune ]]; then
+  say "tune"
+  tuning=(--base-data "$folder/tokens")
+  if [[ $preset == yaongi-tiny ]]; then
+    tuning+=(--row-tokens 512 --batch-tokens 2048 --lr-scale 0.3)
+    chat=${chat:-embedded:instructions:5000}
+  fi
+  ((smoke)) && chat=embedded:instructions:200
+  run "$python" -m yaongi.data chat --source "${chat:-embedded:instructions}" "${benchmarks[@]}" \
+    --tokenizer "$folder/tokenizer" --out "$folder/chat"
+  launch tune --init "$out/model" --data "$folder/chat" --out "$out-tuned" "${tuning[@]}" "${extra[@]}"
+  run "$python" -m yaongi.eval tasks "$out-tuned/model" --suite instructions --limit 40 --out "$out-tuned/eval"
 fi

@@ -188,6 +188,7 @@ setup(
             "_C.so",
             "py.typed",
             "presets/*.toml",
+            "presets/*/*.toml",
             "data/sources/embedded/*.txt",
             "data/sources/embedded/*/*.txt",
             "kernels/*/README.md",

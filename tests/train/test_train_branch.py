@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from small_run import FOR_KERNELS, arguments, final_tensors, losses, run, session_of
 
+from yaongi.presets import continuations
 from yaongi.train import program
+from yaongi.train.command_line import parse
 from yaongi.train.report.page import write_report
 from yaongi.train.step.stepper import Stepper
 
@@ -70,6 +72,22 @@ def test_the_lineage(tokens: Path, stable: Path, tmp_path: Path) -> None:
     assert saved["config"]["lineage"] == found
     assert [r["steps"] for r in events(second) if r["event"] == "init"] == [12]
     assert "step-00000006, 12 steps, 6.1k tokens" in (second / "report.html").read_text()
+
+
+def test_a_continuation_takes_model_and_settings_from_where_it_starts(
+    tokens: Path, stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The preset's few settings count before those of the run; the same bits as with all of them given."""
+    branch = ("--init", str(stable), "--init-step", "6", "--tokens", "1536")
+    train(tokens, tmp_path / "told", *branch, "--warmup", "0", "--decay", "1")
+    short = ("--data", str(tokens), "--out", str(tmp_path / "run"), "--wandb", "off", "--no-tensorboard", *QUIET)
+    assert program.run(["--preset", "continue/anneal", *branch, *short]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "told")
+    for name in continuations():
+        config = parse(["--preset", name, "--init", str(stable), "--batch-tokens", "32768"])
+        assert (config.preset, config.model.pattern) == (Path(name).name, "ME*M*")
+    with pytest.raises(ValueError, match=r"anneal\.toml must have a \[model\] table with a pattern, or go with --init"):
+        parse(["--preset", "continue/anneal"])
 
 
 def test_from_a_model_with_longer_rows(

@@ -11,6 +11,8 @@ import pytest
 from hub_server import hub_environment, serve_hub
 from small_run import ROOT, documents, environment
 
+from yaongi.data.pieces import END_OF_TURN
+
 SCRIPT = ROOT / "run_all_vessl.sh"
 DOTENV = r"""
 # a comment
@@ -42,7 +44,10 @@ def test_dotenv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stage", "cook"], "--stage must be one of env, data, tokenizer, tokens, train, report, eval, got cook"),
+        (
+            ["--stage", "cook"],
+            "--stage must be one of env, data, tokenizer, tokens, train, report, eval, tune, got cook",
+        ),
         (["--what"], "option must be one of those that --help lists, got --what"),
         (["--preset"], "--preset must have a value, got none"),
     ],
@@ -76,6 +81,11 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "LIMITED to the first 5 questions" in done.stdout
     assert (tree / "runs" / "yaongi-tiny-smoke-embedded" / "eval" / "results.json").is_file()
+    done = run_stage(tree, "tune")
+    assert done.returncode == 0, done.stderr
+    tuned = tree / "runs" / "yaongi-tiny-smoke-embedded-tuned"
+    assert END_OF_TURN in (tuned / "model" / "tokenizer_config.json").read_text()
+    assert "instructions" in json.loads((tuned / "eval" / "results.json").read_text())["tasks"]
 
 
 def copy_of_the_tree(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from yaongi import cli
 from yaongi.model import ModelConfig
-from yaongi.presets import preset_names
+from yaongi.presets import continuations, preset_names
 from yaongi.train.config import Config, Running, Training, load_config
 
 DEFAULT_PRESET = "yaongi-tiny"
@@ -45,11 +45,14 @@ def parse(arguments: Sequence[str]) -> Config:
     source.add_argument("--preset", default=DEFAULT_PRESET)
     source.add_argument("--config")
     first.add_argument("--model.engram", dest="engram")
+    first.add_argument("--init", type=Path)
     chosen, rest = first.parse_known_args(arguments)
     for option in (argument.partition("=")[0].replace("_", "-") for argument in rest):
         if option in DERIVED:
             raise ValueError(f"train: {option} must be left out: {DERIVED[option]} sets it")
-    defaults = load_config(chosen.config or chosen.preset)
+    defaults = load_config(chosen.config or chosen.preset, chosen.init)
+    if chosen.init is not None:
+        rest += ["--init", str(chosen.init)]
     if chosen.engram not in (None, "none"):
         raise ValueError(f"train: --model.engram must be none, to leave Engram out, got {chosen.engram!r}")
     if chosen.engram == "none":
@@ -68,5 +71,8 @@ def parse(arguments: Sequence[str]) -> Config:
         collect,
         args=cli.with_digits(rest, COUNTS),
         prog="python -m yaongi.train",
-        description=f"Pretraining. Presets: {', '.join(preset_names())}. --model.engram none leaves Engram out.",
+        description=(
+            f"Pretraining. Presets: {', '.join(preset_names())}; with --init also {', '.join(continuations())}. "
+            "--model.engram none leaves Engram out."
+        ),
     )

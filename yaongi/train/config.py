@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 
 from yaongi.model import ModelConfig
-from yaongi.presets import read_preset
+from yaongi.model.hub.folder import read_config
+from yaongi.model.hub.run_weights import find_weights, run_config
+from yaongi.presets import has_model, read_preset
 from yaongi.settings import FieldChecks, from_table
 from yaongi.train.recompute import recomputed_layers
 from yaongi.train.schedule import Kind, bias_rate
@@ -195,15 +197,21 @@ class Config:
             raise ValueError(f"train: a micro-batch must be a multiple of 16 tokens for fp8, got {rows} x {tokens}")
 
 
-def load_config(name: str) -> Config:
+def load_config(name: str, init: Path | None = None) -> Config:
     """Load the preset `name`, or the TOML file at the path `name`.
 
+    Args:
+        init: weights to go on from. Of a preset without a model, they give it, and their run the other settings.
+
     Raises:
-        FileNotFoundError: there is no such preset or file.
+        FileNotFoundError: there is no such preset or file, or nothing at `init`.
         ValueError: it can't be read, or it has an unknown field or a wrong value.
     """
-    tables, preset = read_preset(name), Path(name).name.removesuffix(".toml")
+    tables, preset = read_preset(name, whole=init is None), Path(name).name.removesuffix(".toml")
     train = tables.get("train", {})
+    if init is not None and not has_model(tables):
+        model, former = _of_init(init)
+        tables, train = {"model": model | tables.get("model", {})}, former | train
     known = {field.name: kind for kind in (Training, Running) for field in dataclasses.fields(kind)}
     unknown = next((key for key in train if key not in known), None)
     if unknown is not None:
@@ -215,6 +223,16 @@ def load_config(name: str) -> Config:
         from_table(Training, parts[Training], "config"),
         from_table(Running, {"out": Path("runs") / preset} | parts[Running], "config"),
     )
+
+
+def _of_init(init: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the model of a folder or run, and the settings with which it was trained, if they are there."""
+    folder = find_weights(init)
+    model, _ = read_config(folder)
+    known = {field.name for field in dataclasses.fields(Training)}
+    former = {key: value for key, value in run_config(folder).get("train", {}).items() if key in known}
+    rows = min(Training.row_tokens, model.max_sequence_length)
+    return model.to_dict(), {"row_tokens": rows, "mix": ""} | {k: v for k, v in former.items() if k != "mix"}
 
 
 def as_dict(config: Config) -> dict[str, Any]:
