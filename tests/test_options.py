@@ -24,7 +24,8 @@ from yaongi.train.config import Running, Training, load_config
 PACKAGE = Path(__file__).resolve().parent.parent / "yaongi"
 COMMANDS = [
     *("train", "train.report", "tune", "generate", "chat", "serve", "export", "model count"),
-    *(f"eval {command}" for command in ("bpb", "tasks", "fetch", "report", "logickor generate", "logickor judge")),
+    *(f"eval {command}" for command in ("bpb", "passkey", "tasks", "fetch", "report")),
+    *(f"eval logickor {command}" for command in ("generate", "judge")),
     *(f"data {stage}" for stage in ("download", "benchmarks", "tokenizer", "tokenize", "chat", "inspect")),
 ]
 MODEL = ("--preset", "yaongi-tiny")

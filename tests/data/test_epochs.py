@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_commands import run
 
 from yaongi.data.epochs import Epochs, check_epochs, count_epochs, epoch_warnings, tokens_for
+from yaongi.data.shards import ShardSet
 
 THERE = {"ko": 1_000_000, "law/a": 50_000}
 SHARES = {"ko": 3, "law/a": 1}
@@ -41,3 +43,19 @@ def test_inspect_shows_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert said.err.startswith("error: epochs: must be at most 16")
     run(monkeypatch, "inspect", "--folder", str(shards), "--tokens", "15e9", "--mix", "ko=1", "--allow-epochs")
     assert "warning: ko is read " in capsys.readouterr().out
+
+
+def test_inspect_shows_how_long_documents_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shards: Path
+) -> None:
+    """In parts of the tokens, and a warning where rows would be longer than almost every document."""
+    shard_set = ShardSet.open(shards)
+    ends = [shard_set.index(shard)[:, 0].astype(int) for shard in shard_set.shards("train", "code")]
+    lengths = np.concatenate([np.diff(part, prepend=0) for part in ends])
+    share = 100 * lengths[lengths >= 4096].sum() / lengths.sum()
+    run(monkeypatch, "inspect", "--folder", str(shards), "--row-tokens", "32768")
+    shown = capsys.readouterr().out
+    assert f"code: tokens in documents {share:.0f}% of 4k and more, " in shown
+    assert "warning: 0% of the tokens of ko are in documents of 32,768 tokens and more" in shown
+    run(monkeypatch, "inspect", "--folder", str(shards), "--row-tokens", "4")
+    assert "hardly teach a long context" not in capsys.readouterr().out

@@ -50,6 +50,7 @@ def test_held_out_rows_by_domain(rows: int, folder: Path, shards: Path) -> None:
     """Of each domain all rows or some, as a loop over tokens finds them."""
     model, loader = Yaongi.from_pretrained(folder), Loader(shards, row_tokens=ROW, batch_rows=1)
     found = printed(bpb(folder, "--data", shards, "--rows", rows))
+    placed = bpb(folder, "--data", shards, "--rows", rows, "--by-position").stdout
     values = []
     for domain in loader.domains:
         held_out = loader.held_out(domain, rows or 10**6)
@@ -58,6 +59,7 @@ def test_held_out_rows_by_domain(rows: int, folder: Path, shards: Path) -> None:
         )
         values.append(total / math.log(2) / int(held_out.text_bytes.sum()))
         assert float(found[domain][0]) == pytest.approx(values[-1], abs=6e-5)
+        assert f"{domain} by position: 0-{ROW - 1} {found[domain][0]}" in placed, "all of a short row is one bucket"
         assert int(found[domain][1].replace(",", "")) == len(held_out.input_ids)
     assert float(found["mean"][0]) == pytest.approx(sum(values) / len(values), abs=6e-5)
 

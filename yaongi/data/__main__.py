@@ -176,11 +176,13 @@ class Inspect:
     mix: Mix = ""
     tokens: float = 0  # of a run, to show how often it reads each source; 0: as many as read none more than 4 times
     allow_epochs: bool = False  # no error where a source is read more than 16 times
+    row_tokens: int = 0  # of a run with long rows, to warn of domains without documents of that length
 
     def run(self) -> None:
         from yaongi.data.stages.inspect_shards import inspect_shards
 
-        inspect_shards(self.folder, self.samples, mix=self.mix, tokens=self.tokens, allow_epochs=self.allow_epochs)
+        options = {name: getattr(self, name) for name in ("mix", "tokens", "allow_epochs", "row_tokens")}
+        inspect_shards(self.folder, self.samples, **options)
 
 
 def main() -> None:

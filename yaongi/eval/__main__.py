@@ -1,4 +1,4 @@
-"""`python -m yaongi.eval bpb|tasks|fetch|logickor|report`: measures of a trained model, a subcommand each."""
+"""`python -m yaongi.eval bpb|passkey|tasks|fetch|logickor|report`: measures of a trained model, a subcommand each."""
 
 import os
 import sys
@@ -11,10 +11,12 @@ from yaongi import cli
 from yaongi.eval.bpb import Bpb
 from yaongi.eval.commands import Fetch, Report, Tasks
 from yaongi.eval.logickor.command import Logickor
+from yaongi.eval.long_context.command import Passkey
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm: a dozen bars of lm-eval and datasets
 COMMANDS: dict[str, Callable[..., Any]] = {  # each has `run`
     "bpb": Bpb,
+    "passkey": Passkey,
     "tasks": Tasks,
     "fetch": Fetch,
     "logickor": Logickor,

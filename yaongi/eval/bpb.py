@@ -17,6 +17,7 @@ class Bpb:
     rows: int = 0  # held-out rows per domain, spread evenly over the split; 0: all
     text: Texts = ()  # [DOMAIN=]FILE, a UTF-8 text, read in NFC; without DOMAIN the file's name. Can be repeated
     row_tokens: int = 0  # tokens per row, whose first token nothing predicts; 0: as in training, else the longest
+    by_position: bool = False  # also by position in the document, to see what a long context is worth
     device: str = "auto"  # auto (a GPU where there is one), cpu, gpu, cuda or cuda:N
 
     def run(self) -> None:
@@ -25,6 +26,7 @@ class Bpb:
 
         from yaongi.data.tokenizer import Tokenizer
         from yaongi.eval.held_out import held_out_bits, held_out_rows, text_rows
+        from yaongi.eval.long_context.positions import by_position
         from yaongi.model import Yaongi
         from yaongi.model.devices import device_of
         from yaongi.model.hub.folder import read_config
@@ -56,6 +58,11 @@ class Bpb:
             for domain, value in bits.items():
                 size = int(rows[domain].text_bytes.sum())
                 print(f"  {domain:<12} {value:.4f}   {len(rows[domain].input_ids):>7,} rows {size:>13,} bytes")
+            if self.by_position:
+                for domain, part in rows.items():
+                    there = held_out_bits(model, by_position(part, torch.from_numpy(tokenizer.byte_lengths)), device)
+                    said = ", ".join(f"{where} {value:.4f}" for where, value in there.items())
+                    print(f"  {domain} by position: {said}")
             if len(bits) > 1:
                 print(f"  {'mean':<12} {sum(bits.values()) / len(bits):.4f}")
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +13,8 @@ from yaongi.data.streams import TokenStream, training_streams
 from yaongi.data.tokenizer import Tokenizer
 
 _SHOWN_CHARACTERS = 300
+_LONG = (1 << 12, 1 << 14, 1 << 15)  # tokens of long documents
+_FEW = 10  # per cent of the tokens that should be in documents as long as a row
 
 
 def inspect_shards(
@@ -22,11 +25,13 @@ def inspect_shards(
     mix: str = "",
     tokens: float = 0,
     allow_epochs: bool = False,
+    row_tokens: int = 0,
 ) -> None:
     """Check every file; print counts per domain, dropped documents, epochs, and the first held-out documents.
 
     Args:
         mix: shares of the domains; if empty, those that `mix.choose_mix` gives.
+        row_tokens: of a run with long rows, to warn of domains without documents of that length; 0: of none.
         tokens: of a run, to print how often it reads each source; 0: as many as read none more than four times.
 
     Raises:
@@ -52,6 +57,8 @@ def inspect_shards(
     console.print(f"tokenizer {tokenizer.hash[:12]} ({tokenizer.vocab_size:,} pieces), manifest {shard_set.hash[:12]}")
     for domain in manifest["splits"].get("val", {}):
         _show_documents(shard_set, tokenizer, domain, samples, console)
+    for domain in manifest["splits"]["train"]:
+        _show_lengths(shard_set, domain, row_tokens, console)
     _show_epochs(shard_set, mix, tokens, allow_epochs, console)
 
 
@@ -66,6 +73,21 @@ def _show_epochs(shard_set: ShardSet, mix: str, tokens: float, allowed: bool, co
     for line in [*map(str, epochs), *(f"warning: {line}" for line in epoch_warnings(epochs))]:
         console.print(line, markup=False, soft_wrap=True)
     check_epochs(epochs, allowed)
+
+
+def _show_lengths(shard_set: ShardSet, domain: str, row_tokens: int, console: Console) -> None:
+    """Print which part of a domain's tokens is in long documents, and warn if rows would have hardly any."""
+    ends = [shard_set.index(shard)[:, 0].astype(np.int64) for shard in shard_set.shards("train", domain)]
+    lengths = np.concatenate([np.diff(part, prepend=0) for part in ends])
+
+    def share(least: int) -> float:
+        return 100 * float(lengths[lengths >= least].sum() / lengths.sum())
+
+    parts = ", ".join(f"{share(least):.0f}% of {least >> 10}k and more" for least in _LONG)
+    console.print(f"{domain}: tokens in documents {parts}", markup=False)
+    if row_tokens and share(row_tokens) < _FEW:
+        said = f"{share(row_tokens):.0f}% of the tokens of {domain} are in documents of {row_tokens:,} tokens and more"
+        console.print(f"warning: {said}: rows of that length hardly teach a long context", markup=False, soft_wrap=True)
 
 
 def _show_documents(shard_set: ShardSet, tokenizer: Tokenizer, domain: str, samples: int, console: Console) -> None:
