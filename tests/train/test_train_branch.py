@@ -84,8 +84,9 @@ def test_a_continuation_takes_model_and_settings_from_where_it_starts(
     assert program.run(["--preset", "continue/anneal", *branch, *short]) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "told")
     for name in continuations():
-        config = parse(["--preset", name, "--init", str(stable), "--batch-tokens", "32768"])
+        config = parse(["--preset", name, "--init", str(stable)])
         assert (config.preset, config.model.pattern) == (Path(name).name, "ME*M*")
+        assert config.train.batch_tokens == max(512, config.train.row_tokens)
     with pytest.raises(ValueError, match=r"anneal\.toml must have a \[model\] table with a pattern, or go with --init"):
         parse(["--preset", "continue/anneal"])
 

@@ -212,6 +212,8 @@ def load_config(name: str, init: Path | None = None) -> Config:
     if init is not None and not has_model(tables):
         model, former = _of_init(init)
         tables, train = {"model": model | tables.get("model", {})}, former | train
+        rows = max(1, round(train.get("batch_tokens", Training.batch_tokens) / train["row_tokens"]))
+        train["batch_tokens"] = rows * train["row_tokens"]  # whole rows, which may be longer than before
     known = {field.name: kind for kind in (Training, Running) for field in dataclasses.fields(kind)}
     unknown = next((key for key in train if key not in known), None)
     if unknown is not None:
