@@ -297,5 +297,5 @@ if [[ $stage == tune ]]; then
   run "$python" -m yaongi.data chat --source "${chat:-embedded:instructions}" "${benchmarks[@]}" \
     --tokenizer "$folder/tokenizer" --out "$folder/chat"
   launch tune --init "$out/model" --data "$folder/chat" --out "$out-tuned" "${tuning[@]}" "${extra[@]}"
-  run "$python" -m yaongi.eval tasks "$out-tuned/model" --suite instructions --limit 40 --out "$out-tuned/eval"
+  run "$python" -m yaongi.eval tasks "$out-tuned/model" --suite instructions --limit 5 --out "$out-tuned/eval"
 fi
