@@ -28,6 +28,7 @@ class Export:
 
     def run(self) -> None:
         """Measure, if asked, then write. Raises ValueError or OSError with a message of one line."""
+        from yaongi.data.pieces import END_OF_TURN
         from yaongi.data.tokenizer import Tokenizer
         from yaongi.model import Yaongi
         from yaongi.model.hub.folder import copy_tokenizer, export_nemotron_h, lost_without_engram
@@ -54,7 +55,9 @@ class Export:
         if self.out is not None:
             export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
             if is_checkpoint(folder):
-                Tokenizer.of_model(tokenizer_folder(folder)).save(self.out)
+                tokenizer = Tokenizer.of_model(tokenizer_folder(folder))
+                tuned = tokenizer.piece_to_id(END_OF_TURN) in model.config.answer_ends
+                tokenizer.save(self.out, chat=tuned)
             else:
                 copy_tokenizer(folder, self.out)
             print(f"wrote {self.out}")

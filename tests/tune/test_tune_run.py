@@ -17,6 +17,7 @@ from small_run import final_tensors, losses
 from yaongi.data.chats.encode import encode_prompt
 from yaongi.data.pieces import END_OF_TURN
 from yaongi.data.tokenizer import Tokenizer
+from yaongi.export import Export
 from yaongi.model import Yaongi
 from yaongi.model.generation import generate
 from yaongi.train.metrics.records import read_metrics
@@ -84,6 +85,9 @@ def test_the_folder_says_where_answers_end_and_the_router_is_as_before(
     for (name, old), new in zip(before.state_dict().items(), tuned.state_dict().values(), strict=True):
         frozen = name.endswith("e_score_correction_bias") or name == "backbone.compression"
         assert torch.equal(old, new) == frozen, name
+    Export(max((out / "checkpoints").glob("step-*")), out=tmp_path / "hub", drop_engram=True).run()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hub" / name).read_bytes() == (out / "model" / name).read_bytes(), "of a checkpoint too"
 
 
 def test_two_pieces_are_one(model: Path, chats: Path, tokens: Path, tmp_path: Path) -> None:
