@@ -90,11 +90,17 @@ def test_the_folder_says_where_answers_end_and_the_router_is_as_before(
         assert (tmp_path / "hub" / name).read_bytes() == (out / "model" / name).read_bytes(), "of a checkpoint too"
 
 
-def test_two_pieces_are_one(model: Path, chats: Path, tokens: Path, tmp_path: Path) -> None:
+def test_two_pieces_are_one(
+    model: Path, chats: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same bits at the end; another number of epochs is another run."""
     more = ("--mix", "chat=0.5,en=0.5", "--base-data", str(tokens), "--epochs", "0.5")
     tune(arguments(model, chats, tmp_path / "whole", *more))
     tune(arguments(model, chats, tmp_path / "pieces", *more, "--stop-after", "3"))
     assert [step for step, *_ in losses(tmp_path / "pieces")] == [1, 2, 3]
+    with pytest.raises(SystemExit):
+        tune(arguments(model, chats, tmp_path / "pieces", *more, "--epochs", "3"))
+    assert "tune.epochs: the run has 0.5, got 3.0" in capsys.readouterr().err
     tune(arguments(model, chats, tmp_path / "pieces", *more))
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
     whole, pieces = (final_tensors(tmp_path / name) for name in ("whole", "pieces"))

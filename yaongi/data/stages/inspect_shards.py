@@ -57,7 +57,7 @@ def inspect_shards(
     console.print(f"tokenizer {tokenizer.hash[:12]} ({tokenizer.vocab_size:,} pieces), manifest {shard_set.hash[:12]}")
     for domain in manifest["splits"].get("val", {}):
         _show_documents(shard_set, tokenizer, domain, samples, console)
-    for domain in manifest["splits"]["train"]:
+    for domain in manifest["splits"].get("train", {}):
         _show_lengths(shard_set, domain, row_tokens, console)
     _show_epochs(shard_set, mix, tokens, allow_epochs, console)
 
