@@ -3,6 +3,7 @@
 import contextlib
 import json
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -113,14 +114,17 @@ class Talk:
         if forgotten:
             _note(f"the conversation is too long: its first {forgotten} messages are forgotten")
         answer = ""
-        try:
-            for piece in self._stream(ids):
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            _note(" (stopped)")
-            if not answer:
-                return
+        with _interruptible() as interrupted:
+            with contextlib.suppress(KeyboardInterrupt):
+                for piece in self._stream(ids):
+                    answer += piece
+                    print(piece, end="", flush=True)
+                    if interrupted():
+                        break
+            if interrupted():
+                _note(" (stopped)")
+        if interrupted() and not answer:
+            return
         print()
         self.turns = [*turns, {"role": "assistant", "content": answer}]
 
@@ -169,6 +173,27 @@ def _lines() -> Iterator[str]:
         except EOFError:
             print()
             return
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Note a first Ctrl-C, which the function that is given tells; a second one raises KeyboardInterrupt as usual.
+
+    So a step of the model is never torn, and no Ctrl-C is lost where Python would ignore an exception.
+    """
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _note(text: str) -> None:

@@ -29,11 +29,16 @@ class Collected:
 
     def __init__(self, model: Yaongi, limits: Limits = LIMITS, ends: tuple[int, ...] = (), **options: Any) -> None:
         self.pieces: dict[Row, list[Piece]] = defaultdict(list)
-        self.engine = Engine(model, ends, limits, self._deliver, **options)
+        self.engine = Engine(model, ends, limits, **options)
 
-    def _deliver(self, said: Said) -> None:
+    def keep(self, said: Said) -> None:
+        """Keep pieces."""
         for row, piece in said:
             self.pieces[row].append(piece)
+
+    def work_once(self) -> None:
+        """Work to the next boundary."""
+        self.keep(self.engine.work())
 
     def ask(self, **fields: Any) -> Row:
         """Submit a request."""
@@ -44,7 +49,8 @@ class Collected:
     def work(self) -> None:
         """Work until nothing is left."""
         for _ in range(10_000):
-            if not self.engine.work():
+            self.work_once()
+            if not self.engine.busy:
                 return
         raise AssertionError("the engine does not come to an end")
 
@@ -69,7 +75,7 @@ def test_answers_are_those_of_generate(model: Yaongi, ahead: bool) -> None:
         sampling = [Sampling(), Sampling(1.0), Sampling(0.8, 5), Sampling(1.2, None, 0.8)][number % 4]
         rows.append(served.ask(prompt=prompt, max_tokens=1 + 3 * (number % 7), sampling=sampling, seed=number))
         for _ in range(draw.randint(0, 4)):
-            served.engine.work()
+            served.work_once()
     served.work()
     lengths = set()
     for row in rows:
@@ -125,11 +131,11 @@ def test_a_long_prompt_stalls_others_by_one_piece(model: Yaongi) -> None:
     """While it is read, each boundary gives the running row a token."""
     served = Collected(model)
     running = served.ask(prompt=(1,), max_tokens=20)
-    served.engine.work()
+    served.work_once()
     served.ask(prompt=tuple(range(40)), max_tokens=2)
     for _ in range(5):
         before = len(served.ids(running))
-        served.engine.work()
+        served.work_once()
         assert len(served.ids(running)) == before + 1
 
 
@@ -139,10 +145,10 @@ def test_a_cancelled_row_makes_room(model: Yaongi, ahead: bool) -> None:
     served = Collected(model, Limits(1, 64, 8), runs_ahead=ahead)
     first = served.ask(prompt=(1,), max_tokens=60)
     for _ in range(3):
-        served.engine.work()
+        served.work_once()
     second, third = (served.ask(prompt=tuple(range(20)), max_tokens=40) for _ in range(2))
     served.engine.cancel([first])
-    served.engine.work()
+    served.work_once()
     assert served.engine.load() == (1, 1)
     served.engine.cancel([second])
     last = served.ask(prompt=(4, 5), max_tokens=5)
@@ -184,7 +190,7 @@ def test_logits_that_are_no_numbers_end_their_row_alone(model: Yaongi) -> None:
 
 def test_the_thread_ends_and_says_so_to_those_that_are_left(model: Yaongi) -> None:
     served = Collected(model)
-    thread = threading.Thread(target=served.engine.run)
+    thread = threading.Thread(target=served.engine.run, args=(served.keep,))
     thread.start()
     rows = [served.ask(prompt=(1,), max_tokens=60) for _ in range(8)]
     served.engine.stop()

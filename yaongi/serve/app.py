@@ -45,10 +45,6 @@ class Service:
     failed: Callable[[BaseException], None] = lambda error: None  # called on the server's thread
     _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False)
 
-    def deliver(self, said: Said) -> None:
-        """Hand pieces to the rows' listeners, on the server's thread; called on the engine's."""
-        self._call(_hand_out, said)
-
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Run the engine while the application is up."""
@@ -60,8 +56,9 @@ class Service:
         await asyncio.to_thread(thread.join)
 
     def _run(self) -> None:
+        """Run the engine, on its own thread; pieces go to their listeners on the server's."""
         try:
-            self.engine.run()
+            self.engine.run(lambda said: self._call(_hand_out, said))
         except BaseException as error:
             self._call(self.failed, error)
 

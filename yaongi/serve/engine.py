@@ -45,7 +45,6 @@ class Engine:
         model: Yaongi,
         ends: Collection[int],
         limits: Limits,
-        deliver: Callable[[Said], None],
         *,
         cuda_graph: bool = True,
         runs_ahead: bool = False,
@@ -54,11 +53,10 @@ class Engine:
 
         Args:
             ends: tokens that end an answer.
-            deliver: takes the pieces of the rows, in order, on the engine's thread.
             cuda_graph: on a GPU, record the steps and replay them.
             runs_ahead: begin a step before the tokens of the last one are known.
         """
-        self._model, self._ends, self._limits, self._deliver = model, set(ends), limits, deliver
+        self._model, self._ends, self._limits = model, set(ends), limits
         self._ahead = runs_ahead
         self._device = next(model.parameters()).device
         self._slots = Slots(model, limits.slots, limits.capacity, cuda_graph=cuda_graph)
@@ -97,12 +95,16 @@ class Engine:
         """Return how many rows are answered, and how many wait."""
         return self._limits.slots - len(self._free), len(self._waiting)
 
-    def run(self) -> None:
-        """Work until `stop`; the thread's loop. Rows that are left are told so, after an error too."""
+    def run(self, deliver: Callable[[Said], None]) -> None:
+        """Work until `stop`; the thread's loop. Rows that are left are told so, after an error too.
+
+        Args:
+            deliver: takes the pieces of the rows, in order.
+        """
         reason = "the server has stopped"
         try:
             while self._wait():
-                self.work()
+                deliver(self.work())
         except Exception as error:
             reason = f"the engine has failed: {' '.join(str(error).split())}"
             raise
@@ -110,7 +112,7 @@ class Engine:
             with self._wake:
                 self._closed = True
                 left = [*self._running.values(), *(self._reading.rows if self._reading else ()), *self._waiting]
-            self._deliver([(row, Piece(error=reason)) for row in left if not row.ended])
+            deliver([(row, Piece(error=reason)) for row in left if not row.ended])
 
     def stop(self) -> None:
         """Have `run` return after the present step."""
@@ -119,26 +121,26 @@ class Engine:
             self._wake.notify()
 
     @torch.no_grad()
-    def work(self) -> bool:
-        """Read some of the prompts that wait, do a step, and deliver what has come; return whether more is to do."""
+    def work(self) -> Said:
+        """Read some of the prompts that wait, do a step, and return what has come."""
         self._drop_cancelled()
         self._read_prompts()
         if not self._ahead:
             self._receive(0)
         stepped = self._step()
         self._receive(1 if stepped and self._ahead else 0)
-        if self._said:
-            self._deliver(self._said)
-            self._said = []
-        return self._busy()
+        said, self._said = self._said, []
+        return said
 
-    def _busy(self) -> bool:
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do."""
         return bool(self._waiting or self._reading or self._running or self._flying)
 
     def _wait(self) -> bool:
         """Wait for something to do; return False to end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._busy())
+            self._wake.wait_for(lambda: self._closed or self.busy)
             return not self._closed
 
     def _drop_cancelled(self) -> None:

@@ -91,10 +91,8 @@ def make_service(
     """Return the service of a model; an answer ends with the model's own ends, or with the end of a chat's turn."""
     ends = [*model.config.answer_ends, tokenizer.piece_to_id(END_OF_TURN)]
     on_gpu = next(model.parameters()).is_cuda
-    service: Service
-    engine = Engine(model, ends, limits, lambda said: service.deliver(said), cuda_graph=cuda_graph, runs_ahead=on_gpu)
-    service = Service(engine, Served(name, tokenizer, limits.capacity), key)
-    return service
+    engine = Engine(model, ends, limits, cuda_graph=cuda_graph, runs_ahead=on_gpu)
+    return Service(engine, Served(name, tokenizer, limits.capacity), key)
 
 
 class _Server(uvicorn.Server):
