@@ -30,7 +30,7 @@ def test_from_text_to_shards(
     assert "math/math (train): 120 documents" in capsys.readouterr().out
     run(monkeypatch, *write)
     assert "up to date" in capsys.readouterr().out
-    run(monkeypatch, "inspect", "--folder", tokens)
+    run(monkeypatch, "inspect", tokens)
     shown = capsys.readouterr().out
     assert json.loads(Path(tokens, "manifest.json").read_text())["tokenizer_hash"][:12] in shown
     assert "bytes/token" in shown
@@ -43,7 +43,7 @@ def test_from_text_to_shards(
         (("tokenizer", "--source", "ko=none"), "got none"),
         (("tokenizer", "--source", "none"), "no such source: none"),
         (("tokenizer", "--mix", "ko"), "must be DOMAIN=SHARE"),
-        (("inspect", "--folder", "none"), "no manifest.json in none"),
+        (("inspect", "none"), "no manifest.json in none"),
         (("download", "--mirror", "none", "--only", "finemath"), "not in the mirror none"),
     ],
 )

@@ -31,17 +31,17 @@ def test_four_is_enough_and_sixteen_too_many() -> None:
 
 
 def test_inspect_shows_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shards: Path) -> None:
-    run(monkeypatch, "inspect", "--folder", str(shards))
+    run(monkeypatch, "inspect", str(shards))
     shown = capsys.readouterr().out
     assert "at the mix ko=40,en=20,code=25,math=15:" in shown
     assert "4.00 epochs" in shown
     assert "warning" not in shown
     with pytest.raises(SystemExit):
-        run(monkeypatch, "inspect", "--folder", str(shards), "--tokens", "15e9", "--mix", "ko=1")
+        run(monkeypatch, "inspect", str(shards), "--tokens", "15e9", "--mix", "ko=1")
     said = capsys.readouterr()
     assert "15,000,000,000 wanted" in said.out
     assert said.err.startswith("error: epochs: must be at most 16")
-    run(monkeypatch, "inspect", "--folder", str(shards), "--tokens", "15e9", "--mix", "ko=1", "--allow-epochs")
+    run(monkeypatch, "inspect", str(shards), "--tokens", "15e9", "--mix", "ko=1", "--allow-epochs")
     assert "warning: ko is read " in capsys.readouterr().out
 
 
@@ -53,9 +53,9 @@ def test_inspect_shows_how_long_documents_are(
     ends = [shard_set.index(shard)[:, 0].astype(int) for shard in shard_set.shards("train", "code")]
     lengths = np.concatenate([np.diff(part, prepend=0) for part in ends])
     share = 100 * lengths[lengths >= 4096].sum() / lengths.sum()
-    run(monkeypatch, "inspect", "--folder", str(shards), "--row-tokens", "32768")
+    run(monkeypatch, "inspect", str(shards), "--row-tokens", "32768")
     shown = capsys.readouterr().out
     assert f"code: tokens in documents {share:.0f}% of 4k and more, " in shown
     assert "warning: 0% of the tokens of ko are in documents of 32,768 tokens and more" in shown
-    run(monkeypatch, "inspect", "--folder", str(shards), "--row-tokens", "4")
+    run(monkeypatch, "inspect", str(shards), "--row-tokens", "4")
     assert "hardly teach a long context" not in capsys.readouterr().out
