@@ -141,6 +141,8 @@ def test_n_answers_are_those_of_generate(client: httpx.Client, model: Yaongi, to
     ids = tokenizer.encode("고양이가")
     wanted = generate(model, [ids] * 3, max_new_tokens=10, temperature=1.5, top_k=40, top_p=0.9, seed=7)
     assert [choice["text"] for choice in reply["choices"]] == [tokenizer.decode(answer) for answer in wanted]
+    without = [whole(client, COMPLETION, body | {"seed": 7, "top_k": k})["choices"] for k in (-1, 10**30)]
+    assert without[0] == without[1]
     unseeded = [whole(client, COMPLETION, body)["choices"][0]["text"] for _ in range(3)]
     assert len(set(unseeded)) > 1
 

@@ -83,7 +83,7 @@ def stream(
     ends = set(model.config.answer_ends if stop is None else stop)
     device = next(model.parameters()).device
     input_ids, document_ids = padded(prompts, model.config.pad_token_id, device)
-    capacity = -(-(input_ids.shape[1] + max_new_tokens) // EVEN) * EVEN
+    capacity = even_capacity(input_ids.shape[1] + max_new_tokens)
     logits, cache = prefill(model, input_ids, document_ids, capacity=capacity)
     advance = stepper(model, cache, cuda_graph=cuda_graph)
     sampler = _Sampler(prompts, sampling, seed, max_new_tokens, logits)
@@ -196,6 +196,11 @@ class Copied:
         if self._there is not None:
             self._there.synchronize()
         return self._host.tolist()
+
+
+def even_capacity(tokens: int) -> int:
+    """Return the capacity of a cache for so many tokens."""
+    return -(-tokens // EVEN) * EVEN
 
 
 def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

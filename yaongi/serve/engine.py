@@ -10,7 +10,7 @@ import torch
 
 from yaongi.model import Yaongi
 from yaongi.model.decoding import Cache, read, read_on
-from yaongi.model.generation import EVEN, Copied, padded
+from yaongi.model.generation import Copied, even_capacity, padded
 from yaongi.model.sampling import RowSampling, Sampling, choose
 from yaongi.model.slots import Slots
 from yaongi.serve.rows import GREEDY, Piece, Row, Scored
@@ -59,7 +59,7 @@ class Engine:
         self._model, self._ends, self._limits = model, set(ends), limits
         self._ahead = runs_ahead
         self._device = next(model.parameters()).device
-        self._slots = Slots(model, limits.slots, limits.capacity, cuda_graph=cuda_graph)
+        self._slots = Slots(model, limits.slots, even_capacity(limits.capacity), cuda_graph=cuda_graph)
         self._last = torch.zeros(limits.slots, dtype=torch.int64, device=self._device)  # the newest token of each slot
         self._free = list(range(limits.slots))  # a heap: the first slots are used first
         self._running: dict[int, Row] = {}
@@ -278,7 +278,7 @@ class _Reading:
         """Read up to `chunk` more tokens of each row, and return their hidden states (B, L, d)."""
         ids = self._input_ids[:, self._done : self._done + chunk]
         if self.cache is None:
-            capacity = -(-self._input_ids.shape[1] // EVEN) * EVEN
+            capacity = even_capacity(self._input_ids.shape[1])
             hidden, self.cache = read(model, ids, self._document_ids, capacity=capacity)
         else:
             hidden = read_on(model, ids, self.cache)

@@ -166,7 +166,8 @@ class _Fields:
         temperature = self.number("temperature", 0, 2, 1.0)
         top_p, top_k = self.number("top_p", 0, 1, 1.0), self.integer("top_k", -1, None, default=-1)
         self._require(top_p > 0, "top_p", "above 0", top_p)
-        return Sampling(temperature, top_k if top_k > 0 else None, top_p if top_p < 1 else None)
+        most = min(top_k, self._served.tokenizer.vocab_size)  # a number that fits into a tensor
+        return Sampling(temperature, most if most > 0 else None, top_p if top_p < 1 else None)
 
     def _stop(self) -> tuple[str, ...]:
         value = self.take("stop", [])

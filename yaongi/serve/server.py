@@ -15,6 +15,7 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
 from yaongi.model.count import cache_bytes
 from yaongi.model.devices import device_of
+from yaongi.model.generation import even_capacity
 from yaongi.pretrained import load_pretrained
 from yaongi.serve.app import Service, make_app
 from yaongi.serve.engine import Engine, Limits
@@ -150,7 +151,8 @@ def _limits(options: Options, model: Yaongi) -> Limits:
 
 
 def _cache_bytes(model: Yaongi, limits: Limits) -> int:
-    return cache_bytes(model.config, limits.slots, limits.capacity, model.lm_head.weight.dtype.itemsize)
+    capacity = even_capacity(limits.capacity)
+    return cache_bytes(model.config, limits.slots, capacity, model.lm_head.weight.dtype.itemsize)
 
 
 def _plan(model: Yaongi, limits: Limits) -> str:
