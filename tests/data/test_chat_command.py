@@ -242,6 +242,15 @@ def test_what_is_wrong_names_file_and_row(tmp_path: Path, build: Build, rows: li
     assert not (tmp_path / "chat").exists()
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    write_rows(tmp_path / "d" / "a.jsonl", exchanges(2))
+    (tmp_path / "d" / "b.csv").write_text("instruction,output\nq,a\n")
+    said: list[str] = []
+    (source,) = open_row_sources([str(tmp_path / "d")], say=said.append)
+    assert [Path(file.name).name for file in source.files] == ["a.jsonl"]
+    assert said == ["left out 1 files: b.csv (a table: read if it is named itself)"]
+
+
 def test_options_and_sources_that_do_not_fit(tmp_path: Path, build: Build) -> None:
     path = write_rows(tmp_path / "a.jsonl", exchanges(2))
     pairs = write_rows(tmp_path / "b.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])

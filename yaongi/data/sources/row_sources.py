@@ -14,7 +14,7 @@ from pathlib import Path
 
 from yaongi.data.sources.embedded.corpus import OURS
 from yaongi.data.sources.embedded.instructions import instruction_rows, preference_rows
-from yaongi.data.sources.files import data_files
+from yaongi.data.sources.files import data_files, describe
 from yaongi.data.sources.hub import HubRepository, HubSource, MirrorRepository, Repository
 from yaongi.data.sources.patience import Patience, network_errors
 from yaongi.data.sources.readers import PLAIN, Row, read_rows
@@ -59,6 +59,7 @@ def open_row_sources(
     Args:
         encoding: of text files and JSON lines.
         mirror: a local copy of the hub, in `MIRROR/owner/name/…`; None: the hub.
+        say: told which files beside the sources' are not read, and of tries to reach the hub.
 
     Raises:
         FileNotFoundError: a path has no readable files, or the mirror lacks a data set.
@@ -76,11 +77,11 @@ def open_row_sources(
         elif spec.startswith("embedded"):
             found += _embedded(spec)
         else:
-            found += _local(Path(spec), encoding)
+            found += _local(Path(spec), encoding, say)
     return found
 
 
-def _local(path: Path, encoding: str) -> list[RowSource]:
+def _local(path: Path, encoding: str, say: Callable[[str], None]) -> list[RowSource]:
     if not path.exists():
         raise FileNotFoundError(f"data: no such source: {path}")
     parts: list[tuple[str | None, Path]] = [(split, path / split) for split in (TRAIN, VAL)]
@@ -88,7 +89,10 @@ def _local(path: Path, encoding: str) -> list[RowSource]:
         parts = [(None, path)]
     found = []
     for split, place in parts:
-        files = [RowFile(str(f), partial(_rows, f, encoding), partial(sha256_file, f)) for f in data_files(place)[0]]
+        there, left_out = data_files(place)
+        if left_out:
+            say(describe(left_out.items()))
+        files = [RowFile(str(f), partial(_rows, f, encoding), partial(sha256_file, f)) for f in there]
         found.append(RowSource(path.absolute().name, split, "not stated", files))
     return found
 
