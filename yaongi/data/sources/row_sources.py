@@ -74,7 +74,7 @@ def open_row_sources(
     for spec in specs:
         if spec.startswith("hf:"):
             found.append(_of_hub(spec, mirror, say))
-        elif spec.startswith("embedded"):
+        elif spec.partition(":")[0] == "embedded":
             found += _embedded(spec)
         else:
             found += _local(Path(spec), encoding, say)
