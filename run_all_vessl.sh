@@ -290,8 +290,7 @@ if [[ $stage == tune ]]; then
   say "tune"
   tuning=(--base-data "$folder/tokens")
   if [[ $preset == yaongi-tiny ]]; then
-    tuning+=(--row-tokens 512 --batch-tokens 2048 --lr-scale 0.3)
-    chat=${chat:-embedded:instructions:5000}
+    tuning+=(--row-tokens 512 --batch-tokens 2048 --lr-scale 0.3 --epochs 1)
   fi
   ((smoke)) && chat=embedded:instructions:200
   run "$python" -m yaongi.data chat --source "${chat:-embedded:instructions}" "${benchmarks[@]}" \

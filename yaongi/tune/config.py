@@ -53,8 +53,9 @@ class TuneRunning(Running):
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError for one that doesn't fit."""
         super().__post_init__()
-        if self.parallel == "fsdp":
-            raise ValueError("tune: --parallel must be replicate, got fsdp: divided weights don't answer prompts")
+        if self.parallel != "replicate":
+            got = f"{self.parallel}: divided weights don't answer prompts"
+            raise ValueError(f"tune: --parallel must be replicate, got {got}")
         for name, low in (("stop_prompts", 0), ("answer_tokens", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"config: {name} must be {low} or more, got {getattr(self, name)}")
