@@ -1,5 +1,6 @@
-"""`python -m yaongi.export FOLDER --out DIR --gguf FILE`: a model for Hugging Face's tools, and for llama.cpp."""
+"""`python -m yaongi.export FOLDER --out DIR --gguf FILE --push-to OWNER/NAME`: a model for other tools and the hub."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """Convert a model folder to nemotron_h, which transformers reads, or to a GGUF file, which llama.cpp reads."""
+    """Convert a model to nemotron_h, which transformers reads, or to a GGUF file for llama.cpp; push it to the hub."""
 
     folder: tyro.conf.Positional[Path]  # model folder, run (its newest checkpoint) or checkpoint
     out: Path | None = None  # folder to write in nemotron_h; must not be the model folder
     gguf: Path | None = None  # file to write for llama.cpp
+    push_to: str | None = None  # OWNER/NAME on the Hugging Face hub: push --out, or without it the model as it is
+    private: bool = True  # whether a repository that --push-to makes is private
+    revision: str = "main"  # branch to push to, such as step-1200 for a checkpoint
     drop_engram: bool = False  # leave out the Engrams, which neither can hold; without this they are an error
     measure: Path | None = None  # folder of tokens: before the Engrams are dropped, print what that costs on its text
     measure_rows: int = 16  # held-out rows per domain to measure on
@@ -32,19 +36,24 @@ class Export:
         from yaongi.data.tokenizer import Tokenizer
         from yaongi.model import Yaongi
         from yaongi.model.hub.folder import copy_tokenizer, export_nemotron_h, lost_without_engram
+        from yaongi.model.hub.push import open_repository
+        from yaongi.model.hub.run_card import add_run
         from yaongi.model.hub.run_weights import (
             CHECKPOINTS,
             find_weights,
             is_checkpoint,
+            run_of,
             said_weights,
             tokenizer_folder,
         )
 
-        if self.out is None and self.gguf is None:
-            raise ValueError("export: --out or --gguf must be given, got neither")
+        if self.out is None and self.gguf is None and self.push_to is None:
+            raise ValueError("export: --out, --gguf or --push-to must be given, got none")
         if self.out is not None and (self.out.resolve() == self.folder.resolve() or (self.out / CHECKPOINTS).is_dir()):
             raise ValueError(f"export: --out must be another folder than the model's or a run's, got {self.out}")
         folder = find_weights(self.folder)
+        if self.push_to is not None:
+            open_repository(self.push_to, self.private)
         model = Yaongi.from_pretrained(folder, dtype=None)
         print(said_weights(self.folder, folder), end="")
         lost = lost_without_engram(model.config, model.count_parameters())
@@ -60,10 +69,29 @@ class Export:
                 tokenizer.save(self.out, chat=tuned)
             else:
                 copy_tokenizer(folder, self.out)
+            add_run(self.out, *run_of(folder))
             print(f"wrote {self.out}")
         if self.gguf is not None:
             self._write_gguf(model, self.gguf, tokenizer_folder(folder))
             print(f"wrote {self.gguf}")
+        if self.push_to is not None:
+            self._push(model, folder, self.push_to)
+
+    def _push(self, model: "Yaongi", folder: Path, name: str) -> None:
+        """Push what was exported, or else the model folder; of a checkpoint a model folder is made for it."""
+        from yaongi.data.tokenizer import Tokenizer
+        from yaongi.model.hub.push import push_folder
+        from yaongi.model.hub.run_card import add_run
+        from yaongi.model.hub.run_weights import is_checkpoint, run_of, tokenizer_folder
+
+        with tempfile.TemporaryDirectory() as made:
+            pushed = self.out or folder
+            if is_checkpoint(pushed):
+                pushed = Path(made)
+                model.save_pretrained(pushed)
+                Tokenizer.of_model(tokenizer_folder(folder)).save(pushed)
+                add_run(pushed, *run_of(folder))
+            print(f"pushed to {push_folder(pushed, name, f'Open-Yaongi: {self.folder}', self.revision)}")
 
     def _write_gguf(self, model: "Yaongi", file: Path, folder: Path) -> None:
         from yaongi.data.tokenizer import Tokenizer

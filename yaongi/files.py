@@ -37,6 +37,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a file with one per line; an incomplete last line is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"log: line {number} of {path} is damaged: {error}") from error
+    return records
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as a JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

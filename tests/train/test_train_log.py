@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from yaongi.files import read_json_lines
 from yaongi.train.formatting import duration, scientific, short, significant
 from yaongi.train.metrics.display import console_line
-from yaongi.train.metrics.records import Metrics, read_metrics
+from yaongi.train.metrics.records import Metrics
 
 
 def test_the_line_of_a_step() -> None:
@@ -65,7 +66,7 @@ def test_cut_and_append(tmp_path: Path) -> None:
     metrics.cut(3)
     metrics.write("step", 4, loss=0.1)
     metrics.close()
-    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [*((s, 1 / (s + 3)) for s in range(4)), (4, 0.1)]
+    assert [(r["step"], r["loss"]) for r in read_json_lines(path)] == [*((s, 1 / (s + 3)) for s in range(4)), (4, 0.1)]
 
 
 def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n{broken\n" + json.dumps({"step": 2}) + "\n")
     with pytest.raises(ValueError, match="line 2 of"):
-        read_metrics(path)
+        read_json_lines(path)
 
 
 def test_another_process_writes_nothing(tmp_path: Path) -> None:

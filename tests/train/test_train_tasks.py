@@ -10,9 +10,9 @@ from small_run import ALONE, arguments, losses, run, session_of
 from yaongi.eval.basics.suite import TASKS, basics_items
 from yaongi.eval.evaluate import Settings, evaluate
 from yaongi.eval.harness.suites import BASICS
+from yaongi.files import read_json_lines
 from yaongi.train.command_line import parse
 from yaongi.train.evaluation import task_scores
-from yaongi.train.metrics.records import read_metrics
 from yaongi.train.program import train
 from yaongi.train.report.curves import Curves
 from yaongi.train.report.run import Run
@@ -25,7 +25,7 @@ def test_tasks_in_training(
     out = tmp_path / "run"
     words = arguments(tokens, out, "--evaluate-tasks", "basics", "--evaluate-tasks-every", "2")
     assert train(parse(words), ALONE, words) == 0
-    records = read_metrics(out / "metrics.jsonl")
+    records = read_json_lines(out / "metrics.jsonl")
     found = [record for record in records if record["event"] == "tasks"]
     assert [record["step"] for record in found] == [0, 12]
     last: dict[str, Any] = found[-1]["scores"]

@@ -13,9 +13,9 @@ from small_run import ALONE, final_tensors, losses
 
 from yaongi.data.chats.rows import PreferenceRows
 from yaongi.data.tokenizer import Tokenizer
+from yaongi.files import read_json_lines
 from yaongi.model import Yaongi
 from yaongi.model.losses import NO_TARGET
-from yaongi.train.metrics.records import read_metrics
 from yaongi.train.program import main
 from yaongi.tune.dpo import PreferenceLoss, preference_losses
 from yaongi.tune.objectives import job_of
@@ -137,7 +137,7 @@ def test_what_was_chosen_is_preferred(
     said = capsys.readouterr().out
     assert said.count("are computed once") == 2, "of the training pairs and of those held out"
     assert len(list(pairs.glob("reference-*.json"))) == 2
-    records = read_metrics(out / "metrics.jsonl")
+    records = read_json_lines(out / "metrics.jsonl")
     steps = [record for record in records if record["event"] == "step"]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     first, *_, last = [record for record in records if record["event"] == "preferences"]

@@ -18,9 +18,9 @@ from yaongi.data.chats.encode import encode_prompt
 from yaongi.data.pieces import END_OF_TURN
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.export import Export
+from yaongi.files import read_json_lines
 from yaongi.model import Yaongi
 from yaongi.model.generation import generate
-from yaongi.train.metrics.records import read_metrics
 from yaongi.train.program import main
 from yaongi.train.report.curves import Curves
 from yaongi.train.report.run import Run
@@ -41,7 +41,7 @@ def own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def events(out: Path, event: str) -> list[dict[str, Any]]:
-    return [record for record in read_metrics(out / "metrics.jsonl") if record["event"] == event]
+    return [record for record in read_json_lines(out / "metrics.jsonl") if record["event"] == event]
 
 
 def test_a_tuning_from_start_to_end(
@@ -67,7 +67,7 @@ def test_a_tuning_from_start_to_end(
     assert answers[-1]["loss"] < answers[0]["loss"]
     assert {"stop_rate", "length"} <= answers[0].keys()
     assert list(events(out, "samples")[0]["texts"]) == ["Korean", "code", "math"]
-    titles = [panel.title for panel in Curves([Run(out, read_metrics(out / "metrics.jsonl"))], "ko").panels()]
+    titles = [panel.title for panel in Curves([Run(out, read_json_lines(out / "metrics.jsonl"))], "ko").panels()]
     assert {"스스로 끝난 답변, %", "답변의 길이, 토큰"} <= set(titles)
     assert (out / "report.html").is_file()
 

@@ -143,6 +143,7 @@ class Running:
     wandb_name: str = ""  # name of the run in wandb; none: that of the output folder
     wandb_group: str = ""  # group of runs in wandb, such as the seeds of an experiment; none: no group
     wandb_tags: tuple[str, ...] = ()  # tags of the run in wandb
+    push_to: str = ""  # OWNER/NAME on the Hugging Face hub for the model at the end; none: nowhere
     tensorboard: bool = True  # write TensorBoard event files to OUT/tensorboard
     benchmarks: Path | None = None  # JSON file of pytest-benchmark to show in the report
 

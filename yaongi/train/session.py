@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import torch
 
+from yaongi import cli
 from yaongi.data.row_loader import Batch
 from yaongi.data.tokenizer import MODEL_FILE
-from yaongi.files import has_sums
+from yaongi.files import has_sums, read_json_lines
 from yaongi.model.hub.folder import read_weights
+from yaongi.model.hub.push import open_repository, push_folder
 from yaongi.train.build import build_model
 from yaongi.train.checkpoint.branch import taking_over
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
@@ -28,7 +31,7 @@ from yaongi.train.job import PRETRAINING, Pretraining
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.environment import record_start
 from yaongi.train.metrics.meter import Meter
-from yaongi.train.metrics.records import Metrics, read_metrics
+from yaongi.train.metrics.records import Metrics
 from yaongi.train.metrics.sinks import Sink, open_sinks
 from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
@@ -110,6 +113,8 @@ class Session:
         require_same_folder(world, out)
         self.claim()
         run = self.config.run
+        if world.is_main and run.push_to:
+            open_repository(run.push_to, private=True)
         if world.is_main and run.fresh:
             remove_run(out)
         world.barrier()
@@ -280,7 +285,7 @@ class Session:
         done = (
             self.world.is_main
             and path.is_file()
-            and any(record["event"] == "evaluation" and record["step"] == self.step for record in read_metrics(path))
+            and any(record["event"] == "evaluation" and record["step"] == self.step for record in read_json_lines(path))
         )
         due = self.step == 0 or self.due(self.config.run.evaluate_every)
         return self.world.any(self.world.is_main and due and not done)
@@ -349,7 +354,18 @@ class Session:
 
             report = write_report([out], benchmarks=self.config.run.benchmarks)
             self.display.say(f"model: {out / MODEL}\nreport: {report}")
+            self._push()
         self.world.barrier()
+
+    def _push(self) -> None:
+        """Push the model to the hub, if asked to; what goes wrong there is a warning."""
+        out, name = self.config.run.out, self.config.run.push_to
+        if name:
+            try:
+                self.display.say(f"pushed to {push_folder(out / MODEL, name, f'Open-Yaongi: {out}')}")
+            except (ValueError, OSError) as error:
+                again = shlex.join([*cli.words_for("yaongi.export"), str(out / MODEL), "--push-to", name])
+                self.display.warn(f"{cli.one_line(error)}; again with: {again}")
 
     def due(self, every: int, step: int | None = None) -> bool:
         """Return whether something that happens every `every` steps, and after the last one, is due at `step`; now."""

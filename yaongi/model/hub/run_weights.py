@@ -72,6 +72,13 @@ def run_config(folder: Path) -> dict[str, Any]:
     return fields if "train" in fields else {}
 
 
+def run_of(folder: Path) -> tuple[Path, int | None]:
+    """Return the run of a checkpoint or of a model folder, and the checkpoint's step; it may not be there."""
+    here = folder.resolve()
+    found = _NAME.fullmatch(here.name) if is_checkpoint(folder) else None
+    return (here.parents[1], int(found[1])) if found else (here.parent, None)
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """Return the folder with the tokenizer of a model or checkpoint: for checkpoints of earlier versions another one.
 

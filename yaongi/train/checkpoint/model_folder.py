@@ -8,13 +8,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
+from yaongi.model.hub.run_card import add_run
 from yaongi.model.hub.weights import staged
 from yaongi.train.distributed.sharding import is_sharded
 from yaongi.world import World
 
 
 def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World, *, chat: bool = False) -> None:
-    """Write weights, configuration and tokenizer. All processes must call it.
+    """Write weights, configuration, tokenizer and a card that tells of the run. All processes must call it.
 
     An error leaves `folder` as it was. Files that an earlier save did not write stay.
 
@@ -31,6 +32,7 @@ def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World, 
             with staged(folder) as building:
                 whole.save_pretrained(building)
                 tokenizer.save(building, chat=chat)
+                add_run(building, folder.parent)
         except OSError as error:
             rest = "the last checkpoint is whole, and the same command writes the model again"
             why = " ".join((error.strerror or str(error)).split())

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from yaongi.files import write_atomically
+from yaongi.files import read_json_lines, write_atomically
 
 
 class Metrics:
@@ -22,7 +22,7 @@ class Metrics:
     def cut(self, step: int) -> None:
         """Drop the records after `step`, and an incomplete last line. Call it before `write`."""
         if self._enabled and self.path.is_file():
-            kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step]
+            kept = [json.dumps(record) + "\n" for record in read_json_lines(self.path) if record["step"] <= step]
             write_atomically(self.path, "".join(kept).encode())
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
@@ -38,23 +38,6 @@ class Metrics:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all records; an incomplete last line is left out.
-
-    Raises:
-        ValueError: another line is not JSON.
-    """
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"log: line {number} of {path} is damaged: {error}") from error
-    return records
 
 
 def plan_record(records: list[dict[str, Any]]) -> dict[str, Any]:

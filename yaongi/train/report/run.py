@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from yaongi.files import read_json
-from yaongi.train.metrics.records import plan_record, read_metrics
+from yaongi.files import read_json, read_json_lines
+from yaongi.train.metrics.records import plan_record
 from yaongi.train.run_folder import CONFIG, METRICS
 
 Records = list[dict[str, Any]]
@@ -31,7 +31,7 @@ class Run:
         """
         if not (folder / METRICS).is_file():
             raise FileNotFoundError(f"report: no {METRICS} in {folder}; train first")
-        run = cls(folder, read_metrics(folder / METRICS))
+        run = cls(folder, read_json_lines(folder / METRICS))
         if not run.all_steps:
             raise ValueError(f"report: no step is recorded in {folder / METRICS}")
         return run

@@ -1,0 +1,52 @@
+"""The part of a model card that tells of the run: what the model was trained on, and what it scores."""
+
+from pathlib import Path
+from typing import Any
+
+from yaongi.files import read_json_lines
+
+CARD, METRICS = "README.md", "metrics.jsonl"
+HEADING = "## Training"
+
+
+def add_run(folder: Path, run: Path, step: int | None = None) -> None:
+    """Add the part to the card in `folder`, in the place of an earlier one; without a record of the run do nothing.
+
+    Args:
+        run: folder of the run.
+        step: what was recorded up to this step; None: all.
+    """
+    if not (run / METRICS).is_file():
+        return
+    card = (folder / CARD).read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0]
+    records = [r for r in read_json_lines(run / METRICS) if step is None or r["step"] <= step]
+    (folder / CARD).write_text(f"{card.rstrip()}\n\n{HEADING}\n\n{_described(records)}", encoding="utf-8")
+
+
+def _described(records: list[dict[str, Any]]) -> str:
+    newest = {record["event"]: record for record in records}
+    plan, last = newest.get("plan", {}), newest.get("step", {})
+    tokens = last.get("tokens", 0)
+    parts = []
+    if plan:
+        parts.append(
+            f"Trained with Open-Yaongi, preset `{plan['preset']}`: {tokens:,} tokens in {last.get('step', 0):,} steps."
+        )
+    sources = newest.get("start", {}).get("sources", [])
+    if sources and plan.get("tokens"):
+        part = tokens / plan["tokens"]
+        rows = [
+            (s["name"], f"{s['wanted'] * part:,.0f}", f"{s['wanted'] * part / max(1, s['there']):.2f}") for s in sources
+        ]
+        parts.append(_table(("text", "tokens", "epochs"), rows))
+    if bits := newest.get("evaluation", {}).get("bpb"):
+        rows = [(domain, f"{value:.3f}") for domain, value in bits.items()]
+        parts.append(_table(("held-out text", "bits per byte"), rows))
+    if scores := newest.get("tasks", {}).get("scores"):
+        rows = [(name, f"{100 * found['metrics']['acc']['value']:.1f}") for name, found in scores.items()]
+        parts.append(_table(("task", "accuracy in %"), rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
