@@ -32,16 +32,13 @@ class Export:
 
     def run(self) -> None:
         """Measure, if asked, then write. Raises ValueError or OSError with a message of one line."""
-        from yaongi.data.pieces import END_OF_TURN
-        from yaongi.data.tokenizer import Tokenizer
         from yaongi.model import Yaongi
-        from yaongi.model.hub.folder import copy_tokenizer, export_nemotron_h, lost_without_engram
+        from yaongi.model.hub.folder import export_nemotron_h, lost_without_engram
         from yaongi.model.hub.push import open_repository
         from yaongi.model.hub.run_card import add_run
         from yaongi.model.hub.run_weights import (
             CHECKPOINTS,
             find_weights,
-            is_checkpoint,
             run_of,
             said_weights,
             tokenizer_folder,
@@ -63,12 +60,7 @@ class Export:
             print(f"leaving out {lost}; --measure TOKENS prints what that costs")
         if self.out is not None:
             export_nemotron_h(model, model.config, model.count_parameters(), self.out, drop_engram=self.drop_engram)
-            if is_checkpoint(folder):
-                tokenizer = Tokenizer.of_model(tokenizer_folder(folder))
-                tuned = tokenizer.piece_to_id(END_OF_TURN) in model.config.answer_ends
-                tokenizer.save(self.out, chat=tuned)
-            else:
-                copy_tokenizer(folder, self.out)
+            save_tokenizer(model, folder, self.out)
             add_run(self.out, *run_of(folder))
             print(f"wrote {self.out}")
         if self.gguf is not None:
@@ -79,17 +71,16 @@ class Export:
 
     def _push(self, model: "Yaongi", folder: Path, name: str) -> None:
         """Push what was exported, or else the model folder; of a checkpoint a model folder is made for it."""
-        from yaongi.data.tokenizer import Tokenizer
         from yaongi.model.hub.push import push_folder
         from yaongi.model.hub.run_card import add_run
-        from yaongi.model.hub.run_weights import is_checkpoint, run_of, tokenizer_folder
+        from yaongi.model.hub.run_weights import is_checkpoint, run_of
 
         with tempfile.TemporaryDirectory() as made:
             pushed = self.out or folder
             if is_checkpoint(pushed):
                 pushed = Path(made)
                 model.save_pretrained(pushed)
-                Tokenizer.of_model(tokenizer_folder(folder)).save(pushed)
+                save_tokenizer(model, folder, pushed)
                 add_run(pushed, *run_of(folder))
             print(f"pushed to {push_folder(pushed, name, f'Open-Yaongi: {self.folder}', self.revision)}")
 
@@ -121,6 +112,20 @@ class Export:
         for domain in rows:
             before, after = (cost[domain] for cost in costs)
             print(f"  {domain:<8} {before:.3f} -> {after:.3f} ({after / before - 1:+.1%})")
+
+
+def save_tokenizer(model: "Yaongi", source: Path, folder: Path) -> None:
+    """Write the tokenizer of a model folder, or of a checkpoint, of a tuned model too, into another folder."""
+    from yaongi.data.pieces import END_OF_TURN
+    from yaongi.data.tokenizer import Tokenizer
+    from yaongi.model.hub.folder import copy_tokenizer
+    from yaongi.model.hub.run_weights import is_checkpoint, tokenizer_folder
+
+    if is_checkpoint(source):
+        tokenizer = Tokenizer.of_model(tokenizer_folder(source))
+        tokenizer.save(folder, chat=tokenizer.piece_to_id(END_OF_TURN) in model.config.answer_ends)
+    else:
+        copy_tokenizer(source, folder)
 
 
 def without_engram(model: "Yaongi") -> "Yaongi":

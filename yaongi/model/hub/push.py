@@ -16,7 +16,11 @@ def open_repository(name: str, private: bool) -> None:
     cli.require("huggingface_hub")
     from huggingface_hub import HfApi
 
-    _asked(name, lambda: HfApi().create_repo(name, private=private, exist_ok=True))
+    def make() -> None:
+        HfApi().whoami()  # where a repository is there, `create_repo` alone takes any token
+        HfApi().create_repo(name, private=private, exist_ok=True)
+
+    _asked(name, make)
 
 
 def push_folder(folder: Path, name: str, message: str, revision: str = "main") -> str:

@@ -1,5 +1,6 @@
 """The part of a model card that tells of the run: what the model was trained on, and what it scores."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,16 @@ def _described(records: list[dict[str, Any]]) -> str:
         )
     sources = newest.get("start", {}).get("sources", [])
     if sources and plan.get("tokens"):
-        part = tokens / plan["tokens"]
-        rows = [
-            (s["name"], f"{s['wanted'] * part:,.0f}", f"{s['wanted'] * part / max(1, s['there']):.2f}") for s in sources
-        ]
-        parts.append(_table(("text", "tokens", "epochs"), rows))
+        done = tokens / plan["tokens"]
+        shares = ((s["name"], s["wanted"] * done, s["wanted"] * done / max(1, s["there"])) for s in sources)
+        parts.append(_table(("text", "tokens", "epochs"), ((name, f"{n:,.0f}", f"{e:.2f}") for name, n, e in shares)))
     if bits := newest.get("evaluation", {}).get("bpb"):
-        rows = [(domain, f"{value:.3f}") for domain, value in bits.items()]
-        parts.append(_table(("held-out text", "bits per byte"), rows))
+        parts.append(_table(("held-out text", "bits per byte"), ((domain, f"{b:.3f}") for domain, b in bits.items())))
     if scores := newest.get("tasks", {}).get("scores"):
-        rows = [(name, f"{100 * found['metrics']['acc']['value']:.1f}") for name, found in scores.items()]
-        parts.append(_table(("task", "accuracy in %"), rows))
+        correct = ((name, f"{100 * found['metrics']['acc']['value']:.1f}") for name, found in scores.items())
+        parts.append(_table(("task", "accuracy in %"), correct))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
