@@ -1,6 +1,8 @@
 """The protocol: forms of answers, streams, sampling, scores, and requests that can't be answered."""
 
 import json
+import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -283,6 +285,31 @@ def test_a_bad_request_is_one_line(client: httpx.Client, path: str, body: Any, s
     assert (error["code"] == "context_length_exceeded") == (
         "_tokens must be at most" in message or "tokens long" in message
     )
+
+
+FIELDS = ["model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "n"]
+FIELDS += ["seed", "stop", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "tools", "tool_choice"]
+FIELDS += ["response_format", "suffix", "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "user"]
+VALUES = [None, True, False, 0, -1, 1, 2, 2**70, -0.0, 0.5, 1e308, 1e-320, "", "a", "\ud800", "small", [], [1]]
+VALUES += [[[1], [2, 3]], ["a", "b"], [{"role": "user", "content": "a"}], {}, {"include_usage": True}, {"type": "text"}]
+
+
+def test_no_body_makes_the_server_fail(client: httpx.Client) -> None:
+    """Random fields with random values: each is answered, or refused in one line."""
+    draw, seen = random.Random(4), Counter[int]()
+    for number in range(250):
+        path = (CHAT, COMPLETION)[number % 2]
+        body = {"max_tokens": 2} | (MESSAGE if path == CHAT else {"prompt": "a"})
+        body |= {draw.choice(FIELDS): draw.choice(VALUES) for _ in range(1 + number % 2)}
+        headers = {"Content-Type": "application/json"}
+        reply = client.post(path, content=json.dumps(body).encode(), headers=headers)
+        seen[reply.status_code] += 1
+        assert reply.status_code in (200, 400, 404), (body, reply.text)
+        if reply.status_code != 200:
+            assert "\n" not in reply.json()["error"]["message"]
+    assert seen[200] > 10
+    assert seen[400] > 100
+    assert client.get("/health").json()["running"] == 0
 
 
 def test_other_requests_are_refused_in_the_same_form(client: httpx.Client) -> None:
