@@ -155,6 +155,11 @@ def test_answers_that_don_t_end_are_a_warning(
         (("--mix", "ko=1"), "--mix must have a share of chat, got ko=1"),
         (("--tokens", "1e6"), "--tokens must be left out: --epochs sets how long it is"),
         (("--parallel", "fsdp"), "--parallel must be replicate, got fsdp"),
+        (
+            ("--data", "none"),
+            "--data must be a folder of conversations or preferences .* got none; python -m yaongi.da",
+        ),
+        (("--parallel", "auto"), "--parallel must be replicate, got auto"),
         (("--lr-scale", "0"), "lr_scale must be above 0, got 0.0"),
         (("--row-tokens", "4", "--batch-tokens", "8"), "row_tokens must be .* as long as the longest conversation"),
     ],

@@ -1,5 +1,6 @@
 """Tuning as what a run is for: conversations as its data, answers as what it measures, and a folder that chats."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 from yaongi.data.chats.rows import CHAT
 from yaongi.data.pieces import END_OF_TURN
 from yaongi.data.row_loader import RowLoader
-from yaongi.data.tokenizer import Tokenizer
+from yaongi.data.shards import MANIFEST
+from yaongi.data.tokenizer import MODEL_FILE, Tokenizer
 from yaongi.eval.held_out import rows_of_domains
 from yaongi.model import Yaongi
 from yaongi.train.checkpoint.model_folder import save_model
@@ -33,9 +35,19 @@ class Tuning(Pretraining):
         return parse(arguments)
 
     def open_data(self, config: Config) -> tuple[RowLoader, Tokenizer]:
-        """Open what is tuned on, and the tokenizer stored with it; errors as in `open_loader`."""
+        """Open what is tuned on, and the tokenizer stored with it.
+
+        Raises:
+            FileNotFoundError: there is nothing; the message names the command that makes it.
+            ValueError: as in `open_loader`.
+        """
         assert isinstance(config, TuneConfig)
-        tokenizer = Tokenizer.load(config.run.data / "tokenizer")
+        data = config.run.data
+        if not (data / MANIFEST).is_file() or not (data / "tokenizer" / MODEL_FILE).is_file():
+            made = f"python -m yaongi.data chat --out {shlex.quote(str(data))} makes one"
+            wanted = "a folder of conversations or preferences with their tokenizer"
+            raise FileNotFoundError(f"tune: --data must be {wanted}, got {data}; {made}")
+        tokenizer = Tokenizer.load(data / "tokenizer")
         return self.open_loader(config, tokenizer), tokenizer
 
     def open_loader(self, config: TuneConfig, tokenizer: Tokenizer) -> RowLoader:
