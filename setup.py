@@ -100,7 +100,7 @@ def refuse_serialised_wgmma() -> None:
 
 
 REQUIRES = ["torch>=2.10", "triton>=3.6", "numpy", "sentencepiece", "safetensors", "tokenizers"]
-REQUIRES += ["tyro", "rich", "matplotlib", "wandb"]
+REQUIRES += ["tyro", "rich", "matplotlib", "wandb", "filelock"]
 EXTRAS = {
     "data": ["datasets", "huggingface_hub", "pyarrow", "rensa", "zstandard"],
     "log": ["tensorboard"],

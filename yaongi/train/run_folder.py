@@ -1,11 +1,12 @@
 """The folder of a run: its files and its lock."""
 
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from yaongi.files import write_atomically
 from yaongi.model.hub.run_weights import CHECKPOINTS
@@ -21,21 +22,18 @@ STOP = "stop"  # made by anyone, it asks the run to stop
 RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT, TENSORBOARD, WANDB, WANDB_ID)
 
 
-class Lock:
-    """A file lock held by the process that trains in a folder; it is released however that process ends."""
+def lock_run(folder: Path) -> BaseFileLock:
+    """Take the lock of a run's folder, which is released however the process ends, and return it.
 
-    def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises ValueError if another process holds it."""
-        self._file: IO[str] = (folder / LOCK).open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise ValueError(f"train: another process trains in {folder}") from error
-
-    def release(self) -> None:
-        """Release the lock."""
-        self._file.close()
+    Raises:
+        ValueError: another process holds it.
+    """
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(f"train: another process trains in {folder}") from error
+    return held
 
 
 def remove_run(folder: Path) -> None:

@@ -37,7 +37,16 @@ from yaongi.train.optimizer.partition import divide_parameters
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
 from yaongi.train.plan.shown import show_plan
-from yaongi.train.run_folder import CHECKPOINTS, METRICS, MODEL, STOP, Lock, check_writable, remove_run, write_config
+from yaongi.train.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    STOP,
+    check_writable,
+    lock_run,
+    remove_run,
+    write_config,
+)
 from yaongi.train.schedule import Schedule, is_due
 from yaongi.train.step.guard import Guard
 from yaongi.train.step.stepper import Stepper
@@ -92,7 +101,7 @@ class Session:
         check_writable(run.out)
         if not self._claimed and run.out.is_dir():
             if self.world.is_main:
-                self._resources.callback(Lock(run.out).release)
+                self._resources.callback(lock_run(run.out).release)
                 (run.out / STOP).unlink(missing_ok=True)  # left from a time when nothing ran
             self._claimed = True
             run = without_what_was_done(run, self.checkpoints)
