@@ -145,6 +145,7 @@ def test_bad_input(folder: Path, evaluated: Path, tmp_path: Path) -> None:
         evaluate(folder, [BASICS], Settings(tmp_path / "other", limit=1), ALONE, print)
 
 
+@pytest.mark.long
 def test_a_killed_evaluation_goes_on(folder: Path, tmp_path: Path) -> None:
     """Kill -9 in the middle: the second run computes the rest, and the results are those of a straight run."""
     out = tmp_path / "eval"
@@ -205,6 +206,7 @@ def test_two_processes_give_the_same_file(plain_folder: Path, task_folder: Path,
     assert {"basics_copy.jsonl", "own_answers.jsonl"} < set(found[0]["samples"])
 
 
+@pytest.mark.long
 def test_one_of_several_processes_says_what_is_wrong(evaluated: Path, plain_folder: Path, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     done = command(tmp_path, "tasks", plain_folder, "--out", evaluated, launcher=launcher)

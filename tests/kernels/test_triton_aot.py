@@ -68,7 +68,7 @@ def test_causal_conv1d(launch: Launch) -> None:
     assert "LDG.E.64" in kernel.sass or "LDG.E.128" in kernel.sass
 
 
-@pytest.mark.parametrize("hidden", [256, 512, 1024, 1856])
+@pytest.mark.parametrize("hidden", [*(pytest.param(h, marks=pytest.mark.long) for h in (256, 1024)), 512, 1856])
 def test_moe(hidden: int) -> None:
     """The stages of the flagship's layer and similar ones use tensor cores and TMA where expected, without spills."""
     T, D, E, K = 32768, 2048, 64, 6

@@ -307,6 +307,7 @@ def test_bad_tokens_are_one_line() -> None:
     assert torch.equal(model(good), model(good.int()))
 
 
+@pytest.mark.long
 def test_yaongi_tiny_is_fast_enough_here() -> None:
     """Run forward and backward at 2,000 tokens/s or more, on one core, measured in processor time."""
     from time import process_time

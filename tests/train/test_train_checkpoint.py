@@ -270,6 +270,7 @@ def test_a_damaged_checkpoint(
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
+@pytest.mark.long
 def test_no_checkpoint_is_whole(tokens: Path, short: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(short, out)
