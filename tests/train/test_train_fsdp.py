@@ -53,6 +53,7 @@ def test_two_processes_are_one(one: Path, two: Path) -> None:
     assert_alike(two, one)
 
 
+@pytest.mark.long
 def test_idle_experts_and_a_balance_in_leaps(tokens: Path, tmp_path: Path) -> None:
     """Compare runs whose bias leaps by 5, so that in many steps one or two experts of four get no tokens."""
     leaps = ("--bias-travel", "0", "--bias-rate", "5", "--dtype", "float64", "--stop-after", "6", "--log-every", "1")
@@ -63,6 +64,7 @@ def test_idle_experts_and_a_balance_in_leaps(tokens: Path, tmp_path: Path) -> No
     assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.long
 def test_float32(tokens: Path, tmp_path: Path) -> None:
     """Compare the loss curve to 1e-5 in float32, the usual dtype on a CPU."""
     run_two(tokens, tmp_path / "two", "--stop-after", "5")

@@ -92,6 +92,7 @@ def test_twenty_kills(tokens: Path, straight: Path, tmp_path: Path) -> None:
         check_killed_run(tokens, straight, tmp_path / f"run{number}", 5 + number % 2)
 
 
+@pytest.mark.long
 def test_a_torn_pointer(tokens: Path, tmp_path: Path) -> None:
     """Without `latest` take the newest complete folder, never an unfinished one."""
     out = tmp_path / "run"
