@@ -67,7 +67,7 @@ def test_the_cost_is_printed_by_domain_and_right(folder: Path, shards: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "export: --out or --gguf must be given, got neither"),
+        ((), "export: --out, --gguf or --push-to must be given, got none"),
         (("--out", "{folder}"), "export: --out must be another folder than the model's or a run's, got {folder}"),
         (("--out", "{out}", "--measure", "{out}"), "{out}"),
         (("--out", "{out}"), "--drop-engram leaves that out"),

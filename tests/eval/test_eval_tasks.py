@@ -214,6 +214,7 @@ def test_one_of_several_processes_says_what_is_wrong(evaluated: Path, plain_fold
     assert done.stderr.count("error: eval: --out must hold no results of another model") == 1
 
 
+@pytest.mark.long
 @needs_lm_eval
 def test_errors_of_tasks(plain_folder: Path, task_folder: Path, tmp_path: Path) -> None:
     """An unknown task, code without leave, too many examples, and data that is not there: one line each."""

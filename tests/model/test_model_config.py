@@ -130,7 +130,9 @@ def test_a_missing_key_and_a_missing_preset_are_named(tmp_path: Path) -> None:
         load_preset("yaongi-9b")
     file = tmp_path / "mine.toml"
     file.write_text("[train]\nlr = 1\n")
-    with pytest.raises(ValueError, match=r"preset: mine.toml must have a \[model\] table, got train"):
+    with pytest.raises(
+        ValueError, match=r"preset: mine.toml must have a \[model\] table with a pattern, or go with --init, got train"
+    ):
         load_preset(file)
     file.write_text("[model\n")
     with pytest.raises(ValueError, match=r"preset: mine.toml must be TOML, got"):

@@ -73,6 +73,7 @@ def test_float32(tokens: Path, tmp_path: Path) -> None:
         assert loss == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.long
 def test_another_number_of_processes(tokens: Path, one: Path, tmp_path: Path) -> None:
     """Begin with two processes and end with one: the same data in the same order, so the same losses."""
     run_two(tokens, tmp_path / "run", "--dtype", "float64", "--stop-after", "5")

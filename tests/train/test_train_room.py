@@ -85,6 +85,7 @@ def test_a_disk_that_is_full_at_the_end(tokens: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
+@pytest.mark.long
 def test_links_stay_links(tokens: Path, tmp_path: Path) -> None:
     """A run whose folder and whose checkpoints lie elsewhere: also with --fresh."""
     (tmp_path / "disk" / "run").mkdir(parents=True)

@@ -211,7 +211,7 @@ def trained(tokens: Path, out: Path, url: str, key: str) -> "subprocess.Complete
     return done
 
 
-@pytest.mark.parametrize("key", ["short", KEY])
+@pytest.mark.parametrize("key", [pytest.param("short", marks=pytest.mark.long), KEY])
 def test_a_wrong_key(tokens: Path, tmp_path: Path, refusing: str, key: str) -> None:
     done = trained(tokens, tmp_path / "run", refusing, key)
     assert "; so this run is logged offline" in done.stdout
