@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import hub_environment
 from safetensors.torch import load
 from small_run import arguments
 
@@ -120,10 +120,8 @@ def hub() -> Iterator[Hub]:
 
 
 def environment(hub: Hub, home: Path, token: str = TOKEN) -> dict[str, str]:
-    proxies = ("http_proxy", "https_proxy", "all_proxy")
-    kept = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
-    more = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
-    return {**kept, **more, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    more = {"HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**hub_environment(hub.url, str(home)), **more}
 
 
 def run(environment: dict[str, str], *words: str) -> "subprocess.CompletedProcess[str]":

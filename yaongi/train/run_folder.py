@@ -9,11 +9,10 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from yaongi.files import write_atomically
-from yaongi.model.hub.run_weights import CHECKPOINTS
+from yaongi.model.hub.run_weights import CHECKPOINTS, METRICS
 
 MODEL = "model"
 CONFIG = "config.json"
-METRICS = "metrics.jsonl"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 WANDB, WANDB_ID = "wandb", "wandb_id.json"

@@ -19,7 +19,7 @@ from typing import Any
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import read_json, sha256_file, write_atomically
 from yaongi.model import Yaongi
-from yaongi.model.hub.run_weights import META, is_checkpoint, run_config
+from yaongi.model.hub.run_weights import META, METRICS, is_checkpoint, run_config
 
 VERSION = 1
 RESULTS = "results.json"
@@ -38,7 +38,7 @@ def describe_model(folder: Path, model: Yaongi, tokenizer: Tokenizer, trained_to
         name, pattern, logged = resolved.parents[1].name, "*.distcp", _checkpoint_tokens(folder)
     else:
         name, pattern = resolved.parent.name if resolved.name == "model" else resolved.name, "*.safetensors"
-        logged = _logged_tokens(resolved.parent / "metrics.jsonl")
+        logged = _logged_tokens(resolved.parent / METRICS)
     hashes = [sha256_file(path) for path in sorted(folder.glob(pattern))]
     return {
         "name": name,

@@ -3,6 +3,7 @@
 from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts
 
+CARD = "README.md"
 HUB_EXAMPLE = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(folder)  # transformers 5.17 or newer"""

@@ -10,7 +10,7 @@ from torch import nn
 from yaongi.files import read_json, write_json
 from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts
-from yaongi.model.hub.card import model_card
+from yaongi.model.hub.card import CARD, model_card
 from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, control_tokens, nemotron_h_config, yaongi_config
 from yaongi.model.hub.run_weights import is_checkpoint, read_run_config, read_run_weights
 from yaongi.model.hub.weights import SHARD_BYTES, read_shards, staged, write_shards
@@ -117,7 +117,7 @@ def _write_yaongi(
 def _write_rest(config: ModelConfig, folder: Path, card: str) -> None:
     """Write the generation config and the model card."""
     write_json(folder / "generation_config.json", control_tokens(config))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from yaongi import cli
 from yaongi.model.config import ModelConfig
 
 Tensor = torch.Tensor
@@ -42,13 +43,14 @@ def write_gguf(state: Mapping[str, Tensor], config: ModelConfig, vocabulary: Voc
         name: what programs show as the model's name.
 
     Raises:
-        ModuleNotFoundError: the gguf package is not installed.
-        ValueError: the model has an Engram, or the vocabulary has another size than the model's.
+        ValueError: the gguf package is not installed, the model has an Engram, or the vocabulary has another size than
+            the model's.
     """
     if config.engram:
         raise ValueError("export: model must be without Engram for a GGUF file, got one with it: --drop-engram")
     if len(vocabulary.pieces) != config.vocab_size:
         raise ValueError(f"export: tokenizer must have {config.vocab_size} pieces, got {len(vocabulary.pieces)}")
+    cli.require("gguf")
     import gguf
 
     temporary = file.with_name(f".{file.name}.tmp")

@@ -1,5 +1,6 @@
 """A model folder to the Hugging Face hub."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def push_folder(folder: Path, name: str, message: str, revision: str = "main") -
     return str(_asked(name, upload).commit_url)
 
 
-def _asked(name: str, ask: Any) -> Any:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _asked(name: str, ask: Callable[[], Any]) -> Any:
+    """Return what the hub answers; `HTTPError` is the base of all errors of its client."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     try:
         return ask()
@@ -52,7 +54,5 @@ def _asked(name: str, ask: Any) -> Any:
         status = error.response.status_code
         why = "a token that may write to it (HF_TOKEN)" if status in (401, 403) else "a repository that it takes"
         raise ValueError(f"hub: --push-to must name {why}, got {name} and status {status}") from None
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore"):
-            raise ConnectionError(f"hub: not reached: {cli.one_line(error)}") from None
-        raise
+    except HTTPError as error:
+        raise ConnectionError(f"hub: not reached: {cli.one_line(error)}") from None

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from yaongi.files import read_json_lines
+from yaongi.model.hub.card import CARD
+from yaongi.model.hub.run_weights import METRICS
 
-CARD, METRICS = "README.md", "metrics.jsonl"
 HEADING = "## Training"
 
 

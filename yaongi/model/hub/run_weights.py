@@ -20,6 +20,7 @@ from yaongi.model.config import ModelConfig
 Tensor = torch.Tensor
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 META, METADATA = "run.json", ".metadata"  # a checkpoint's files: what JSON can hold, and the list of its tensors
+METRICS = "metrics.jsonl"  # the run's record
 TOKENIZER = "tokenizer.model"
 COMPRESSION = "backbone.compression"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -56,28 +56,29 @@ class TensorBoard:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` after `step` steps."""
-        if self._writer is not None:
-            self._guarded(lambda: [self._writer.add_scalar(name, value, step) for name, value in values.items()])
+        self._written(lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
 
     def log_loads(self, step: int, loads: Loads) -> None:
         """Record a histogram of the experts' loads, 1 for an even share."""
-        if self._writer is not None:
-            self._guarded(lambda: self._writer.add_histogram("expert_load", np.array(even_shares(loads)), step))
+        self._written(lambda writer: writer.add_histogram("expert_load", np.array(even_shares(loads)), step))
 
     def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
         """Record the texts."""
-        if self._writer is not None:
-            self._guarded(lambda: [self._writer.add_text(f"sample/{name}", text, step) for name, text in texts.items()])
+        self._written(lambda writer: [writer.add_text(f"sample/{name}", text, step) for name, text in texts.items()])
 
     def close(self) -> None:
         """Flush and end."""
-        if self._writer is not None:
-            self._guarded(self._writer.close)
+        self._written(lambda writer: writer.close())
 
     def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1)
+
+    def _written(self, action: Callable[[Any], Any]) -> None:
+        """Do something with the writer, as long as there is one."""
+        if self._writer is not None:
+            self._guarded(lambda: action(self._writer))
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Do it; after an error warn, and do nothing from then on."""

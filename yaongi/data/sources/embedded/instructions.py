@@ -37,6 +37,7 @@ _SECRETS = ("비밀번호", "통장 번호", "전화번호", "집 주소", "일�
 _SYSTEMS = ("당신은 친절한 도우미입니다.", "짧고 바르게 대답하세요.", "한국어로 대답하세요.")
 
 Exchange = tuple[str, str]  # question, answer
+Behaviour = Callable[[random.Random, str], Exchange]  # of a split
 
 
 def instruction_rows(split: str, conversations: int = CONVERSATIONS) -> Iterator[dict[str, Any]]:
@@ -139,48 +140,60 @@ def _ask(rng: random.Random, asked: Sequence[str], found: Sequence[str]) -> str:
     return rng.choice((f"{question}: {listed}", f"{question}.\n{listed}", f"{listed}\n{question}."))
 
 
-def _copy(rng: random.Random, split: str) -> Exchange:
-    found = _listed(rng, split, 1, 6)
-    asked = (
+def _of_words(*, fewest: int, most: int, answer: Callable[[list[str]], str], asked: Sequence[str]) -> Behaviour:
+    """Return what asks one of the questions about so many words."""
+
+    def exchange(rng: random.Random, split: str) -> Exchange:
+        found = _listed(rng, split, fewest, most)
+        return _ask(rng, asked, found), answer(found)
+
+    return exchange
+
+
+_copy = _of_words(
+    fewest=1,
+    most=6,
+    answer=", ".join,
+    asked=(
         "다음을 그대로 쓰세요",
         "이 낱말을 똑같이 다시 쓰세요",
         "그대로 따라 쓰세요",
         "바꾸지 말고 그대로 옮겨 쓰세요",
-    )
-    return _ask(rng, asked, found), ", ".join(found)
-
-
-def _count(rng: random.Random, split: str) -> Exchange:
-    found = _listed(rng, split, 1, 7)
-    asked = (
+    ),
+)
+_count = _of_words(
+    fewest=1,
+    most=7,
+    answer=lambda found: f"{len(found)}개입니다.",
+    asked=(
         "낱말이 몇 개인지 쓰세요",
         "모두 몇 개인지 세어 보세요",
         "낱말의 수를 말하세요",
         "몇 개가 있는지 알려 주세요",
-    )
-    return _ask(rng, asked, found), f"{len(found)}개입니다."
-
-
-def _sort(rng: random.Random, split: str) -> Exchange:
-    found = _listed(rng, split, 2, 4)
-    asked = (
+    ),
+)
+_sort = _of_words(
+    fewest=2,
+    most=4,
+    answer=lambda found: ", ".join(sorted(found)),
+    asked=(
         "가나다순으로 늘어놓으세요",
         "가나다 차례로 쓰세요",
         "사전에 나오는 차례로 쓰세요",
         "가나다순으로 정리해 주세요",
-    )
-    return _ask(rng, asked, found), ", ".join(sorted(found))
-
-
-def _last_word(rng: random.Random, split: str) -> Exchange:
-    found = _listed(rng, split, 2, 6)
-    asked = (
+    ),
+)
+_last_word = _of_words(
+    fewest=2,
+    most=6,
+    answer=lambda found: f"{found[-1]}입니다.",
+    asked=(
         "마지막 낱말을 말하세요",
         "맨 끝에 있는 낱말을 쓰세요",
         "맨 나중에 나온 낱말을 알려 주세요",
         "끝 낱말이 무엇인지 쓰세요",
-    )
-    return _ask(rng, asked, found), f"{found[-1]}입니다."
+    ),
+)
 
 
 def _formal_ending(rng: random.Random, split: str) -> Exchange:
@@ -243,7 +256,7 @@ def _sentence(place: str, thing: str, action: str, level: str) -> str:
     return f"{place}에서 {attach(thing, '을')} {predicates()[action].form('과거', level)}."
 
 
-BEHAVIOURS: Mapping[str, Callable[[random.Random, str], Exchange]] = {
+BEHAVIOURS: Mapping[str, Behaviour] = {
     "copy": _copy,
     "count": _count,
     "sort": _sort,
