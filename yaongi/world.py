@@ -29,6 +29,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None = None
     store: dist.Store | None = None  # which the processes reach also while some of them wait in a collective
+    local_size: int = 1  # processes on this host
 
     @property
     def is_main(self) -> bool:
@@ -65,6 +66,10 @@ class World:
         """Return whether `flag` is set on every process; nothing waits for the GPU."""
         return not self.any(not flag)
 
+    def of_main(self, number: int) -> int:
+        """Return the number that the first process has; nothing waits for the GPU."""
+        return int(self.all_reduce(torch.tensor(number if self.is_main else 0)))
+
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
@@ -99,11 +104,12 @@ def init_world(device: str, command: str = "train") -> World:
     found, rank, size = next(rendezvous("env://"))
     found.set_timeout(PATIENCE)
     store = _unused_part(found, rank, size)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     own = dist.PrefixStore("collectives", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    return World(rank, size, here, init_device_mesh(kind, (size,)), store)
+    return World(rank, size, here, init_device_mesh(kind, (size,)), store, local)
 
 
 def _unused_part(store: dist.Store, rank: int, size: int) -> dist.Store:

@@ -265,11 +265,15 @@ def test_any_shape_and_routing(T: int, D: int, F: int, E: int, K: int, seed: int
 
 @bad_calls(
     [
-        ({"expert_ids": torch.tensor([[0, 1], [2, 3]]).int()}, ValueError, "expert_ids must be 0 to 2 (E - 1), got 3"),
         (
-            {"expert_ids": torch.tensor([[0, 1], [2, -1]]).int()},
+            {"expert_ids": torch.tensor([[0, 1], [2, 3]]).int()},
             ValueError,
-            "expert_ids must be 0 to 2 (E - 1), got -1",
+            "expert_ids must be 0 to 2 (E - 1), or -1 for none, got 3",
+        ),
+        (
+            {"expert_ids": torch.tensor([[0, 1], [2, -2]]).int()},
+            ValueError,
+            "expert_ids must be 0 to 2 (E - 1), or -1 for none, got -2",
         ),
         (
             {"expert_ids": torch.tensor([[0, 1], [2, 2]]).int()},
@@ -290,6 +294,7 @@ def test_checked_mode(bad: Any) -> None:
     good = arguments(2, 8, 6, 3, 2, dtype=torch.float32)
     with checked_mode():
         moe(**good)
+        moe(**good | {"expert_ids": torch.tensor([[0, 1], [-1, -1]]).int()})
         assert_refused(moe, good, bad)
     moe(**good | bad.changes)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -147,3 +148,26 @@ def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, torch.Tensor
             yield from _flat(value, f"{prefix}{name}/")
         else:
             yield prefix + name, value
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a run's last checkpoint, without the random generators' states."""
+    return {name: tensor for name, tensor in final_tensors(out).items() if not name.startswith("rng")}
+
+
+def assert_close(mine: Path, theirs: Path, loss: float, tensor: float) -> None:
+    """Compare the losses and norms of all steps, and all tensors of the last checkpoints."""
+    for (step, *values), (_, *wanted) in zip(losses(mine), losses(theirs), strict=True):
+        assert values == pytest.approx(wanted, rel=loss), step
+    got, expected = final(mine), final(theirs)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=tensor, atol=tensor, msg=name)
+
+
+def assert_same(mine: Path, theirs: Path) -> None:
+    """Compare them bit for bit."""
+    assert losses(mine) == losses(theirs)
+    got, expected = final(mine), final(theirs)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)

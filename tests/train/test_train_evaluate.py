@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import session_of
+from small_run import ALONE, session_of
 
 from yaongi.data.row_loader import HeldOut
 from yaongi.eval.bits_per_byte import bits_per_byte, nats
@@ -67,7 +67,7 @@ def test_samples_are_the_same_every_time(tokens: Path, tmp_path: Path) -> None:
     session = session_of(tokens, tmp_path / "run")
     with session:
         state = torch.get_rng_state()
-        drawn = [draw_samples(session.model, session.tokenizer, 5, torch.device("cpu")) for _ in range(2)]
+        drawn = [draw_samples(session.model, session.tokenizer, 5, ALONE) for _ in range(2)]
         assert torch.equal(torch.get_rng_state(), state)
     assert drawn[0] == drawn[1]
     assert list(drawn[0]) == ["Korean", "code", "math"]

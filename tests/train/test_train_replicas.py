@@ -9,7 +9,7 @@ import pytest
 import study_processes
 import torch
 from processes import SPLIT_NUMBERS, in_processes, train
-from small_run import FOR_KERNELS, arguments, final_tensors, losses
+from small_run import FOR_KERNELS, arguments, assert_close, assert_same, final, losses
 
 from yaongi.train.command_line import parse
 from yaongi.train.optimizer import partition
@@ -27,29 +27,6 @@ def run(count: int, tokens: Path, out: Path, *more: str, few: tuple[str, ...] = 
     done = in_processes(count, out.parent / f"{out.name}-log", train, arguments(tokens, out, *few, *more))
     assert not any(done.codes), "\n".join(done.err)[-4000:]
     assert "Warning" not in "".join(done.err)
-
-
-def final(out: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a run's last checkpoint, without the random generators' states."""
-    return {name: tensor for name, tensor in final_tensors(out).items() if not name.startswith("rng")}
-
-
-def assert_close(mine: Path, theirs: Path, loss: float, tensor: float) -> None:
-    """Compare the losses and norms of all steps, and all tensors of the last checkpoints."""
-    for (step, *values), (_, *wanted) in zip(losses(mine), losses(theirs), strict=True):
-        assert values == pytest.approx(wanted, rel=loss), step
-    got, expected = final(mine), final(theirs)
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=tensor, atol=tensor, msg=name)
-
-
-def assert_same(mine: Path, theirs: Path) -> None:
-    """Compare them bit for bit."""
-    assert losses(mine) == losses(theirs)
-    got, expected = final(mine), final(theirs)
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")

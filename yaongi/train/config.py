@@ -102,6 +102,7 @@ class Training:
                 raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)}")
 
 
+Parallel = Literal["auto", "replicate", "experts", "fsdp"]
 PlanFor = Literal["none", "h100", "h200", "a100", "l40s", "rtx4090"]
 
 
@@ -123,7 +124,8 @@ class Running:
     stop_after: int = 0  # save a checkpoint after this step and stop; 0: run to the end
     device: Literal["auto", "cpu", "gpu", "cuda"] = "auto"  # auto: the GPU where there is one, else the CPU
     micro_rows: int = 0  # rows per micro-batch; 0: as many as fit into memory
-    parallel: Literal["auto", "replicate", "fsdp"] = "auto"  # of several processes: whole weights on each, or sharded
+    parallel: Parallel = "auto"  # of several processes: whole weights on each, experts spread over a host's, or sharded
+    expert_parallel_degree: int = 0  # processes over which --parallel experts spreads a layer; 0: those of a host
     recompute: str = "none"  # layers recomputed in the backward pass: none, all, or a list like mamba,experts,7,0-25
     deterministic: bool = True  # give bit-identical results every time, also on a GPU
     cuda_graph: bool = True  # on a GPU, record a micro-batch as a CUDA graph and replay it
@@ -163,6 +165,7 @@ class Running:
             "dollars_per_hour",
             "max_epochs",
             "processes",
+            "expert_parallel_degree",
         ):
             least[name] = 0
         for name, low in least.items():

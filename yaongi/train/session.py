@@ -25,15 +25,13 @@ from yaongi.train.checkpoint.resume import compare_sites, fp8_sites, launch_of, 
 from yaongi.train.checkpoint.start import Start, find_start, note_start
 from yaongi.train.config import Config, as_dict
 from yaongi.train.distributed.agreement import require_same_data, require_same_folder, require_same_weights
-from yaongi.train.distributed.replicas import Replicas
-from yaongi.train.distributed.sharding import Shards, shard
 from yaongi.train.job import PRETRAINING, Pretraining
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.environment import record_start
 from yaongi.train.metrics.meter import Meter
 from yaongi.train.metrics.records import Metrics
 from yaongi.train.metrics.sinks import Sink, open_sinks
-from yaongi.train.optimizer.partition import divide_parameters
+from yaongi.train.optimizer.engine import make_engine
 from yaongi.train.optimizer.role_optimizer import RoleOptimizer
 from yaongi.train.plan.run_plan import Plan, make_plan
 from yaongi.train.plan.shown import show_plan
@@ -157,12 +155,8 @@ class Session:
         if origin is not None and origin.meta is None:
             with taking_over(self.model):
                 read_weights(origin.folder, self.model.state_dict())
-        engine: Replicas | Shards
-        if self.plan.parallel == "fsdp":
-            shard(self.model, self.model.backbone.layers, ("losses",), world)
-            engine = Shards(self.model, world, dtype)
-        else:
-            engine = Replicas(self.model, world, divide_parameters(self.model, config.train, world.size))
+        plan = self.plan
+        engine = make_engine(self.model, config.train, world, plan.parallel, plan.expert_degree, dtype)
         momentum_dtype = config.train.matrix_momentum_dtype(world.device)
         self.optimizer = RoleOptimizer(self.model, config.train, momentum_dtype, engine)
         self.guard = Guard(config.train.bad_steps)
@@ -313,8 +307,8 @@ class Session:
                     sink.log_samples(self.step, finding.texts)
 
     def _require_same_weights(self) -> None:
-        if self.plan.parallel == "replicate":
-            require_same_weights(self.world, self.model, self.step)
+        if self.plan.parallel != "fsdp":
+            require_same_weights(self.world, self.model, self.step, self.plan.expert_degree)
 
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint, and record how long training stood still for it.

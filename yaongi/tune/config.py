@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from yaongi.model import ModelConfig
 from yaongi.settings import FieldChecks
-from yaongi.train.config import Config, Running, Training
+from yaongi.train.config import Config, Parallel, Running, Training
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TuneRunning(Running):
 
     data: Path = Path("data/chat")  # folder of conversations or preferences, from python -m yaongi.data chat
     out: Path = Path("runs/tune")  # folder of the run: checkpoints, metrics, report, model
-    parallel: Literal["auto", "replicate", "fsdp"] = "replicate"  # whole weights on each of several processes
+    parallel: Parallel = "replicate"  # whole weights on each of several processes
     evaluate_every: int = 100  # steps between evaluations; also before the first and after the last step
     checkpoint_every: int = 100  # steps between checkpoints; 0: only at the end
     sample_tokens: int = 64  # tokens in the answer to each of three fixed questions; 0: none

@@ -98,11 +98,11 @@ def _backward(ctx, dy: Tensor | None, _da):  # type: ignore[no-untyped-def]
 def _value_check(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
     check.finite("moe", x=x, w_up=w_up, w_down=w_down, expert_weights=expert_weights)
     E = w_up.shape[0]
-    bad = expert_ids[(expert_ids < 0) | (expert_ids >= E)]
+    bad = expert_ids[(expert_ids < -1) | (expert_ids >= E)]
     if bad.numel():
-        raise ValueError(f"moe: expert_ids must be 0 to {E - 1} (E - 1), got {int(bad[0])}")
+        raise ValueError(f"moe: expert_ids must be 0 to {E - 1} (E - 1), or -1 for none, got {int(bad[0])}")
     ranked = expert_ids.sort(dim=-1).values
-    repeats = (ranked[:, 1:] == ranked[:, :-1]).nonzero()
+    repeats = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).nonzero()
     if repeats.numel():
         token, place = repeats[0].tolist()
         repeated = int(ranked[token, place])
@@ -223,8 +223,9 @@ def moe(
 ) -> Tensor:
     """Apply squared-ReLU experts: y_t = Σ_k g_tk · W_down[e]·relu(W_up[e]·x_t)², with e = expert_ids[t, k].
 
-    A pair whose expert id is not in 0..E − 1 is skipped. Checked mode refuses such a pair, and a token with the same
-    expert twice. For the backward the arguments and one activation are saved: relu(H)², (T·K, F) in x's dtype.
+    A pair whose expert id is not in 0..E − 1 is skipped. Checked mode refuses such a pair, unless its id is −1, and a
+    token with the same expert twice. For the backward the arguments and one activation are saved: relu(H)², (T·K, F)
+    in x's dtype.
 
     Args:
         x: (T, D), float16, bfloat16, float32 or float64.

@@ -1,5 +1,6 @@
 """The expert mixer: routed squared-ReLU experts and one shared expert."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from yaongi.model.layers.plain import is_plain, require_plain
 from yaongi.model.mixers.router import Router, correction_bias, sequence_balance
 
 Tensor = torch.Tensor
+Dispatch = Callable[[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor, Tensor], Tensor]
 
 
 class Routing(NamedTuple):
@@ -68,6 +70,7 @@ class MoE(nn.Module):
         self.gate = Router(config, device, dtype)
         self.experts = Experts(config, device, dtype)
         self.shared_experts = SharedExpert(config, device, dtype)
+        self.dispatch: Dispatch | None = None  # set where other processes hold a part of the experts
 
     def forward(self, x: Tensor, with_routing: bool = False) -> tuple[Tensor, Routing | None]:
         """Map (B, L, d) to (B, L, d); also return the routing's measures if `with_routing`.
@@ -102,7 +105,12 @@ class MoE(nn.Module):
         up, down = self.experts.up_proj, self.experts.down_proj
         dw_up, dw_down = accumulation_target(up), accumulation_target(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
-        return moe(rows, up, down, ids, weights, weight_gradients=sums), ids, load
+
+        def experts(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return moe(rows, up, down, ids, weights, weight_gradients=sums)
+
+        y = experts(rows, ids, weights) if self.dispatch is None else self.dispatch(experts, rows, ids, weights)
+        return y, ids, load
 
     def _balance(self, logits: Tensor, ids: Tensor, batch: int) -> Tensor:
         balance = compiled(sequence_balance, logits.device.type)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
@@ -25,7 +25,7 @@ def save_model(model: Yaongi, tokenizer: Tokenizer, folder: Path, world: World, 
     Raises:
         OSError: it can't be written.
     """
-    sharded = any(map(is_sharded, model.parameters()))
+    sharded = any(map(is_sharded, model.state_dict().values()))
     whole = _gathered(model, world) if sharded else model
     if whole is not None and world.is_main:
         try:
@@ -49,16 +49,12 @@ def saved_bytes(model: Yaongi) -> int:
 
 def _gathered(model: Yaongi, world: World) -> Yaongi | None:
     """Return an unsharded copy on the CPU of the first process; None on the others."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    if not world.is_main:
-        return None
     whole = Yaongi(model.config, device="meta")
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"model_folder: {name} must be a tensor, got {type(tensor).__name__}")
-        _put(whole, name, tensor)
-    return whole
+    for name, tensor in model.state_dict().items():
+        everything = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            _put(whole, name, everything.cpu())
+    return whole if world.is_main else None
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from yaongi.train.distributed.sharding import is_sharded, local_part
 from yaongi.world import World
 
 PATIENCE = 30.0  # seconds until a file is seen on another node
@@ -50,21 +51,31 @@ def require_same_folder(world: World, folder: Path) -> None:
             )
 
 
-def require_same_weights(world: World, model: nn.Module, step: int) -> None:
-    """Raise ValueError on all processes if the weights of one differ from the first's in a bit."""
+def require_same_weights(world: World, model: nn.Module, step: int, degree: int = 1) -> None:
+    """Raise ValueError on all processes if the weights of two that hold the same ones differ in a bit.
+
+    Args:
+        degree: processes over which experts are spread: so far apart are two that hold the same experts.
+    """
     if world.size == 1:
         return
     digests = world.gather(_digest(model))
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise ValueError(
-                f"train: rank {rank}'s weights differ from rank 0's at step {step}: its GPU may be faulty; "
-                f"step {step} is not saved"
-            )
+    for rank, (whole, divided) in enumerate(digests):
+        for other, same in ((0, whole == digests[0][0]), (rank % degree, divided == digests[rank % degree][1])):
+            if not same:
+                raise ValueError(
+                    f"train: rank {rank}'s weights differ from rank {other}'s at step {step}: its GPU may be faulty; "
+                    f"step {step} is not saved"
+                )
 
 
 @torch.no_grad()
-def _digest(model: nn.Module) -> int:
-    """Return the sum of the bits of all weights, read as integers."""
-    tensors = [t.detach() for t in model.state_dict().values() if t.numel()]
-    return int(torch.stack([t.view(_BITS[t.element_size()]).sum() for t in tensors]).sum())
+def _digest(model: nn.Module) -> tuple[int, int]:
+    """Return the sums of the bits, read as integers, of weights that are whole and of those that are divided."""
+    sums: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for tensor in model.state_dict().values():
+        here = local_part(tensor.detach())
+        if here.numel():
+            sums[is_sharded(tensor)].append(here.view(_BITS[here.element_size()]).sum())
+    whole, divided = (int(torch.stack(found).sum()) if found else 0 for found in sums.values())
+    return whole, divided

@@ -113,6 +113,10 @@ class Shards:
         """Return the tensor: it is sharded, or whole on every process."""
         return tensor
 
+    def own_experts(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the tensor (E, …): which experts lie here follows from their weights."""
+        return tensor
+
     def saved(self, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """Return a state tensor as a checkpoint takes it."""
         return tensor

@@ -77,7 +77,7 @@ class Evaluation:
     def texts(self, model: Yaongi, step: int) -> Iterator[Finding]:
         """Draw samples."""
         if self.config.run.sample_tokens:
-            drawn = draw_samples(model, self.tokenizer, self.config.run.sample_tokens, self.world.device)
+            drawn = draw_samples(model, self.tokenizer, self.config.run.sample_tokens, self.world)
             yield Finding("samples", {"texts": drawn}, text_lines(drawn))
 
     def _task_scores(self, model: Yaongi, step: int) -> Iterator[Finding]:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from torch.distributed.tensor import DTensor
-
 from yaongi import cli
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.basics.suite import GROUP, TASKS, basics_items
@@ -53,13 +51,7 @@ class TaskScores:
         pool.shutdown(wait=False)
 
     def measure(self, model: Yaongi, rows_per_pass: int, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-        """Return what `choices.measure` says of each task and group; every process has to call it.
-
-        Raises:
-            ValueError: the weights are divided among processes.
-        """
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise ValueError("train: --evaluate-tasks must be with whole weights on each GPU, got divided ones")
+        """Return what `choices.measure` says of each task and group; every process has to call it."""
         items, requests = self._prepared.result()
         scorer = Scorer(model, self._world, self._row_tokens, rows_per_pass, say=say, longest=self._row_tokens)
         with evaluating(model):

@@ -83,8 +83,12 @@ def _parts(role: Role) -> list[tuple[slice | None, bool, bool]]:
     return [(slice(s.start, s.stop), s.decay, s.kind == "adamw") for s in role.splits]
 
 
-def divide_parameters(model: Yaongi, train: Training, processes: int) -> Ownership:
-    """Return which of the processes owns what of a model; this works on the meta device too."""
+def divide_parameters(model: Yaongi, train: Training, processes: int, *, experts_apart: bool = False) -> Ownership:
+    """Return which of the processes owns what of a model; this works on the meta device too.
+
+    Args:
+        experts_apart: leave out the experts, which are spread: `divide_experts`.
+    """
     experts = model.config.experts if "E" in model.config.pattern else 0
     size = count_owners(processes, experts)
     if size == 1:
@@ -93,7 +97,7 @@ def divide_parameters(model: Yaongi, train: Training, processes: int) -> Ownersh
     split, whole = {}, []
     for name, role in parameter_roles(model).items():
         parameter = parameters.get(name)
-        if parameter is None:
+        if parameter is None or (experts_apart and role.kind == "expert"):
             continue
         large = role.kind == "adamw" and parameter.ndim == 2 and parameter.numel() >= SPLIT_NUMBERS
         if role.kind in ("expert", "table") or large:
@@ -102,6 +106,18 @@ def divide_parameters(model: Yaongi, train: Training, processes: int) -> Ownersh
             whole.append(name)
     groups = _groups(parameters, whole, partition_parameters(model, train)[0])
     return Ownership(size, split, assign_owners(groups, size))
+
+
+def divide_experts(model: Yaongi, processes: int, degree: int) -> Ownership:
+    """Return who owns what of experts that are spread over `degree` processes: one process of each node, or fewer.
+
+    Args:
+        processes: of all nodes.
+    """
+    held = model.config.experts // degree
+    size = count_owners(processes // degree, held)
+    names = [name for name, role in parameter_roles(model).items() if role.kind == "expert"]
+    return Ownership(size, dict.fromkeys(names, -(-held // size))) if size > 1 else Ownership()
 
 
 def _groups(parameters: dict[str, nn.Parameter], names: list[str], stacks: list[TeonStack]) -> list[Group]:

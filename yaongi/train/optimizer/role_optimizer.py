@@ -113,7 +113,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         used = None if loads is None else loads != 0
         active: Active = {}
         if used is not None:
-            active = {p: self.engine.own(used[layer], p) for p, layer in self._expert_layers.items()}
+            active = {p: self.engine.own_experts(used[layer], p) for p, layer in self._expert_layers.items()}
         self._step_whole(whole, active)
         split_gradients = step_sharded(sharded, self.state, self._split_rows(), self._train, self._lr(MATRIX), active)
         self._step_vectors(split_gradients, active)

@@ -4,6 +4,7 @@ Weights, master copies, gradients, momentum and moments follow from the paramete
 micro-batch run on the meta device (activations.py).
 """
 
+import copy
 import os
 import resource
 import sys
@@ -15,11 +16,13 @@ import torch
 from yaongi.kernels import info
 from yaongi.model import Yaongi
 from yaongi.train.config import Config
+from yaongi.train.distributed.experts import spread_experts
 from yaongi.train.distributed.ownership import Ownership
-from yaongi.train.optimizer.partition import divide_parameters
+from yaongi.train.optimizer.partition import divide_experts, divide_parameters
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.plan.activations import activation_bytes
 from yaongi.train.plan.machines import Machine
+from yaongi.train.plan.spreading import refusal
 from yaongi.train.recompute import recomputed_layers
 
 _USABLE = 0.93  # share of a device's memory that a run may plan with; the rest is left for fragmentation
@@ -58,58 +61,97 @@ class MemoryForecast:
         device: torch.device,
         processes: int = 1,
         machine: Machine | None = None,
+        degree: int = 1,
     ) -> None:
-        """Prepare a forecast for a device of this machine, or for one of another `machine`."""
-        self._model, self._config, self._device, self._processes = model, config, device, processes
+        """Prepare a forecast for a device of this machine, or for one of another `machine`.
+
+        Args:
+            degree: processes over which a layer's experts are spread, if they are.
+
+        Raises:
+            ValueError: experts are to be spread, and can't be.
+        """
+        self._whole = self._model = model
+        self._counted: dict[tuple[bool, int, str], int] = {}  # activations
+        self._config, self._device, self._processes = config, device, processes
         self._has_kernels = _has_kernel("mamba_scan") if machine is None else True
         self._usable = _USABLE * (memory_of(device) if machine is None else machine.memory)
         self.ownership = divide_parameters(model, config.train, processes)
-        self._state = self._state_bytes(processes, self.ownership)
-        self.parallel = self._choose(config.run.parallel)
+        self._state = self._state_bytes(model, processes, self.ownership)
+        self.parallel = self._choose(config.run.parallel, degree)
+        self.degree = degree if self.parallel == "experts" else 1
 
-    def _choose(self, asked: str) -> str:
-        """Return the way of several processes: for auto replicated weights if one row fits with them, else FSDP."""
+    def _choose(self, asked: str, degree: int) -> str:
+        """Return the way of several processes: for auto the first of three with which one row fits, or the last."""
+        refused = refusal(self._config.model, self._processes, degree) or self._too_large_to_begin()
+        if asked == "experts" and refused:
+            raise ValueError(refused)
         if self._processes == 1 or asked == "replicate":
             return "replicate"
         if asked == "auto" and (self._device.type == "cpu" or self.fits(1)):
             return "replicate"
-        self._state = self._state_bytes(self._processes, None)
+        if asked == "experts" or (asked == "auto" and not refused):
+            self._spread(degree)
+            if asked == "experts" or self.fits(1):
+                return "experts"
+            self._model = self._whole
+        self._state = self._state_bytes(self._whole, self._processes)
         return "fsdp"
+
+    def _spread(self, degree: int) -> None:
+        """Forecast from now on for experts that are spread."""
+        self._model = copy.deepcopy(self._whole)
+        spread_experts(self._model, degree, 0, None)
+        train = self._config.train
+        self.ownership = divide_parameters(self._whole, train, self._processes, experts_apart=True)
+        experts = divide_experts(self._whole, self._processes, degree)
+        self._state = self._state_bytes(self._model, self._processes, self.ownership, experts)
+
+    def _too_large_to_begin(self) -> str:
+        """Return that all weights don't fit into the device, where each process draws them before it keeps a part."""
+        weights = self._state_bytes(self._whole, 1, Ownership())["weights"]
+        if weights <= self._usable:
+            return ""
+        room = f"at most {self._usable / 1e9:.1f} GB, since each GPU begins with all"
+        return f"train: weights for --parallel experts must be {room}, got {weights / 1e9:.1f} GB"
 
     @property
     def checkpoint_bytes(self) -> int:
         """The bytes of a checkpoint: master copies, or weights that have none, momentum and moments."""
-        state = self._state_bytes(1, Ownership())
+        state = self._state_bytes(self._whole, 1, Ownership())
         return (state["masters"] or state["weights"]) + state["momentum"] + state["moments"]
 
     def __call__(self, rows: int, recompute: str | None = None) -> Memory:
         """Return the memory with micro-batches of `rows` rows and a recompute policy (None: the configured one)."""
         policy = self._config.run.recompute if recompute is None else recompute
         self._model.recompute = recomputed_layers(policy, self._config.model.pattern)
-        activations = activation_bytes(self._model, rows, self._config.train.row_tokens, self._device)
+        run = self._model is self._whole, rows, policy
+        if run not in self._counted:  # which takes a second or two
+            self._counted[run] = activation_bytes(self._model, rows, self._config.train.row_tokens, self._device)
+        activations = self._counted[run]
         if self._device.type == "cpu" or not self._has_kernels:
             activations = round(_REFERENCES[self._device.type] * activations)
         several = _NCCL if self._processes > 1 else 0
         base = _GPU_BASE + several if self._device.type == "cuda" else resident_bytes()
         return Memory(**self._state, activations=activations, base=base)
 
-    def _state_bytes(self, processes: int, ownership: Ownership | None) -> dict[str, int]:
+    def _state_bytes(self, model: Yaongi, processes: int, *ownerships: Ownership) -> dict[str, int]:
         """Return the bytes of everything that the fullest process keeps from step to step, by part.
 
         Args:
-            ownership: of replicated weights; None: everything is sharded evenly.
+            model: what it holds of the model.
+            ownerships: of different parameters; none: everything is sharded evenly.
         """
-        train, model, size = self._config.train, self._model, processes
+        train, sharded = self._config.train, processes > 1 and not ownerships
         roles = parameter_roles(model)
         momentum = train.matrix_momentum_dtype(self._device) if train.matrix_optimizer == "teon" else None
         fp8 = {id(weight) for weight in model.fp8_weights()}
         sizes = dict.fromkeys(("weights", "masters", "gradients", "momentum", "moments"), 0.0)
         for name, parameter in model.named_parameters():
             kind, count = roles[name].kind, parameter.numel()
-            here = count / size if ownership is None else count
+            here = count / processes if sharded else count
             # An owner of whole matrices has a few percent more than its share.
-            own = here if ownership is None or name not in ownership else count / ownership.size
-            sharded = ownership is None and size > 1
+            own = here / next((ownership.size for ownership in ownerships if name in ownership), 1)
             width = max(4, parameter.element_size()) if sharded else parameter.element_size()  # FSDP's are the masters
             sizes["weights"] += here * (width + (2 if id(parameter) in fp8 else 0))  # two casts
             sizes["masters"] += 4 * own if parameter.element_size() < 4 and not sharded else 0
@@ -130,7 +172,10 @@ class MemoryForecast:
         if self._device.type == "cpu":
             return max(1, _CPU_TOKENS // self._config.train.row_tokens)
         one, two = self(1).total, self(2).total
-        return max(1, 1 + int((self._usable - one) // max(1, two - one)))
+        rows = max(1, 1 + int((self._usable - one) // max(1, two - one)))
+        if rows > 2 and (most := self(rows).total) > self._usable:  # the peak lies elsewhere, and grows faster
+            rows = 1 + int((self._usable - one) * (rows - 1) // (most - one))
+        return rows
 
 
 def memory_of(device: torch.device) -> int:

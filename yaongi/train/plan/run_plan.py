@@ -16,6 +16,7 @@ from yaongi.train.plan.machines import MACHINES, as_measured
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
 from yaongi.train.plan.scaling import REACHED, StepSeconds, step_seconds
 from yaongi.train.plan.speed import fp8_here, fp8_layers, kernels_here, link_speed, links_here, step_cost, step_speed
+from yaongi.train.plan.spreading import expert_degree, spread_cost
 from yaongi.world import World
 
 TOKEN_BYTES = 2  # of a token in a shard
@@ -35,7 +36,8 @@ class Plan:
     micro_rows: int
     row_tokens: int
     processes: int
-    parallel: str  # replicate or fsdp
+    parallel: str  # replicate, experts or fsdp
+    expert_degree: int  # processes over which the experts of a layer are spread; 1: each holds all
     flops_per_token: float
     memory: Memory
     available: int  # bytes of memory of the device
@@ -53,7 +55,7 @@ class Plan:
     @property
     def share(self) -> int:
         """Rows that micro-batches must divide."""
-        return self.batch_rows // self.processes if self.parallel == "fsdp" else self.batch_rows
+        return self.batch_rows if self.parallel == "replicate" else self.batch_rows // self.processes
 
     @property
     def fits(self) -> bool:
@@ -83,6 +85,7 @@ class Plan:
         by_part = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
         flops = self.flops_per_token * self.tokens
         how = f", --parallel {self.parallel}" if self.processes > 1 else ""
+        how += f" over {self.expert_degree}" if self.expert_degree > 1 else ""
         verdict = "fits" if self.fits else f"does not fit: {self.advice}"
         rows = [
             ("model", f"{self.preset}, {self.parameters:,} parameters, {self.active:,} active"),
@@ -97,7 +100,7 @@ class Plan:
             ("checkpoint", gigabytes(self.checkpoint)),
             ("disk", f"about {gigabytes(self.disk)}: checkpoints, model, tokens"),
         ]
-        if self.processes > 1 and self.parallel == "replicate":
+        if self.processes > 1 and self.parallel != "fsdp":
             rows.insert(-2, ("", self._step_line()))
         if self.precision:
             rows.insert(5, ("precision", self.precision))
@@ -110,8 +113,9 @@ class Plan:
     def _step_line(self) -> str:
         """Return the parts of a step."""
         step, of = self.step, self.step.total / 100
+        tokens = f"tokens to experts {step.dispatch / of:.0f} %, " if self.expert_degree > 1 else ""
         return (
-            f"a step: micro-batches {step.micro_batches / of:.0f} %, update {step.update / of:.0f} %, "
+            f"a step: micro-batches {step.micro_batches / of:.0f} %, {tokens}update {step.update / of:.0f} %, "
             f"exchange {step.exchange / of:.0f} %"
         )
 
@@ -123,8 +127,7 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
         tokenizer: needed unless the plan is for another machine (`plan_for`).
 
     Raises:
-        ValueError: the global batch can't be divided into equal micro-batches on every process, or there are several
-            processes with FP8 and FSDP, or a number of processes without a dry run.
+        ValueError: the global batch can't be divided among the processes, or settings don't go together.
     """
     train, run = config.train, config.run
     machine = MACHINES.get(run.plan_for)
@@ -135,19 +138,21 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
     precision = fp8_here(config.model, device) if machine is None else fp8_layers(config.model, machine.has_fp8)
     dtype = train.weight_dtype(device)
     model = build_model(config, tokenizer, "meta", dtype=dtype)
-    forecast = MemoryForecast(model, config, device, processes, machine)
-    _check_precision(precision, forecast.parallel)
-    rows = micro_rows(config, processes, forecast.parallel, min(world.gather(forecast.rows_that_fit())))
+    forecast = MemoryForecast(model, config, device, processes, machine, expert_degree(run, world))
+    _check_parallel(forecast.parallel, precision, run.evaluate_tasks)
+    fits = run.micro_rows or min(world.gather(forecast.rows_that_fit()))
+    rows = micro_rows(config, processes, forecast.parallel, fits)
     memory, counts = forecast(rows), model.count_parameters()
     flops = flops_per_token(config.model, counts.active, train.row_tokens)
     speed = step_speed(device, dtype) if machine is None else machine.speed
     cost, basis = step_cost(model, train, rows, flops, speed, device), "guessed from the speed of a matrix product"
     if machine is not None:
         cost, basis = as_measured(cost, rows * train.row_tokens, machine, config)
+    cost = spread_cost(cost, model, forecast.degree, rows * train.row_tokens, run.recompute)
     links, bandwidth = ("", None) if machine is not None or run.processes else _links(world)
     step = step_seconds(cost, processes, forecast.ownership.size, bandwidth)
     tokens, seconds = train.steps * train.batch_tokens, train.steps * step.total
-    share = train.batch_rows // processes if forecast.parallel == "fsdp" else train.batch_rows
+    share = train.batch_rows if forecast.parallel == "replicate" else train.batch_rows // processes
     return Plan(
         preset=config.preset,
         device=_name(device) if machine is None else machine.name,
@@ -160,6 +165,7 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
         row_tokens=train.row_tokens,
         processes=processes,
         parallel=forecast.parallel,
+        expert_degree=forecast.degree,
         flops_per_token=flops,
         memory=memory,
         available=memory_of(device) if machine is None else machine.memory,
@@ -176,7 +182,10 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
     )
 
 
-def _check_precision(precision: str, parallel: str) -> None:
+def _check_parallel(parallel: str, precision: str, tasks: str) -> None:
+    """Check what only whole weights on each process can do."""
+    if tasks != "none" and parallel != "replicate":
+        raise ValueError(f"train: --evaluate-tasks must be with --parallel replicate, got {parallel}")
     if precision and parallel == "fsdp":
         raise ValueError(
             "train: fp8 must run with --parallel replicate, got fsdp: its scales and weights aren't sharded"
@@ -206,14 +215,15 @@ def micro_rows(config: Config, processes: int, parallel: str, fits: int) -> int:
         ValueError: the rows don't divide the global batch, or there are fewer micro-batches than processes.
     """
     rows, wanted = config.train.batch_rows, config.run.micro_rows
-    if parallel == "fsdp":
+    together = parallel != "replicate"  # the processes meet in each micro-batch, so each has as many
+    if together:
         if rows % processes:
             raise ValueError(f"train: the rows of a batch must be a multiple of {processes} processes, got {rows}")
         rows //= processes
     if wanted and rows % wanted:
-        whose = "a process" if parallel == "fsdp" else "a batch"
+        whose = "a process" if together else "a batch"
         raise ValueError(f"train: micro_rows must divide the {rows} rows of {whose}, got {wanted}")
-    least = 1 if parallel == "fsdp" else processes  # micro-batches
+    least = 1 if together else processes  # micro-batches
     sizes = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n >= least]
     if not sizes or (wanted and wanted not in sizes):
         got = rows // (wanted or 1)

@@ -2,7 +2,8 @@
 
 A step is ⌈M / N⌉ micro-batches, the update of what a process owns, and the exchange: gradients are reduced and
 scattered, weights gathered. Of `owners` GPUs each sends and receives (owners − 1) / owners of both; more GPUs are
-replicas of each other, between which the owned gradients are summed.
+replicas of each other, between which the owned gradients are summed. Experts that are spread over a node are exchanged
+between nodes alone, but tokens go to them in each micro-batch.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ class StepCost:
     micro_seconds: float
     update_seconds: float  # of all that has owners
     zero_seconds: float  # to set gradients to zero
-    gradient_bytes: float
+    gradient_bytes: float  # of what every GPU holds
     weight_bytes: float
+    degree: int = 1  # GPUs over which experts are spread
+    dispatch_bytes: float = 0.0  # that a GPU sends in a micro-batch to the experts of others, and back
+    expert_bytes: float = 0.0  # gradients and weights of the experts that a GPU holds, if they are spread
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,12 @@ class StepSeconds:
     micro_batches: float
     update: float
     exchange: float
+    dispatch: float = 0.0  # of tokens to experts that are spread, and back
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        return self.micro_batches + self.update + self.exchange
+        return self.micro_batches + self.update + self.exchange + self.dispatch
 
 
 def step_seconds(cost: StepCost, processes: int, owners: int, bandwidth: float | None = None) -> StepSeconds:
@@ -59,7 +64,10 @@ def step_seconds(cost: StepCost, processes: int, owners: int, bandwidth: float |
     replicas = processes // owners
     if replicas > 1:
         exchange += 2 * (replicas - 1) / replicas * cost.gradient_bytes / owners / _CARD
-    return StepSeconds(busiest * cost.micro_seconds, update, exchange)
+    nodes = processes // cost.degree
+    exchange += (nodes - 1) / nodes * cost.expert_bytes / _CARD
+    dispatch = busiest * cost.dispatch_bytes / (bandwidth or bus_bandwidth(cost.degree))
+    return StepSeconds(busiest * cost.micro_seconds, update, exchange, dispatch)
 
 
 def bus_bandwidth(gpus: int) -> float:

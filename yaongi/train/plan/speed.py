@@ -13,6 +13,7 @@ from yaongi.train.plan.scaling import StepCost
 from yaongi.world import World
 
 _SHARE_OF_PRODUCT = {"cuda": 0.5, "cpu": 0.35}  # FLOP/s of a training step over FLOP/s of a large matrix product
+_PRODUCTS, _LONGEST = 10, 0.1  # of which the speed is the mean; seconds, of which a CPU takes more for one in bfloat16
 _SHARE_OF_UPDATE = 0.96  # FLOP/s of Newton-Schulz steps over those of a training step
 _MEMORY = {"cuda": 2.6e12, "cpu": 1e10}  # bytes per second to and from memory
 _TRAFFIC = 22  # bytes that the update of a number reads and writes
@@ -23,15 +24,16 @@ _H100_SPEED = 0.5 * 7.3e14  # FLOP/s of a bfloat16 training step on an H100, by 
 
 def step_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Run a large matrix product in `dtype`, and return from its speed the estimated FLOP/s of a training step."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (512, 10)
+    size, products = 8192 if device.type == "cuda" else 512, 0
     a = torch.ones(size, size, dtype=dtype, device=device)
     a @ a
     _synchronize(device)
     began = time.perf_counter()
-    for _ in range(repeats):
+    while products < _PRODUCTS and time.perf_counter() - began < _LONGEST:
         a @ a
+        products += 1
     _synchronize(device)
-    return _SHARE_OF_PRODUCT[device.type] * repeats * 2 * size**3 / (time.perf_counter() - began)
+    return _SHARE_OF_PRODUCT[device.type] * products * 2 * size**3 / (time.perf_counter() - began)
 
 
 def step_cost(model: Yaongi, train: Training, rows: int, flops: float, speed: float, device: torch.device) -> StepCost:
