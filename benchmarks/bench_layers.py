@@ -60,18 +60,20 @@ def test_layer(kind: str, compare: Compare) -> None:
 
 @pytest.mark.parametrize("kind", ["M", "E", "*"], ids=["mamba", "experts", "attention"])
 def test_fp8_layer(kind: str, compare: Compare) -> None:
-    """Time one layer with its dense products in FP8 against bf16: 2 × 4096 tokens, gradients added in float32.
+    """Time one layer with its products in FP8 against bf16: 2 × 4096 tokens, gradients added in float32.
 
     Both are graphs, so the host's time is left out. The layer before is one of FP8 too: its gradient is cast here.
     """
     recorded = {}
-    for precision in ("fp8", "bf16"):
-        roles = dict.fromkeys(PRECISION_ROLES.values(), precision)
+    variants = {"fp8": PRECISION_ROLES[kind], "bf16": ()}
+    if kind == "E":
+        variants["shared expert alone in fp8"] = PRECISION_ROLES[kind][:1]
+    for name, roles in variants.items():
         config = dataclasses.replace(
             load_config("yaongi-4b").model,
             pattern=2 * kind,
             engram=(),
-            precision=PrecisionConfig(**roles, high_layers=()),
+            precision=PrecisionConfig(**dict.fromkeys(roles, "fp8"), high_layers=()),
         )
         model = Yaongi(config, device="cuda", dtype=torch.bfloat16)
         ids = torch.zeros(2, L, dtype=torch.int64, device="cuda")
@@ -82,9 +84,10 @@ def test_fp8_layer(kind: str, compare: Compare) -> None:
         for parameter in layer.parameters():
             parameter.grad_dtype = torch.float32
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-        recorded[precision] = _recorded(model, layer, hidden, dy, context)
-    flops_of_products = 6.0 * 2 * L * sum(p.numel() for n, p in layer.named_parameters() if n.endswith("_proj.weight"))
-    compare(recorded["fp8"], Work(flops_of_products, kind="fp8"), {"bf16": recorded["bf16"]})
+        recorded[name] = _recorded(model, layer, hidden, dy, context)
+    share = config.experts_per_token / config.experts
+    used = sum(p.numel() * (share if p.dim() == 3 else 1) for n, p in layer.named_parameters() if "_proj" in n)
+    compare(recorded.pop("fp8"), Work(6.0 * 2 * L * used, kind="fp8"), recorded)
 
 
 def _recorded(model: Any, layer: Any, hidden: torch.Tensor, dy: torch.Tensor, context: Context) -> Callable[[], Any]:

@@ -171,7 +171,7 @@ def test_stages(compare: Compare) -> None:
         plan = dispatch.dispatch(ids, case.E)
         a = experts_forward.moe_up(x, w_up, plan)
         parts = grouped_gemm.moe_grouped_gemm(a, w_down, plan, weights)
-        dh, ga, _ = gradients.moe_dh(dy, w_down, a, plan, weights)
+        dh, ga, *_ = gradients.moe_dh(dy, w_down, a, plan, weights)
         dw_up, dw_down, sums = torch.empty_like(w_up), torch.empty_like(w_down), torch.zeros_like(w_up.float())
         calls: dict[str, Callable[[], Any]] = {
             "route": lambda: moe_route(case.logits, case.bias, case.K, SCALE),

@@ -43,18 +43,25 @@ def watched() -> Iterator[Sites]:
     found: Sites = {}
     plain = Fp8Scales.cast
 
-    def cast(self: Fp8Scales, name: str, produce: Callable[[Site], Any], *, seen: bool = True) -> Any:
+    def cast(
+        self: Fp8Scales,
+        name: str,
+        produce: Callable[[Site], Any],
+        *,
+        seen: bool = True,
+        rehearse: Callable[[Site], Any] | None = None,
+    ) -> Any:
         if seen:
-            site = self.site(name)
-            codes = codes_of(produce(site))
-            finer = codes_of(produce(Site(site.scale * FINER, site.unit / FINER, site.amax.clone())))
+            site, try_cast = self.site(name), rehearse or produce
+            codes = codes_of(try_cast(site))
+            finer = codes_of(try_cast(Site(site.scale * FINER, site.unit / FINER, site.amax.clone())))
             some = finer != 0
             found[name] = {
                 "to_zero": float((some & (codes == 0)).sum() / some.sum().clamp(min=1)),
                 "saturated": float((codes.abs() == LARGEST).double().mean()),
                 "reach": float(codes.abs().max() / LARGEST),
             }
-        return plain(self, name, produce, seen=seen)
+        return plain(self, name, produce, seen=seen, rehearse=rehearse)
 
     with mock.patch.object(Fp8Scales, "cast", cast):
         yield found

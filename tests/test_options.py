@@ -46,6 +46,7 @@ OTHERS = {  # values for the fields that take no arbitrary number or word
     "layer": 1,
     "gate": "demo",
 }
+WITH = {"--model.precision.experts": ("--model.precision.shared-experts", "fp8")}  # what an option needs beside it
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -120,7 +121,7 @@ def test_no_option_is_ignored(option: str, path: str, field: "dataclasses.Field[
         with pytest.raises(ValueError, match=rf"^train: {option} must be left out: .* sets it$"):
             parse([*MODEL, *words])
         return
-    config = fit_to_data(parse([*MODEL, *words]), Data(), Data())  # type: ignore[arg-type]
+    config = fit_to_data(parse([*MODEL, *words, *WITH.get(option, ())]), Data(), Data())  # type: ignore[arg-type]
     assert value_at(config, path) == value
 
 

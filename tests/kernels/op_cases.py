@@ -25,6 +25,8 @@ IN_PLACE = {
     "rms_norm8": ("amax",),
     "rms_norm8_backward": ("amax",),
     "matmul8_add": ("total",),
+    "moe8": ("amax",),
+    "moe8_backward": ("amax", "dw_up", "dw_down"),
 }
 
 
@@ -88,6 +90,36 @@ def codes(*shape: int) -> Tensor:
     return torch.randn(*shape).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
+def moe8_cases() -> dict[str, Case]:
+    """Both directions of the experts in FP8, which share the routing and some scalars."""
+    T, D, F, E, K = 40, 32, 48, 4, 2
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]).int()
+    routing = {"expert_ids": ids, "expert_weights": randn(T, K)}
+    units = {"unit_up": 0.5, "unit_down": 0.25, "scale": 8.0, "amax": 0.5}
+    weights = {"w_up8": codes(E, F, D), "w_down8": codes(E, D, F)}
+    forward = {"x8": codes(T, D), "unit_x": 0.5, **weights, **units, **routing, "residual": randn(T, D)}
+    transposed = {"w_up8t": codes(E, D, F), "w_down8t": codes(E, F, D), "a8": codes(T * K, F) & 127}
+    backward = {"d8": codes(T, D), "unit_d": 0.5, "unit_a": 0.5, **transposed, **units, **routing}
+    backward |= {"dy": randn(T, D), "x": randn(T, D), "addend": randn(T, D)}
+    sums = {"dw_up": randn(E, F, D), "dw_down": randn(E, D, F)}
+    rows = ("x8", "expert_ids", "expert_weights", "residual")
+    return {
+        "moe8": Case(
+            forward,
+            keep_float32=("expert_weights",),
+            codes=("x8", *weights),
+            scalars=("unit_x", *units),
+            rows=rows,
+        ),
+        "moe8_backward": Case(
+            backward | sums,
+            keep_float32=("expert_weights", *sums),
+            codes=("d8", *transposed),
+            scalars=("unit_d", "unit_a", *units),
+        ),
+    }
+
+
 def fp8_cases() -> dict[str, Case]:
     """The casts to FP8 and the products; sizes are multiples of 16, as the other order needs them."""
     scale, scalars = {"scale": 64.0, "amax": 0.5}, ("scale", "amax")
@@ -115,7 +147,7 @@ def cases() -> dict[str, Case]:
     """One call of every public op with all its optional tensors, by the op's name; the same numbers every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _cases() | fp8_cases()
+        return _cases() | fp8_cases() | moe8_cases()
 
 
 def _cases() -> dict[str, Case]:

@@ -6,6 +6,7 @@ Bytes are transposed as they are.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from oracle import assert_equal_to_float64
 
 from yaongi.kernels.fp8_quantize import reference
+from yaongi.kernels.moe8 import reference as moe8_reference
 from yaongi.kernels.rms_norm import reference as norm_reference
 
 pytestmark = pytest.mark.interpret
@@ -35,7 +37,7 @@ def stored_in_float32() -> Iterator[None]:
         for module in (row_casts, weight_casts, fp8_norm):
             stack.enter_context(mock.patch.object(module, "E4M3", torch.float32))
             stack.enter_context(mock.patch.object(module, "transpose8_triton", reference.transpose8_reference))
-        for module in (reference, norm_reference):
+        for module in (reference, moe8_reference, norm_reference):
             stack.enter_context(mock.patch.object(module, "quantized", uncast))
         yield
 
@@ -136,3 +138,62 @@ def test_rms_norm8(shape: tuple[int, int], extra: bool, monkeypatch: pytest.Monk
     exact = norm_reference.rms_norm8_backward_reference(*wide, scale_y, scale_d, wanted)
     assert_equal_results(ours, exact, amax, wanted)
     assert torch.equal(ours[3], y8.mT)
+
+
+ROUTINGS = {  # T, D, F, E, K, and a change of the ids
+    "bad ids": (150, 48, 80, 5, 2, lambda ids: torch.where(ids == 1, -1, torch.where(ids == 2, 9, ids)).int()),
+    "all on one expert": (130, 32, 16, 3, 1, lambda ids: ids * 0 + 1),
+    "empty experts, several tiles": (20, 144, 272, 3, 2, lambda ids: ids * 0 + torch.tensor([2, 0]).int()),
+    "no token": (0, 16, 32, 4, 2, lambda ids: ids),
+}
+
+
+def added_by_moe_dw(
+    rows: Tensor, gathered: Tensor, out: Tensor, plan: Any, *, gather_left: bool, accumulate: bool
+) -> None:
+    """What `moe_dw` adds: the interpreter has no reduction by TMA."""
+    from yaongi.kernels.moe.experts_backward import moe_dw
+
+    assert accumulate
+    part = torch.empty_like(out)
+    moe_dw(rows, gathered, part, plan, gather_left=gather_left)
+    out += part
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_moe8(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions: tiles that end within an expert, rows that no expert has (NaN), amax of routed pairs alone."""
+    from yaongi.kernels.moe8 import fp8_experts
+
+    monkeypatch.setattr(fp8_experts, "moe_dw", added_by_moe_dw)
+    T, D, F, E, K, change = ROUTINGS[routing]
+    x8, residual, d8, dy, x = (torch.randn(T, D + 16)[:, :D] for _ in range(5))
+    x8[:1] = d8[:1] = 100.0  # token 0 stands in for the rows that a tile has too many
+    up, down = torch.randn(E, F, D) / 8, torch.randn(E, D, F) / 8
+    ids, g = change(torch.rand(T, E).argsort(1)[:, :K].int()), torch.rand(T, K)
+    if "bad" in routing:
+        ids[0] = -1
+    scale, unit, amax, wanted = scalars(4.0, 0.25, 0.1, 0.1)
+    forward = (x8, unit, up, down, unit, scale, ids, g, scale)
+    ours = fp8_experts.moe8_triton(*forward, amax, residual, torch.float32)
+    exact = moe8_reference.moe8_reference(*wide(forward), wanted, residual.double(), torch.float64)
+    valid = int(((ids >= 0) & (ids < E)).sum())
+    a8 = ours[1]
+    assert_equal_results((ours[0], a8[:valid]), (exact[0], exact[1][:valid]), amax, wanted)
+    assert a8[valid:].isnan().all()
+    sums = [torch.randn(E, F, D), torch.randn(E, D, F)]
+    exact_sums = [t.double() for t in sums]
+    backward = (d8, unit, dy, x, up.mT.contiguous(), down.mT.contiguous(), unit, scale, ids, g, a8, unit, scale)
+    ours = fp8_experts.moe8_backward_triton(*backward, amax, residual, *sums)
+    exact = moe8_reference.moe8_backward_reference(*wide(backward), wanted, residual.double(), *exact_sums)
+    pairs = (
+        *zip(ours[:2], exact[:2], strict=True),
+        (ours[2][:valid], exact[2][:valid]),
+        *zip(sums, exact_sums, strict=True),
+    )
+    assert_equal_results(*map(tuple, zip(*pairs, strict=True)), amax, wanted)  # type: ignore[arg-type]
+
+
+def wide(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments in float64, but for scalars."""
+    return tuple(t.double() if t.is_floating_point() and t.dim() else t for t in inputs)

@@ -10,6 +10,10 @@ from test_triton_aot import meta
 from test_triton_generations import SHARED, SPILLED
 
 from yaongi.kernels.fp8_quantize import byte_transpose, row_casts, weight_casts
+from yaongi.kernels.moe.dispatch import Dispatch
+from yaongi.kernels.moe.experts_backward import moe_dh
+from yaongi.kernels.moe.experts_forward import moe_up
+from yaongi.kernels.moe.grouped_gemm import Fp8, moe_grouped_gemm
 from yaongi.kernels.rms_norm import fp8_norm
 
 FLOAT, E4M3 = torch.float32, torch.float8_e4m3fn
@@ -81,6 +85,41 @@ def test_rms_norm8(width: int, dtype: torch.dtype) -> None:
         assert "LDG.E.128" in kernel.sass or "LDG.E.64" in kernel.sass, kernel.name
 
 
+def moe8_stages(D: int, F: int) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """The four products of the experts in FP8 at the flagship's number of tokens and experts."""
+    T, E, pairs = 8192, 64, 6 * 8192
+    order, token, row = (meta(pairs, dtype=torch.int32) for _ in range(3))
+    plan = Dispatch(order, token, row, meta(E + 1, dtype=torch.int32), meta(E, dtype=torch.int32), pairs // 128 + E)
+    x8, a8, weights = meta(T, D, dtype=E4M3), meta(pairs, F, dtype=E4M3), meta(pairs, dtype=FLOAT)
+    up8, down8 = meta(E, F, D, dtype=E4M3), meta(E, D, F, dtype=E4M3)  # each is the shape of the other, transposed
+    fp8 = Fp8(scalar(), scalar(), torch.bfloat16, scalar(), scalar(), scalar())
+    yield "up", moe_up, (x8, up8, plan, fp8)
+    yield "down", moe_grouped_gemm, (a8, down8, plan, weights, fp8)
+    yield "dh", moe_dh, (x8, up8, a8, plan, weights, fp8)
+    yield "dx", moe_grouped_gemm, (a8, down8, plan, None, fp8)
+
+
+@pytest.mark.parametrize(
+    ("D", "F"),
+    [(2048, 512), *(pytest.param(*size, marks=pytest.mark.long) for size in ((2048, 256), (2048, 1024), (2688, 1856)))],
+)
+def test_moe8(D: int, F: int) -> None:
+    """FP8 on tensor cores from TMA tiles, casts of the accumulator with an atomic per panel, nothing spilled."""
+    for stage, launcher, arguments in moe8_stages(D, F):
+        kernel = compile_launcher(launcher, *arguments)[0]
+        assert kernel.spilled_bytes == 0, stage
+        assert "QGMMA.64x" in kernel.sass, stage
+        assert "UTMALDG" in kernel.sass, stage
+        assert "HGMMA" not in kernel.sass, stage
+        assert "STG.E.128" in kernel.sass, stage
+        assert kernel.sass.count(ATOMIC) == {"up": 1, "dh": 4}.get(stage, 0), stage
+        assert (CAST in kernel.sass) == (stage in ("up", "dh")), stage
+
+
+def experts() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    yield from ((launcher, arguments) for _, launcher, arguments in moe8_stages(2048, 512))
+
+
 def casts() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     wide, a8 = meta(8192, 2048), meta(8192, 2048, dtype=E4M3)
     yield row_casts.quantize8_triton, (wide, scalar(), scalar(), True, False)
@@ -98,7 +137,9 @@ def bytes_alone() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
 
 # GPUs before compute capability 8.9 have no cast to FP8: they take the references.
 LAUNCHES = [(capability, bytes_alone) for capability in SHARED]
-LAUNCHES += [(capability, casts) for capability in SHARED if capability >= 89 and capability != 90]
+NEWER = [capability for capability in SHARED if capability >= 89 and capability != 90]
+LAUNCHES += [(capability, casts) for capability in NEWER]
+LAUNCHES += [pytest.param(capability, experts, marks=pytest.mark.long) for capability in NEWER]
 
 
 @pytest.mark.parametrize(("capability", "launches"), LAUNCHES, ids=lambda f: getattr(f, "__name__", f))

@@ -3,21 +3,29 @@
 from typing import Any
 
 import torch
+from moe8_support import Scales, cast_weight, experts8
+from moe8_support import cast as cast_by
 
-from yaongi.kernels import quantize_weight8
 from yaongi.model import Yaongi
 from yaongi.model.layers.fp8_scales import Site
 from yaongi.model.model import Layer
 
 Tensor = torch.Tensor
 FP8 = {"mamba_projections": "fp8", "attention_projections": "fp8", "shared_experts": "fp8", "high_layers": ()}
-SIZES = {"hidden_size": 32, "mamba_heads": 4, "mamba_head_dim": 8, "attention_head_dim": 8, "shared_expert_size": 16}
+EXPERTS = FP8 | {"experts": "fp8"}
+SIZES = {
+    "hidden_size": 32,
+    "mamba_heads": 4,
+    "mamba_head_dim": 8,
+    "attention_head_dim": 8,
+    "shared_expert_size": 16,
+    "expert_size": 48,
+}
 
 
 def cast(values: Tensor, site: Site) -> Tensor:
     """What a tensor is after its cast to FP8 and back."""
-    scale = site.scale.double()
-    return (values * scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(values.dtype) / scale
+    return cast_by(values, site.scale)
 
 
 class Product(torch.autograd.Function):
@@ -25,8 +33,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, site: Site, gradient: Site) -> Tensor:
-        w8, _, unit = quantize_weight8(w.detach())
-        x, w = cast(x, site), w8.to(w.dtype) * unit
+        x, w = cast(x, site), cast_weight(w)
         ctx.save_for_backward(x, w)
         ctx.site = gradient
         return x @ w.T
@@ -53,6 +60,15 @@ class SquaredRelu(torch.autograd.Function):
         return 2 * a.sqrt() * grads[0], None
 
 
+def routed_experts(mixer: Any, x: Tensor, batch: int, sites: dict[str, Site]) -> tuple[Tensor, Tensor]:
+    """Return the routed experts' sum (T, d), in FP8 where there are sites for it, and the balance loss."""
+    if "A" not in sites:
+        return mixer.core(x, batch)[:2]
+    weights, x, ids, balance, _ = mixer.route(x, batch)
+    scales = Scales(*(sites[letter].scale for letter in ("x", "A", "d", "dH")))
+    return experts8(x, mixer.experts.up_proj, mixer.experts.down_proj, ids, weights, scales), balance
+
+
 def composed(model: Yaongi, layer: Layer, hidden: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
     """Return what follows a layer with FP8 products, (B, L, d), and its balance loss."""
     shape, rows, mixer = hidden.shape, hidden.flatten(0, 1), layer.mixer
@@ -61,7 +77,7 @@ def composed(model: Yaongi, layer: Layer, hidden: Tensor, context: Any) -> tuple
     sites = {name.split()[1]: scales.site(name) for name in scales.sites if name.split()[0] == f"layers.{index}"}
     x = layer.norm(rows)
     if layer.kind == "E":
-        routed, balance, _ = mixer.core(x, shape[0])
+        routed, balance = routed_experts(mixer, x, shape[0], sites)
         shared = mixer.shared_experts
         h = Product.apply(x, shared.up_proj.weight, sites["x"], sites["sh"])
         a = SquaredRelu.apply(h, sites["sa"])

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fp8_support import FP8, SIZES, composed
+from fp8_support import EXPERTS, FP8, SIZES, composed
 from model_support import packed, roughened, small_config, token_ids
 from oracle import assert_equal_to_float64
 from torch.nn.functional import cosine_similarity
@@ -17,6 +17,12 @@ from yaongi.model.layers.fp8_layers import Travelling
 from yaongi.model.layers.fp8_scales import Fp8Scales
 
 Tensor = torch.Tensor
+KINDS = [
+    pytest.param("M", {}, id="M"),
+    pytest.param("E", {}, id="E"),
+    pytest.param("E", EXPERTS, id="E with its experts"),
+    pytest.param("*", {}, id="*"),
+]
 
 
 def model_of(
@@ -54,10 +60,10 @@ def gradients(model: Yaongi, ids: Tensor, documents: Tensor | None = None) -> di
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", ["M", "E", "*"])
-def test_a_node_is_autograd_through_its_composed_reference(kind: str, fused: bool) -> None:
+@pytest.mark.parametrize(("kind", "precision"), KINDS)
+def test_a_node_is_autograd_through_its_composed_reference(kind: str, precision: dict[str, Any], fused: bool) -> None:
     """In float64, to 1e-9: the output, the balance loss, and every gradient, also added to gradients that are there."""
-    model = model_of(kind)
+    model = model_of(kind, precision=precision)
     layer: Any = model.backbone.layers[0]
     documents = packed((10, 14), (24,))
     context = model.backbone.context(token_ids(model, 2, 24), documents, with_routing=True)
@@ -114,9 +120,9 @@ def test_a_changed_gradient_is_cast_anew() -> None:
         assert travelling.take(kept) is None
 
 
-@pytest.mark.parametrize("kind", ["M", "E", "*"])
-def test_fp8_is_near_the_layer_without(kind: str) -> None:
-    model, ids = model_of(kind), torch.arange(32).view(2, 16)
+@pytest.mark.parametrize(("kind", "precision"), KINDS)
+def test_fp8_is_near_the_layer_without(kind: str, precision: dict[str, Any]) -> None:
+    model, ids = model_of(kind, precision=precision), torch.arange(32).view(2, 16)
     ours = gradients(model, ids)
     scales_of(model).enabled = False
     exact = gradients(model, ids)
@@ -127,7 +133,7 @@ def test_fp8_is_near_the_layer_without(kind: str) -> None:
 
 @pytest.mark.parametrize("recompute", ["all", (1, 3)])
 def test_recomputing_changes_nothing(recompute: Any) -> None:
-    model = model_of("MEM*ME", torch.float32)
+    model = model_of("MEM*ME", torch.float32, EXPERTS)
     ids = token_ids(model, 2, 24)
     expected, before = gradients(model, ids), scales_of(model).amax.clone()
     scales_of(model).discard()
@@ -150,16 +156,29 @@ def test_engram_and_layers_that_stay_high() -> None:
 
 
 def test_parameters_of_fp8_roles_are_float32_masters() -> None:
-    model = Yaongi(small_config("ME*", precision=FP8, **SIZES), dtype=torch.bfloat16)
-    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32 and p.dim() == 2}
-    suffixes = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
-    shared = ("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj")
-    assert wide == {n for n, _ in model.named_parameters() if n.removesuffix(".weight").endswith((*suffixes, *shared))}
+    model = Yaongi(small_config("ME*", precision=EXPERTS, **SIZES), dtype=torch.bfloat16)
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32 and p.dim() > 1}
+    suffixes = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "experts.up_proj", "experts.down_proj")
+    assert wide == {n for n, _ in model.named_parameters() if n.removesuffix(".weight").endswith(suffixes)}
     plain = Yaongi(small_config("ME*", **SIZES), dtype=torch.bfloat16)
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(p.to(q.dtype), q), f"{name}: another start"
-    logits = model(torch.arange(16).view(1, 16))
-    assert logits.dtype == torch.bfloat16
+    for enabled in (True, False):
+        scales_of(model).enabled = enabled
+        assert model(torch.arange(16).view(1, 16)).dtype == torch.bfloat16
+
+
+def test_frozen_experts_get_no_gradient() -> None:
+    model = model_of("E", torch.float32, EXPERTS)
+    ids, layers = token_ids(model, 2, 16), model.backbone.layers
+    expected, experts = gradients(model, ids), layers[0].mixer.experts  # type: ignore[union-attr]
+    experts.up_proj.requires_grad_(False)  # type: ignore[union-attr]
+    model.zero_grad()
+    losses = model.losses(ids)
+    (losses.cross_entropy_sum + losses.balance).backward()
+    assert experts.up_proj.grad is None
+    for name, parameter in model.named_parameters():
+        assert parameter is experts.up_proj or torch.equal(parameter.grad, expected[name]), name
 
 
 def test_without_gradients_no_scale_changes_and_any_length_runs() -> None:
@@ -214,12 +233,14 @@ def test_scales_follow_the_history() -> None:
 
 def test_calibration_makes_the_first_scales() -> None:
     """Each producer runs twice: no cast saturates, and scales are what the history would have made."""
-    model = model_of("MEM*ME", torch.float32)
+    model = model_of("MEM*ME", torch.float32, EXPERTS)
     scales = scales_of(model)
-    calibrate(model)
+    ids = torch.arange(32).view(2, 16)
+    with scales.first_micro_batch():
+        calibrated = gradients(model, ids)
     made = scales.scale.clone()
-    losses = model.losses(torch.arange(32).view(2, 16))
-    (losses.cross_entropy_sum + losses.balance).backward()
+    for name, gradient in gradients(model, ids).items():  # nothing is added twice
+        assert torch.equal(gradient, calibrated[name]), name
     assert (scales.amax[:-1] * scales.scale <= 448 / 4).all()
     scales.advance()
     assert torch.equal(scales.scale, made)
@@ -267,7 +288,9 @@ def test_a_replaced_projection_is_refused() -> None:
         ({"shared_expert_size": 20}, "linear: sizes must be multiples of 16 for fp8, got 32 and 20"),
         ({"precision": FP8 | {"margin": 0.5}}, "precision: margin must be 1 or more, got 0.5"),
         ({"precision": FP8 | {"high_layers": [7]}}, "precision: high_layers must be layers of -6 to 5, got (7,)"),
-        ({"precision": {"experts": "fp8"}}, "precision: keys must be among mamba_projections, "),
+        ({"expert_size": 40, "precision": EXPERTS}, "linear: sizes must be multiples of 16 for fp8, got 32 and 40"),
+        ({"precision": {"experts": "fp8"}}, "precision: experts must be bf16 where shared_experts is, got fp8"),
+        ({"precision": {"router": "fp8"}}, "precision: keys must be among mamba_projections, "),
         ({"precision": {"shared_experts": "int8"}}, "precision: shared_experts must be one of bf16, fp8, got 'int8'"),
     ],
 )

@@ -178,6 +178,10 @@ def test_four_processes(one: Path, tokens: Path, tmp_path: Path) -> None:
             "train: --parallel experts must have a model with experts, got the layers MMMM*",
         ),
         (
+            ("--processes", "2", *FP8, "--model.precision.experts", "fp8"),
+            "train: --parallel experts must have experts in bf16, got fp8",
+        ),
+        (
             ("--processes", "4", "--batch-tokens", "384"),
             "train: the rows of a batch must be a multiple of 4 processes, got 6",
         ),
@@ -190,7 +194,7 @@ def test_four_processes(one: Path, tokens: Path, tmp_path: Path) -> None:
             "train: --expert-parallel-degree must go with --parallel experts, got fsdp",
         ),
     ],
-    ids=["one process", "odd processes", "degree one", "no experts", "odd rows", "tasks", "fsdp"],
+    ids=["one process", "odd processes", "degree one", "no experts", "experts in fp8", "odd rows", "tasks", "fsdp"],
 )
 def test_what_is_refused(more: tuple[str, ...], message: str, tokens: Path, tmp_path: Path) -> None:
     """In one line, before a folder is made."""

@@ -21,7 +21,8 @@ from yaongi.train.plan.speed import fp8_here
 
 FP8 = [
     *("--model.precision.mamba-projections", "fp8", "--model.precision.attention-projections", "fp8"),
-    *("--model.precision.shared-experts", "fp8", "--model.precision.high-layers", "0"),
+    *("--model.precision.shared-experts", "fp8", "--model.precision.experts", "fp8"),
+    *("--model.precision.high-layers", "0"),
 ]
 AS_ON_A_GPU = ("--dtype", "bfloat16")
 
@@ -43,7 +44,7 @@ def test_it_resumes_to_the_bit(tokens: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
     whole, pieces = (final_tensors(tmp_path / name) for name in ("whole", "pieces"))
     assert whole.keys() == pieces.keys()
-    assert whole["fp8/history"].shape == (16, 16)  # four layers of five, four sites each
+    assert whole["fp8/history"].shape == (18, 16)  # four layers of five, four sites each, and two of the experts
     assert whole["fp8/history"].all(0)[-12:].all()
     for name, tensor in whole.items():
         assert torch.equal(tensor, pieces[name]), name
@@ -71,7 +72,7 @@ def test_several_processes(tokens: Path, tmp_path: Path) -> None:
     for (_, *got), (_, *wanted) in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
         assert got == pytest.approx(wanted, rel=0.02)
     one, two = (final_tensors(tmp_path / name)["fp8/history"] for name in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=0.2, atol=0)
+    torch.testing.assert_close(two, one, rtol=0.3, atol=0)
     train(tokens, tmp_path / "two", *more, "--stop-after", "4")
     assert [step for step, *_ in losses(tmp_path / "two")] == [1, 2, 3, 4]
 
@@ -103,8 +104,8 @@ def test_a_checkpoint_goes_on_in_the_other_precision(
 
 def test_other_sites_are_refused(tokens: Path, tmp_path: Path) -> None:
     train(tokens, tmp_path / "run", *FP8, "--stop-after", "3")
-    with pytest.raises(ValueError, match=r"^checkpoint: scales must be those of 20 fp8 sites, got 16 \(saved with oth"):
-        train(tokens, tmp_path / "run", *FP8[:-1])
+    with pytest.raises(ValueError, match=r"^checkpoint: scales must be those of 22 fp8 sites, got 18 \(saved with oth"):
+        train(tokens, tmp_path / "run", *FP8[:-2], "--model.precision.high-layers")
 
 
 def test_a_gradient_does_not_depend_on_micro_batches(tokens: Path, tmp_path: Path) -> None:
@@ -150,8 +151,8 @@ def test_plan_log_metrics_report_and_both_evaluations(
 ) -> None:
     train(tokens, tmp_path / "run", *FP8, *AS_ON_A_GPU, "--sample-tokens", "3")
     out = capsys.readouterr().out
-    said = "fp8: mamba projections, shared experts, attention projections in 4 of 5 layers; emulated here, slower than"
-    assert said in out
+    roles = "mamba projections, shared experts, experts, attention projections"
+    assert f"fp8: {roles} in 4 of 5 layers; emulated here, slower than" in out
     assert "| fp8 saturated 0.0%" in out
     assert "step 12: held-out bits per byte without fp8 " in out
     steps = records(tmp_path / "run", "step")
@@ -195,7 +196,8 @@ def test_the_command_line_names_every_field(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = capsys.readouterr().out
-    for field in ("mamba-projections", "attention-projections", "shared-experts", "high-layers", "exact", "margin"):
+    roles = ("mamba-projections", "attention-projections", "shared-experts", "experts")
+    for field in (*roles, "high-layers", "exact", "margin"):
         assert f"--model.precision.{field}" in text or f"--model.precision.no-{field}" in text
 
 
@@ -218,7 +220,7 @@ def test_tiny_learns_as_without(tokens: Path, tmp_path: Path) -> None:
 def test_the_study_of_sites(tokens: Path, tmp_path: Path) -> None:
     """All sites are looked at; what is far below the others is lost to zero, and nothing saturates."""
     found = study([*arguments(tokens, tmp_path / "run"), *FP8, "--sample-tokens", "0"], 2)
-    assert len(found) == 16
+    assert len(found) == 18
     assert all(shares["saturated"] == 0 and 0 <= shares["to_zero"] < 0.5 for shares in found.values())
     assert all(0 < shares["reach"] <= 1 for shares in found.values())
     assert "| sa | 1 |" in table(found)

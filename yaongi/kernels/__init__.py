@@ -15,6 +15,7 @@ from yaongi.kernels.mamba_core.op import mamba_core
 from yaongi.kernels.mamba_scan.op import mamba_scan, mamba_step
 from yaongi.kernels.matmul8.op import matmul8, matmul8_add
 from yaongi.kernels.moe.op import moe, moe_route
+from yaongi.kernels.moe8.op import moe8, moe8_backward
 from yaongi.kernels.newton_schulz.op import newton_schulz, teon_update
 from yaongi.kernels.newton_schulz.reference import teon_direction, teon_weight
 from yaongi.kernels.rms_norm.op import gated_rms_norm, rms_norm, rms_norm8, rms_norm8_backward
@@ -34,6 +35,8 @@ __all__ = [
     "matmul8",
     "matmul8_add",
     "moe",
+    "moe8",
+    "moe8_backward",
     "moe_route",
     "newton_schulz",
     "power_of_two_scale",

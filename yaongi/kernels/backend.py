@@ -134,7 +134,8 @@ class Op:
             self.value_check(*args)
         results = self.implementation(backend)(*args)
         if self.written and backend != "reference":  # torch counts its own writes, which the reference makes
-            torch.autograd.graph.increment_version([t for i in self.written for t in _tensors(args[i])])
+            written = [t for i in self.written for t in _tensors(args[i]) if t is not None]
+            torch.autograd.graph.increment_version(written)
         return results
 
 

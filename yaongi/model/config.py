@@ -17,7 +17,11 @@ AttentionBackend = Literal["auto", "sdpa", "varlen", "flex", "flash"]
 Gate = Literal["paper", "demo"]
 Precision = Literal["bf16", "fp8"]
 LAYER_LETTERS = "ME*"  # Mamba-2, experts, attention
-PRECISION_ROLES = {"M": "mamba_projections", "E": "shared_experts", "*": "attention_projections"}
+PRECISION_ROLES = {  # of a layer's kind; the first one decides whether the layer runs in FP8
+    "M": ("mamba_projections",),
+    "E": ("shared_experts", "experts"),
+    "*": ("attention_projections",),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class PrecisionConfig:
     mamba_projections: Precision = "bf16"  # in_proj (its dt columns stay bf16 forwards) and out_proj of Mamba-2 layers
     attention_projections: Precision = "bf16"  # q, k, v and o of attention layers
     shared_experts: Precision = "bf16"  # both matrices of the shared expert
+    experts: Precision = "bf16"  # the routed experts, with shared_experts; the weights' gradients stay bf16
     high_layers: tuple[int, ...] = (0, -1)  # layers that stay bf16 all the same; negative ones count from the end
     exact: bool = True  # add products in full float32; false: faster on Hopper and less exact, except in gradients
     margin: float = 4.0  # room above the largest value of the last steps before a cast saturates
@@ -64,16 +69,18 @@ class PrecisionConfig:
         check = FieldChecks("precision")
         check.types(self)
         check.positive(self, "history", "margin")
+        paired = self.experts == "bf16" or self.shared_experts == "fp8"  # one norm writes the cast that both read
+        check.require(paired, "experts", "bf16 where shared_experts is", self.experts)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The names of the roles in FP8."""
-        return tuple(name for name in PRECISION_ROLES.values() if getattr(self, name) == "fp8")
+        return tuple(name for names in PRECISION_ROLES.values() for name in names if getattr(self, name) == "fp8")
 
     def layers(self, pattern: str) -> tuple[int, ...]:
         """Return the indices of the layers with FP8 products."""
         high = {layer % len(pattern) for layer in self.high_layers}
-        chosen = [i for i, kind in enumerate(pattern) if PRECISION_ROLES[kind] in self.roles]
+        chosen = [i for i, kind in enumerate(pattern) if PRECISION_ROLES[kind][0] in self.roles]
         return tuple(i for i in chosen if i not in high)
 
 
@@ -127,12 +134,14 @@ class ModelConfig:
         fits = all(-count <= layer < count for layer in self.precision.high_layers)
         check.require(fits, "high_layers", f"layers of {-count} to {count - 1}", self.precision.high_layers)
         inner = {
-            "M": self.mamba_width,
-            "E": self.shared_expert_size,
-            "*": self.attention_heads * self.attention_head_dim,
+            "mamba_projections": self.mamba_width,
+            "shared_experts": self.shared_expert_size,
+            "experts": self.expert_size,
+            "attention_projections": self.attention_heads * self.attention_head_dim,
         }
-        for kind in sorted({self.pattern[i] for i in self.precision.layers(self.pattern)}):
-            sizes = self.hidden_size, inner[kind]
+        kinds = sorted({self.pattern[i] for i in self.precision.layers(self.pattern)})
+        for role in (role for kind in kinds for role in PRECISION_ROLES[kind] if role in self.precision.roles):
+            sizes = self.hidden_size, inner[role]
             if any(size % 16 for size in sizes):
                 raise ValueError(f"linear: sizes must be multiples of 16 for fp8, got {sizes[0]} and {sizes[1]}")
 

@@ -34,7 +34,7 @@ from yaongi.model.losses import (
 )
 from yaongi.model.mixers.attention import Attention
 from yaongi.model.mixers.attention_backends import AttentionPlan, CachedAttention, ContinuedAttention, plan_attention
-from yaongi.model.mixers.fp8_mixers import LETTERS, Fp8Products
+from yaongi.model.mixers.fp8_mixers import Fp8Products, sites_of
 from yaongi.model.mixers.mamba2 import Mamba2
 from yaongi.model.mixers.moe import MoE, Routing
 from yaongi.model.mixers.router import balance_direction
@@ -127,13 +127,13 @@ class Backbone(nn.Module):
         chosen = precision.layers(pattern)
         if not chosen:
             return None
-        sites = [f"layers.{i} {letter}" for i in chosen for letter in LETTERS[pattern[i]]]
+        sites = [site for i in chosen for site in sites_of(f"layers.{i}", pattern[i], precision)]
         scales, travelling = Fp8Scales(sites, precision.margin, precision.history, device), Travelling()
         for i in chosen:
             layer: Any = self.layers[i]
             alone = i - 1 in chosen and layer.engram is None
             before = f"layers.{i - 1}" if alone else None
-            layer.fp8 = Fp8Products(layer, f"layers.{i}", before, scales, travelling, precision.exact)
+            layer.fp8 = Fp8Products(layer, f"layers.{i}", before, scales, travelling, precision)
         return scales
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None, *, with_routing: bool = False) -> Context:

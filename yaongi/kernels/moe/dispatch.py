@@ -114,8 +114,20 @@ Tensor = torch.Tensor
 
 
 @triton.jit
-def _moe_combine_kernel(part_ptr, row_ptr, y_ptr, T, D, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Compute y_t = Σ_k part[row of (t, k)], k ascending; a pair without a row adds nothing."""
+def _moe_combine_kernel(
+    part_ptr,  # (T·K, D)
+    row_ptr,  # (T·K)
+    addend_ptr,  # (T, D), or None
+    y_ptr,  # (T, D)
+    T,
+    D,
+    stride_at,
+    K: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute y_t = Σ_k part[row of (t, k)] + addend_t, k ascending; a pair without a row adds nothing."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -123,15 +135,30 @@ def _moe_combine_kernel(part_ptr, row_ptr, y_ptr, T, D, K: tl.constexpr, BLOCK_T
         row = tl.load(row_ptr + t * K + k, mask=t < T, other=-1)
         mask = (row >= 0)[:, None] & (d < D)[None, :]
         y += tl.load(part_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    place = t.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+    inside, t = (t < T)[:, None] & (d < D)[None, :], t.to(tl.int64)[:, None]
+    if HAS_ADDEND:
+        y += tl.load(addend_ptr + t * stride_at + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + t * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def moe_combine(parts: Tensor, plan: Dispatch, tokens: int, top_k: int) -> Tensor:
-    """Return the sum of each token's K rows of parts (T·K, D), as (T, D)."""
+def moe_combine(parts: Tensor, plan: Dispatch, tokens: int, top_k: int, addend: Tensor | None = None) -> Tensor:
+    """Return the sum of each token's K rows of parts (T·K, D), and of `addend` (T, D), as (T, D)."""
     width = parts.shape[1]
     y = torch.empty(tokens, width, dtype=parts.dtype, device=parts.device)
     block_t, block_d = 4, min(512, triton.next_power_of_2(width))
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(width, block_d))
-    _moe_combine_kernel[grid](parts, plan.row, y, tokens, width, K=top_k, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4)
+    _moe_combine_kernel[grid](
+        parts,
+        plan.row,
+        addend,
+        y,
+        tokens,
+        width,
+        0 if addend is None else addend.stride(0),
+        K=top_k,
+        HAS_ADDEND=addend is not None,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
     return y

@@ -17,11 +17,13 @@ import triton.language as tl
 
 from yaongi.kernels.backend import cuda_launcher
 from yaongi.kernels.common.descriptors import descriptor, matrix_descriptor
+from yaongi.kernels.common.fp8 import cast8, note_largest
 from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
     SMALL,
     Config,
+    Fp8,
     block_e,
     find_tile,
     fit_block,
@@ -52,9 +54,15 @@ DW = {8: SMALL_DW, 9: WeightConfig(block_r=256, block_g=128, block_k=64, num_war
 
 
 @triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the left and the right half of a tile, (ROWS, COLUMNS // 2)."""
+    return tl.split(tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+
+
+@triton.jit(do_not_specialize_on_alignment=["unit_dy_ptr", "unit_w_ptr", "unit_a_ptr", "scale_ptr", "amax_ptr"])
 def _moe_dh_kernel(
     dy_ptr,  # (T, D)
-    w_desc,  # (E·D, F)
+    w_desc,  # (E·D, F), or with FP8 (E·F, D)
     a_desc,  # (T·K, F)
     order_ptr,
     token_ptr,
@@ -64,18 +72,28 @@ def _moe_dh_kernel(
     dh_ptr,  # (T·K, F)
     ga_ptr,  # (T·K, F)
     dg_ptr,  # (⌈F / BLOCK_N⌉, T·K), by row
+    dh8_ptr,  # (T·K, F); with the five below None unless FP8
+    unit_dy_ptr,  # (), fp32
+    unit_w_ptr,  # (), fp32
+    unit_a_ptr,  # (), fp32
+    scale_ptr,  # (), fp32: of dH
+    amax_ptr,  # (), int32: the bits of a float32
     D,
     F,
     E,
     pairs,
     stride_yt,
+    FP8: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Compute dA′ = dy·W_down with dy gathered, dg = ⟨dA′, A⟩, dH = 2·sqrt(A)·g·dA′, and g·A for dW_down."""
+    """Compute dA′ = dy·W_down with dy gathered, dg = ⟨dA′, A⟩, dH = 2·sqrt(A)·g·dA′, and g·A for dW_down.
+
+    With FP8 dH is also cast.
+    """
     columns = tl.cdiv(F, BLOCK_N)
     tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
@@ -84,24 +102,36 @@ def _moe_dh_kernel(
         tokens = tl.load(token_ptr + rows, mask=rows < end, other=0)
         dy_rows = dy_ptr + tokens.to(tl.int64)[:, None] * stride_yt
         accumulator = gathered_expert_dot(
-            dy_rows, w_desc, expert, column, D, F, TRANSPOSED=True, EVEN=EVEN_D,
+            dy_rows, w_desc, expert, column, D, F, TRANSPOSED=not FP8, EVEN=EVEN_D,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
+        if FP8:
+            dh8_ptr += start.to(tl.int64) * F
         pair = tl.load(order_ptr + rows, mask=rows < end, other=0)
         g = tl.load(weight_ptr + pair)[:, None]
         ga_ptr += start.to(tl.int64) * F
         dh_ptr += start.to(tl.int64) * F
-        halves = tl.split(accumulator.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
         dg = tl.zeros((BLOCK_M,), tl.float32)
-        for half in tl.static_range(2):  # in two halves: a full tile of A next to the accumulator would spill
-            n = column * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        panels = _halves(accumulator, BLOCK_M, BLOCK_N)  # a full tile of A next to the accumulator would spill
+        if FP8:  # which has one more result
+            panels = _halves(panels[0], BLOCK_M, BLOCK_N // 2) + _halves(panels[1], BLOCK_M, BLOCK_N // 2)
+        WIDTH: tl.constexpr = BLOCK_N // (4 if FP8 else 2)
+        for panel in tl.static_range(4 if FP8 else 2):
+            first = column * BLOCK_N + panel * WIDTH
+            n = first + tl.arange(0, WIDTH)
             place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
             mask = (rows < end)[:, None] & (n < F)[None, :]
-            act = a_desc.load([start, column * BLOCK_N + half * (BLOCK_N // 2)]).to(tl.float32)
-            dg += tl.sum(halves[half] * act, axis=1)
+            act, dact = a_desc.load([start, first]).to(tl.float32), panels[panel]
+            if FP8:
+                act *= tl.load(unit_a_ptr)
+                dact *= tl.load(unit_dy_ptr) * tl.load(unit_w_ptr)
+            dg += tl.sum(dact * act, axis=1)
             tl.store(ga_ptr + place, (g * act).to(ga_ptr.dtype.element_ty), mask=mask)
-            dh = 2.0 * tl.sqrt(act) * (g * halves[half])
+            dh = 2.0 * tl.sqrt(act) * (g * dact)
             tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+            if FP8:
+                note_largest(amax_ptr, tl.where(mask, dh, 0.0))
+                tl.store(dh8_ptr + place, cast8(dh, tl.load(scale_ptr), dh8_ptr.dtype.element_ty), mask=mask)
         tl.store(dg_ptr + column.to(tl.int64) * pairs + rows, dg, mask=rows < end)
 
 
@@ -111,8 +141,9 @@ def _moe_dg_kernel(dg_ptr, row_ptr, out_ptr, pairs, columns, BLOCK: tl.constexpr
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_ptr + p, mask=p < pairs, other=-1)
     total = tl.zeros((BLOCK,), tl.float32)
-    for column in range(columns):
-        total += tl.load(dg_ptr + column.to(tl.int64) * pairs + row, mask=row >= 0, other=0.0)
+    for _ in range(columns):
+        total += tl.load(dg_ptr + row, mask=row >= 0, other=0.0)
+        dg_ptr += pairs
     tl.store(out_ptr + p, total, mask=p < pairs)
 
 
@@ -181,16 +212,23 @@ def _moe_dw_kernel(
         tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dH and g·A, (T·K, F), and dexpert_weights by pair, (T·K) fp32."""
-    (E, D, F), blocks, pairs = w_down.shape, launch_options(for_gpu(DH, a), w_down.shape[2]), plan.order.numel()
-    columns = triton.cdiv(F, blocks["BLOCK_N"])
-    dh, ga = torch.empty_like(a), torch.empty_like(a)
+def moe_dh(
+    dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tensor, fp8: Fp8 | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dH and g·A, (T·K, F), dexpert_weights by pair, (T·K) fp32, and with `fp8` dH cast.
+
+    In FP8 W_down is transposed: (E, F, D).
+    """
+    E, D, F, pairs = len(w_down), dy.shape[1], a.shape[1], plan.order.numel()
+    blocks = launch_options(for_gpu(DH, a), dy, F)
+    columns, box = triton.cdiv(F, blocks["BLOCK_N"]), (blocks["BLOCK_K"], blocks["BLOCK_N"])
+    dh, ga = (torch.empty(a.shape, dtype=fp8.dtype if fp8 else a.dtype, device=a.device) for _ in range(2))
+    dh8 = a.new_empty(a.shape) if fp8 else None
     partial, dweights = (torch.empty(n * pairs, dtype=torch.float32, device=a.device) for n in (columns, 1))
     _moe_dh_kernel[(plan.tiles * columns,)](
         dy,
-        matrix_descriptor(w_down, blocks["BLOCK_K"], blocks["BLOCK_N"]),
-        matrix_descriptor(a, BLOCK_M, blocks["BLOCK_N"] // 2),
+        matrix_descriptor(w_down, *(box[::-1] if fp8 else box)),
+        matrix_descriptor(a, BLOCK_M, blocks["BLOCK_N"] // (4 if fp8 else 2)),
         plan.order,
         plan.token,
         weights,
@@ -199,17 +237,20 @@ def moe_dh(dy: Tensor, w_down: Tensor, a: Tensor, plan: Dispatch, weights: Tenso
         dh,
         ga,
         partial,
+        dh8,
+        *((fp8.unit, fp8.unit_w, fp8.unit_a, fp8.scale, fp8.amax.view(torch.int32)) if fp8 else (None,) * 5),
         D,
         F,
         E,
         pairs,
         dy.stride(0),
+        FP8=fp8 is not None,
         EVEN_D=D % blocks["BLOCK_K"] == 0,
         BLOCK_E=block_e(E),
         **blocks,
     )
     _moe_dg_kernel[(triton.cdiv(pairs, 1024),)](partial, plan.row, dweights, pairs, columns, BLOCK=1024)
-    return dh, ga, dweights
+    return dh, ga, dweights, dh8
 
 
 def moe_dw(
@@ -284,7 +325,7 @@ def _backward(
     if not T:
         return x.new_empty(x.shape), expert_weights.new_empty(T, K)
     plan = dispatch(expert_ids, w_up.shape[0])
-    dh, ga, dweights = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
+    dh, ga, dweights, _ = moe_dh(dy, w_down.contiguous(), a, plan, expert_weights.contiguous())
     weight_gradient(dh, x, dw_up, plan, gather_left=False)
     weight_gradient(ga, dy, dw_down, plan, gather_left=True)
     del ga  # memory peaks with the rows of dx

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.descriptors import matrix_descriptor
+from yaongi.kernels.common.fp8 import cast8, note_largest
 from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.moe.dispatch import Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
     SMALL,
     Config,
+    Fp8,
     block_e,
     find_tile,
     gathered_expert_dot,
@@ -29,7 +31,7 @@ Tensor = torch.Tensor
 UP = {8: SMALL, 9: Config(block_n=256, block_k=64, num_warps=8, num_stages=4), 12: SMALL}
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["unit_x_ptr", "unit_w_ptr", "scale_ptr", "amax_ptr"])
 def _moe_up_kernel(
     x_ptr,  # (T, D)
     w_desc,  # (E·F, D)
@@ -37,17 +39,22 @@ def _moe_up_kernel(
     offset_ptr,
     tile_end_ptr,
     a_ptr,  # (T·K, F)
+    unit_x_ptr,  # (), fp32; with the three below None unless FP8
+    unit_w_ptr,  # (), fp32
+    scale_ptr,  # (), fp32: of A
+    amax_ptr,  # (), int32: the bits of a float32
     D,
     F,
     E,
     stride_xt,
+    FP8: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Compute A = relu(x·W_upᵀ)² with gathered rows of x."""
+    """Compute A = relu(x·W_upᵀ)² with gathered rows of x; with FP8 cast it."""
     columns = tl.cdiv(F, BLOCK_N)
     tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
@@ -59,17 +66,24 @@ def _moe_up_kernel(
             x_rows, w_desc, expert, column, D, F, TRANSPOSED=False, EVEN=EVEN_D,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
+        if FP8:
+            accumulator *= tl.load(unit_x_ptr) * tl.load(unit_w_ptr)
         hidden = tl.maximum(accumulator, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN must reach the loss
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         place = tl.arange(0, BLOCK_M)[:, None] * F + n[None, :]
         mask = (rows < end)[:, None] & (n < F)[None, :]
         a_ptr += start.to(tl.int64) * F
-        tl.store(a_ptr + place, (hidden * hidden).to(a_ptr.dtype.element_ty), mask=mask)
+        a = hidden * hidden
+        if FP8:
+            note_largest(amax_ptr, tl.where(mask, a, 0.0))
+            tl.store(a_ptr + place, cast8(a, tl.load(scale_ptr), a_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(a_ptr + place, a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
-def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
-    """Return A = relu(H)², (T·K, F), with rows sorted by expert."""
-    (E, F, D), blocks = w_up.shape, launch_options(for_gpu(UP, x), w_up.shape[1])
+def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch, fp8: Fp8 | None = None) -> Tensor:
+    """Return A = relu(H)², (T·K, F), with rows sorted by expert, in the dtype of the operands."""
+    (E, F, D), blocks = w_up.shape, launch_options(for_gpu(UP, x), x, w_up.shape[1])
     a = torch.empty(plan.order.numel(), F, dtype=x.dtype, device=x.device)
     _moe_up_kernel[(plan.tiles * triton.cdiv(F, blocks["BLOCK_N"]),)](
         x,
@@ -78,10 +92,12 @@ def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch) -> Tensor:
         plan.offset,
         plan.tile_end,
         a,
+        *((fp8.unit, fp8.unit_w, fp8.scale, fp8.amax.view(torch.int32)) if fp8 else (None,) * 4),
         D,
         F,
         E,
         x.stride(0),
+        FP8=fp8 is not None,
         EVEN_D=D % blocks["BLOCK_K"] == 0,
         BLOCK_E=block_e(E),
         **blocks,

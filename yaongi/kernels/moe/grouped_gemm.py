@@ -23,9 +23,21 @@ class Config:
     """Columns and inner elements of a tile, and launch options."""
 
     block_n: int
-    block_k: int
+    block_k: int  # of 16 bits each; twice as many 8-bit floats take the same shared memory
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """What a stage of 8-bit floats needs besides its operands; the scalars are float32, on the device."""
+
+    unit_w: Tensor  # of the experts' weights
+    scale: Tensor  # of A or dH, which up and dh cast, and down and dx read
+    dtype: torch.dtype  # of the results that stay wide
+    unit: Tensor | None = None  # of the tokens that up and dh gather
+    unit_a: Tensor | None = None  # of A in dh
+    amax: Tensor | None = None  # of what is cast
 
 
 SMALL = Config(block_n=128, block_k=32, num_warps=8, num_stages=3)  # fits into 99 KB of shared memory
@@ -39,7 +51,7 @@ ROWS = {
     },
     12: {"short": SMALL, "long": SMALL},
 }
-LONG = 1024
+LONG = 2048  # bytes
 
 
 @triton.jit
@@ -93,7 +105,7 @@ def gathered_expert_dot(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "unit_w_ptr"])
 def _moe_grouped_gemm_kernel(
     left_desc,  # (T·K, inner)
     w_desc,  # (E·width, inner), or with TRANSPOSED (E·inner, width)
@@ -102,17 +114,20 @@ def _moe_grouped_gemm_kernel(
     offset_ptr,
     tile_end_ptr,
     out_ptr,  # (T·K, width)
+    scale_ptr,  # (), fp32: the scale of the rows; with unit_w_ptr None unless FP8
+    unit_w_ptr,  # (), fp32
     inner,
     width,
     E,
     TRANSPOSED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Compute rows times the expert's matrix: down (g·A·W_downᵀ), or with TRANSPOSED the rows of dx (dH·W_up)."""
+    """Compute rows times the expert's matrix: down (g·A·W_downᵀ), or unweighted the rows of dx (dH·W_up)."""
     columns = tl.cdiv(width, BLOCK_N)
     tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     expert, start, end = find_tile(offset_ptr, tile_end_ptr, tile, E, BLOCK_M, BLOCK_E)
@@ -122,6 +137,8 @@ def _moe_grouped_gemm_kernel(
         for k in range(0, inner, BLOCK_K):
             left = left_desc.load([start, k])
             accumulator = expert_dot(left, w_desc, accumulator, expert, column, k, inner, width, TRANSPOSED, BLOCK_N)
+        if FP8:
+            accumulator *= tl.div_rn(tl.load(unit_w_ptr), tl.load(scale_ptr))
         if WEIGHTED:
             pairs = tl.load(order_ptr + rows, mask=rows < end, other=0)
             accumulator *= tl.load(weight_ptr + pairs)[:, None]
@@ -132,19 +149,21 @@ def _moe_grouped_gemm_kernel(
         tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def fit_block(block: int, width: int) -> int:
+def fit_block(block: int, width: int, least: int = 16) -> int:
     """Return the tile width: at most `block`, less for a narrow matrix, and half where a fifth of it would be empty."""
-    wide = max(16, min(block, triton.next_power_of_2(width)))
+    wide = max(least, min(block, triton.next_power_of_2(width)))
     padded, halved = (triton.cdiv(width, n) * n for n in (wide, wide // 2))
     return wide // 2 if wide > 128 and padded > 1.2 * width and halved < padded else wide
 
 
-def launch_options(config: Config, width: int) -> dict[str, int]:
-    """Return the constants and options of a launch."""
+def launch_options(config: Config, left: Tensor, width: int) -> dict[str, int]:
+    """Return the constants and options of a launch whose left operand is `left`."""
+    size = left.element_size()
+    least = 64 if size == 1 else 16  # dh reads a quarter of a tile's row, else half of it: 16 bytes, the least for TMA
     return {
         "BLOCK_M": BLOCK_M,
-        "BLOCK_N": fit_block(config.block_n, width),
-        "BLOCK_K": config.block_k,
+        "BLOCK_N": fit_block(config.block_n, width, least),
+        "BLOCK_K": config.block_k * 2 // size,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -155,12 +174,18 @@ def block_e(experts: int) -> int:
     return max(16, triton.next_power_of_2(experts))
 
 
-def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None) -> Tensor:
-    """Return rows (T·K, inner) times their experts' w: (E, width, inner), or without `weights` (E, inner, width)."""
-    transposed = weights is None
+def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None, fp8: Fp8 | None = None) -> Tensor:
+    """Return rows (T·K, inner) times their experts' w, by `weights` if given.
+
+    Args:
+        w: (E, width, inner); without `weights` (E, inner, width), but not in FP8.
+        fp8: of 8-bit floats; `scale` is that of `left`.
+    """
+    transposed = weights is None and fp8 is None
     E, inner, width = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
-    blocks = launch_options(for_gpu(ROWS, left)["long" if inner >= LONG else "short"], width)
-    out = torch.empty(left.shape[0], width, dtype=left.dtype, device=left.device)
+    config = for_gpu(ROWS, left)["long" if inner * left.element_size() >= LONG else "short"]
+    blocks = launch_options(config, left, width)
+    out = torch.empty(left.shape[0], width, dtype=fp8.dtype if fp8 else left.dtype, device=left.device)
     box = (blocks["BLOCK_K"], blocks["BLOCK_N"]) if transposed else (blocks["BLOCK_N"], blocks["BLOCK_K"])
     _moe_grouped_gemm_kernel[(plan.tiles * triton.cdiv(width, blocks["BLOCK_N"]),)](
         matrix_descriptor(left, BLOCK_M, blocks["BLOCK_K"]),
@@ -170,11 +195,14 @@ def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | 
         plan.offset,
         plan.tile_end,
         out,
+        fp8.scale if fp8 else None,
+        fp8.unit_w if fp8 else None,
         inner,
         width,
         E,
         TRANSPOSED=transposed,
-        WEIGHTED=not transposed,
+        WEIGHTED=weights is not None,
+        FP8=fp8 is not None,
         BLOCK_E=block_e(E),
         **blocks,
     )

@@ -97,16 +97,20 @@ def _backward(ctx, dy: Tensor | None, _da):  # type: ignore[no-untyped-def]
 
 def _value_check(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
     check.finite("moe", x=x, w_up=w_up, w_down=w_down, expert_weights=expert_weights)
-    E = w_up.shape[0]
-    bad = expert_ids[(expert_ids < -1) | (expert_ids >= E)]
+    check_ids("moe", expert_ids, w_up.shape[0])
+
+
+def check_ids(op: str, expert_ids: Tensor, experts: int) -> None:
+    """Refuse an id of no expert but −1, and a token with one expert twice. For checked mode only: it synchronises."""
+    bad = expert_ids[(expert_ids < -1) | (expert_ids >= experts)]
     if bad.numel():
-        raise ValueError(f"moe: expert_ids must be 0 to {E - 1} (E - 1), or -1 for none, got {int(bad[0])}")
+        raise ValueError(f"{op}: expert_ids must be 0 to {experts - 1} (E - 1), or -1 for none, got {int(bad[0])}")
     ranked = expert_ids.sort(dim=-1).values
     repeats = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).nonzero()
     if repeats.numel():
         token, place = repeats[0].tolist()
         repeated = int(ranked[token, place])
-        raise ValueError(f"moe: expert_ids must name an expert once per token, got {repeated} twice in token {token}")
+        raise ValueError(f"{op}: expert_ids must name an expert once per token, got {repeated} twice in token {token}")
 
 
 def _triton_refuses(x: Tensor, w_up: Tensor, w_down: Tensor, expert_ids: Tensor, *rest: Tensor) -> str | None:

@@ -47,7 +47,7 @@ def moe_route_backward_reference(
     return torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_(-1, ids, dchosen)
 
 
-def _experts_with_rows(expert_ids: Tensor, experts: int) -> Iterator[tuple[int, slice, Tensor]]:
+def experts_with_rows(expert_ids: Tensor, experts: int) -> Iterator[tuple[int, slice, Tensor]]:
     """Yield (expert, its rows of A, the routed pairs p = t·K + k in those rows), experts and pairs ascending."""
     pairs = expert_ids.flatten()
     key = torch.where((pairs >= 0) & (pairs < experts), pairs, experts)  # a bad id sorts last and is never yielded
@@ -74,7 +74,7 @@ def moe_reference(
     a = x.new_zeros(T * K, w_up.shape[1])
     weights = expert_weights.flatten()
     parts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # g·W_down·A of each pair; a skipped pair contributes zero
-    for expert, rows, pairs in _experts_with_rows(expert_ids, w_up.shape[0]):
+    for expert, rows, pairs in experts_with_rows(expert_ids, w_up.shape[0]):
         hidden = x[pairs // K].to(wide) @ w_up[expert].to(wide).T  # (R, F)
         a[rows] = hidden.relu().square().to(x.dtype)
         part = weights[pairs, None] * (a[rows].to(wide) @ w_down[expert].to(wide).T)  # (R, D)
@@ -98,7 +98,7 @@ def moe_backward_reference(
     weights = expert_weights.flatten()
     dweights = weights.new_zeros(T * K)
     dparts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # each pair's share of dx
-    for expert, rows, pairs in _experts_with_rows(expert_ids, w_up.shape[0]):
+    for expert, rows, pairs in experts_with_rows(expert_ids, w_up.shape[0]):
         tokens, g, act = pairs // K, weights[pairs, None], a[rows].to(wide)
         dy_rows = dy[tokens].to(wide)  # (R, D)
         dact = dy_rows @ w_down[expert].to(wide)  # (R, F), dA′: not yet weighted by g

@@ -5,6 +5,7 @@ written out here, over the ops. What lies between the two products (scan, attent
 runs under autograd inside the node, and the node asks it for its gradients.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from yaongi.kernels import (
     matmul8,
     matmul8_add,
+    moe8,
+    moe8_backward,
     quantize8,
     rms_norm8,
     rms_norm8_backward,
@@ -25,7 +28,7 @@ from yaongi.kernels import (
     transpose8,
 )
 from yaongi.model.layers.accumulation import accumulation_target
-from yaongi.model.layers.fp8_scales import MULTIPLE, Fp8Scales, Fp8Weight
+from yaongi.model.layers.fp8_scales import MULTIPLE, Fp8Scales, Fp8Weight, Site
 
 Tensor = torch.Tensor
 
@@ -58,18 +61,27 @@ class Fp8Layer:
     before: str | None  # the layer before, if its gradient is this node's alone
     scales: Fp8Scales
     travelling: Travelling
-    first: Fp8Weight
-    last: Fp8Weight
+    casts: tuple[Fp8Weight, ...]  # of the weights of the first and the last product; then of the experts' up and down
     eps: float
     exact: bool
     # Of one call:
     seen: bool = True  # whether casts are noted in amax
-    weights: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the first and the last product
-    targets: tuple[list[Tensor | None], list[Tensor | None]] = ([], [])  # the gradients to accumulate into
+    weights: tuple[list[Tensor], ...] = ()  # those of `casts`
+    targets: tuple[list[Tensor | None], ...] = ()  # the gradients to accumulate into
 
-    def cast(self, letter: str, produce: Callable[[Any], Any]) -> Any:
-        """Return what a producer makes for the site `letter`."""
-        return self.scales.cast(f"{self.name} {letter}", produce, seen=self.seen)
+    @property
+    def first(self) -> Fp8Weight:
+        """The weights of the first product."""
+        return self.casts[0]
+
+    @property
+    def last(self) -> Fp8Weight:
+        """The weight of the last product."""
+        return self.casts[1]
+
+    def cast(self, letter: str, produce: Callable[[Any], Any], rehearse: Callable[[Any], object] | None = None) -> Any:
+        """Return what a producer makes for the site `letter`; see `Fp8Scales.cast`."""
+        return self.scales.cast(f"{self.name} {letter}", produce, seen=self.seen, rehearse=rehearse)
 
     def unit(self, letter: str) -> Tensor:
         """Return the unit of a site."""
@@ -117,11 +129,23 @@ class Fp8Layer:
             found.append(total.to(parameter.dtype) if target is None else None)
         return found
 
+    def expert_sums(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Return what the gradients of the experts' weights are added to, and those of the sums that are no targets."""
+        weights, targets = (list(itertools.chain(*parts[2:])) for parts in (self.weights, self.targets))
+        missing = [target is None and weight.requires_grad for weight, target in zip(weights, targets, strict=True)]
+        own = [torch.zeros_like(weight) if made else None for weight, made in zip(weights, missing, strict=True)]
+        return [made if target is None else target for made, target in zip(own, targets, strict=True)], own
+
+    def refresh(self, weights: Sequence[list[Tensor]]) -> None:
+        """Cast the weights anew if they have changed."""
+        for made, part in zip(self.casts, weights, strict=True):
+            made.refresh(part)
+
 
 def run_fp8(
     node: Any,
     layer: Fp8Layer,
-    weights: tuple[list[Tensor], list[Tensor]],
+    weights: tuple[list[Tensor], ...],
     hidden: Tensor,
     norm: Tensor,
     inner: Any,
@@ -130,20 +154,19 @@ def run_fp8(
     """Apply a node to hidden (T, d); without gradients only its forward pass, which leaves no trace in the scales.
 
     Args:
-        node: one of the two classes below.
-        weights: of the first and the last product.
+        node: one of the classes below.
+        weights: those of the layer's `casts`.
         norm: (d), the norm's weight.
         inner: what lies between the products.
         inside: the parameters that `inner` uses.
     """
-    layer.first.refresh(weights[0])
-    layer.last.refresh(weights[1])
+    layer.refresh(weights)
     seen = torch.is_grad_enabled()
     if seen and len(hidden) % MULTIPLE:
         raise ValueError(f"model: a micro-batch must be a multiple of {MULTIPLE} tokens for fp8, got {len(hidden)}")
-    first, last = ([accumulation_target(weight) for weight in part] for part in weights)
-    call = replace(layer, seen=seen, weights=weights, targets=(first, last))
-    return node.apply(hidden, norm, call, inner, *weights[0], *weights[1], *inside)
+    targets = tuple([accumulation_target(weight) for weight in part] for part in weights)
+    call = replace(layer, seen=seen, weights=weights, targets=targets)
+    return node.apply(hidden, norm, call, inner, *itertools.chain(*weights), *inside)
 
 
 def inner_graph(inner: Any, value: Tensor, record: bool) -> tuple[Tensor, tuple[Any, ...]]:
@@ -216,8 +239,27 @@ class ProjectionsNode(torch.autograd.Function):
         )
 
 
+def shared_up(layer: Fp8Layer, hidden: Tensor, norm: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """Return what `rms_norm8` makes of the hidden state, and relu(h)² of the shared expert in FP8 in both orders."""
+    normed = layer.cast("x", lambda site: rms_norm8(hidden, norm, layer.eps, site.scale, site.amax, wide=True))
+    units = layer.unit("x"), layer.first.unit
+    h = matmul8(normed[0], layer.first.w8, *units, dtype=hidden.dtype, exact=layer.exact)
+    return normed, layer.cast("sa", lambda site: squared_relu8(h, site.scale, site.amax))
+
+
+def shared_back(
+    layer: Fp8Layer, d8: Tensor, a8: Tensor, dtype: torch.dtype, addend: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the shared expert's gradient of x, with `addend`, and that of h in FP8, transposed."""
+    options: Any = {"dtype": dtype, "exact": layer.exact}
+    da = matmul8(d8, layer.last.w8t, layer.unit("d"), layer.last.unit, **options)
+    unit = layer.unit("sa")
+    dh8, dh8t = layer.cast("sh", lambda site: squared_relu8_backward(da, a8, unit, site.scale, site.amax))
+    return matmul8(dh8, layer.first.w8t, layer.unit("sh"), layer.first.unit, addend, **options), dh8t
+
+
 class SharedExpertNode(torch.autograd.Function):
-    """hidden + inner(x) + last · relu(first · x)² with x = norm(hidden): an expert layer and its shared expert.
+    """hidden + inner(x) + last · relu(first · x)² with x = norm(hidden): an expert layer, its shared expert in FP8.
 
     `inner` is called with x (T, d), and returns the routed experts' output (T, d) and other results.
     """
@@ -226,12 +268,7 @@ class SharedExpertNode(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, norm: Tensor, layer: Fp8Layer, inner: Any, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        x8, x, inverse_rms = layer.cast(
-            "x", lambda site: rms_norm8(hidden, norm, layer.eps, site.scale, site.amax, wide=True)
-        )
-        options: Any = {"dtype": hidden.dtype, "exact": layer.exact}
-        h = matmul8(x8, layer.first.w8, layer.unit("x"), layer.first.unit, **options)
-        a8, a8t = layer.cast("sa", lambda site: squared_relu8(h, site.scale, site.amax))
+        (_, x, inverse_rms), (a8, a8t) = shared_up(layer, hidden, norm)
         leaf, results = inner_graph(inner, x, layer.seen)
         routed, *others = results
         ctx.edges, ctx.leaf, ctx.inside, ctx.layer = edges_of(results), leaf, list(tensors[2:]), layer
@@ -239,6 +276,7 @@ class SharedExpertNode(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in others if not t.is_floating_point()))
         ctx.set_materialize_grads(False)
         total = hidden + routed.detach()
+        options: Any = {"dtype": hidden.dtype, "exact": layer.exact}
         out = matmul8(a8, layer.last.w8, layer.unit("sa"), layer.last.unit, total, **options)
         return out, *(t.detach() for t in others)
 
@@ -246,15 +284,11 @@ class SharedExpertNode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, norm, inverse_rms, a8, a8t = ctx.saved_tensors
-        layer, options = ctx.layer, {"dtype": hidden.dtype, "exact": ctx.layer.exact}
+        layer = ctx.layer
         out = torch.zeros_like(hidden) if grads[0] is None else grads[0]
         dy, d8, d8t = layer.incoming(out)
         dleaf, inside = inner_gradients(ctx.edges, [dy, *grads[1:]], ctx.leaf, ctx.inside)
-        da = matmul8(d8, layer.last.w8t, layer.unit("d"), layer.last.unit, **options)
-        dh8, dh8t = layer.cast(
-            "sh", lambda site: squared_relu8_backward(da, a8, layer.unit("sa"), site.scale, site.amax)
-        )
-        dx = matmul8(dh8, layer.first.w8t, layer.unit("sh"), layer.first.unit, dleaf, **options)
+        dx, dh8t = shared_back(layer, d8, a8, hidden.dtype, dleaf)
         dhidden, x8t, dnorm = layer.leave(dx, dy, hidden, norm, inverse_rms)
         return (
             dhidden,
@@ -263,5 +297,62 @@ class SharedExpertNode(torch.autograd.Function):
             None,
             *layer.weight_gradients(0, dh8t, x8t, ("sh", "x")),
             *layer.weight_gradients(1, d8t, a8t, ("d", "sa")),
+            *inside,
+        )
+
+
+class ExpertsNode(torch.autograd.Function):
+    """What `SharedExpertNode` computes, with the routed experts in FP8 too.
+
+    `inner` is called with x (T, d), and returns the experts' weights (T, K), x again, for the experts, their ids (T, K)
+    and other results.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, norm: Tensor, layer: Fp8Layer, inner: Any, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        (x8, x, inverse_rms), (a8, a8t) = shared_up(layer, hidden, norm)
+        leaf, results = inner_graph(inner, x, layer.seen)
+        weights, rows, ids, *others = results
+        _, _, up, down = layer.casts
+        operands = x8, layer.unit("x"), up.w8, down.w8, up.unit, down.unit, ids, weights.detach()
+        total, routed_a8 = layer.cast(
+            "A", lambda site: moe8(*operands, site.scale, site.amax, hidden, dtype=hidden.dtype)
+        )
+        ctx.edges, ctx.leaf, ctx.inside, ctx.layer = edges_of([weights, rows, *others]), leaf, list(tensors[4:]), layer
+        ctx.save_for_backward(hidden, norm, inverse_rms, a8, a8t, routed_a8, ids, weights.detach())
+        ctx.mark_non_differentiable(*(t for t in others if not t.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        options: Any = {"dtype": hidden.dtype, "exact": layer.exact}
+        out = matmul8(a8, layer.last.w8, layer.unit("sa"), layer.last.unit, total, **options)
+        return out, *(t.detach() for t in others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, norm, inverse_rms, a8, a8t, routed_a8, ids, weights = ctx.saved_tensors
+        layer = ctx.layer
+        dy, d8, d8t = layer.incoming(torch.zeros_like(hidden) if grads[0] is None else grads[0])
+        dshared, dh8t = shared_back(layer, d8, a8, hidden.dtype)
+        _, _, up, down = layer.casts
+        operands = d8, layer.unit("d"), dy, ctx.leaf.detach(), up.w8t, down.w8t, up.unit, down.unit, ids, weights
+        saved = routed_a8, layer.unit("A")
+        sums, own = layer.expert_sums()
+
+        def back(site: Site, dw_up: Tensor | None = None, dw_down: Tensor | None = None) -> tuple[Tensor, ...]:
+            return moe8_backward(*operands, *saved, site.scale, site.amax, dshared, dw_up, dw_down)
+
+        dx, dweights, _ = layer.cast("dH", lambda site: back(site, *sums), rehearse=back)
+        dx, inside = inner_gradients(ctx.edges, [dweights, dx, *grads[1:]], ctx.leaf, ctx.inside)
+        dhidden, x8t, dnorm = layer.leave(dx, dy, hidden, norm, inverse_rms)
+        return (
+            dhidden,
+            dnorm.to(norm.dtype),
+            None,
+            None,
+            *layer.weight_gradients(0, dh8t, x8t, ("sh", "x")),
+            *layer.weight_gradients(1, d8t, a8t, ("d", "sa")),
+            *own,
             *inside,
         )

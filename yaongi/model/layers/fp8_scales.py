@@ -11,7 +11,7 @@ from yaongi.kernels import power_of_two_scale, quantize_weight8
 
 Tensor = torch.Tensor
 MULTIPLE = 16  # of 8-bit floats in a row, and of rows
-FORWARD = ("x", "y", "sa")  # letters of the sites of the forward pass
+FORWARD = ("x", "y", "sa", "A")  # letters of the sites of the forward pass
 
 
 class Site(NamedTuple):
@@ -52,11 +52,22 @@ class Fp8Scales(nn.Module):
         i = self._places[name]
         return Site(self.scale[i], self.unit[i, 0], self.amax[i if seen else -1])
 
-    def cast(self, name: str, produce: Callable[[Site], Any], *, seen: bool = True) -> Any:
-        """Return produce(site). While calibrating it runs twice, and its own amax makes the scale in between."""
+    def cast(
+        self,
+        name: str,
+        produce: Callable[[Site], Any],
+        *,
+        seen: bool = True,
+        rehearse: Callable[[Site], object] | None = None,
+    ) -> Any:
+        """Return produce(site). While calibrating it runs twice, and its own amax makes the scale in between.
+
+        Args:
+            rehearse: runs first instead, where `produce` adds to sums.
+        """
         site = self.site(name, seen=seen)
         if self.calibrating and seen:
-            produce(site)
+            (rehearse or produce)(site)
             if self.maximum is not None:
                 self.maximum(site.amax)
             self._set(self._places[name], site.amax)
@@ -127,7 +138,10 @@ class Fp8Scales(nn.Module):
 
 
 class Fp8Weight:
-    """Weights with one scale, side by side as rows, cast to FP8 in both orders; the rows are padded to 16."""
+    """Weights with one scale, cast to FP8 in both orders.
+
+    They are matrices side by side as rows, padded to 16, or one batch of matrices.
+    """
 
     def __init__(self) -> None:
         self._made_from: list[tuple[int, int]] = []
@@ -139,7 +153,7 @@ class Fp8Weight:
         state = [(0 if weight.is_meta else weight.data_ptr(), weight._version) for weight in weights]
         if state == self._made_from:
             return
-        missing = -sum(len(weight) for weight in weights) % MULTIPLE
+        missing = -sum(len(weight) for weight in weights) % MULTIPLE if weights[0].dim() == 2 else 0
         padding = [weights[0].new_zeros(missing, weights[0].shape[1])] if missing else []
         parts = [*(weight.detach() for weight in weights), *padding]
         made = quantize_weight8(torch.cat(parts) if len(parts) > 1 else parts[0])

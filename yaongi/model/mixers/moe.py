@@ -94,23 +94,34 @@ class MoE(nn.Module):
         y, ids, load = self._routed(rows, logits)
         return y, self._balance(logits, ids, batch), load
 
+    def route(self, rows: Tensor, batch: int) -> tuple[Tensor, ...]:
+        """Return what `core` does but for the experts: their weights (T, K), `rows` again, and their ids (T, K)."""
+        logits, rows = self._logits(rows)
+        ids, weights, load = self._choice(logits)
+        return weights, rows, ids, self._balance(logits, ids, batch), load
+
     def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the router's logits, and the rows again for the experts."""
         return self.gate.fork(rows) if is_plain(self.gate, Router) else (self.gate(rows), rows)
 
     def _routed(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the routed experts' sum (T, d), the experts (T, K), and the tokens that each expert got (E)."""
-        bias = correction_bias(self.gate).to(logits.dtype)
-        ids, weights, load = moe_route(logits, bias, self.top_k, self.scale)
+        ids, weights, load = self._choice(logits)
         up, down = self.experts.up_proj, self.experts.down_proj
         dw_up, dw_down = accumulation_target(up), accumulation_target(down)
         sums = None if dw_up is None or dw_down is None else (dw_up, dw_down)
+        narrow = up.to(rows.dtype), down.to(rows.dtype)  # float32 where FP8 is trained
 
         def experts(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            return moe(rows, up, down, ids, weights, weight_gradients=sums)
+            return moe(rows, *narrow, ids, weights, weight_gradients=sums)
 
         y = experts(rows, ids, weights) if self.dispatch is None else self.dispatch(experts, rows, ids, weights)
         return y, ids, load
+
+    def _choice(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the experts (T, K), their weights (T, K), and the tokens that each expert got (E)."""
+        bias = correction_bias(self.gate).to(logits.dtype)
+        return moe_route(logits, bias, self.top_k, self.scale)
 
     def _balance(self, logits: Tensor, ids: Tensor, batch: int) -> Tensor:
         balance = compiled(sequence_balance, logits.device.type)

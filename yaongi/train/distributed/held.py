@@ -83,6 +83,8 @@ class Held:
             return tensor
         shape = torch.Size((holders.parts * len(parameter), *tensor.shape[1:]))
         stride, places = torch.empty(shape, device="meta").stride(), [Shard(0)] * holders.mesh.ndim
+        if tensor.storage_offset():  # torch can't copy a DTensor whose part begins inside a storage
+            tensor = torch.from_dlpack(tensor)  # the same memory, as a storage of its own
         return DTensor.from_local(tensor, holders.mesh, places, run_check=False, shape=shape, stride=stride)
 
     def gradients(self) -> list[Tensor]:

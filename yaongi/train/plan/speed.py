@@ -103,8 +103,8 @@ def fp8_layers(model: ModelConfig, real: bool) -> str:
     layers = model.precision.layers(model.pattern)
     if not layers:
         return ""
-    kinds = {PRECISION_ROLES[model.pattern[i]] for i in layers}
-    roles = ", ".join(role for role in model.precision.roles if role in kinds).replace("_", " ")
+    here = {role for i in layers for role in PRECISION_ROLES[model.pattern[i]]}
+    roles = ", ".join(role for role in model.precision.roles if role in here).replace("_", " ")
     how = "" if real else "; emulated here, slower than bf16"
     return f"fp8: {roles} in {len(layers)} of {len(model.pattern)} layers{how}"
 

@@ -28,6 +28,8 @@ def refusal(model: ModelConfig, processes: int, degree: int) -> str:
         return "train: --parallel experts must have 2 processes or more, got 1"
     if "E" not in model.pattern:
         return f"train: --parallel experts must have a model with experts, got the layers {model.pattern}"
+    if "experts" in model.precision.roles:
+        return "train: --parallel experts must have experts in bf16, got fp8"
     if degree < 2 or model.experts % degree or processes % degree:
         wanted = f"2 or more and divide {model.experts} experts and {processes} processes"
         return f"train: --expert-parallel-degree must be {wanted}, got {degree}"

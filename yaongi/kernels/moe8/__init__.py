@@ -1,0 +1,1 @@
+"""The squared-ReLU experts with products in FP8."""
