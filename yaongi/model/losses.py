@@ -11,6 +11,8 @@ from yaongi.model.layers.accumulation import accumulate_product, accumulation_ta
 Tensor = torch.Tensor
 NO_TARGET = -1
 CHUNK_LOGITS = 2**27  # logits in memory at once, plus as many gradients: 0.5 GB together in bfloat16
+CACHED_LOGITS = 2**21  # the same on a CPU, where passes over more than its cache holds take twice as long
+CACHED_TOKENS = 256  # at least, since each chunk reads and writes the weight's gradient
 
 
 class TokenLosses(NamedTuple):
@@ -139,6 +141,8 @@ class _HeadGradients:
 
 
 def _chunk(weight: Tensor) -> int:
+    if weight.device.type == "cpu":
+        return max(CACHED_TOKENS, CACHED_LOGITS // weight.shape[0])
     return max(1, CHUNK_LOGITS // weight.shape[0])
 
 
