@@ -19,8 +19,9 @@ usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
   --gpus N         GPUs to train on, or processes without one; default: all GPUs of the machine
   --stage NAME     only this one: env, data, tokenizer, tokens, train, report; or one that only runs when asked for: eval,
                    scores of the model, with options of python -m yaongi.eval tasks after --; tune, the model tuned on
-                   conversations and how many instructions it follows, with options of python -m yaongi.tune after --
-  --chat SPEC      conversations for the stage tune: a file, hf:OWNER/NAME or embedded:instructions, the default
+                   conversations and how many instructions it follows, with options of python -m yaongi.tune after --;
+                   chat, all of these but eval, then a conversation, with options of python -m yaongi.chat after --
+  --chat SPEC      conversations to tune on: a file, hf:OWNER/NAME or embedded:instructions, the default
   --smoke          everything in miniature, a minute or two
   --help
 WANDB_API_KEY, HF_TOKEN and the like are read from .env if it is there. PYTHON picks the interpreter of a new environment.
@@ -57,10 +58,11 @@ while (($#)); do
 done
 case $stage in
   all | env | data | tokenizer | tokens | train | report | eval | tune) ;;
-  *) die "--stage must be one of env, data, tokenizer, tokens, train, report, eval, tune, got $stage" ;;
+  chat) talk=("${extra[@]}") extra=() ;;
+  *) die "--stage must be one of env, data, tokenizer, tokens, train, report, eval, tune, chat, got $stage" ;;
 esac
 [[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || die "--gpus must be a number from 1, got $gpus"
-wants() { [[ $stage == all || $stage == "$1" ]]; }
+wants() { [[ $stage == all || $stage == chat || $stage == "$1" ]]; }
 
 # Read KEY=value lines. Surrounding blanks, `export`, quotes and comments are allowed; nothing is evaluated or printed.
 # What the environment has already, read-only names such as UID too, stays as it is.
@@ -268,13 +270,14 @@ launch() {
 }
 if wants train; then
   say "train"
+  training=("${mix[@]}")
+  ((smoke)) && training+=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24)
   if [[ -n $tokens ]]; then
-    extra=(--tokens "$tokens" "${extra[@]}")
+    training+=(--tokens "$tokens")
   elif [[ " ${extra[*]}" != *" --tokens"[\ =]* ]]; then
-    extra=(--max-epochs 4 "${extra[@]}")
+    training+=(--max-epochs 4)
   fi
-  ((smoke)) && extra=(--tokens 80e3 --evaluate-rows 4 --sample-tokens 24 "${extra[@]}")
-  launch train --preset "$preset" --data "$folder/tokens" --out "$out" "${mix[@]}" "${extra[@]}"
+  launch train --preset "$preset" --data "$folder/tokens" --out "$out" "${training[@]}" "${extra[@]}"
 fi
 if wants report; then
   say "report"
@@ -286,7 +289,7 @@ if [[ $stage == eval ]]; then
   ((smoke)) && extra=(--limit 5 "${extra[@]}")
   run "$python" -m yaongi.eval tasks "$out" --out "$out/eval" "${extra[@]}"
 fi
-if [[ $stage == tune ]]; then
+if [[ $stage == tune || $stage == chat ]]; then
   say "tune"
   tuning=(--base-data "$folder/tokens")
   if [[ $preset == yaongi-tiny ]]; then
@@ -297,4 +300,8 @@ if [[ $stage == tune ]]; then
     --tokenizer "$folder/tokenizer" --out "$folder/chat"
   launch tune --init "$out/model" --data "$folder/chat" --out "$out-tuned" "${tuning[@]}" "${extra[@]}"
   run "$python" -m yaongi.eval tasks "$out-tuned/model" --suite instructions --limit 5 --out "$out-tuned/eval"
+fi
+if [[ $stage == chat ]]; then
+  say "chat"
+  exec "$python" -m yaongi.chat "$out-tuned/model" "${talk[@]}"
 fi

@@ -46,7 +46,7 @@ def test_dotenv(tmp_path: Path) -> None:
     [
         (
             ["--stage", "cook"],
-            "--stage must be one of env, data, tokenizer, tokens, train, report, eval, tune, got cook",
+            "--stage must be one of env, data, tokenizer, tokens, train, report, eval, tune, chat, got cook",
         ),
         (["--what"], "option must be one of those that --help lists, got --what"),
         (["--preset"], "--preset must have a value, got none"),
@@ -81,8 +81,9 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "LIMITED to the first 5 questions" in done.stdout
     assert (tree / "runs" / "yaongi-tiny-smoke-embedded" / "eval" / "results.json").is_file()
-    done = run_stage(tree, "tune")
+    done = run_stage(tree, "chat", typed="안녕\n")
     assert done.returncode == 0, done.stderr
+    assert "== chat" in re.sub(r"\d+m\d+s ", "", done.stdout)
     tuned = tree / "runs" / "yaongi-tiny-smoke-embedded-tuned"
     assert END_OF_TURN in (tuned / "model" / "tokenizer_config.json").read_text()
     assert "instructions" in json.loads((tuned / "eval" / "results.json").read_text())["tasks"]
@@ -101,11 +102,11 @@ def copy_of_the_tree(folder: Path) -> Path:
     return tree
 
 
-def run_stage(tree: Path, stage: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run one stage of the smoke run."""
+def run_stage(tree: Path, stage: str, *more: str, typed: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run one stage of the smoke run, with these lines typed."""
     command = ["./run_all_vessl.sh", "--smoke", "--stage", stage, *more]
     env = environment(PYTHONPATH=str(tree), **env)
-    return subprocess.run(command, capture_output=True, text=True, cwd=tree, env=env)
+    return subprocess.run(command, input=typed, capture_output=True, text=True, cwd=tree, env=env)
 
 
 def one_click(tree: Path, *options: str, **env: str) -> str:
