@@ -1,4 +1,4 @@
-"""Both READMEs: every command in them is one that this code understands, and they say the same."""
+"""Both READMEs and the pages: every command in them is one that this code understands. The READMEs say the same."""
 
 import importlib
 import re
@@ -19,6 +19,13 @@ from yaongi.tune.command_line import parse as parse_tune
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, KOREAN = "README.md", "README.ko.md"
+PAGES = [
+    ENGLISH,
+    KOREAN,
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("clusters", "kernels", "serving", "trillion", "tuning")),
+]
+OTHERS = ("pip", "./run_tests.sh", "curl", "lm_eval", "vllm")  # programs of others, and one without options
 PARSERS: dict[str, Any] = {"yaongi.train": parse_train, "yaongi.tune": parse_tune}
 
 
@@ -33,7 +40,7 @@ def blocks(name: str, language: str) -> list[str]:
 def commands(name: str) -> Iterator[str]:
     """Yield the lines of shell blocks without comments, and what stands in backticks and begins as a command does."""
     for block in blocks(name, "bash"):
-        yield from (re.sub(r"\s+#.*", "", line) for line in block.splitlines())
+        yield from (re.sub(r"\s+#.*", "", line) for line in block.replace("\\\n", " ").splitlines() if line)
     outside = re.sub(r"^```.*?^```", "", text(name), flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`\n]+)`", outside):
         if re.search("NAME|이름", code):
@@ -50,6 +57,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
         module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
     elif words[0] == "yaongi" and words[1].startswith("--"):
         return words[1:] in (["--help"], ["--version"])
+    elif words[0] == "yaongi" and " ".join(words[1:]) in (*COMMANDS, "data chat"):
+        return True  # the name of a command alone
     elif words[0] == "yaongi":
         module, arguments = COMMANDS[words[1]][0], words[2:]
     elif words[0] == "./run_all_vessl.sh":
@@ -58,7 +67,9 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     elif words[0] == "pytest":
         return all((ROOT / word).exists() for word in words[1:] if "/" in word)
     else:
-        return words[0] in ("pip", "./run_tests.sh")
+        return words[0] in OTHERS
+    if module == "pytest":
+        return understood(["pytest", *arguments], monkeypatch)
     if module.startswith("benchmarks."):
         return (ROOT / f"{module.replace('.', '/')}.py").is_file()
     if module in PARSERS:
@@ -71,11 +82,14 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     return True
 
 
-@pytest.mark.parametrize("command", sorted({*commands(ENGLISH), *commands(KOREAN)}))
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
 def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option that is gone or misspelt ends the parser. `RUN/model` is of a preset's form."""
-    of_preset = ModelConfig.from_dict(read_preset("yaongi-tiny")["model"]), "none"
-    monkeypatch.setattr("yaongi.tune.command_line._of_init", lambda init: of_preset)
+    """An option that is gone or misspelt ends the parser. `RUN` is of a preset's form."""
+    tables = read_preset("yaongi-tiny")
+    monkeypatch.setattr("yaongi.train.config._of_init", lambda init: (tables["model"], tables["train"]))
+    monkeypatch.setattr(
+        "yaongi.tune.command_line._of_init", lambda init: (ModelConfig.from_dict(tables["model"]), "none")
+    )
     assert understood(shlex.split(command.replace("…", "").replace("'오늘은'", "x")), monkeypatch)
 
 
