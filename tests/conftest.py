@@ -1,6 +1,7 @@
 """Set-up of every test: uninitialised memory is poisoned, and tests that this process can't run are skipped."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
 torch.set_num_threads(1)  # the tests' tensors are small: with a second, busy core they would take five times as long
 
 

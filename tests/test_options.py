@@ -3,14 +3,13 @@
 import ast
 import dataclasses
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
+from programs import run_module
 
 from yaongi import cli
 from yaongi.data.pieces import CONTROL_PIECES
@@ -53,8 +52,7 @@ WITH = {"--model.precision.experts": ("--model.precision.shared-experts", "fp8")
 def test_every_option_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, *stage = command.split()
     monkeypatch.setenv("COLUMNS", "300")
-    program = [sys.executable, "-m", f"yaongi.{module}", *stage, "--help"]
-    text = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    text = run_module(f"yaongi.{module}", *stage, "--help").stdout
     # of a group's first line, its description, there is a rule below
     options = re.findall(r"^│ ([-\[\w].*?)(?: {2,}(.*?))? *│$(?!\n│ ─)(?:\n^│ {6,}(\S.*?) *│$)?", text, re.MULTILINE)
     assert options, text
@@ -147,7 +145,7 @@ def test_numbers_with_units() -> None:
 
 def error_of(*words: str) -> str:
     """Run a command that fails, and return what it prints."""
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    done = run_module(*words)
     assert (done.returncode, done.stdout) == (1, "")
     return done.stderr
 
@@ -164,7 +162,7 @@ def test_a_folder_without_a_model(tmp_path: Path, command: tuple[str, ...]) -> N
     more = ["--drop-engram"] if "yaongi.export" in command else []
     rule = "folder must hold tokenizer.model, the tokenizer that the model was trained with"
     for folder in (model, model.parent):  # of a run without checkpoints, its model
-        done = subprocess.run([sys.executable, "-m", *command, str(folder), *more], capture_output=True, text=True)
+        done = run_module(*command, folder, *more)
         assert done.stderr == f"error: tokenizer: {rule}, got {model}\n"
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     begun = f"{start} hold a checkpoint or a model, got the run {tmp_path / 'begun'}\n"

@@ -2,9 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from programs import run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = "NVIDIA H100 80GB HBM3"
@@ -20,8 +21,7 @@ def written(path: Path, *benchmarks: dict[str, Any]) -> Path:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.results", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return run_module("benchmarks.results", *arguments, cwd=ROOT)
 
 
 def test_a_page_of_two_files(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import math
 import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 from models import ROW, SIZES, save_model
+from programs import run_module
 
 from yaongi.data.loader import Loader
 from yaongi.data.tokenizer import Tokenizer
@@ -28,8 +28,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def bpb(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command on a CPU."""
-    command = [sys.executable, "-m", "yaongi.eval", "bpb", *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return run_module("yaongi.eval", "bpb", *arguments, "--device", "cpu")
 
 
 def printed(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:

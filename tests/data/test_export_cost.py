@@ -3,12 +3,12 @@
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models import ROW, SIZES, save_model
+from programs import run_module
 
 from yaongi.data.loader import Loader
 from yaongi.data.tokenizer import Tokenizer
@@ -29,8 +29,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def export(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "yaongi.export", *arguments, "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return run_module("yaongi.export", *arguments, "--device", "cpu")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_module
 
 from yaongi.eval.logickor.judge import Asked, Judge, Reply, ask_all
 from yaongi.eval.logickor.marks import mark, summarise
@@ -313,7 +314,7 @@ def test_as_a_person_uses_it(clone: Path, folder: Path, server: Server, tmp_path
         (short / file.name).write_bytes(b"".join(lines[:5] if file.suffix == ".jsonl" else lines))
     program = [sys.executable, "-m", "yaongi.eval", "logickor"]
     generate = [*program, "generate", str(folder), "--protocol", str(short), "--out", str(out), "--max-new-tokens", "6"]
-    done = subprocess.run(generate, capture_output=True, text=True, env=environment, timeout=300)
+    done = run_module(*generate[2:], env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 answers") == 3
     rows = [json.loads(line) for line in (out / "logickor" / "1-shot.jsonl").read_text().splitlines()]
@@ -335,7 +336,7 @@ def test_as_a_person_uses_it(clone: Path, folder: Path, server: Server, tmp_path
     server.delay = 0.0
     kept = replies.read_bytes()
     answered = {json.loads(line)["key"] for line in kept.splitlines()}
-    done = subprocess.run(judge, capture_output=True, text=True, env=environment, timeout=120)
+    done = run_module(*judge[2:], env=environment)
     assert done.returncode == 1, done.stderr  # two parts give no score
     lines = [json.loads(line) for line in replies.read_text().splitlines()]
     assert len({line["key"] for line in lines}) == len(lines)

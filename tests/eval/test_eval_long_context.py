@@ -2,12 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_module
 
 from yaongi.data.row_loader import HeldOut
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
@@ -92,8 +91,8 @@ def test_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = Yaongi(ModelConfig("ME*", vocab_size=tokenizer.vocab_size, **sizes, **more, **experts))  # type: ignore[arg-type]
     model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
-    given = [sys.executable, "-m", "yaongi.eval", "passkey", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*given, "--lengths", "128", "256", "--tries", "1"], capture_output=True, text=True)
+    given = ["yaongi.eval", "passkey", tmp_path / "model", "--out", tmp_path / "out"]
+    done = run_module(*given, "--lengths", 128, 256, "--tries", 1)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "passkey.json").read_text())
     assert [(cell["length"], cell["depth"]) for cell in found["cells"]] == [
@@ -101,7 +100,7 @@ def test_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ]
     assert not any(math.isnan(cell["retrieved"]) for cell in found["cells"])
     assert (tmp_path / "out" / "passkey.png").is_file()
-    done = subprocess.run([*given, "--lengths", "512"], capture_output=True, text=True)
+    done = run_module(*given, "--lengths", 512)
     assert (
         done.stderr.strip() == "error: passkey: --lengths must be at most the model's max_sequence_length, 256, got 512"
     )

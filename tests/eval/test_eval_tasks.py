@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_module
 from rich.console import Console
 
 from yaongi.data.stages.fetch_benchmarks import BENCHMARKS
@@ -38,8 +39,11 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
 def command(
     tmp_path: Path, *arguments: object, launcher: tuple[str, ...] = (), **more: str
 ) -> subprocess.CompletedProcess[str]:
+    own = environment(tmp_path, **more)
+    if not launcher:
+        return run_module("yaongi.eval", *arguments, env=own)
     program = [sys.executable, *launcher, "-m", "yaongi.eval", *map(str, arguments)]
-    return subprocess.run(program, capture_output=True, text=True, env=environment(tmp_path, **more), timeout=300)
+    return subprocess.run(program, capture_output=True, text=True, env=own, timeout=300)
 
 
 @pytest.fixture(scope="module", autouse=True)

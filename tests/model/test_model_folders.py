@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from model_support import ENGRAM, roughened, small_config, small_model, token_ids
+from programs import run_module
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -204,8 +205,7 @@ def test_the_export_command(tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "<|eos|>"}')
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "yaongi.export", str(tmp_path / "model"), "--out", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return run_module("yaongi.export", tmp_path / "model", "--out", *arguments)
 
     refused = run(str(tmp_path / "out"))
     assert refused.returncode == 1

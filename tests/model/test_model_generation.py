@@ -1,7 +1,6 @@
 """Generation: caches against the full forward, stops, unequal prompts, streams, the command."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from model_support import ENGRAM, packed, roughened, small_config, small_model, token_ids
 from oracle import assert_equal_to_float64
+from programs import run_module
 
 from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 from yaongi.generate import Generate
@@ -286,8 +286,7 @@ def tokenizer() -> Tokenizer:
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run `python -m yaongi.generate` with these arguments."""
-    command = [sys.executable, "-m", "yaongi.generate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
+    return run_module("yaongi.generate", *arguments, typed=stdin)
 
 
 def test_the_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import select
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -115,19 +114,23 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(tokenizer: Tokenizer, tmp
     folder = save_model(model, tokenizer, tmp_path / "endless")
     process, terminal = pty.fork()
     if process == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell runs the tests in the background
         command = [sys.executable, "-m", "yaongi.chat", str(folder), "--temperature", "0", "--max-new-tokens", "90000"]
         os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1"})
     seen = ""
 
-    def wait_for(text: str) -> None:
-        """Read until a text comes, and forget all up to its end."""
+    def wait_for(text: str, press: bytes = b"") -> None:
+        """Read until a text comes, and forget all up to its end; press a key again in each second that is silent.
+
+        CPython's `input` misses a Ctrl-C that comes just before it waits for the next key, and takes it with that key.
+        """
         nonlocal seen
         end = time.monotonic() + 90
         while text not in seen:
             assert time.monotonic() < end, seen
             if select.select([terminal], [], [], 1)[0]:
                 seen += os.read(terminal, 4096).decode()
+            else:
+                os.write(terminal, press)
         seen = seen.split(text, 1)[1]
 
     wait_for("> ")
@@ -136,8 +139,9 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(tokenizer: Tokenizer, tmp
     os.write(terminal, b"\x03")
     wait_for("(stopped)")
     wait_for("> ")
-    os.write(terminal, b"dropped\x03")
-    wait_for("> ")
+    os.write(terminal, b"dropped")
+    wait_for("dropped")
+    wait_for("> ", press=b"\x03")
     os.write(terminal, f"/save {tmp_path / 'talk.jsonl'}\n".encode())
     wait_for("saved in")
     wait_for("> ")

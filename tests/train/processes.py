@@ -1,7 +1,6 @@
-"""Training in several processes on gloo, without the imports of each: a server that has done them forks them."""
+"""Training in several processes on gloo, forked by the server of `programs`."""
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import sys
@@ -10,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from programs import CONTEXT
+
 SECONDS = 240  # that a group of processes may take
 SPLIT_NUMBERS = 1 << 10  # of a matrix whose rows have owners: so few that a tiny embedding is such a one
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["yaongi.train.session", "yaongi.train.program", "tyro", "tensorboard"])
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def in_processes(count: int, folder: Path, function: Callable[..., Any], *given:
         port = probe.getsockname()[1]
     names = [(folder / f"{rank}.out", folder / f"{rank}.err") for rank in range(count)]
     processes = [
-        _context.Process(target=_work, args=(rank, count, port, out, err, function, given))
+        CONTEXT.Process(target=_work, args=(rank, count, port, out, err, function, given))
         for rank, (out, err) in enumerate(names)
     ]
     for process in processes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import run_module
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
@@ -106,9 +107,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(tokens: Path, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Train in a separate process."""
-    return subprocess.run(
-        command(tokens, out, *more), capture_output=True, text=True, env=environment(**env), timeout=300
-    )
+    return run_module("yaongi.train", *arguments(tokens, out, *more), env=environment(**env))
 
 
 def config_of(tokens: Path, out: Path, *more: str) -> Config:

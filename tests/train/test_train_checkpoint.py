@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import run_module
 from small_run import ALONE, arguments, environment, final_tensors, losses, run, session_of
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -262,8 +263,9 @@ def test_a_damaged_checkpoint(
     assert error.endswith(message)
     assert advice.endswith(f" --from-step {step}\n")
     assert advice.count("\n") == 1
-    words = [sys.executable, *shlex.split(advice)[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300)
+    python, option, *words = shlex.split(advice)
+    assert (python, option) == (sys.executable, "-m")
+    done = run_module(*words, env=environment())
     assert done.returncode == 0, done.stderr
     said = f"resumed from step {step}" if step < 4 else "has done all of its 4 steps"
     assert said in done.stdout

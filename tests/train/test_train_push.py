@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from hub_server import hub_environment
+from programs import run_module
 from safetensors.torch import load
 from small_run import arguments
 
@@ -125,7 +125,7 @@ def environment(hub: Hub, home: Path, token: str = TOKEN) -> dict[str, str]:
 
 
 def run(environment: dict[str, str], *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=environment)
+    return run_module(*words, env=environment)
 
 
 def test_a_run_and_its_checkpoint_are_pushed(tokens: Path, hub: Hub, tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import run_module
 from small_run import environment, run
 
 from yaongi.train.metrics.environment import environment as run_environment
@@ -86,8 +86,7 @@ def test_a_run_s_own_page(tokens: Path, tmp_path: Path) -> None:
     assert run(tokens, out, "--stop-after", "2").returncode == 0
     info = {"of_floor": 0.5, "x torch": 2.0, "x quack": 1.2}
     (tmp_path / "bench.json").write_text(json.dumps({"benchmarks": [{"name": "test_moe", "extra_info": info}]}))
-    program = [sys.executable, "-m", "yaongi.train.report", str(out), "--benchmarks", str(tmp_path / "bench.json")]
-    done = subprocess.run(program, capture_output=True, text=True, env=environment())
+    done = run_module("yaongi.train.report", out, "--benchmarks", tmp_path / "bench.json", env=environment())
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out / "report.html")
     page = (out / "report.html").read_text()
@@ -164,17 +163,7 @@ def test_several_runs(eventful: Path, tmp_path: Path) -> None:
 
 def test_watching_ends_with_the_run(eventful: Path, tmp_path: Path) -> None:
     """A finished run's page isn't loaded again, and the command ends."""
-    program = [
-        sys.executable,
-        "-m",
-        "yaongi.train.report",
-        str(eventful),
-        "--watch",
-        "60",
-        "--out",
-        str(tmp_path / "p.html"),
-    ]
-    assert subprocess.run(program, env=environment(), timeout=60).returncode == 0
+    assert run_module("yaongi.train.report", eventful, "--watch", 60, "--out", tmp_path / "p.html").returncode == 0
     assert "http-equiv" not in (tmp_path / "p.html").read_text()
 
 

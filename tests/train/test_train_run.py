@@ -184,9 +184,7 @@ def test_a_folder_that_is_none(tokens: Path, tmp_path: Path) -> None:
     """A file, and a folder below a file: one line before the plan."""
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        refused = subprocess.run(
-            [*command(tokens, tmp_path / "run"), "--out", str(out)], capture_output=True, text=True, env=environment()
-        )
+        refused = run(tokens, tmp_path / "run", "--out", str(out))
         assert refused.returncode == 1
         wanted = f"error: train: --out must be a folder, got {out}: {tmp_path}/file is a file\n"
         assert (refused.stdout, refused.stderr) == ("", wanted)

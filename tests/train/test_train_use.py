@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_module
 from safetensors.torch import load_file
 from small_run import ROOT, environment, final_tensors, run, session_of
 
@@ -28,8 +28,7 @@ def begun(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def use(*words: object) -> subprocess.CompletedProcess[str]:
     """Run another command of the package, in another folder than the training's."""
-    command = [sys.executable, "-m", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100, cwd=ROOT / "tests")
+    return run_module(*map(str, words), env=environment(), cwd=ROOT / "tests")
 
 
 def test_a_run_s_newest_checkpoint(begun: Path, tmp_path: Path) -> None:
