@@ -205,7 +205,7 @@ def test_what_is_refused(more: tuple[str, ...], message: str, tokens: Path, tmp_
 
 def test_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a piece of nemotron-3-nano eight GPUs hold an eighth of the experts each, and own an eighth of all state."""
-    more = ("--model.pattern", "MEM*E", "--batch-tokens", str(1 << 20), "--processes", "8", *SPREAD)
+    more = ("--model.pattern", "ME*E", "--batch-tokens", str(1 << 20), "--micro-rows", "1", "--processes", "8", *SPREAD)
     assert program.run(["--preset", "nemotron-3-nano", "--plan-for", "h100", *more]) == 0
     printed = capsys.readouterr().out
     assert "8 processes, --parallel experts over 8\n" in printed

@@ -1,14 +1,21 @@
 """The printed line of a step, and `metrics.jsonl`."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_run import ALONE, session_of
 
 from yaongi.files import read_json_lines
+from yaongi.train.distributed import slow_ranks
+from yaongi.train.distributed.errors import place_of
+from yaongi.train.distributed.slow_ranks import SlowRanks
 from yaongi.train.formatting import duration, scientific, short, significant
 from yaongi.train.metrics.display import console_line
 from yaongi.train.metrics.records import Metrics
+from yaongi.train.step.stepper import Stepper
 
 
 def test_the_line_of_a_step() -> None:
@@ -44,6 +51,32 @@ def test_the_line_of_a_step() -> None:
         line = console_line(record | worst | more, 143050)
         assert len(line) <= 100, line
         assert "dead 1408" in line
+
+
+def test_a_slow_rank_is_named_once() -> None:
+    """After 20 lines in a row, again only when it was as fast as the others in between."""
+    slow, even = [1.0, 1.0, 1.072], [1.0, 1.04, 1.0]
+    ranks = SlowRanks(["a, GPU 0", "a, GPU 1", "b, GPU 0"])
+    said = [
+        ranks.warning(seconds)
+        for seconds in [slow] * 19 + [even] + [slow] * 50 + [even, [], [0.0, 0.0, 0.0]] + [slow] * 20
+    ]
+    warning = "rank 2 (b, GPU 0) is 7.2 % slower than the median: nvidia-smi -q -d PERFORMANCE"
+    assert {number: text for number, text in enumerate(said) if text} == {39: warning, len(said) - 1: warning}
+
+
+def test_a_run_warns_of_a_slow_rank(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train with the seconds of two ranks in the place of one's; every second step has a line."""
+    monkeypatch.setattr(slow_ranks, "LINES", 3)
+    step = Stepper.__call__
+    monkeypatch.setattr(Stepper, "__call__", lambda *given: replace(step(*given), rank_seconds=(1.2, 1.0)))
+    with session_of(tokens, tmp_path / "run", "--log-every", "2", "--stop-after", "5") as session:
+        for batches in itertools.islice(session.batches(), 5):
+            session.train_step(batches)
+    err = capsys.readouterr().err
+    assert err == f"warning: rank 0 ({place_of(ALONE)}) is 9.1 % slower than the median: nvidia-smi -q -d PERFORMANCE\n"
 
 
 def test_numbers() -> None:

@@ -25,6 +25,8 @@ from yaongi.train.checkpoint.resume import compare_sites, fp8_sites, launch_of, 
 from yaongi.train.checkpoint.start import Start, find_start, note_start
 from yaongi.train.config import Config, as_dict
 from yaongi.train.distributed.agreement import require_same_data, require_same_folder, require_same_weights
+from yaongi.train.distributed.errors import place_of
+from yaongi.train.distributed.slow_ranks import SlowRanks
 from yaongi.train.job import PRETRAINING, Pretraining
 from yaongi.train.metrics.display import Display
 from yaongi.train.metrics.environment import record_start
@@ -214,6 +216,7 @@ class Session:
         self.metrics = Metrics(out / METRICS, enabled=self.world.is_main)
         self._resources.callback(self.metrics.close)
         self.metrics.cut(self.step if resumed else -1)
+        self._slow = SlowRanks(self.world.gather(place_of(self.world)))
         self.meter = Meter(self.plan, self.world.device, self._seconds_before if resumed else 0.0)
         if not self.world.is_main:
             return
@@ -278,6 +281,8 @@ class Session:
         self.display.advance(self.step)
         if due:
             self.display.step(record, self.schedule.steps)
+            if slow := self._slow.warning(record.get("rank_seconds", [])):
+                self.display.warn(slow)
             self._log({k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"})
             for sink in self._sinks if loads.numel() else ():
                 sink.log_loads(self.step, loads.tolist())
