@@ -1,11 +1,13 @@
 """How every command ends: a user's mistake is one line on standard error, never a traceback; numbers such as 15B."""
 
 import importlib.util
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 _UNITS = {"k": 3, "M": 6, "B": 9, "T": 12}
@@ -46,6 +48,19 @@ def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") 
         raise SystemExit(130) from None
     if status:
         raise SystemExit(status)
+
+
+def show_help(parse: Callable[[Sequence[str]], object]) -> None:
+    """Let `parse` print the options and end the program if `--help` is asked for, on the first process of a machine.
+
+    A command calls it before slow imports.
+    """
+    if "--help" in sys.argv and os.environ.get("LOCAL_RANK", "0") == "0":
+        run(partial(_show, parse))
+
+
+def _show(parse: Callable[[Sequence[str]], object]) -> None:
+    parse(sys.argv[1:])
 
 
 def require(package: str) -> None:
