@@ -11,6 +11,7 @@ from processes import in_processes
 from small_run import ROOT, arguments
 
 from yaongi.model import Yaongi
+from yaongi.model.config import Precision
 from yaongi.train.config import Config, load_config
 from yaongi.train.distributed.ownership import Group, assign_owners, count_owners
 from yaongi.train.optimizer.partition import divide_parameters, partition_parameters
@@ -72,6 +73,18 @@ def test_the_flagship_before_activations(model: Yaongi, processes: int, gigabyte
     forecast = MemoryForecast(model, with_dtype(config), torch.device("cpu"), processes)
     parts = forecast._state
     assert sum(parts.values()) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert forecast.checkpoint_bytes / 1e9 == pytest.approx(28.65, rel=0.01)
+
+
+@pytest.mark.parametrize("experts", ["bf16", "fp8"])
+def test_fp8_weights_take_what_bf16_and_master_copies_take(experts: Precision) -> None:
+    """12 bytes per parameter: the master and two casts of a byte, a gradient, a momentum; a checkpoint is as ever."""
+    config = load_config("yaongi-4b-fp8")
+    precision = dataclasses.replace(config.model.precision, experts=experts)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
+    model = Yaongi(changed.model, device="meta", dtype=torch.bfloat16)
+    forecast = MemoryForecast(model, with_dtype(changed), torch.device("cpu"))
+    assert sum(forecast._state.values()) / 1e9 == pytest.approx(54.2, rel=0.01)
     assert forecast.checkpoint_bytes / 1e9 == pytest.approx(28.65, rel=0.01)
 
 

@@ -117,9 +117,10 @@ class MemoryForecast:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The bytes of a checkpoint: master copies, or weights that have none, momentum and moments."""
+        """The bytes of a checkpoint: weights in float32 or wider, momentum and moments."""
         state = self._state_bytes(self._whole, 1, Ownership())
-        return (state["masters"] or state["weights"]) + state["momentum"] + state["moments"]
+        weights = sum(max(4, p.element_size()) * p.numel() for p in self._whole.parameters())
+        return weights + state["momentum"] + state["moments"]
 
     def __call__(self, rows: int, recompute: str | None = None) -> Memory:
         """Return the memory with micro-batches of `rows` rows and a recompute policy (None: the configured one)."""
