@@ -15,7 +15,6 @@ share of r / n.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from yaongi.files import read_json_lines
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -106,7 +107,7 @@ class Study:
     def evaluations(self, run: Run) -> list[dict[str, Any]]:
         """Return the evaluations of a run if it is complete, else an empty list."""
         path = self.out / run.name / "metrics.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        records = read_json_lines(path) if path.is_file() else []
         steps = max((r["steps"] for r in records if r["event"] == "plan"), default=None)
         evaluations = [r for r in records if r["event"] == "evaluation"]
         return evaluations if evaluations and evaluations[-1]["step"] == steps else []

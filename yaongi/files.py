@@ -38,19 +38,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a file with one per line; an incomplete last line is left out.
+    """Read the objects of a file with one per line; a last line without its end, half-written, is left out.
 
     Raises:
-        ValueError: another line is not JSON.
+        ValueError: another line is no JSON object.
     """
     records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"log: line {number} of {path} is damaged: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"log: line {number} of {path} must be a JSON object, got {type(record).__name__}")
+        records.append(record)
     return records
 
 

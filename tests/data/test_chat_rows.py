@@ -106,6 +106,17 @@ def test_a_first_id_is_no_target(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert rows.targets == sum(len(talk.ids) - 1 for talk in written)
 
 
+@pytest.mark.parametrize("kind", [CHAT, PREFERENCES])
+def test_a_conversation_of_which_nothing_is_learnt_is_refused(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """At the opening, whatever batch it would come to; its first id is no target, so that alone is nothing."""
+    written = talks(tokenizer, 40)
+    ids, mask = written[29]
+    written[29] = Encoded(ids, [True, *[False] * (len(mask) - 1)])
+    folder = write_chats(tmp_path / "c", tokenizer, written, kind=kind)
+    with pytest.raises(ValueError, match=r"of each conversation an id must be learnt, got none in number 29 of .*/c, "):
+        ChatRows(folder, "train", 512) if kind == CHAT else PreferenceRows(folder, "train")
+
+
 def test_rows_are_the_same_in_every_process(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

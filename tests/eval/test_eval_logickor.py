@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from programs import run_module
 
+from yaongi.eval.logickor.answers import read_answers
 from yaongi.eval.logickor.judge import Asked, Judge, Reply, ask_all
 from yaongi.eval.logickor.marks import mark, summarise
 from yaongi.eval.logickor.protocol import read_protocol
@@ -127,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(3)
             return None
         score = {"bold": "**점수:** **8**", "half": "점수: 9.5", "eleven": "점수: 11", "nothing": "좋다"}
-        score["two"] = "점수: 3 이라 했으나 점수: 7"
+        score |= {"two": "점수: 3 이라 했으나 점수: 7", "separator": "점수:\u2028 6"}
         text = f"평가: 그럭저럭\n{score.get(name, '점수: 6')}"
         return self.reply(200, json.dumps({"choices": [{"message": {"content": text}}]}))
 
@@ -289,6 +290,29 @@ def test_a_redirect_does_not_get_the_key(server: Server) -> None:
         other.shutdown()
     assert reply[0].error == "status 302"
     assert server.asked == {}
+
+
+def test_a_reply_is_whole_whatever_letters_it_has(server: Server, tmp_path: Path) -> None:
+    """A line separator ends no line of the file: such a reply is not asked for again."""
+    one = Asked(
+        "default", 1, "single", [{"role": "system", "content": ""}, {"role": "user", "content": "part=separator"}]
+    )
+    judge = Judge(server.url, "loopback", KEY, sleep=lambda _: None)
+    replies = [ask_all([one], judge, tmp_path / "replies.jsonl", 1, lambda _: None) for _ in range(2)]
+    assert replies[0] == replies[1]
+    assert replies[0][0].text == "평가: 그럭저럭\n점수:\u2028 6"
+    assert sum(server.asked.values()) == 1
+
+
+def test_answers_are_read_after_a_kill(tmp_path: Path) -> None:
+    """Beside replies whose last line is torn, and with a separator in an answer."""
+    folder = tmp_path / "logickor"
+    folder.mkdir()
+    row = {"id": 1, "category": "추론", "outputs": ["하나\u2028둘", "셋\x85"]}
+    (folder / "default.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "replies.jsonl").write_text('{"key": "a"}\n{"ke\n{"key": "b"}\n')
+    (folder / "model.json").write_text('{"name": "m"}')
+    assert read_answers(tmp_path) == ({"name": "m"}, {"default": [row]})
 
 
 def test_marks() -> None:

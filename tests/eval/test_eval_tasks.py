@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,15 @@ from programs import run_module
 from rich.console import Console
 
 from yaongi.data.stages.fetch_benchmarks import BENCHMARKS
+from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.commands import Fetch
 from yaongi.eval.evaluate import Settings, evaluate
 from yaongi.eval.harness.suites import BASICS, INSTRUCTIONS, OWN, SUITES, Ask, asks
 from yaongi.eval.report.page import write_page
-from yaongi.eval.report.results import read_results
+from yaongi.eval.report.results import describe_model, read_results
 from yaongi.eval.report.table import print_table
 from yaongi.eval.scoring import ALONE
+from yaongi.model import Yaongi
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: pip install -e .[eval]")
@@ -126,6 +129,23 @@ def test_page_holds_several_models(evaluated: Path, tmp_path: Path) -> None:
     assert "&lt;b&gt;model&lt;/b&gt;" in page
     assert "<b>" not in page
     assert "http" not in re.sub(r'src="data:[^"]*"', "", page)
+
+
+def test_trained_tokens_come_from_the_run_s_log(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A half-written last line is left out; another damaged line is an error, until the tokens are told."""
+    made = Path(shutil.copytree(folder, tmp_path / "model"))
+    model, log = Yaongi.from_pretrained(made), tmp_path / "metrics.jsonl"
+
+    def trained(told: int | None = None) -> int | None:
+        return describe_model(made, model, tokenizer, told)["trained_tokens"]
+
+    assert trained() is None
+    log.write_text('{"event": "step", "tokens": 512}\n{"event": "evaluation"}\n{"event": "step", "tok')
+    assert trained() == 512
+    log.write_text('{"event": "step", "tokens": 512}\n{"event": "st\n{"event": "step", "tokens": 1024}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics.jsonl is damaged"):
+        trained()
+    assert trained(7) == 7
 
 
 def test_bad_input(folder: Path, evaluated: Path, tmp_path: Path) -> None:

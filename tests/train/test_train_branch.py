@@ -127,6 +127,10 @@ def test_from_a_model_with_longer_rows(
             r"of the same model, got another \(expert_size: 16 there, 8 here",
         ),
         (
+            ("--init", "{run}/model", "--model.max-sequence-length", "32", "--row-tokens", "32"),
+            "--model.max-sequence-length must be 64 or more, that of --init; --row-tokens may be less, got 32",
+        ),
+        (
             ("--init", "{run}", "--matrix-optimizer", "adamw"),
             "--matrix-optimizer must be teon, that of --init, got adamw",
         ),

@@ -110,6 +110,18 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
         read_json_lines(path)
 
 
+def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    """Within a letter too; and what other readers take for the end of a line is none in a text."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": n, "text": "야\u2028옹"}, ensure_ascii=False).encode() + b"\n" for n in range(2)]
+    for cut in range(1, len(lines[1])):
+        path.write_bytes(lines[0] + lines[1][:-cut])
+        assert read_json_lines(path) == [{"step": 0, "text": "야\u2028옹"}]
+    path.write_bytes(b"".join(lines) + b"[]\n")
+    with pytest.raises(ValueError, match=r"line 3 of .* must be a JSON object, got list"):
+        read_json_lines(path)
+
+
 def test_another_process_writes_nothing(tmp_path: Path) -> None:
     """Check that a process with `enabled=False` makes no file."""
     metrics = Metrics(tmp_path / "metrics.jsonl", enabled=False)

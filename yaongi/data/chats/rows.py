@@ -42,7 +42,7 @@ class Conversations:
     """The conversations of a split, in the order in which they were written."""
 
     def __init__(self, shard_set: ShardSet, split: str) -> None:
-        """Open the files. Raises ValueError if the split has none."""
+        """Open the files. Raises ValueError if the split has none, or a conversation of which nothing is learnt."""
         shards = shard_set.shards(split, shard_set.manifest["kind"])
         if not shards:
             raise ValueError(f"chat: {shard_set.folder} must hold conversations in its split {split!r}, got none")
@@ -52,6 +52,12 @@ class Conversations:
         self._shards = np.repeat(np.arange(len(shards)), [len(part) for part in ends])
         self._starts = np.concatenate([np.concatenate(([0], part[:-1])) for part in ends])  # in its shard
         self.lengths = np.concatenate(ends) - self._starts  # (conversations,)
+        starts = [self._starts[self._shards == number] for number in range(len(shards))]
+        self.targets = np.concatenate([_count_targets(*part) for part in zip(self._masks, starts, strict=True)])
+        if not self.targets.all():  # else no row is without a target, and so no batch
+            where = f"number {int(self.targets.argmin())} of {shard_set.folder}, split {split!r}"
+            made = "python -m yaongi.data chat leaves such a one out"
+            raise ValueError(f"chat: of each conversation an id must be learnt, got none in {where}; {made}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -62,15 +68,6 @@ class Conversations:
         end = start + int(self.lengths[number])
         bits = np.unpackbits(self._masks[shard][start // 8 : -(-end // 8)], bitorder="little")
         return Conversation(np.array(self._ids[shard][start:end]), bits[start % 8 :][: end - start].astype(np.bool_))
-
-    def count_targets(self) -> int:
-        """Return the number of ids that are learnt; the first of a conversation is none, as nothing precedes it."""
-        learnt = 0
-        for shard, mask in enumerate(self._masks):
-            first = self._starts[self._shards == shard]
-            learnt += int.from_bytes(mask.tobytes(), "little").bit_count()
-            learnt -= int((mask[first // 8] >> first % 8 & 1).sum())
-        return learnt
 
 
 class ChatRows:
@@ -87,7 +84,7 @@ class ChatRows:
         Raises:
             FileNotFoundError: there is no manifest, or a file that it lists is missing.
             ValueError: the folder holds no chats or none in the split, was made with another tokenizer, or has changed;
-                or a conversation is longer than a row.
+                or a conversation is longer than a row, or nothing of it is learnt.
         """
         self.shard_set = ShardSet.open(folder, tokenizer_hash=tokenizer_hash, kind=CHAT)
         self.split, self.row_tokens = split, row_tokens
@@ -97,7 +94,7 @@ class ChatRows:
             wanted = f"{longest} or more, as long as the longest conversation in {self.shard_set.folder}"
             raise ValueError(f"chat: row_tokens must be {wanted}, got {row_tokens}")
         self._rows = _packed(self.conversations.lengths, row_tokens, split)
-        self.targets = self.conversations.count_targets()  # over all rows
+        self.targets = int(self.conversations.targets.sum())  # over all rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -166,6 +163,18 @@ class PreferenceRows:
     def longest(self) -> int:
         """Ids of the longest conversation."""
         return int(self.conversations.lengths.max())
+
+
+def _count_targets(mask: NDArray[np.uint8], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return of each conversation of a file how many ids are learnt; the first is none, as nothing precedes it.
+
+    Args:
+        mask: a bit per id.
+        starts: of the conversations.
+    """
+    bits = np.unpackbits(mask, bitorder="little")
+    learnt: NDArray[np.int64] = np.add.reduceat(bits, starts, dtype=np.int64)
+    return learnt - bits[starts]
 
 
 def _packed(lengths: NDArray[np.int64], row_tokens: int, key: str) -> list[NDArray[np.int64]]:

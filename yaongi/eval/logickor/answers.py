@@ -8,10 +8,11 @@ from typing import Any
 from yaongi.data.chats.template import ANSWER_HEADER, render_chat
 from yaongi.eval.answering import Answerer, Prompt
 from yaongi.eval.logickor.protocol import Protocol
-from yaongi.files import read_json, write_atomically
+from yaongi.files import read_json, read_json_lines, write_atomically
 
 FOLDER = "logickor"
 MODEL = "model.json"
+REPLIES = "replies.jsonl"  # the judge's
 
 
 def write_answers(
@@ -53,16 +54,13 @@ def read_answers(out: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, An
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: a file is damaged.
     """
     folder = out / FOLDER
     if not (folder / MODEL).is_file():
         made = "python -m yaongi.eval logickor generate RUN/model --out EVAL"
         raise FileNotFoundError(f"logickor: folder must hold answers, got {out}; {made} writes them")
-    modes = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if rows and "outputs" in rows[0]:
-            modes[path.stem] = rows
+    modes = {path.stem: read_json_lines(path) for path in sorted(folder.glob("*.jsonl")) if path.name != REPLIES}
     return read_json(folder / MODEL), modes
 
 

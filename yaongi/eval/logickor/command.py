@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import tyro
 
 JUDGE = "gpt-4-1106-preview"  # the protocol's
-REPLIES = "replies.jsonl"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Judge:
     def run(self) -> int:
         """Ask, print the means, write `logickor.json`, and return 1 if a judgement failed."""
         from yaongi.eval.logickor import judge as judging
-        from yaongi.eval.logickor.answers import FOLDER, read_answers
+        from yaongi.eval.logickor.answers import FOLDER, REPLIES, read_answers
         from yaongi.eval.logickor.marks import summarise
         from yaongi.eval.logickor.protocol import TURNS, read_protocol
         from yaongi.eval.report.page import LOGICKOR, write_page

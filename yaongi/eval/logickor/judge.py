@@ -155,7 +155,7 @@ def _read(file: Path) -> dict[str, Reply]:
         with file.open("a", encoding="utf-8") as out:
             out.write("\n")
     found = {}
-    for line in content.splitlines():
+    for line in content.split("\n"):
         try:
             reply = Reply(**json.loads(line))
         except (ValueError, TypeError):

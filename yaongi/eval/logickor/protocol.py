@@ -69,7 +69,7 @@ def read_protocol(folder: Path) -> Protocol:
 
 def _questions(path: Path) -> tuple[Question, ...]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

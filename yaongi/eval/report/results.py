@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.files import read_json, sha256_file, write_atomically
+from yaongi.files import read_json, read_json_lines, sha256_file, write_atomically
 from yaongi.model import Yaongi
 from yaongi.model.hub.run_weights import META, METRICS, is_checkpoint, run_config
 
@@ -31,14 +31,15 @@ def describe_model(folder: Path, model: Yaongi, tokenizer: Tokenizer, trained_to
 
     Args:
         trained_tokens: tokens that it has seen; None for those that its run's files tell.
+
+    Raises:
+        ValueError: a line of its run's log is damaged, and `trained_tokens` is None.
     """
     resolved = folder.resolve()
-    logged: int | None
     if is_checkpoint(folder):
-        name, pattern, logged = resolved.parents[1].name, "*.distcp", _checkpoint_tokens(folder)
+        name, pattern = resolved.parents[1].name, "*.distcp"
     else:
         name, pattern = resolved.parent.name if resolved.name == "model" else resolved.name, "*.safetensors"
-        logged = _logged_tokens(resolved.parent / METRICS)
     hashes = [sha256_file(path) for path in sorted(folder.glob(pattern))]
     return {
         "name": name,
@@ -46,7 +47,7 @@ def describe_model(folder: Path, model: Yaongi, tokenizer: Tokenizer, trained_to
         "weights": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "tokenizer": tokenizer.hash,
         "parameters": model.count_parameters().total,
-        "trained_tokens": logged if trained_tokens is None else trained_tokens,
+        "trained_tokens": _trained_tokens(resolved) if trained_tokens is None else trained_tokens,
     }
 
 
@@ -100,20 +101,10 @@ def write_samples(folder: Path, samples: Mapping[str, Iterable[Mapping[str, Any]
         write_atomically(folder / SAMPLES / f"{task.replace('/', '_')}.jsonl", text.encode())
 
 
-def _checkpoint_tokens(folder: Path) -> int:
-    return int(read_json(folder / META)["step"]) * int(run_config(folder)["train"]["batch_tokens"])
-
-
-def _logged_tokens(log: Path) -> int | None:
-    """Return the tokens of a run's last step, where there is a log of the run."""
-    if not log.is_file():
-        return None
-    tokens = None
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get("event") == "step":
-            tokens = record.get("tokens", tokens)
-    return tokens
+def _trained_tokens(folder: Path) -> int | None:
+    """Return the tokens until a checkpoint, or until the last step in the log beside a model; None without a log."""
+    if is_checkpoint(folder):
+        return int(read_json(folder / META)["step"]) * int(run_config(folder)["train"]["batch_tokens"])
+    log = folder.parent / METRICS
+    steps = [record for record in read_json_lines(log) if record.get("event") == "step"] if log.is_file() else []
+    return steps[-1].get("tokens") if steps else None

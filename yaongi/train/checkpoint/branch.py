@@ -77,6 +77,10 @@ def check_origin(origin: Origin, model: ModelConfig, tokenizer_hash: str, matrix
     differing = [line for line in differing if line.split(":")[0] not in MAY_DIFFER]
     if differing:
         raise ValueError(f"train: --init must be of the same model, got another ({'; '.join(differing)})")
+    most, got = theirs["max_sequence_length"], model.max_sequence_length
+    if got < most:  # no weight depends on it: the model would only lose what it can read, most likely to a preset
+        wanted = f"{most} or more, that of --init; --row-tokens may be less"
+        raise ValueError(f"train: --model.max-sequence-length must be {wanted}, got {got}")
     file = origin.folder / TOKENIZER
     found = origin.meta["tokenizer"] if origin.meta else sha256_file(file) if file.is_file() else tokenizer_hash
     if found != tokenizer_hash:
