@@ -3,6 +3,8 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +47,9 @@ def test_positions_count_from_the_beginning_of_a_document() -> None:
             assert bool(parts["256-699"].predicted[row, place]) == (bool(predicted[row, place]) and late)
     assert sum(int(part.text_bytes.sum()) for part in parts.values()) == int(rows.text_bytes.sum())
 
-    def flat(ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*ids.shape, 7)
-
+    flat: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=7))
+    flat.hidden_states = lambda ids, _: torch.zeros(*ids.shape, 1)
+    flat.lm_head = lambda hidden: torch.zeros(len(hidden), 7)
     total = sum(nats(flat, part, device=CPU) for part in parts.values())
     assert total == pytest.approx(nats(flat, rows, device=CPU))
 

@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +26,15 @@ def test_nats_of_a_known_model() -> None:
     )
     rows.predicted[:, 0] = False
     counted = int(rows.predicted.sum())
+    read: list[int] = []  # positions at which the head is computed
+    flat: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=7))
+    flat.hidden_states = lambda ids, _: torch.zeros(*ids.shape, 1)
+    flat.lm_head = lambda hidden: read.append(len(hidden)) or torch.zeros(len(hidden), 7)
     for at_once in (1, 3, 5):
-        total = nats(lambda ids, _: torch.zeros(*ids.shape, 7), rows, device=torch.device("cpu"), rows_at_once=at_once)
+        read.clear()
+        total = nats(flat, rows, device=torch.device("cpu"), rows_at_once=at_once)
         assert total == pytest.approx(counted * math.log(7), rel=1e-6)
+        assert sum(read) == counted
     assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
     with pytest.raises(ValueError, match="text_bytes must be 1 or more, got 0"):
         bits_per_byte(1.0, 0)

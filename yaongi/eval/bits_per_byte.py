@@ -5,32 +5,29 @@ are the EOS tokens that end documents, and the first token of a row or document,
 """
 
 import math
-from collections.abc import Callable
 
+import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import pad
 
 from yaongi.data.row_loader import HeldOut
-
-Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and document ids (B, L) → logits (B, L, V)
-_POSITIONS_AT_ONCE = 1 << 14  # positions whose logits are cast to float32 together
+from yaongi.eval.rows.batches import to_device, token_scores
+from yaongi.model import Yaongi
 
 
 @torch.no_grad()
-def nats(model: Logits, rows: HeldOut, *, device: torch.device, rows_at_once: int = 1) -> float:
-    """Return the nats of all predicted tokens of `rows`, summed in float64."""
+def nats(model: Yaongi, rows: HeldOut, *, device: torch.device, rows_at_once: int = 1) -> float:
+    """Return the nats of all predicted tokens of `rows`, summed in float64; each is scored as a continuation's are."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(rows.input_ids), rows_at_once):
         part = slice(start, start + rows_at_once)
-        ids = rows.input_ids[part].to(device)
-        logits = model(ids, rows.document_ids[part].to(device))
-        counted = rows.predicted[part, 1:].reshape(-1).to(device)
-        predictions = logits[:, :-1].reshape(-1, logits.shape[-1])
-        targets = ids[:, 1:].reshape(-1)
-        for first in range(0, len(targets), _POSITIONS_AT_ONCE):
-            some = slice(first, first + _POSITIONS_AT_ONCE)
-            losses = cross_entropy(predictions[some].float(), targets[some], reduction="none")
-            total += (losses.double() * counted[some]).sum()
+        ids = rows.input_ids[part]
+        places = pad(rows.predicted[part, 1:], (0, 1)).flatten().nonzero().squeeze(1)  # what predicts a token
+        hidden = model.hidden_states(ids.to(device), rows.document_ids[part].to(device)).flatten(0, 1)
+        index = np.arange(len(places))
+        targets = ids.flatten()[places + 1].to(device)
+        values, _ = token_scores(model, hidden[places.to(device)], to_device(index, device), targets, index)
+        total -= values.double().sum()
     return float(total)
 
 

@@ -9,7 +9,8 @@ import torch
 from yaongi.data.loader import Loader
 from yaongi.data.row_loader import HeldOut, RowLoader
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.eval.bits_per_byte import Logits, bits_per_byte, nats
+from yaongi.eval.bits_per_byte import bits_per_byte, nats
+from yaongi.model import Yaongi
 
 _TOKENS_AT_ONCE = 1 << 14  # read by the model in a pass
 
@@ -68,7 +69,7 @@ def text_rows(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, row_tokens
     return found
 
 
-def held_out_bits(model: Logits, rows: dict[str, HeldOut], device: torch.device) -> dict[str, float]:
+def held_out_bits(model: Yaongi, rows: dict[str, HeldOut], device: torch.device) -> dict[str, float]:
     """Return the bits per byte of each domain."""
     return {
         domain: bits_per_byte(

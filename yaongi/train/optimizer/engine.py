@@ -22,7 +22,7 @@ def make_engine(
         dtype: of the model's weights.
     """
     if parallel == "fsdp":
-        shard(model, model.backbone.layers, ("losses",), world)
+        shard(model, model.backbone.layers, ("losses", "hidden_states"), world)
         return Shards(model, world, dtype)
     if parallel == "replicate":
         return Replicas(model, world, divide_parameters(model, train, world.size))
