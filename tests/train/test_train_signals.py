@@ -54,7 +54,7 @@ def stopped(tokens: Path, folder: Path, how: str, part: str, *numbers: int) -> t
     assert process.stdout is not None
     for line in process.stdout:
         printed.append(line)
-        if line == "now\n":
+        if line.endswith("now\n"):  # perhaps behind what another process prints
             for number in numbers:
                 process.send_signal(number)
                 time.sleep(0.4)
@@ -67,6 +67,7 @@ def stopped(tokens: Path, folder: Path, how: str, part: str, *numbers: int) -> t
 
 def assert_saved(out: Path, printed: str) -> int:
     """Check that the last step done is saved whole, and return it."""
+    assert "saved step " in printed, printed
     step = int(printed.split("saved step ")[1].split(";")[0])
     newest = find_weights(out)
     assert newest.name == f"step-{step:08d}"
@@ -102,7 +103,7 @@ def test_asked_to_stop(
 ) -> None:
     """The step is ended and saved, however often a machine asks, and the command that goes on is the right one."""
     code, printed, errors = stopped(tokens, tmp_path, how, part, *numbers)
-    saved = assert_saved(tmp_path / "run", printed)
+    saved = assert_saved(tmp_path / "run", printed + errors)
     assert step in (None, saved)
     assert code == (1 if how == "torchrun" else 128 + numbers[0])
     assert errors.count("stopping after this step") == 1
