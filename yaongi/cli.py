@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 
 _UNITS = {"k": 3, "M": 6, "B": 9, "T": 12}
@@ -56,11 +55,11 @@ def show_help(parse: Callable[[Sequence[str]], object]) -> None:
     A command calls it before slow imports.
     """
     if "--help" in sys.argv and os.environ.get("LOCAL_RANK", "0") == "0":
-        run(partial(_show, parse))
 
+        def show() -> None:
+            parse(sys.argv[1:])
 
-def _show(parse: Callable[[Sequence[str]], object]) -> None:
-    parse(sys.argv[1:])
+        run(show)
 
 
 def require(package: str) -> None:

@@ -56,7 +56,7 @@ def test_every_chunk_size_gives_the_recurrence(groups: int, case: str, chunk: in
         assert_equal_to_float64(result, value, 1e-12, name)
 
 
-@pytest.mark.parametrize("length", [1, 7, 15, 16, 17, 33, 129])
+@pytest.mark.parametrize("length", [1, 7, 15, 16, 17, 33, 63, 64, 65, 129])
 def test_lengths_around_the_default_chunk(length: int) -> None:
     documents = (length // 2, length - length // 2) if length > 1 else None
     args = arguments((1, 2, 3, 1, 4), length, documents)

@@ -58,13 +58,14 @@ def head_cross_entropy(
         hidden: (T, d).
         weight: (V, d).
         targets: (T) int64, NO_TARGET or any other negative number (−100, say) where there is none.
-        chunk: tokens whose logits are in memory at once; by default as many as have CHUNK_LOGITS logits.
+        chunk: tokens whose logits are in memory at once; by default as many as have CHUNK_LOGITS
+            logits, on a CPU CACHED_LOGITS.
         upstream: the gradients with which the backward pass will come to the two results, scalars of their dtype.
 
     Returns:
         Two scalars in float32 (float64 for float64 inputs).
     """
-    chunk = chunk or _chunk(weight)
+    chunk = chunk or _chunk(len(weight), weight.device)
     gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
     if upstream is not None and torch.is_grad_enabled():
         return _HeadCrossEntropyAhead.apply(hidden, weight, targets, chunk, gradient, *upstream)
@@ -85,7 +86,7 @@ def head_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: in
     In float32 (float64 for float64 inputs); arguments as there. The backward pass recomputes the logits.
     """
     gradient = accumulation_target(weight) if isinstance(weight, torch.nn.Parameter) else None
-    return _HeadCrossEntropy.apply(hidden, weight, targets, chunk or _chunk(weight), gradient)[0]
+    return _HeadCrossEntropy.apply(hidden, weight, targets, chunk or _chunk(len(weight), weight.device), gradient)[0]
 
 
 def module_token_losses(hidden: Tensor, head: torch.nn.Module, targets: Tensor, vocab_size: int) -> Tensor:
@@ -101,7 +102,7 @@ def _module_cross_entropy(
     def part(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy(head(rows), labels)
 
-    chunk = max(1, CHUNK_LOGITS // vocab_size)
+    chunk = _chunk(vocab_size, hidden.device)
     parts = [
         checkpoint(part, rows, labels, use_reentrant=False)
         for rows, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -140,10 +141,11 @@ class _HeadGradients:
         return self._dweight.to(self._weight.dtype) if self._into is None else None
 
 
-def _chunk(weight: Tensor) -> int:
-    if weight.device.type == "cpu":
-        return max(CACHED_TOKENS, CACHED_LOGITS // weight.shape[0])
-    return max(1, CHUNK_LOGITS // weight.shape[0])
+def _chunk(vocab_size: int, device: torch.device) -> int:
+    """Return the tokens whose logits are in memory at once."""
+    if device.type == "cpu":
+        return max(CACHED_TOKENS, CACHED_LOGITS // vocab_size)
+    return max(1, CHUNK_LOGITS // vocab_size)
 
 
 def _chunks(tokens: int, chunk: int) -> list[slice]:
