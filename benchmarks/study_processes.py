@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 4 -m benchmarks.study_processes --preset yaongi-4b
 
 First each process trains alone on its GPU, all at once, so that the cards are as warm as later; then all train
-together. Times are medians over the steps after the first two; those of collectives are of the process that came last.
+together. Times are medians over the steps after two short ones; those of collectives are of the process that came last.
 Random tokens, no data needed. It also runs on a CPU, with gloo.
 """
 
@@ -34,7 +34,7 @@ from yaongi.world import World, init_world, set_determinism
 
 ROWS = {"yaongi-4b": 2, "yaongi-4b-fp8": 2, "yaongi-small": 32, "yaongi-tiny": 1}  # per micro-batch on one GPU
 RATES = {"matrix": 2e-3, "vector": 3e-4, "table": 15e-4}
-WARM = 2  # steps before the timed ones: the first compiles, the second may record the graph
+WARM = 2  # micro-batches of each of as many steps before the timed ones: the first compiles, the next is recorded
 
 
 class Stopwatch:
@@ -93,9 +93,9 @@ class Trainer:
         return result.loss
 
     def measure(self, steps: int, batches: Sequence[Batch]) -> tuple[list[float], dict[str, list[float]]]:
-        """Return the seconds of `steps` steps after `WARM` others, and the milliseconds of their parts."""
+        """Return the seconds of `steps` steps after `WARM` short ones, and the milliseconds of their parts."""
         for _ in range(WARM):
-            self.step(batches)
+            self.step(batches[:WARM])
         self.synchronize()
         self.watch.milliseconds()
         marks = [time.perf_counter()]

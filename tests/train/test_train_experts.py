@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import SPLIT_NUMBERS, in_processes
-from small_run import ALONE, arguments, assert_close, assert_same, final, losses
+from processes import SPLIT_NUMBERS, in_processes, train
+from small_run import ALONE, FOR_KERNELS, arguments, assert_close, assert_same, final, losses
 
 from yaongi.model import Yaongi
 from yaongi.train import program
@@ -221,3 +221,25 @@ def test_fp8(two: Path) -> None:
     """Compare with two processes that hold all experts: the same scales, sums in another order."""
     for (_, *got), (_, *wanted) in zip(losses(two / "fp8-experts"), losses(two / "fp8-replicate"), strict=True):
         assert got == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(tokens: Path, tmp_path: Path) -> None:
+    """Run the kernels, and NCCL in the recorded graph: the same bits twice, the losses of one GPU, which goes on."""
+    more = ("--device", "cuda", "--sample-tokens", "3", *FOR_KERNELS)
+
+    def on_gpus(count: int, name: str, *more_still: str) -> None:
+        given = arguments(tokens, tmp_path / name, *more, *more_still)
+        done = in_processes(count, tmp_path / f"{name}-log", train, given)
+        assert not any(done.codes), "\n".join(done.err)[-4000:]
+
+    on_gpus(1, "one")
+    for name in ("first", "second"):
+        on_gpus(2, name, *SPREAD, "--checkpoint-every", "2")
+    on_gpus(2, "both", *SPREAD, "--stop-after", "3")
+    on_gpus(1, "both")
+    assert_same(tmp_path / "second", tmp_path / "first")
+    for name in ("first", "both"):
+        for got, wanted in zip(losses(tmp_path / name), losses(tmp_path / "one"), strict=True):
+            assert got[:2] == pytest.approx(wanted[:2], abs=0.05), name
