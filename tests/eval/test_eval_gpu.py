@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_eval_scoring import some_requests
 
-from yaongi.eval.scoring import Scorer
+from yaongi.eval.scoring import Request, Scorer
 from yaongi.model import EngramConfig, ModelConfig, Yaongi
 from yaongi.world import World
 
@@ -39,35 +39,38 @@ def models() -> tuple[Yaongi, Yaongi]:
     return exact, fast
 
 
+def log_likelihoods(scorer: Scorer, requests: list[Request]) -> torch.Tensor:
+    return torch.tensor([score.log_likelihood for score in scorer.score(requests)], dtype=torch.float64)
+
+
 def test_packed_is_alone(models: tuple[Yaongi, Yaongi]) -> None:
     exact, fast = models
     requests = some_requests(20, longest=700)
-    wanted = torch.tensor([score.log_likelihood for score in Scorer(exact).score(requests)])
+    wanted = log_likelihoods(Scorer(exact), requests)
     scorer = Scorer(fast, CUDA)
-    packed = torch.tensor([score.log_likelihood for score in scorer.score(requests)])
-    alone = torch.tensor([Scorer(fast, CUDA, rows_per_pass=1).score([r])[0].log_likelihood for r in requests])
+    packed = log_likelihoods(scorer, requests)
+    alone = torch.cat([log_likelihoods(Scorer(fast, CUDA, rows_per_pass=1), [request]) for request in requests])
     assert (packed - wanted).abs().max() <= 2 * (alone - wanted).abs().max() + 1e-3
     rows = scorer.rows_at_once
     assert rows >= 2
     assert rows & (rows - 1) == 0
-    again = Scorer(fast, CUDA, rows_per_pass=rows).score(requests)
-    assert [score.log_likelihood for score in again] == packed.tolist()
+    assert torch.equal(log_likelihoods(Scorer(fast, CUDA, rows_per_pass=rows), requests), packed)
 
 
 def test_out_of_memory(models: tuple[Yaongi, Yaongi]) -> None:
-    """With 150 MB, the rows are too many: they are halved until they fit, and the scores stay."""
+    """With 60 MB, the rows are too many: they are halved until they fit, and the scores stay."""
     _, fast = models
     requests = some_requests(400, longest=900)
-    wanted = [score.log_likelihood for score in Scorer(fast, CUDA, 4096, 1).score(requests)]
+    wanted = log_likelihoods(Scorer(fast, CUDA, 4096, 1), requests)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     said: list[str] = []
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 150e6) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
     try:
         scorer = Scorer(fast, CUDA, 4096, 64, say=said.append)  # 18 rows
-        found = [score.log_likelihood for score in scorer.score(requests)]
+        found = log_likelihoods(scorer, requests)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert scorer.rows_at_once < 9
     assert said[0] == "out of memory: 9 rows per pass from here on"
-    assert found == pytest.approx(wanted, rel=0.02, abs=0.02)
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)

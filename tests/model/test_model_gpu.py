@@ -21,6 +21,7 @@ from yaongi.world import set_determinism
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
 Results = dict[str, Tensor]
+BATCHES = 4
 SIZES = {  # sizes that the fast kernels support: widths in multiples of 16
     "hidden_size": 128,
     "mamba_heads": 8,
@@ -57,6 +58,12 @@ def run(model: Yaongi, ids: Tensor, document_ids: Tensor | None) -> Results:
     return results
 
 
+def run_all(model: Yaongi, batches: list[Tensor], document_ids: Tensor | None) -> Results:
+    """Return the results of several batches, stacked: one alone has too few errors in a gradient of eight numbers."""
+    found = [run(model, ids, document_ids) for ids in batches]
+    return {name: torch.stack([results[name] for results in found]) for name in found[0]}
+
+
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_float32_equals_the_cpu(with_documents: bool) -> None:
     model = small_model("MEM*ME", **SIZES)
@@ -91,7 +98,7 @@ class PinnedRoutes:
 
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_documents: bool) -> None:
-    """Compare by the tolerance rule, with all experts as float64 chose them.
+    """Compare by the tolerance rule, over BATCHES batches, with all experts as float64 chose them.
 
     exact: float64 on the CPU; plain: the reference implementations in bfloat16.
     """
@@ -100,15 +107,15 @@ def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_do
     narrow = small_model("MEM*ME", torch.bfloat16, **SIZES)
     exact_model = Yaongi(narrow.config, dtype=torch.float64)
     exact_model.load_state_dict({name: t.double() for name, t in narrow.state_dict().items()})
-    ids = token_ids(narrow, 2, 256)
+    batches = [token_ids(narrow, 2, 256) for _ in range(BATCHES)]
     documents = packed((60, 1, 195), (256,)) if with_documents else None
-    exact = run(exact_model, ids, documents)
+    exact = run_all(exact_model, batches, documents)
     narrow = narrow.to("cuda")
     routes.restart()
     with use_backend("reference"):
-        plain = run(narrow, ids, documents)
+        plain = run_all(narrow, batches, documents)
     routes.restart()
-    for name, result in run(narrow, ids, documents).items():
+    for name, result in run_all(narrow, batches, documents).items():
         assert_close(result, exact[name], plain[name], name)
 
 
@@ -160,7 +167,8 @@ def test_attention_backends(backend: str, with_documents: bool) -> None:
         y.backward(torch.cos(torch.arange(y.numel(), device=device, dtype=torch.float64)).view(y.shape).to(dtype))
         results[name] = [t.detach().cpu() for t in (y, q.grad, k.grad, v.grad)]
     for part, kernel, exact, plain in zip("yqkv", *(results[n] for n in ("kernel", "exact", "plain")), strict=True):
-        assert_close(kernel, exact, plain, part)
+        # Not by rows: a query that sees one key has a gradient of 0, which is a difference of rounded numbers in flash.
+        assert_close(kernel, exact, plain, part, by_rows=False)
 
 
 def test_a_table_may_stay_in_the_hosts_memory() -> None:
