@@ -158,7 +158,7 @@ def test_a_stop_waits_no_longer_than_its_grace(folder: Path) -> None:
     [
         ({"max_sequence_length": 257}, "serve: max_sequence_length must be 2 to 256, the model's, got 257"),
         ({"slots": -1}, "serve: slots must be 0 or more, got -1"),
-        ({"chunk": 0}, "serve: chunk must be 1 or more, got 0"),
+        ({"chunk": -1}, "serve: chunk must be 0 or more, got -1"),
         ({"device": "tpu"}, "serve: device must be auto, cpu, gpu, cuda or cuda:N, got 'tpu'"),
         ({"host": "192.0.2.1"}, "serve: host and port must be free, got 192.0.2.1 and 0: "),
         ({"port": 70_000}, "serve: port must be 0 to 65535, got 70000"),

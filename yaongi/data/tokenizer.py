@@ -60,6 +60,7 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = range(4)
         self.vocab_size: int = self._processor.vocab_size()
         self._mark_ids = [self.piece_to_id(piece) for piece in _MARK_BYTES]
+        self._texts: dict[int, str] = {}  # of single tokens, which a stream asks for again and again
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -116,7 +117,14 @@ class Tokenizer:
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        plain = [int(i) for i in ids]
+        if len(ids) == 1:
+            only = int(ids[0])
+            if only not in self._texts:
+                self._texts[only] = self._decode([only])
+            return self._texts[only]
+        return self._decode([int(i) for i in ids])
+
+    def _decode(self, plain: list[int]) -> str:
         if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
             wrong = next(i for i in plain if not 0 <= i < self.vocab_size)
             raise ValueError(f"tokenizer: ids must be 0 to {self.vocab_size - 1}, got {wrong}")

@@ -21,9 +21,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from yaongi.serve.engine import Engine, QueueFullError, Said
-from yaongi.serve.replies import Replies, error_json, joined
+from yaongi.serve.replies import Replies, error_json
 from yaongi.serve.requests import BadRequestError, Call, Served, read_chat, read_completion
-from yaongi.serve.rows import Piece, Row
+from yaongi.serve.rows import Piece, Row, joined
 
 LONGEST_BODY = 1_000_000  # bytes
 RETRY_SECONDS = "1"
@@ -145,7 +145,7 @@ async def _answer(request: HttpRequest, service: Service, read: Read) -> Respons
         return lambda piece: inbox.put_nowait((index, piece))
 
     decode = service.served.tokenizer.decode
-    rows = [Row(asked, decode, listener(index)) for index, asked in enumerate(call.requests)]
+    rows = [Row(asked, decode, listener(index), whole=not call.stream) for index, asked in enumerate(call.requests)]
     service.engine.submit(rows)
     replies = Replies(call, service.served.name, service.served.tokenizer)
     if call.stream:
@@ -200,14 +200,9 @@ async def _events(replies: Replies, count: int, inbox: asyncio.Queue[tuple[int, 
 
 
 async def _whole(count: int, inbox: asyncio.Queue[tuple[int, Piece]]) -> list[Piece]:
-    """Return the answers, each as one piece."""
-    pieces: list[list[Piece]] = [[] for _ in range(count)]
-    left = count
-    while left:
-        index, piece = await inbox.get()
-        pieces[index].append(piece)
-        left -= piece.finish is not None or piece.error is not None
-    return [joined(several) for several in pieces]
+    """Return the answers, of which each comes as one piece."""
+    pieces = dict([await inbox.get() for _ in range(count)])
+    return [pieces[index] for index in range(count)]
 
 
 async def _hung_up(request: HttpRequest) -> None:

@@ -104,7 +104,8 @@ class Engine:
         reason = "the server has stopped"
         try:
             while self._wait():
-                deliver(self.work())
+                if said := self.work():
+                    deliver(said)
         except Exception as error:
             reason = f"the engine has failed: {' '.join(str(error).split())}"
             raise
@@ -246,7 +247,9 @@ class Engine:
                 scored = None
                 if number in scores:
                     scored = _as_scored(tokens[number], scores[number], row.request.alternatives or 0)
-                self._said.append((row, row.take(tokens[number], self._ends, scored)))
+                piece = row.take(tokens[number], self._ends, scored)
+                if piece is not None:
+                    self._said.append((row, piece))
                 if row.ended:
                     self._leave(row)
 

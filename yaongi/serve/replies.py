@@ -22,12 +22,6 @@ def error_json(
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Return consecutive pieces of one answer as one."""
-    text, scored = "".join(piece.text for piece in pieces), tuple(s for piece in pieces for s in piece.scored)
-    return Piece(text, sum(piece.tokens for piece in pieces), scored, pieces[-1].finish, pieces[-1].error)
-
-
 class Replies:
     """The replies to one call: their names are the same in all of its events."""
 

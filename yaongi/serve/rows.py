@@ -46,12 +46,24 @@ class Piece(NamedTuple):
     error: str | None = None  # instead of an end
 
 
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Return consecutive pieces of one answer as one."""
+    text, scored = "".join(piece.text for piece in pieces), tuple(s for piece in pieces for s in piece.scored)
+    return Piece(text, sum(piece.tokens for piece in pieces), scored, pieces[-1].finish, pieces[-1].error)
+
+
 class Row:
     """A request on its way through the batch. What it gives goes to its listener, called on the server's thread."""
 
     def __init__(
-        self, request: Request, decode: Callable[[Sequence[int]], str], listener: Callable[[Piece], None]
+        self,
+        request: Request,
+        decode: Callable[[Sequence[int]], str],
+        listener: Callable[[Piece], None],
+        *,
+        whole: bool = False,
     ) -> None:
+        """Prepare to answer; `whole`: in one piece, at the end."""
         self.request, self.listener = request, listener
         self.slot: int | None = None
         self.chosen = 0  # tokens chosen so far, which the host may not know yet
@@ -60,6 +72,7 @@ class Row:
         self.prompt_scores: list[Scored] = []  # of its prompt's tokens, until its first piece takes them along
         self._seen = 0  # tokens that the host knows
         self._text = TextStream(decode, request.stop)
+        self._pieces: list[Piece] | None = [] if whole else None  # kept until the end
 
     @property
     def position(self) -> int:
@@ -75,8 +88,18 @@ class Row:
         """Return the random number of the next token."""
         return float(self._uniforms[self.chosen]) if self.request.sampling.temperature > 0 else 0.0
 
-    def take(self, token: int, ends: Collection[int], scored: Scored | None) -> Piece:
-        """Take the next token, −1 for one that could not be chosen, and return what has come of it."""
+    def take(self, token: int, ends: Collection[int], scored: Scored | None) -> Piece | None:
+        """Take the next token, −1 for one that could not be chosen, and return what has come of it.
+
+        Of an answer that is wanted whole, nothing comes before its end.
+        """
+        piece = self._piece(token, ends, scored)
+        if self._pieces is None:
+            return piece
+        self._pieces.append(piece)
+        return joined(self._pieces) if self.ended else None
+
+    def _piece(self, token: int, ends: Collection[int], scored: Scored | None) -> Piece:
         self._seen += 1
         scores = (*self.prompt_scores, *(() if scored is None else (scored,)))
         self.prompt_scores = []

@@ -22,6 +22,7 @@ from yaongi.serve.engine import Engine, Limits
 from yaongi.serve.requests import Served
 
 GPU_SLOTS, CPU_SLOTS = 64, 8
+GPU_CHUNK, CPU_CHUNK = 2048, 512
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,8 @@ class Options:
     def __post_init__(self) -> None:
         """Check the numbers. Raises ValueError."""
         for name in ("slots", "max_sequence_length", "chunk", "queue", "grace"):
-            least = int(name == "chunk")
-            if getattr(self, name) < least:
-                raise ValueError(f"serve: {name} must be {least} or more, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"serve: {name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"serve: port must be 0 to {2**16 - 1}, got {self.port}")
 
@@ -139,7 +139,8 @@ def _limits(options: Options, model: Yaongi) -> Limits:
     if not 2 <= capacity <= own:
         raise ValueError(f"serve: max_sequence_length must be 2 to {own}, the model's, got {capacity}")
     on_gpu = next(model.parameters()).is_cuda
-    limits = Limits(options.slots or (GPU_SLOTS if on_gpu else CPU_SLOTS), capacity, options.chunk, options.queue)
+    slots, chunk = (GPU_SLOTS, GPU_CHUNK) if on_gpu else (CPU_SLOTS, CPU_CHUNK)
+    limits = Limits(options.slots or slots, capacity, options.chunk or chunk, options.queue)
     if on_gpu:
         free, needed = torch.cuda.mem_get_info()[0], _cache_bytes(model, limits)
         if needed > free:
