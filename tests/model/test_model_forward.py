@@ -8,7 +8,7 @@ from model_support import ENGRAM, assert_relative, gradients, packed, small_conf
 from torch.nn import functional as F
 
 from yaongi.model import Yaongi, load_preset
-from yaongi.model.initialize import initialize
+from yaongi.model.initialize import initialize, set_constants
 from yaongi.model.layers.accumulation import fused_accumulation
 from yaongi.model.losses import NO_TARGET, head_cross_entropy, next_tokens
 from yaongi.train.optimizer.roles import parameter_roles
@@ -241,11 +241,8 @@ def test_meta_device_draws_nothing_and_can_be_filled() -> None:
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
     initialize(model, config, 5)
-    model.backbone.layers[1].engram.reset_constants()
+    set_constants(model)
     expected = Yaongi(config, seed=5)
-    for layer in model.backbone.layers:
-        if layer.kind == "E":
-            layer.mixer.gate.e_score_correction_bias.zero_()
     ids = token_ids(model, 1, 9)
     assert torch.equal(model(ids), expected(ids))
 

@@ -15,6 +15,7 @@ from small_run import arguments
 
 from yaongi.train.distributed import agreement, watch
 from yaongi.train.session import Session
+from yaongi.world import World
 
 FEW = ("--sample-tokens", "0", "--micro-rows", "2", "--evaluate-every", "100", "--stop-after", "2")
 
@@ -136,3 +137,29 @@ def test_a_wrong_option(option: str, tokens: Path, tmp_path: Path) -> None:
     assert done.codes == [2, 2, 2]
     assert option in done.err[0] + done.out[0]
     assert done.err[1:] + done.out[1:] == [""] * 4
+
+
+def test_the_flight_recorder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On GPUs the line of a process that hangs says where it writes; what the user has set stays."""
+    mine = {"WORLD_SIZE": "2", "TORCH_FR_BUFFER_SIZE": "7"}
+    monkeypatch.setattr(os, "environ", mine)
+    watch.record_collectives(tmp_path)
+    assert mine == {
+        "WORLD_SIZE": "2",
+        "TORCH_FR_BUFFER_SIZE": "7",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/nccl/rank_",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    monkeypatch.setattr(watch, "LEAST", 0.05)
+    monkeypatch.setattr(watch, "POLL", 0.01)
+    printed = ""
+    with watch.Watch(World(1, 2, torch.device("cuda", 1)), tmp_path, lambda: (3, "the update")):
+        end = time.monotonic() + 30
+        while not printed and time.monotonic() < end:
+            time.sleep(0.01)
+            printed = capsys.readouterr().err
+    assert 'GPU 1): no progress for 0 s in "the update", after step 3; after 30 minutes the last coll' in printed
+    assert printed.endswith(f"are written to {tmp_path}/nccl\n")
+    assert (tmp_path / "nccl").is_dir()

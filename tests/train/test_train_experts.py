@@ -66,6 +66,10 @@ def two_processes(given: Sequence[str], base: Path) -> None:
             torch.save(final(base / "narrow"), base / f"move{number}.pt")
     for way in ("replicate", "experts"):
         run(world, given, base / f"fp8-{way}", *FP8, "--parallel", way)
+    for way in ("fsdp", "experts"):
+        save_again(
+            world, given, base / f"init-{way}", *NARROW, "--init", str(base / "narrow" / "model"), "--parallel", way
+        )
     world.close()
 
 
@@ -128,6 +132,17 @@ def test_the_model_at_the_end_is_whole(two: Path) -> None:
         wanted = tensors.get(f"optimizer/{name}/master", tensors.get(f"model/{name}"))
         assert wanted is not None, name
         assert torch.equal(parameter, wanted.to(parameter.dtype)), name
+
+
+def test_a_run_from_a_model_folder(two: Path, tokens: Path) -> None:
+    """Each process reads its part: sharded or spread, the first checkpoint is one process's to the bit."""
+    given = arguments(tokens, two / "run")
+    save_again(ALONE, given, two / "init-alone", *NARROW, "--init", str(two / "narrow" / "model"))
+    wanted = final(two / "init-alone")
+    for way in ("fsdp", "experts"):
+        got = final(two / f"init-{way}")
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted), way
 
 
 def four_processes(given: Sequence[str], base: Path) -> None:

@@ -4,10 +4,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small_run import FOR_KERNELS, arguments, environment, final_tensors, losses, run
+from processes import in_processes
+from small_run import FOR_KERNELS, arguments, config_of, environment, final_tensors, losses, run
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from yaongi.data.tokenizer import Tokenizer
+from yaongi.model.initialize import Part, PartOf
+from yaongi.train.build import build_model, materialize
+from yaongi.train.config import Config
+from yaongi.train.optimizer.engine import make_engine
+from yaongi.world import init_world
 
 MORE = ("--sample-tokens", "0", "--micro-rows", "2", "--parallel", "fsdp")
 
@@ -26,6 +38,60 @@ def two(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two") / "run"
     run_two(tokens, out, "--dtype", "float64")
     return out
+
+
+class Allocated(TorchDispatchMode):
+    """A context that adds up the bytes of all storages made within it, freed again or not."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given, found = (
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tree_leaves(tree) if _has_memory(t)}
+            for tree in ((args, kwargs), made)
+        )
+        self.total += sum(size for place, size in found.items() if place not in given)
+        return made
+
+
+def _has_memory(tensor: object) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta  # type: ignore[attr-defined]
+
+
+def begin(config: Config, tokens: Path) -> None:
+    """Check that what each process makes of a model is its part of a whole one, and takes no more memory than that."""
+    world, tokenizer, dtype = init_world("cpu"), Tokenizer.load(tokens / "tokenizer"), torch.bfloat16
+    whole = build_model(config, tokenizer, world.device, dtype=dtype)
+    for parallel in ("fsdp", "experts"):
+        model = build_model(config, tokenizer, "meta", dtype=dtype)
+        parts: dict[str, Part] = {}
+        allocated = Allocated()
+
+        def fill(part_of: PartOf, model: Any = model, parts: Any = parts) -> None:
+            assert all(p.is_meta for p in model.parameters())
+            materialize(model, config, tokenizer, world.device, part_of)
+            parts |= {name: part_of(name, p) for name, p in model.named_parameters()}
+
+        with allocated:
+            make_engine(model, config.train, world, parallel, world.size, dtype, fill)
+        for name, parameter in whole.named_parameters():
+            part = parts[name]
+            assert part.rows == len(parameter)
+            wanted = parameter[part.first : part.first + len(part.tensor)]
+            assert torch.equal(part.tensor, wanted.to(part.tensor.dtype)), name
+        for name, buffer in whole.named_buffers():
+            assert torch.equal(model.get_buffer(name), buffer), name
+        if parallel == "fsdp":  # of experts the buffers for gradients come in addition
+            assert allocated.total < 4 * sum(p.numel() for p in whole.parameters())
+    world.close()
+
+
+def test_each_process_begins_with_its_part_alone(tokens: Path, tmp_path: Path) -> None:
+    """Neither sharded weights nor spread experts are whole anywhere, and they are one process's to the bit."""
+    config = config_of(tokens, tmp_path / "run")
+    done = in_processes(2, tmp_path / "log", begin, config, tokens)
+    assert not any(done.codes), "\n".join(done.err)[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ numbers are drawn in float32 on the CPU, in chunks, then converted and moved. Se
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +24,32 @@ DT_RANGE = (1e-3, 1e-1)
 DT_FLOOR = 1e-4
 
 
+class Part(NamedTuple):
+    """The rows that are here of a parameter, one after another."""
+
+    tensor: Tensor  # (n, …)
+    first: int  # which row of all the first one is
+    rows: int  # of the whole parameter
+
+
+PartOf = Callable[[str, nn.Parameter], Part]  # of a parameter and its name
+
+
+def all_rows(name: str, parameter: nn.Parameter) -> Part:
+    """Return a whole parameter as the part that is here."""
+    return Part(parameter.data, 0, len(parameter))
+
+
+def set_constants(model: nn.Module) -> None:
+    """Set what is no parameter and has the same values in every new model, which `to_empty` leaves undefined."""
+    for module in model.modules():
+        reset = getattr(module, "reset_constants", None)
+        if reset is not None:
+            reset()
+
+
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize(model: nn.Module, config: ModelConfig, seed: int, part_of: PartOf = all_rows) -> None:
     """Initialise every parameter that is not on the meta device, by its role.
 
     - Matrices: normal with std sqrt(0.8/d); those that write to the residual, divided by sqrt(layers).
@@ -32,21 +58,27 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     - dt: log-uniform in 1e-3..0.1 (at least 1e-4); `dt_bias` is its inverse softplus.
     - Mamba convolution: uniform within ±1/sqrt(taps), as torch's own.
     - Engram convolution: zero.
+
+    Args:
+        part_of: which rows of a parameter are here; they get what they have in a whole one.
     """
-    parameters = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+    parameters = [(name, part_of(name, p)) for name, p in model.named_parameters() if not p.is_meta]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda item: _fill(item[0], item[1], config, seed), parameters))
 
 
-def _fill(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    """Draw one parameter; in a thread, which has modes of its own."""
+def _fill(name: str, part: Part, config: ModelConfig, seed: int) -> None:
+    """Draw a parameter up to the last row that is here; in a thread, which has modes of its own."""
     generator = torch.Generator("cpu").manual_seed(_key(seed, name))
-    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-        flat = parameter.data.view(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            part = flat[start : start + CHUNK]
-            numbers = torch.empty(part.numel(), dtype=torch.float32, device="cpu")
-            part.copy_(_draw(name, numbers, generator, config))
+    with torch.inference_mode(part.tensor.is_inference()), torch.no_grad():
+        width = math.prod(part.tensor.shape[1:])
+        first, total = part.first * width, part.rows * width
+        here = part.tensor.view(-1)
+        for start in range(0, first + len(here) if len(here) else 0, CHUNK):
+            numbers = torch.empty(min(CHUNK, total - start), dtype=torch.float32, device="cpu")
+            drawn = _draw(name, numbers, generator, config)[max(0, first - start) :]
+            place = here[max(0, start - first) :][: len(drawn)]
+            place.copy_(drawn[: len(place)])
 
 
 def _key(seed: int, name: str) -> int:

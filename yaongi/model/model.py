@@ -17,7 +17,7 @@ from yaongi.model.engram.engram import Engram
 from yaongi.model.engram.hashing import hash_plans, ngram_window
 from yaongi.model.hub import folder as hub
 from yaongi.model.hub.run_weights import find_weights
-from yaongi.model.initialize import initialize
+from yaongi.model.initialize import initialize, set_constants
 from yaongi.model.layers.fp8_layers import Travelling
 from yaongi.model.layers.fp8_scales import Fp8Scales
 from yaongi.model.layers.linear import Embedding, Linear
@@ -305,10 +305,8 @@ class Yaongi(nn.Module):
         folder = find_weights(Path(folder))
         config, stored = hub.read_config(folder)
         model = cls(config, device="meta", dtype=dtype or stored).to_empty(device=device)
-        for module in model.modules():
-            if isinstance(module, Engram):
-                module.reset_constants()
         with torch.no_grad():
+            set_constants(model)
             hub.read_weights(folder, model.state_dict())
         return model
 

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 
 import torch
+from numpy.typing import ArrayLike
 
 from yaongi.data.epochs import tokens_for
 from yaongi.data.loader import Loader
@@ -12,6 +13,8 @@ from yaongi.data.row_loader import RowLoader
 from yaongi.data.shards import MANIFEST
 from yaongi.data.tokenizer import MODEL_FILE, Tokenizer
 from yaongi.model import Yaongi, compression_map
+from yaongi.model.check import compression_table
+from yaongi.model.initialize import PartOf, initialize, set_constants
 from yaongi.train.config import Config
 from yaongi.train.recompute import recomputed_layers
 
@@ -67,9 +70,32 @@ def build_model(
     Args:
         tokenizer: may be absent on the meta device alone: it decides which ids Engram takes for the same.
     """
-    variant, compression = config.train.engram_compression, None
-    if tokenizer is not None and config.model.engram and variant != "none":
-        compression = compression_map(tokenizer.pieces(), variant)
+    compression = _compression(config, tokenizer)
     model = Yaongi(config.model, seed=config.train.seed, device=device, dtype=dtype, compression=compression)
     model.recompute = recomputed_layers(config.run.recompute, config.model.pattern)
     return model
+
+
+@torch.no_grad()
+def materialize(model: Yaongi, config: Config, tokenizer: Tokenizer, device: torch.device, part_of: PartOf) -> None:
+    """Move a model from the meta device, if it is there: what is here of it gets what `build_model` gives all of it.
+
+    Args:
+        part_of: which rows of a parameter are here.
+    """
+    if not model.lm_head.weight.is_meta:
+        return
+    model.to_empty(device=device)
+    set_constants(model)
+    compression = _compression(config, tokenizer)
+    if model.backbone.compression is not None and compression is not None:
+        model.backbone.compression.copy_(compression_table(compression, config.model))
+    initialize(model, model.config, config.train.seed, part_of)
+
+
+def _compression(config: Config, tokenizer: Tokenizer | None) -> ArrayLike | None:
+    """Return which token ids Engram takes for the same; None: it takes none."""
+    variant = config.train.engram_compression
+    if tokenizer is None or not config.model.engram or variant == "none":
+        return None
+    return compression_map(tokenizer.pieces(), variant)

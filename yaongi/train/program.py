@@ -15,7 +15,7 @@ from yaongi import cli
 from yaongi.train.checkpoint.checkpoints import DamagedError, step_of
 from yaongi.train.config import Config
 from yaongi.train.distributed.errors import agree_on_error, is_loss, others_failed
-from yaongi.train.distributed.watch import Watch
+from yaongi.train.distributed.watch import Watch, record_collectives
 from yaongi.train.job import PRETRAINING, Pretraining
 from yaongi.train.plan.advice import explain_out_of_memory
 from yaongi.train.plan.run_plan import make_plan
@@ -48,7 +48,7 @@ def train(config: Config, world: World, arguments: Sequence[str], job: Pretraini
 def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
     session.start()
     run = session.config.run
-    watch = Watch(world, lambda: (session.step, session.stepper.doing))
+    watch = Watch(world, run.out, lambda: (session.step, session.stepper.doing))
     with StopRequest(world, run.out, lambda: _progress(session)) as stop, watch, session:
         if session.lacks_evaluation():
             with stop.unwatched(), watch.paused():
@@ -106,6 +106,7 @@ def run(arguments: Sequence[str], job: Pretraining = PRETRAINING) -> int:
         print(make_plan(config, None, World(0, 1, torch.device("cpu"))).lines())
         return 0
     set_determinism(config.run.deterministic)
+    record_collectives(config.run.out)
     world = init_world(config.run.device)
     try:
         status = _trained(config, world, arguments, job)

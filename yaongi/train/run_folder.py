@@ -17,8 +17,9 @@ REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 WANDB, WANDB_ID = "wandb", "wandb_id.json"
 LOCK = ".lock"
+NCCL = "nccl"  # what torch's flight recorder writes where processes hang
 STOP = "stop"  # made by anyone, it asks the run to stop
-RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT, TENSORBOARD, WANDB, WANDB_ID)
+RUN_ENTRIES = (CHECKPOINTS, MODEL, CONFIG, METRICS, REPORT, TENSORBOARD, WANDB, WANDB_ID, NCCL)
 
 
 def lock_run(folder: Path) -> BaseFileLock:

@@ -15,10 +15,10 @@ from yaongi import cli
 from yaongi.data.row_loader import Batch
 from yaongi.data.tokenizer import MODEL_FILE
 from yaongi.files import has_sums, read_json_lines
-from yaongi.model.hub.folder import read_weights
 from yaongi.model.hub.push import open_repository, push_folder
-from yaongi.train.build import build_model
-from yaongi.train.checkpoint.branch import taking_over
+from yaongi.model.initialize import PartOf
+from yaongi.train.build import build_model, materialize
+from yaongi.train.checkpoint.branch import take_weights, taking_over
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
 from yaongi.train.checkpoint.model_folder import saved_bytes
 from yaongi.train.checkpoint.resume import compare_sites, fp8_sites, launch_of, without_what_was_done
@@ -149,18 +149,14 @@ class Session:
             note_start(start, self.config, self._record, skipped, self.metrics, self.display.say)
 
     def _build(self) -> None:
-        config, world = self.config, self.world
+        config, world, plan = self.config, self.world, self.plan
         torch.manual_seed(config.train.seed)
         dtype = config.train.weight_dtype(world.device)
-        self.model = build_model(config, self.tokenizer, world.device, dtype=dtype)
-        origin = self._start.origin
-        if origin is not None and origin.meta is None:
-            with taking_over(self.model):
-                read_weights(origin.folder, self.model.state_dict())
-        plan = self.plan
-        engine = make_engine(self.model, config.train, world, plan.parallel, plan.expert_degree, dtype)
-        momentum_dtype = config.train.matrix_momentum_dtype(world.device)
-        self.optimizer = RoleOptimizer(self.model, config.train, momentum_dtype, engine)
+        place = world.device if plan.parallel == "replicate" else "meta"
+        self.model = build_model(config, self.tokenizer, place, dtype=dtype)
+        engine = make_engine(self.model, config.train, world, plan.parallel, plan.expert_degree, dtype, self._fill)
+        momentum = config.train.matrix_momentum_dtype(world.device)
+        self.optimizer = RoleOptimizer(self.model, config.train, momentum, engine)
         self.guard = Guard(config.train.bad_steps)
         token_bytes = torch.from_numpy(self.tokenizer.byte_lengths)
         self.stepper = Stepper(
@@ -172,9 +168,12 @@ class Session:
             cuda_graph=config.run.cuda_graph,
             objective=self.job.objective(config),
         )
-        self.evaluation = self.job.evaluation(
-            config, self.loader, self.tokenizer, world, self.plan.micro_rows, self.display
-        )
+        self.evaluation = self.job.evaluation(config, self.loader, self.tokenizer, world, plan.micro_rows, self.display)
+
+    def _fill(self, part_of: PartOf) -> None:
+        """Give the model its first values."""
+        materialize(self.model, self.config, self.tokenizer, self.world.device, part_of)
+        take_weights(self._start.origin, self.model)
 
     def _branch(self, path: Path, meta: dict[str, Any]) -> None:
         """Take from another run's checkpoint all that goes over into a new run."""

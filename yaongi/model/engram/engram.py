@@ -78,7 +78,7 @@ class Engram(nn.Module):
         self.starts: Tensor
 
     def reset_constants(self) -> None:
-        """Set the hash constants again, which `to_empty` leaves undefined."""
+        """Set the hash constants."""
         primes, starts = self.plan.constants(self.primes.device)
         self.primes.copy_(primes)
         self.starts.copy_(starts)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from yaongi.files import read_json, write_json
 from yaongi.model.hub.config_json import REMOTE_CODE
@@ -98,6 +99,8 @@ def write_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = S
 def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill the targets, which may be on any device and of any floating dtype, from the folder's weights.
 
+    Of a `DTensor` each process fills the rows that are there.
+
     Raises:
         FileNotFoundError: there are no weights.
         ValueError: a tensor is missing, extra or has a wrong shape, or a file is damaged. No target has changed then,
@@ -118,8 +121,19 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
             for name in shard.keys():  # noqa: SIM118
                 if not name.startswith(_ELSEWHERE):
                     place = Place.of(name)
-                    target = targets[place.name]
-                    (target if place.expert is None else target[place.expert]).copy_(shard.get_tensor(name))
+                    _copy(shard.get_tensor(name), targets[place.name], place.expert)
+
+
+def _copy(stored: Tensor, target: Tensor, expert: int | None) -> None:
+    """Copy a stored tensor into a target, or into an expert's part of it; of a `DTensor` into the rows here."""
+    if not isinstance(target, DTensor):
+        (target if expert is None else target[expert]).copy_(stored)
+        return
+    first, here = target.__create_chunk_list__()[0].offsets[0], target.to_local()
+    if expert is None:
+        here.copy_(stored[first : first + len(here)])
+    elif first <= expert < first + len(here):
+        here[expert - first].copy_(stored)
 
 
 def read_tensor(folder: Path, name: str) -> Tensor:

@@ -44,8 +44,15 @@ class Fp8Scales(nn.Module):
         self.history = nn.Buffer(torch.zeros(count, history, device=device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move the scales, but keep them float32."""
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+        """Move the scales, but keep them float32; from the meta device they get memory, as `to_empty` asks for."""
+        return super()._apply(
+            lambda t: torch.empty_like(t, device=fn(t).device) if t.is_meta else t.to(fn(t).device), recurse
+        )
+
+    def reset_constants(self) -> None:
+        """Set the scales of a new model."""
+        for tensor, value in ((self.scale, 1), (self.unit, 1), (self.amax, 0), (self.history, 0)):
+            tensor.fill_(value)
 
     def site(self, name: str, *, seen: bool = True) -> Site:
         """Return a site; unless `seen`, what is cast leaves no trace in its amax."""

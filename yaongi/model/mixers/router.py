@@ -25,6 +25,10 @@ class Router(KeepsFloat32):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, device=device, dtype=wide))
         self.e_score_correction_bias: Tensor
 
+    def reset_constants(self) -> None:
+        """Set the correction bias to zero."""
+        self.e_score_correction_bias.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, d) to logits (T, E)."""
         if self._on_tensor_cores(x):

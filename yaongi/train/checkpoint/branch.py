@@ -15,7 +15,7 @@ import torch
 
 from yaongi.files import sha256_file
 from yaongi.model import ModelConfig, Yaongi
-from yaongi.model.hub.folder import read_config
+from yaongi.model.hub.folder import read_config, read_weights
 from yaongi.model.hub.run_weights import CHECKPOINTS, TOKENIZER, checkpoints_in, find_weights, is_checkpoint
 from yaongi.train.checkpoint.checkpoints import DamagedError, read_meta
 
@@ -90,6 +90,13 @@ def check_origin(origin: Origin, model: ModelConfig, tokenizer_hash: str, matrix
     by = origin.meta["config"]["train"]["matrix_optimizer"] if origin.meta else matrix_optimizer
     if by != matrix_optimizer:
         raise ValueError(f"train: --matrix-optimizer must be {by}, that of --init, got {matrix_optimizer}")
+
+
+def take_weights(origin: Origin | None, model: Yaongi) -> None:
+    """Fill a model from the model folder that a run starts from, if it is one; errors as in `taking_over`."""
+    if origin is not None and origin.meta is None:
+        with taking_over(model), torch.no_grad():
+            read_weights(origin.folder, model.state_dict())
 
 
 @contextmanager

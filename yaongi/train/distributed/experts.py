@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from yaongi.model import Yaongi
+from yaongi.model.initialize import Part, PartOf, all_rows
 from yaongi.model.mixers.moe import Experts, MoE
 from yaongi.train.distributed.held import Group, Holders
 from yaongi.train.distributed.ownership import Ownership
@@ -40,7 +41,8 @@ class ExpertRanks:
         self._degree, owners, nodes = degree, ownership.size, world.size // degree
         node, self._rank = divmod(world.rank, degree)
         ranks = torch.arange(world.size).view(nodes // owners, owners, degree).transpose(1, 2)
-        mesh = DeviceMesh(world.device.type, ranks, mesh_dim_names=("copy", "node", "owner"))
+        # As a list: torch 2.11 goes by the strides of a tensor, which are in another order where a side is 1.
+        mesh = DeviceMesh(world.device.type, ranks.tolist(), mesh_dim_names=("copy", "node", "owner"))
         self._mesh = mesh["node", "owner"]
         self._node = mesh["node"].get_group()
         self.holders = Holders(
@@ -70,6 +72,19 @@ class ExpertRanks:
         for module in model.modules():
             if isinstance(module, Experts):
                 module.register_state_dict_post_hook(as_parts)
+
+    def part_in(self, model: nn.Module) -> PartOf:
+        """Return the function that says which rows of a model's parameters are here."""
+        parameters = self.parameters(model)
+        spread = {name for name, parameter in model.named_parameters() if parameter in parameters}
+
+        def part_of(name: str, parameter: nn.Parameter) -> Part:
+            count = len(parameter)
+            if name not in spread:
+                return all_rows(name, parameter)
+            return Part(parameter.data, self._rank * count, self._degree * count)
+
+        return part_of
 
     def _part(self, tensor: Tensor, parameter: nn.Parameter) -> DTensor:
         shape = torch.Size((self._degree * len(parameter), *parameter.shape[1:]))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from yaongi.model.initialize import Part, all_rows
 from yaongi.train.distributed.replicas import sum_of_squares
 from yaongi.world import World
 
@@ -89,13 +90,20 @@ def local_rows(tensor: torch.Tensor, rows: slice | None) -> LocalRows:
     return LocalRows(slice(max(0, low - first), max(0, high - first)), slice(low - start, high - start))
 
 
+def own_part(name: str, parameter: nn.Parameter) -> Part:
+    """Return the rows of a parameter that lie on this process."""
+    if not is_sharded(parameter):
+        return all_rows(name, parameter)
+    return Part(local_part(parameter.data), local_rows(parameter, None).of_rows.start, len(parameter))
+
+
 class Shards:
     """The parameters of a model sharded by FSDP2: the counterpart of `Replicas`."""
 
     in_place = False
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
-        """Take a model that `shard` has sharded.
+        """Take a model that `shard` has sharded, and round its weights to what they are in one process.
 
         Args:
             dtype: of its weights before.
@@ -104,6 +112,9 @@ class Shards:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         # Shards in float32 of weights that are narrower: a checkpoint holds them as the master copies that they are.
         self.masters = {p for p in self._parameters if is_sharded(p) and p.element_size() > dtype.itemsize}
+        for parameter in self.masters:
+            here = local_part(parameter.detach())
+            here.copy_(here.to(dtype))
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Return whether this process keeps state of a parameter: of all."""

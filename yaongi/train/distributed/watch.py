@@ -1,36 +1,59 @@
-"""A line from each process that gets no further: whose differs from the others' is the cause."""
+"""A line from each process that gets no further: whose differs from the others' is the cause.
+
+If NCCL then waits too long, torch's flight recorder writes the last collectives of each process to files.
+"""
 
 import contextlib
+import os
 import statistics
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from yaongi.train.distributed.errors import place_of
-from yaongi.world import World
+from yaongi.train.run_folder import NCCL
+from yaongi.world import PATIENCE, World
 
 LEAST = 120.0  # seconds without progress after which a line is printed,
 STEPS = 10  # or the time of so many steps
 POLL = 1.0
 
 
+def record_collectives(out: Path) -> None:
+    """Set where the flight recorder of several processes writes, unless the user has; call it before they join.
+
+    Args:
+        out: the run's folder.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    wanted = {"FR_BUFFER_SIZE": "2000", "FR_DUMP_TEMP_FILE": out / NCCL / "rank_", "NCCL_DUMP_ON_TIMEOUT": "1"}
+    for name, value in wanted.items():
+        os.environ.setdefault(f"TORCH_{name}", str(value))
+
+
 class Watch:
     """A context in which a thread looks at the progress of training; with one process it does nothing."""
 
-    def __init__(self, world: World, progress: Callable[[], tuple[int, str]]) -> None:
+    def __init__(self, world: World, out: Path, progress: Callable[[], tuple[int, str]]) -> None:
         """Start nothing yet.
 
         Args:
+            out: the run's folder.
             progress: returns the steps done, and what the process does.
         """
         self._world, self._progress = world, progress
+        self._records = out / NCCL if world.device.type == "cuda" else None
         self._paused, self._end = False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="yaongi-watch", daemon=True)
 
     def __enter__(self) -> "Watch":
         if self._world.size > 1:
+            if self._records is not None:
+                self._records.mkdir(exist_ok=True)
             self._thread.start()
         return self
 
@@ -64,4 +87,6 @@ class Watch:
         step, doing = progress
         where = f"rank {self._world.rank} ({place_of(self._world)})"
         what = f'no progress for {seconds:.0f} s in "{doing}", after step {step}'
-        print(f"warning: {where}: {what}", file=sys.stderr, flush=True)
+        minutes = PATIENCE.total_seconds() / 60
+        then = f"; after {minutes:.0f} minutes the last collectives are written to {self._records}"
+        print(f"warning: {where}: {what}{then if self._records else ''}", file=sys.stderr, flush=True)

@@ -83,7 +83,7 @@ class MemoryForecast:
 
     def _choose(self, asked: str, degree: int) -> str:
         """Return the way of several processes: for auto the first of three with which one row fits, or the last."""
-        refused = refusal(self._config.model, self._processes, degree) or self._too_large_to_begin()
+        refused = refusal(self._config.model, self._processes, degree)
         if asked == "experts" and refused:
             raise ValueError(refused)
         if self._processes == 1 or asked == "replicate":
@@ -106,14 +106,6 @@ class MemoryForecast:
         self.ownership = divide_parameters(self._whole, train, self._processes, experts_apart=True)
         experts = divide_experts(self._whole, self._processes, degree)
         self._state = self._state_bytes(self._model, self._processes, self.ownership, experts)
-
-    def _too_large_to_begin(self) -> str:
-        """Return that all weights don't fit into the device, where each process draws them before it keeps a part."""
-        weights = self._state_bytes(self._whole, 1, Ownership())["weights"]
-        if weights <= self._usable:
-            return ""
-        room = f"at most {self._usable / 1e9:.1f} GB, since each GPU begins with all"
-        return f"train: weights for --parallel experts must be {room}, got {weights / 1e9:.1f} GB"
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -150,13 +142,14 @@ class MemoryForecast:
         sizes = dict.fromkeys(("weights", "masters", "gradients", "momentum", "moments"), 0.0)
         for name, parameter in model.named_parameters():
             kind, count = roles[name].kind, parameter.numel()
-            here = count / processes if sharded else count
+            split = sharded and kind != "table"  # FSDP leaves tables whole
+            here = count / processes if split else count
             # An owner of whole matrices has a few percent more than its share.
             own = here / next((ownership.size for ownership in ownerships if name in ownership), 1)
-            width = max(4, parameter.element_size()) if sharded else parameter.element_size()  # FSDP's are the masters
+            width = max(4, parameter.element_size()) if split else parameter.element_size()  # FSDP's are the masters
             sizes["weights"] += here * (width + (2 if id(parameter) in fp8 else 0))  # two casts
-            sizes["masters"] += 4 * own if parameter.element_size() < 4 and not sharded else 0
-            if kind != "table" or not sharded:  # FSDP's tables have sparse gradients
+            sizes["masters"] += 4 * own if parameter.element_size() < 4 and not split else 0
+            if split or not sharded:  # FSDP's tables have sparse gradients
                 sizes["gradients"] += 4 * here
             if kind in ("table", "adamw") or momentum is None:
                 sizes["moments"] += 8 * own
