@@ -1,7 +1,7 @@
 """Training `yaongi-4b` on 8 to 1,024 H100s, simulated from what one GPU takes: `python -m benchmarks.study_scaling`.
 
-The parts of a step are those of the plan (yaongi/train/plan/scaling.py), which four GPUs were measured to take. At
-random: GPUs of different speed and micro-batches of different length, of which the slowest counts. Failures, after
+The parts of a step are those of the plan (yaongi/train/plan/scaling.py), which two and four GPUs were measured to take.
+At random: GPUs of different speed and micro-batches of different length, of which the slowest counts. Failures, after
 which all start anew from the last checkpoint, count by their expected number. `--page docs/trillion.md` writes a page.
 """
 
@@ -18,7 +18,7 @@ from yaongi.train.plan.scaling import StepCost, step_seconds
 TOKENS = 1e12
 ROWS, ROW_TOKENS, EXPERTS = 2, 4096, 64  # of a micro-batch; of yaongi-4b
 MICRO_SECONDS = 0.1618  # of four H100s, the mean (docs/LAB.md, 2026-11-27)
-MEASURED = {4: 3.94}  # times one GPU
+MEASURED = {2: 1.99, 4: 3.94}  # times one GPU; two were H200s
 SPREAD = 0.003  # standard deviation of the GPUs' speed: 161.1 to 162.1 ms
 NOISE = 0.003  # of a micro-batch
 GPU_HOURS_PER_FAILURE = 51_000  # 419 interruptions in 54 days of 16,384 GPUs (the Llama 3 report)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from yaongi.model.layers.compiled import on_gpu
+
 Tensor = torch.Tensor
 
 _in_place = False
@@ -46,7 +48,7 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Do total += a·b. On a GPU a `total` wider than a and b takes the product before it is rounded to their dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif on_gpu(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(a @ b)

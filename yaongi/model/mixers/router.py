@@ -7,7 +7,7 @@ from torch import nn
 
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.accumulation import accumulation_target
-from yaongi.model.layers.compiled import compiled
+from yaongi.model.layers.compiled import compiled, on_gpu
 from yaongi.model.layers.float32 import KeepsFloat32
 
 Tensor = torch.Tensor
@@ -43,7 +43,7 @@ class Router(KeepsFloat32):
         return self(x), x
 
     def _on_tensor_cores(self, x: Tensor) -> bool:
-        return x.is_cuda and x.dtype == torch.bfloat16 == self.weight.dtype
+        return on_gpu(x) and x.dtype == torch.bfloat16 == self.weight.dtype
 
 
 def correction_bias(gate: nn.Module) -> Tensor:
@@ -89,7 +89,7 @@ class RouterProduct(torch.autograd.Function):
         if dlogits is None:
             return dx, None
         x, weight = ctx.saved_tensors
-        split = compiled(split_into_bf16, "cuda")(dlogits)
+        split = compiled(split_into_bf16, dlogits.device.type)(dlogits)
         dweight = torch.mm(split.T, x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
         thrice = weight.repeat(3, 1)
         return split @ thrice if dx is None else dx.addmm_(split, thrice), dweight

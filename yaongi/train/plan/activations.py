@@ -8,18 +8,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from yaongi.model import Yaongi
+from yaongi.model.layers.accumulation import fused_accumulation
+from yaongi.model.layers.compiled import planned_for_gpu
 
 
-def activation_bytes(model: Yaongi, rows: int, length: int, device: torch.device) -> int:
-    """Return the peak bytes of one forward and backward pass, without weights and gradients."""
+def activation_bytes(model: Yaongi, rows: int, length: int, device: torch.device, *, in_place: bool) -> int:
+    """Return the peak bytes of one forward and backward pass, without weights and gradients.
+
+    Args:
+        in_place: on a GPU, whether gradients are added up where they lie, as by all ways but FSDP.
+    """
+    gpu = device.type == "cuda"
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
-    documents = torch.zeros(rows, length, dtype=torch.int32, device="meta") if device.type == "cpu" else None
-    dense = [p for name, p in model.named_parameters() if not name.endswith("engram.table.weight")]
-    for parameter in dense:
-        parameter.grad = torch.zeros_like(parameter)  # so that gradients aren't counted as activations
+    documents = None if gpu else torch.zeros(rows, length, dtype=torch.int32, device="meta")
+    dense = [p for name, p in model.named_parameters() if in_place or not name.endswith("engram.table.weight")]
+    for parameter in dense:  # have gradients, so that these aren't counted as activations
+        wide = torch.promote_types(parameter.dtype, torch.float32) if in_place else parameter.dtype
+        parameter.grad_dtype = wide
+        parameter.grad = torch.zeros_like(parameter, dtype=wide)
     model.refresh_fp8()
-    with PeakMode() as peak:
-        losses = model.losses(ids, documents)
+    one = torch.ones((), device="meta")
+    with planned_for_gpu(gpu), fused_accumulation(in_place), PeakMode() as peak:
+        losses = model.losses(ids, documents, upstream=(one, one) if in_place else None)
         (losses.cross_entropy_sum + losses.balance).backward()
     model.zero_grad(set_to_none=True)
     return peak.peak

@@ -72,7 +72,8 @@ class MemoryForecast:
             ValueError: experts are to be spread, and can't be.
         """
         self._whole = self._model = model
-        self._counted: dict[tuple[bool, int, str], int] = {}  # activations
+        self._counted: dict[tuple[bool, bool, int, str], int] = {}  # activations
+        self._in_place = device.type == "cuda"  # whether gradients are added up where they lie
         self._config, self._device, self._processes = config, device, processes
         self._has_kernels = _has_kernel("mamba_scan") if machine is None else True
         self._usable = _USABLE * (memory_of(device) if machine is None else machine.memory)
@@ -95,7 +96,7 @@ class MemoryForecast:
             if asked == "experts" or self.fits(1):
                 return "experts"
             self._model = self._whole
-        self._state = self._state_bytes(self._whole, self._processes)
+        self._state, self._in_place = self._state_bytes(self._whole, self._processes), False
         return "fsdp"
 
     def _spread(self, degree: int) -> None:
@@ -118,9 +119,10 @@ class MemoryForecast:
         """Return the memory with micro-batches of `rows` rows and a recompute policy (None: the configured one)."""
         policy = self._config.run.recompute if recompute is None else recompute
         self._model.recompute = recomputed_layers(policy, self._config.model.pattern)
-        run = self._model is self._whole, rows, policy
+        run = self._model is self._whole, self._in_place, rows, policy
         if run not in self._counted:  # which takes a second or two
-            self._counted[run] = activation_bytes(self._model, rows, self._config.train.row_tokens, self._device)
+            length = self._config.train.row_tokens
+            self._counted[run] = activation_bytes(self._model, rows, length, self._device, in_place=self._in_place)
         activations = self._counted[run]
         if self._device.type == "cpu" or not self._has_kernels:
             activations = round(_REFERENCES[self._device.type] * activations)

@@ -9,10 +9,10 @@ between nodes alone, but tokens go to them in each micro-batch.
 from dataclasses import dataclass
 
 PER_NODE = 8
-# Bytes per second through each GPU's links. For four GPUs it is what our own exchange reached (docs/LAB.md); all other
-# figures are NCCL's of 1 GiB on H100s, times the same share.
+# Bytes per second through each GPU's links, by NCCL: of 1 GiB on H100s, for two GPUs of 256 MiB on H200s. Our own
+# exchange reaches a share of that, the same on two and four (docs/LAB.md).
 REACHED = 304 / 355
-IN_NODE = {2: 329e9, 4: 355e9, 8: 361e9}
+IN_NODE = {2: 289e9, 4: 355e9, 8: 361e9}
 BETWEEN_NODES = {2: 350e9, 8: 345e9, 16: 320e9, 32: 300e9, 64: 280e9, 128: 260e9}  # by number of nodes
 _CARD = 45e9  # one network card of 400 Gb/s, for each GPU
 COMMON_UPDATE = 0.009  # the part of the update that every process does, and its launches
