@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def test_two_processes_are_one(two: Path, one: Path) -> None:
     assert_close(two / "exact", one, loss=1e-12, tensor=1e-10)
     assert found(two / "exact", "step", "loads") == found(one, "step", "loads")
     assert any(found(one, "step", "experts_dead"))
+    assert found(two / "exact", "start", "hosts") == [f"{socket.gethostname()} × 2"]
     assert found(two / "exact", "samples", "texts") == found(one, "samples", "texts")
     for got, wanted in zip(found(two / "exact", "evaluation", "bpb"), found(one, "evaluation", "bpb"), strict=True):
         assert got == pytest.approx(wanted, rel=1e-12)

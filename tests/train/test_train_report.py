@@ -32,6 +32,7 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan |= {"processes": 2, "flops_per_token": 4.5e6, "precision": "fp8: experts in 2 of 6 layers", "tokens": 40960}
     source = {"name": "ko/<wiki>", "there": 5000, "wanted": 20000.0}
     start = {"command": "python -m yaongi.train", "commit": "0123", "versions": "torch 2", "machine": "2 cores"}
+    start["hosts"] = "gpu1 × 1, gpu2 × 1"
     records: list[dict[str, Any]] = [{"event": "plan", "step": 0, **plan}]
     for first in (0, 20):
         records.append({"event": "start", "step": first, **start, "sources": [source]})
@@ -45,7 +46,7 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "adam_lr": 1e-3,
                 "mfu": 0.4,
             }
-            values |= {"fp8_saturated": 0.01, "spike": step == 7}
+            values |= {"fp8_saturated": 0.01, "spike": step == 7, "rank_seconds": [0.1, 0.2, 0.3][: 2 + step % 2]}
             if step % 10 == 0:
                 values |= {"data_wait": 0.1, "loads": [[5, 3], [4, 4]], "experts_cv": 0.2}
                 score = {"metrics": {"acc": {"value": step / 50}}, "margin": step / 20}
@@ -117,6 +118,8 @@ def test_what_the_page_shows(eventful: Path, tmp_path: Path) -> None:
     shown += [
         "python -m yaongi.train",
         "0123",
+        "gpu1 × 1, gpu2 × 1",
+        "micro-batches of a step by rank, ms",
         "ko/&lt;wiki&gt;",
         "4.00",
         "train.clip",

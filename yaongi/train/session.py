@@ -215,12 +215,13 @@ class Session:
         self.metrics = Metrics(out / METRICS, enabled=self.world.is_main)
         self._resources.callback(self.metrics.close)
         self.metrics.cut(self.step if resumed else -1)
-        self._slow = SlowRanks(self.world.gather(place_of(self.world)))
+        places = self.world.gather(place_of(self.world))
+        self._slow = SlowRanks(places)
         self.meter = Meter(self.plan, self.world.device, self._seconds_before if resumed else 0.0)
         if not self.world.is_main:
             return
         write_config(out, self._record)
-        record_start(self.metrics, self.plan, self.loader, self.step if resumed else None)
+        record_start(self.metrics, self.plan, self.loader, self.step if resumed else None, places)
         self._sinks = open_sinks(config.run, self._record, self.step, self.display.say, self.display.warn)
 
     def __enter__(self) -> "Session":

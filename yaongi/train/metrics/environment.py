@@ -7,6 +7,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +20,15 @@ from yaongi.train.metrics.records import Metrics
 from yaongi.train.plan.run_plan import Plan
 
 
-def record_start(metrics: Metrics, plan: Plan, loader: RowLoader, resumed_from: int | None) -> None:
+def record_start(
+    metrics: Metrics, plan: Plan, loader: RowLoader, resumed_from: int | None, places: Sequence[str]
+) -> None:
     """Record the plan of a new run, and of every start the environment and how much there is of each text.
 
     A run that is at its end already is left as it is.
+
+    Args:
+        places: the machine of each process, and its GPU: sums have the same bits on the same hosts in the same order.
     """
     if resumed_from == plan.steps:
         return
@@ -29,7 +36,9 @@ def record_start(metrics: Metrics, plan: Plan, loader: RowLoader, resumed_from: 
         metrics.write("plan", 0, **plan.record())
     epochs = count_epochs(loader.tokens, loader.mixture.shares, plan.tokens)
     sources = [{"name": stream.name, "there": stream.there, "wanted": stream.wanted} for stream in epochs]
-    metrics.write("start", resumed_from or 0, **environment(), sources=sources)
+    hosts = Counter(place.split(",")[0] for place in places)
+    several = {"hosts": ", ".join(f"{host} × {n}" for host, n in hosts.items())} if len(places) > 1 else {}
+    metrics.write("start", resumed_from or 0, **environment(), **several, sources=sources)
 
 
 def environment() -> dict[str, str]:
@@ -39,6 +48,8 @@ def environment() -> dict[str, str]:
         versions["triton"] = importlib.metadata.version("triton")
     if torch.version.cuda:
         versions["CUDA"] = torch.version.cuda
+    if torch.version.cuda and torch.distributed.is_nccl_available():
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     cores = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else f"{os.cpu_count()} cores"
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {

@@ -13,6 +13,7 @@ from yaongi.train.report.words import Language, translate
 
 TURNS = ("from_step", "changed", "skip_batches")  # events that set what follows apart from a straight run
 POINTS = 600  # of a curve, at most: a longer one is averaged
+LEGEND = 16  # names of ranks, at most
 LATE = 0.8  # share of a run that the scale of its loss shows
 OF_TUNING = {  # panel: the event and the field that it shows, and the field's unit
     "answers that end by themselves, %": ("answers", "stop_rate", 0.01),
@@ -67,6 +68,8 @@ class Curves:
             self._lines("memory, GB", {"memory": ""}, low=0, unit=1e9),
             self._lines("waiting for data, % of the time", {"data_wait": ""}, low=0, unit=0.01),
         ]
+        if one is not None and any("rank_seconds" in step for step in one.steps):
+            found.append(self._ranks(one))
         if any("loads" in step for run in self._runs for step in run.steps):
             found.append(self._lines("variation of the experts' load, σ / mean", {"experts_cv": ""}, low=0))
             if one is not None:
@@ -189,6 +192,23 @@ class Curves:
             self._name_runs(ax)
 
         return Panel(self._say("gradient norm"), draw)
+
+    def _ranks(self, run: Run) -> Panel:
+        """Draw the time of each process's micro-batches; a start may have had fewer processes than another."""
+        records: Records = [r for r in run.steps if "rank_seconds" in r]
+        steps, count = run.column("step", records), max(len(r["rank_seconds"]) for r in records)
+
+        def draw(ax: Axes) -> None:
+            for rank in range(count):
+                mine = np.array([len(r["rank_seconds"]) > rank for r in records])
+                seconds = [r["rank_seconds"][rank] for r, there in zip(records, mine, strict=True) if there]
+                x, mean, *_ = _thinned(steps[mine], 1e3 * np.array(seconds))
+                ax.plot(x, mean, label=f"{rank}" if count <= LEGEND else "")
+            ax.set(xlabel=self._say("step"))
+            ax.set_ylim(bottom=0)
+            _legend(ax)
+
+        return Panel(self._say("micro-batches of a step by rank, ms"), draw)
 
     def _heat_map(self, run: Run) -> Panel:
         record: dict[str, Any] = next(r for r in reversed(run.steps) if "loads" in r)

@@ -46,7 +46,7 @@ def _facts(run: Run, say: Say) -> Iterable[tuple[str, str]]:
         for record in run.of(event):
             yield f"{say('step')} {record['step']:,}, {say(event)}", _turn(record, say)
     start = (run.of("start") or [{}])[-1]
-    for name in ("command", "commit", "versions", "machine"):
+    for name in ("command", "commit", "versions", "machine", "hosts"):
         if start.get(name):
             yield say(name), start[name]
 
