@@ -102,6 +102,20 @@ def test_memory_is_what_was_measured(preset: str, processes: int, rows: int, gig
     assert (parts.total - parts.base) / 1e9 + 0.1 == pytest.approx(gigabytes, rel=0.01)
 
 
+def test_fsdp_holds_some_layers_whole() -> None:
+    """Beside a half of all but the tables, five layers in bfloat16; the largest has the experts."""
+    config = load_config("yaongi-small")
+    asked = dataclasses.replace(config, run=dataclasses.replace(config.run, parallel="fsdp"))
+    model = Yaongi(config.model, device="meta", dtype=torch.bfloat16)
+    forecast = MemoryForecast(model, asked, torch.device("cuda"), 2, MACHINES["h100"])
+    parts = forecast(1)
+    layer = sum(p.numel() for p in model.backbone.layers[1].parameters())
+    table = sum(p.numel() for name, p in model.named_parameters() if name.endswith("engram.table.weight"))
+    others = sum(p.numel() for p in model.parameters()) - table
+    assert parts.gathered == pytest.approx(5 * 2 * layer, rel=0.001)
+    assert parts.weights + parts.masters == pytest.approx(4 * others / 2 + (2 + 4) * table, rel=0.001)
+
+
 @pytest.mark.parametrize("experts", ["bf16", "fp8"])
 def test_fp8_weights_take_what_bf16_and_master_copies_take(experts: Precision) -> None:
     """12 bytes per parameter: the master and two casts of a byte, a gradient, a momentum; a checkpoint is as ever."""

@@ -8,6 +8,7 @@ import copy
 import os
 import resource
 import sys
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -30,6 +31,7 @@ _USABLE = 0.93  # share of a device's memory that a run may plan with; the rest 
 _REFERENCES = {"cpu": 1.6, "cuda": 1.4}
 _GPU_BASE = 100_000_000  # workspaces of cuBLAS and of the kernels, as the allocator counts them
 _NCCL = 1_100_000_000  # buffers of NCCL on each of several GPUs, which the allocator doesn't count (docs/LAB.md)
+_GATHERED_LAYERS = 5  # of the largest: two gathered, a gradient, and it again in float32; reckoned, not measured
 _CPU_TOKENS = 1 << 12  # tokens per micro-batch on a CPU, where more is not faster
 
 
@@ -44,6 +46,7 @@ class Memory:
     moments: int  # moments of all parameters that AdamW or Adam updates
     activations: int  # what a forward and backward pass adds at its peak
     base: int  # the program itself
+    gathered: int = 0  # the layers that FSDP holds whole at once, and their gradients
 
     @property
     def total(self) -> int:
@@ -97,7 +100,17 @@ class MemoryForecast:
                 return "experts"
             self._model = self._whole
         self._state, self._in_place = self._state_bytes(self._whole, self._processes), False
+        self._state["gathered"] = _GATHERED_LAYERS * self._largest_layer()
         return "fsdp"
+
+    def _largest_layer(self) -> int:
+        """Return the bytes of the weights of the largest layer, without tables."""
+        roles = parameter_roles(self._whole)
+        sizes = Counter[str]()
+        for name, parameter in self._whole.backbone.layers.named_parameters(prefix="backbone.layers"):
+            if roles[name].kind != "table":
+                sizes[name.split(".")[2]] += parameter.numel() * parameter.element_size()
+        return max(sizes.values())
 
     def _spread(self, degree: int) -> None:
         """Forecast from now on for experts that are spread."""
