@@ -1,6 +1,8 @@
 """Generation: caches against the full forward, stops, unequal prompts, streams, the command."""
 
+import gc
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,24 @@ def test_a_recorded_step_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {t.data_ptr() for t in tensors_of(caches[0])} == places
     with pytest.raises(ValueError, match=r"^step: position must be below 521 \(capacity\), got 521$"):
         recorded(ids[:, 0])
+
+
+def test_a_recorded_step_is_gone_with_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caches and graphs hold much memory: they must not wait for the garbage collector."""
+    monkeypatch.setattr(decoding, "GraphedFunction", Repeated)
+    monkeypatch.setattr(Repeated, "made", [])
+    model = small_model()
+    ids = token_ids(model, 1, 4)
+    recorded = RecordedStep(model, prefill(model, ids, capacity=8)[1])
+    recorded(ids[:, 0])
+    gone = weakref.ref(recorded)
+    gc.disable()
+    try:
+        Repeated.made.clear()
+        del recorded
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def tensors_of(cache: Cache) -> list[torch.Tensor]:

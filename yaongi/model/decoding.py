@@ -192,7 +192,7 @@ class RecordedStep:
     def __init__(self, model: Yaongi, cache: Cache) -> None:
         self._model, self._cache = model, cache
         self._graphed: dict[int, Callable[[Tensor], None]] = {}
-        self._logits: Tensor | None = None
+        self._logits: list[Tensor] = []  # one, once a step has been done
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -200,19 +200,11 @@ class RecordedStep:
         _check_room(self._cache)
         length = _attended(self._cache)
         if length not in self._graphed:
-            run = partial(self._run, length)
+            run = partial(_step_into, self._model, self._cache, length, self._logits)  # not self: that would be a cycle
             self._graphed[length] = GraphedFunction(run, "a step", "generate without cuda_graph")
         self._graphed[length](tokens)
         self._cache.position += 1
-        assert self._logits is not None
-        return self._logits
-
-    def _run(self, length: int, tokens: Tensor) -> None:
-        hidden = _advance(self._model, tokens, self._cache, length)
-        logits = self._model.lm_head(hidden.unsqueeze(1))[:, 0]
-        if self._logits is None:
-            self._logits = torch.empty_like(logits)
-        self._logits.copy_(logits)
+        return self._logits[0]
 
 
 def stepper(model: Yaongi, cache: Cache, *, cuda_graph: bool) -> Callable[[Tensor], Tensor]:
@@ -240,6 +232,14 @@ def _attended(cache: Cache) -> int:
     while length <= cache.position:
         length *= 2
     return min(length, cache.capacity)
+
+
+def _step_into(model: Yaongi, cache: Cache, length: int, result: list[Tensor], tokens: Tensor) -> None:
+    """Put the logits of `step` into the tensor that the list holds, or that the first call puts there."""
+    logits = model.lm_head(_advance(model, tokens, cache, length).unsqueeze(1))[:, 0]
+    if not result:
+        result.append(torch.empty_like(logits))
+    result[0].copy_(logits)
 
 
 def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor:

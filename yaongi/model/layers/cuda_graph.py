@@ -1,6 +1,8 @@
 """A function recorded once as a CUDA graph and replayed, so that the GPU doesn't wait for Python between kernels."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -58,7 +60,10 @@ class GraphedFunction:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: other threads load data and write checkpoints, and their CUDA calls are not captured.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                _no_collection(),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 self._function(*self._inputs)
         except torch.OutOfMemoryError:
             raise
@@ -68,3 +73,18 @@ class GraphedFunction:
                 f"{str(error).splitlines()[0]!r}: {self._otherwise}"
             ) from error
         return graph
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's cyclic garbage collector off within the block.
+
+    Garbage may hold an older graph, and a graph that is destroyed while another is recorded spoils that one.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
