@@ -1,5 +1,6 @@
 """How every command ends: a user's mistake is one line on standard error, never a traceback; numbers such as 15B."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -8,7 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 _UNITS = {"k": 3, "M": 6, "B": 9, "T": 12}
 USER_ERRORS = (ValueError, TypeError, OSError, MemoryError)
 EXTRAS = {  # optional packages, and the extra of setup.py that brings each
@@ -49,17 +52,18 @@ def run(command: Callable[[], int | None], *, interrupted: str = "interrupted") 
         raise SystemExit(status)
 
 
-def show_help(parse: Callable[[Sequence[str]], object]) -> None:
-    """Let `parse` print the options and end the program if `--help` is asked for, on the first process of a machine.
+def parsed(parse: Callable[[Sequence[str]], T]) -> T:
+    """Return what `parse` makes of the command line; of the processes of one machine only the first says what is wrong.
 
     A command calls it before slow imports.
     """
-    if "--help" in sys.argv and os.environ.get("LOCAL_RANK", "0") == "0":
-
-        def show() -> None:
-            parse(sys.argv[1:])
-
-        run(show)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return parse(sys.argv[1:])
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            return parse(sys.argv[1:])
+        except USER_ERRORS:
+            raise SystemExit(1) from None
 
 
 def require(package: str) -> None:

@@ -33,16 +33,16 @@ class Export:
     def run(self) -> None:
         """Measure, if asked, then write. Raises ValueError or OSError with a message of one line."""
         from yaongi.model import Yaongi
-        from yaongi.model.hub.folder import export_nemotron_h, lost_without_engram
-        from yaongi.model.hub.push import open_repository
-        from yaongi.model.hub.run_card import add_run
-        from yaongi.model.hub.run_weights import (
+        from yaongi.model.hub.checkpoint_folders import (
             CHECKPOINTS,
             find_weights,
             run_of,
             said_weights,
             tokenizer_folder,
         )
+        from yaongi.model.hub.folder import export_nemotron_h, lost_without_engram
+        from yaongi.model.hub.push import open_repository
+        from yaongi.model.hub.run_card import add_run
 
         if self.out is None and self.gguf is None and self.push_to is None:
             raise ValueError("export: --out, --gguf or --push-to must be given, got none")
@@ -71,9 +71,9 @@ class Export:
 
     def _push(self, model: "Yaongi", folder: Path, name: str) -> None:
         """Push what was exported, or else the model folder; of a checkpoint a model folder is made for it."""
+        from yaongi.model.hub.checkpoint_folders import is_checkpoint, run_of
         from yaongi.model.hub.push import push_folder
         from yaongi.model.hub.run_card import add_run
-        from yaongi.model.hub.run_weights import is_checkpoint, run_of
 
         with tempfile.TemporaryDirectory() as made:
             pushed = self.out or folder
@@ -118,8 +118,8 @@ def save_tokenizer(model: "Yaongi", source: Path, folder: Path) -> None:
     """Write the tokenizer of a model folder, or of a checkpoint, of a tuned model too, into another folder."""
     from yaongi.data.pieces import END_OF_TURN
     from yaongi.data.tokenizer import Tokenizer
+    from yaongi.model.hub.checkpoint_folders import is_checkpoint, tokenizer_folder
     from yaongi.model.hub.folder import copy_tokenizer
-    from yaongi.model.hub.run_weights import is_checkpoint, tokenizer_folder
 
     if is_checkpoint(source):
         tokenizer = Tokenizer.of_model(tokenizer_folder(source))

@@ -7,8 +7,8 @@ import torch
 
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi
+from yaongi.model.hub.checkpoint_folders import find_weights, said_weights, tokenizer_folder
 from yaongi.model.hub.folder import read_config
-from yaongi.model.hub.run_weights import find_weights, said_weights, tokenizer_folder
 
 
 def load_pretrained(given: Path, device: torch.device, what: str) -> tuple[Yaongi, Tokenizer]:

@@ -67,8 +67,8 @@ def _work(
 
 def train(arguments: Sequence[str]) -> None:
     """Run `python -m yaongi.train`."""
+    from yaongi.train.__main__ import main
     from yaongi.train.optimizer import partition
-    from yaongi.train.program import main
 
     partition.SPLIT_NUMBERS = SPLIT_NUMBERS
     sys.argv[1:] = arguments

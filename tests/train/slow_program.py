@@ -5,9 +5,9 @@ import sys
 import time
 from typing import Any
 
+from yaongi.train.__main__ import main
 from yaongi.train.checkpoint.hashes import HashingWriter
 from yaongi.train.evaluation.held_out import HeldOutBits
-from yaongi.train.program import main
 from yaongi.train.step.stepper import Stepper
 
 PARTS = {"step": (Stepper, "__call__"), "save": (HashingWriter, "finish"), "evaluation": (HeldOutBits, "bits_per_byte")}

@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import train_tokenizer
+from yaongi.train import program
 from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.session import Session
@@ -103,6 +104,11 @@ def command(tokens: Path, out: Path, *more: str) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """Return an environment with one thread, so that two processes on a small machine don't slow each other down."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def train_here(words: Sequence[str]) -> int:
+    """Run `python -m yaongi.train` in this process, and return the exit code; a mistake is raised."""
+    return program.run(parse(words), words)
 
 
 def run(tokens: Path, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import FOR_KERNELS, arguments, final_tensors, losses, run, session_of
+from small_run import FOR_KERNELS, arguments, final_tensors, losses, run, session_of, train_here
 
 from yaongi.presets import continuations
-from yaongi.train import program
+from yaongi.train.__main__ import main
 from yaongi.train.command_line import parse
 from yaongi.train.report.page import write_report
 from yaongi.train.step.stepper import Stepper
@@ -24,7 +24,7 @@ QUIET = ("--sample-tokens", "0", "--evaluate-every", "100")
 
 def train(tokens: Path, out: Path, *more: str) -> int:
     """Train in this process, and return the exit code."""
-    return program.run([*arguments(tokens, out), *QUIET, *more])
+    return train_here([*arguments(tokens, out), *QUIET, *more])
 
 
 def events(out: Path) -> list[dict[str, Any]]:
@@ -80,8 +80,8 @@ def test_a_continuation_takes_model_and_settings_from_where_it_starts(
     """The preset's few settings count before those of the run; the same bits as with all of them given."""
     branch = ("--init", str(stable), "--init-step", "6", "--tokens", "1536")
     train(tokens, tmp_path / "told", *branch, "--warmup", "0", "--decay", "1")
-    short = ("--data", str(tokens), "--out", str(tmp_path / "run"), "--wandb", "off", "--no-tensorboard", *QUIET)
-    assert program.run(["--preset", "continue/anneal", *branch, *short]) == 0
+    short = ["--data", str(tokens), "--out", str(tmp_path / "run"), "--wandb", "off", "--no-tensorboard", *QUIET]
+    assert train_here(["--preset", "continue/anneal", *branch, *short]) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "told")
     for name in continuations():
         config = parse(["--preset", name, "--init", str(stable)])
@@ -191,7 +191,7 @@ def test_past_bad_batches(tokens: Path, tmp_path: Path, monkeypatch: pytest.Monk
     words = shlex.split(str(e.value).split("without these batches: ")[1])
     assert words[-2:] == ["--skip-batches", "2"]
     monkeypatch.setattr(sys, "argv", ["train", *words[3:]])
-    program.main()
+    main()
     assert [r for r in events(out) if r["event"] == "skip_batches"] == [
         {"event": "skip_batches", "step": 3, "batches": 2, "samples": [24, 39]}
     ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_run import FOR_KERNELS, arguments, final_tensors, losses
 
-from yaongi.train import program
+from yaongi.train.__main__ import main
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -16,7 +16,7 @@ def test_two_pieces_are_one(device: str, tokens: Path, tmp_path: Path, monkeypat
         monkeypatch.setattr(
             sys, "argv", ["train", *arguments(tokens, tmp_path / name, "--device", device), *FOR_KERNELS, *more]
         )
-        program.main()
+        main()
 
     train("whole")  # on a GPU this run and the resumed part use CUDA graphs, the first part does not: the same bits
     train("pieces", "--stop-after", "3", "--no-cuda-graph")

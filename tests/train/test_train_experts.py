@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import SPLIT_NUMBERS, in_processes, train
-from small_run import ALONE, FOR_KERNELS, arguments, assert_close, assert_same, final, losses
+from small_run import ALONE, FOR_KERNELS, arguments, assert_close, assert_same, final, losses, train_here
 
 from yaongi.model import Yaongi
 from yaongi.train import program
@@ -216,14 +216,14 @@ def test_four_processes(one: Path, tokens: Path, tmp_path: Path) -> None:
 def test_what_is_refused(more: tuple[str, ...], message: str, tokens: Path, tmp_path: Path) -> None:
     """In one line, before a folder is made."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        program.run(arguments(tokens, tmp_path / "run", *SPREAD, "--dry-run", *more))
+        train_here(arguments(tokens, tmp_path / "run", *SPREAD, "--dry-run", *more))
     assert not (tmp_path / "run").exists()
 
 
 def test_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a piece of nemotron-3-nano eight GPUs hold an eighth of the experts each, and own an eighth of all state."""
     more = ("--model.pattern", "ME*E", "--batch-tokens", str(1 << 20), "--micro-rows", "1", "--processes", "8", *SPREAD)
-    assert program.run(["--preset", "nemotron-3-nano", "--plan-for", "h100", *more]) == 0
+    assert train_here(["--preset", "nemotron-3-nano", "--plan-for", "h100", *more]) == 0
     printed = capsys.readouterr().out
     assert "8 processes, --parallel experts over 8\n" in printed
     whole, experts = float(re.findall(r", ([\d,]+) parameters", printed)[0].replace(",", "")), 2 * 128 * 2 * 2688 * 1856

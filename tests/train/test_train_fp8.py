@@ -9,12 +9,11 @@ import pytest
 import torch
 from processes import in_processes
 from processes import train as train_in_processes
-from small_run import FOR_KERNELS, arguments, config_of, final_tensors, losses, session_of
+from small_run import FOR_KERNELS, arguments, config_of, final_tensors, losses, session_of, train_here
 from study_fp8_sites import study, table
 
 from yaongi.kernels.fp8_quantize.op import refuses_gpu
 from yaongi.model import load_preset
-from yaongi.train import program
 from yaongi.train.command_line import parse
 from yaongi.train.config import load_config
 from yaongi.train.plan.speed import fp8_here
@@ -28,7 +27,7 @@ AS_ON_A_GPU = ("--dtype", "bfloat16")
 
 
 def train(tokens: Path, out: Path, *more: str) -> None:
-    assert program.run([*arguments(tokens, out), "--sample-tokens", "0", *more]) == 0
+    assert train_here([*arguments(tokens, out), "--sample-tokens", "0", *more]) == 0
 
 
 def records(out: Path, event: str) -> list[dict[str, Any]]:
@@ -209,7 +208,7 @@ def test_tiny_learns_as_without(tokens: Path, tmp_path: Path) -> None:
         out = tmp_path / name
         command = ["--preset", "yaongi-tiny", "--data", str(tokens), "--out", str(out), "--tokens", str(30 * 4096)]
         command += ["--wandb", "off", "--no-tensorboard", "--sample-tokens", "0", "--evaluate-rows", "1"]
-        assert program.run([*command, "--evaluate-every", "1000", "--checkpoint-every", "0", *precision]) == 0
+        assert train_here([*command, "--evaluate-every", "1000", "--checkpoint-every", "0", *precision]) == 0
         found = losses(out)
         assert len(found) == 30
         means[name] = sum(loss for _, loss, _ in found[-10:]) / 10

@@ -8,18 +8,18 @@ import pytest
 import study_scaling
 import torch
 from processes import in_processes
-from small_run import ROOT, arguments
+from small_run import ROOT, arguments, train_here
 
 from yaongi.model import Yaongi
 from yaongi.model.config import Precision
 from yaongi.train.config import Config, load_config
 from yaongi.train.distributed.ownership import Group, assign_owners, count_owners
 from yaongi.train.optimizer.partition import divide_parameters, partition_parameters
+from yaongi.train.plan import passes
 from yaongi.train.plan.machines import MACHINES
 from yaongi.train.plan.memory import MemoryForecast
 from yaongi.train.plan.scaling import StepCost, step_seconds
 from yaongi.train.plan.speed import link_speed, links_here
-from yaongi.train.program import run
 from yaongi.world import init_world
 
 
@@ -179,11 +179,34 @@ def test_links(tmp_path: Path) -> None:
 def test_a_dry_run_plans_for_many(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On one process, without a folder; and the option without a dry run is refused before anything is written."""
     given = arguments(tokens, tmp_path / "run", "--batch-tokens", "2048", "--processes", "8")
-    assert run([*given, "--dry-run"]) == 0
+    assert train_here([*given, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert ", 8 processes, --parallel replicate\n" in printed
     assert "micro-batch  4 x 64, 1 a step and process\n" in printed
     assert re.search(r"\n +a step: micro-batches \d+ %, update \d+ %, exchange \d+ %\ncheckpoint +\d+kB\n", printed)
     with pytest.raises(ValueError, match="train: --processes must come with --dry-run, got 8"):
-        run(given)
+        train_here(given)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_small_model_is_timed_on_a_cpu(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its passes draw random numbers, of which nothing is left; a larger one is guessed."""
+    given = [*arguments(tokens, tmp_path / "run"), "--dry-run"]
+    before = torch.get_rng_state()
+    train_here(given)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert re.search(r"\ntime +about .* tokens/s, timed here\n", capsys.readouterr().out)
+    monkeypatch.setattr(passes, "_LARGEST", 1000)
+    train_here(given)
+    assert "tokens/s, guessed from the speed of a matrix product\n" in capsys.readouterr().out
+
+
+def test_evaluations_are_part_of_the_time() -> None:
+    """Those of the quick start, at steps 0, 60, 120, 180, 240 and 244: 16 rows of each domain, three samples of 64."""
+    config = load_config("yaongi-tiny")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, mix="ko=2,law=1"))
+    found = passes.Passes(1e9, held_out_row=0.5, sample_token=0.01, basis="")
+    assert passes.evaluation_seconds(config, found, 1) == pytest.approx(6 * (2 * 16 * 0.5 + 3 * 64 * 0.01))
+    assert passes.evaluation_seconds(config, found, 3) == pytest.approx(6 * (2 * 6 * 0.5 + 3 * 64 * 0.01))

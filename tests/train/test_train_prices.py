@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from small_run import train_here
 
 from yaongi.train.config import PlanFor
 from yaongi.train.plan.machines import H100, MACHINES
-from yaongi.train.program import run
 
 ROOT = Path(__file__).parents[2]
 RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -16,7 +16,7 @@ RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
     """Return the lines of a plan by their names."""
-    assert run(arguments) == 0
+    assert train_here(arguments) == 0
     return {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines() if line[:12].strip()}
 
 
@@ -80,7 +80,7 @@ def test_what_was_not_measured_is_said(
 
 def test_fp8_is_not_planned_with_sharded_weights() -> None:
     with pytest.raises(ValueError, match="fp8 must run with --parallel replicate, got fsdp"):
-        run(("--preset", "yaongi-4b-fp8", "--plan-for", "h100", "--processes", "2", "--parallel", "fsdp"))
+        train_here(("--preset", "yaongi-4b-fp8", "--plan-for", "h100", "--processes", "2", "--parallel", "fsdp"))
 
 
 def table_rows() -> list[tuple[str, ...]]:

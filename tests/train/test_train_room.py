@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
-from small_run import arguments, final_tensors, run
+from small_run import arguments, final_tensors, run, train_here
 
 from yaongi.data.stages.shard_folder import replace
 from yaongi.data.stages.tokenize_sources import Options, tokenize_sources
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model.hub import weights
-from yaongi.train import program
 from yaongi.train.checkpoint.room import check_room, most_checkpoints
 from yaongi.train.run_folder import remove_run
 
@@ -62,7 +61,7 @@ def test_a_disk_that_is_too_small(tokens: Path, tmp_path: Path, monkeypatch: pyt
     """One line before the first step."""
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, 1000))
     with pytest.raises(OSError, match=r"must have 0\.00\d GB free for all that the run keeps, got 0.000 GB \(3 checkp"):
-        program.run(arguments(tokens, tmp_path / "run", *QUIET))
+        train_here(arguments(tokens, tmp_path / "run", *QUIET))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -79,9 +78,9 @@ def test_a_disk_that_is_full_at_the_end(tokens: Path, tmp_path: Path, monkeypatc
             r"^\[Errno 5\] train: the model can't be written to .*/model: .*No space left on device.*; the last check"
         )
         with pytest.raises(OSError, match=message):
-            program.run(words)
+            train_here(words)
     assert not list((tmp_path / "run" / "model").iterdir())
-    assert program.run(words) == 0
+    assert train_here(words) == 0
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 

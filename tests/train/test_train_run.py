@@ -21,6 +21,7 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.kernels import moe_route
 from yaongi.model import Yaongi
 from yaongi.train import program
+from yaongi.train.__main__ import main
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
@@ -285,7 +286,7 @@ def test_an_operation_without_a_deterministic_form(
     monkeypatch.setattr(program, "train", refuse)
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
-        program.main()
+        main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: put_ can't give the same bits every time here: add --no-deterministic\n"
 
@@ -317,7 +318,7 @@ def test_out_of_gpu_memory(
     monkeypatch.setattr("yaongi.model.mixers.moe.moe_route", refuse)
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run", *more)])
     with pytest.raises(SystemExit) as ended:
-        program.main()
+        main()
     assert ended.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out of GPU memory in an expert layer, which needed 1.50 GiB: " + advice), error

@@ -14,7 +14,7 @@ import pytest
 from small_run import ROOT, arguments, environment
 
 from yaongi.files import find_damage
-from yaongi.model.hub.run_weights import find_weights
+from yaongi.model.hub.checkpoint_folders import find_weights
 from yaongi.train import signals
 from yaongi.train.signals import StopRequest, resume_command
 from yaongi.world import World

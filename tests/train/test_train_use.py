@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_run import ROOT, environment, final_tensors, run, session_of
 
 from yaongi.model import Yaongi
-from yaongi.model.hub.run_weights import find_weights
+from yaongi.model.hub.checkpoint_folders import find_weights
 
 OUT = ("--stop-after", "6", "--sample-tokens", "0")
 

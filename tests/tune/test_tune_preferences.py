@@ -16,9 +16,8 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.files import read_json_lines
 from yaongi.model import Yaongi
 from yaongi.model.losses import NO_TARGET
-from yaongi.train.program import main
+from yaongi.tune.__main__ import main
 from yaongi.tune.dpo import PreferenceLoss, preference_losses
-from yaongi.tune.objectives import job_of
 from yaongi.tune.preferences import PairBatch, PairLoader, PairRows, reference_scores
 
 FEW = ("--objective", "dpo", "--evaluate-every", "1000", "--checkpoint-every", "0", "--sample-tokens", "0")
@@ -37,7 +36,7 @@ def pairs(written: Path, tmp_path: Path) -> Path:
 
 def tune(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["yaongi.tune", *given])
-    main(job_of(given))
+    main()
 
 
 def batch_of(pairs: Path, model: Path, tokenizer: Tokenizer) -> PairBatch:

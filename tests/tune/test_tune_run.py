@@ -21,10 +21,9 @@ from yaongi.export import Export
 from yaongi.files import read_json_lines
 from yaongi.model import Yaongi
 from yaongi.model.generation import generate
-from yaongi.train.program import main
 from yaongi.train.report.curves import Curves
 from yaongi.train.report.run import Run
-from yaongi.tune.objectives import job_of
+from yaongi.tune.__main__ import main
 
 FEW = ("--micro-rows", "1", "--evaluate-every", "1000", "--checkpoint-every", "0", "--sample-tokens", "0")
 
@@ -32,7 +31,7 @@ FEW = ("--micro-rows", "1", "--evaluate-every", "1000", "--checkpoint-every", "0
 def tune(given: Sequence[str]) -> None:
     """Run `python -m yaongi.tune`."""
     sys.argv[1:] = given
-    main(job_of(given))
+    main()
 
 
 @pytest.fixture(autouse=True)

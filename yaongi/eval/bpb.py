@@ -29,8 +29,8 @@ class Bpb:
         from yaongi.eval.long_context.positions import by_position
         from yaongi.model import Yaongi
         from yaongi.model.devices import device_of
+        from yaongi.model.hub.checkpoint_folders import find_weights, run_config, said_weights, tokenizer_folder
         from yaongi.model.hub.folder import read_config
-        from yaongi.model.hub.run_weights import find_weights, run_config, said_weights, tokenizer_folder
 
         self._check()
         device = device_of(self.device, "bpb")

@@ -25,8 +25,8 @@ from yaongi.eval.progress import Done
 from yaongi.eval.report.results import add_results, check_same_model, describe_model, write_samples
 from yaongi.eval.scoring import Scorer
 from yaongi.model import Yaongi
+from yaongi.model.hub.checkpoint_folders import find_weights, said_weights, tokenizer_folder
 from yaongi.model.hub.folder import read_config
-from yaongi.model.hub.run_weights import find_weights, said_weights, tokenizer_folder
 from yaongi.world import World
 
 Say = Callable[[str], None]

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 import tyro
 
 from yaongi import cli
-from yaongi.model.config import load_preset
-from yaongi.model.count import flops_per_token
-from yaongi.model.model import Yaongi
 
 
 @dataclass(frozen=True)
@@ -19,6 +16,10 @@ class Count:
     sequence_length: int = 4096  # tokens per row, which the FLOPs of attention depend on
 
     def run(self) -> None:
+        from yaongi.model.config import load_preset
+        from yaongi.model.count import flops_per_token
+        from yaongi.model.model import Yaongi
+
         config = load_preset(self.preset)
         config = config if self.engram else config.without_engram()
         counts = Yaongi(config, device="meta").count_parameters()

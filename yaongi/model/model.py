@@ -16,7 +16,7 @@ from yaongi.model.count import ParameterCounts, count_parameters
 from yaongi.model.engram.engram import Engram
 from yaongi.model.engram.hashing import hash_plans, ngram_window
 from yaongi.model.hub import folder as hub
-from yaongi.model.hub.run_weights import find_weights
+from yaongi.model.hub.checkpoint_folders import find_weights
 from yaongi.model.initialize import initialize, set_constants
 from yaongi.model.layers.fp8_layers import Travelling
 from yaongi.model.layers.fp8_scales import Fp8Scales

@@ -5,9 +5,3 @@ Its modules, in the order in which a run uses them: `program`, the whole run in 
 `step`, `optimizer` and `schedule`; `metrics`, `evaluation`, `checkpoint` and `report`. `distributed` holds what several
 processes need.
 """
-
-import os
-
-# Set before torch is loaded. By default OpenMP threads wait in a busy loop, which makes a loaded machine five times
-# slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")

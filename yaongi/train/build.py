@@ -15,8 +15,20 @@ from yaongi.data.tokenizer import MODEL_FILE, Tokenizer
 from yaongi.model import Yaongi, compression_map
 from yaongi.model.check import compression_table
 from yaongi.model.initialize import PartOf, initialize, set_constants
-from yaongi.train.config import Config
+from yaongi.train.config import Config, Training
 from yaongi.train.recompute import recomputed_layers
+
+
+def weight_dtype(train: Training, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights: as configured; for "auto" bfloat16 on a GPU and float32 on a CPU."""
+    if train.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, train.dtype)
+
+
+def matrix_momentum_dtype(train: Training, device: torch.device) -> torch.dtype:
+    """Return the dtype of the matrices' momentum buffers: as configured; for "auto" that of the weights."""
+    return weight_dtype(train, device) if train.momentum_dtype == "auto" else getattr(torch, train.momentum_dtype)
 
 
 def open_data(config: Config) -> tuple[Loader, Tokenizer]:

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Annotated
 
 from yaongi import cli
-from yaongi.model import ModelConfig
+from yaongi.model.config import ModelConfig
 from yaongi.presets import continuations, preset_names
 from yaongi.train.config import Config, Running, Training, load_config
 

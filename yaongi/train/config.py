@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from yaongi.model import ModelConfig
-from yaongi.model.hub.folder import read_config
-from yaongi.model.hub.run_weights import find_weights, run_config
+from yaongi.model.config import ModelConfig
+from yaongi.model.hub.checkpoint_folders import find_weights, is_checkpoint, run_config
+from yaongi.model.hub.config_json import read_config_json
 from yaongi.presets import has_model, read_preset
 from yaongi.settings import FieldChecks, from_table
 from yaongi.train.recompute import recomputed_layers
@@ -75,16 +73,6 @@ class Training:
             before: steps of the runs that this one goes on from: it is the end of a run that is as much longer.
         """
         return bias_rate(before + step, before + self.steps, self.bias_travel) if self.bias_travel else self.bias_rate
-
-    def weight_dtype(self, device: torch.device) -> torch.dtype:
-        """Return the dtype of the weights: as configured; for "auto" bfloat16 on a GPU and float32 on a CPU."""
-        if self.dtype == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return getattr(torch, self.dtype)
-
-    def matrix_momentum_dtype(self, device: torch.device) -> torch.dtype:
-        """Return the dtype of the matrices' momentum buffers: as configured; for "auto" that of the weights."""
-        return self.weight_dtype(device) if self.momentum_dtype == "auto" else getattr(torch, self.momentum_dtype)
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError for one that doesn't fit."""
@@ -214,8 +202,9 @@ def load_config(name: str, init: Path | None = None) -> Config:
     tables, preset = read_preset(name, whole=init is None), Path(name).name.removesuffix(".toml")
     train = tables.get("train", {})
     if init is not None and not has_model(tables):
-        model, former = _of_init(init)
-        tables, train = {"model": model | tables.get("model", {})}, former | train
+        model, former = read_init(init)
+        former = {"row_tokens": min(Training.row_tokens, model.max_sequence_length)} | former | {"mix": ""}
+        tables, train = {"model": model.to_dict() | tables.get("model", {})}, former | train
         rows = max(1, round(train.get("batch_tokens", Training.batch_tokens) / train["row_tokens"]))
         train["batch_tokens"] = rows * train["row_tokens"]  # whole rows, which may be longer than before
     known = {field.name: kind for kind in (Training, Running) for field in dataclasses.fields(kind)}
@@ -231,14 +220,22 @@ def load_config(name: str, init: Path | None = None) -> Config:
     )
 
 
-def _of_init(init: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the model of a folder or run, and the settings with which it was trained, if they are there."""
+def read_init(init: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the model of a folder or run, and the settings with which it was trained, if they are there.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: it can't be read.
+    """
     folder = find_weights(init)
-    model, _ = read_config(folder)
+    if is_checkpoint(folder):
+        from yaongi.model.hub.run_weights import read_run_config  # its tensors are read, and torch is imported
+
+        model, _ = read_run_config(folder)
+    else:
+        model = read_config_json(folder)
     known = {field.name for field in dataclasses.fields(Training)}
-    former = {key: value for key, value in run_config(folder).get("train", {}).items() if key in known}
-    rows = min(Training.row_tokens, model.max_sequence_length)
-    return model.to_dict(), {"row_tokens": rows, "mix": ""} | {k: v for k, v in former.items() if k != "mix"}
+    return model, {key: value for key, value in run_config(folder).get("train", {}).items() if key in known}
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a run is for: its data, what it measures, and the model folder that it leaves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from yaongi.data.row_loader import RowLoader
@@ -9,7 +9,6 @@ from yaongi.eval.held_out import rows_of_domains
 from yaongi.model import Yaongi
 from yaongi.train.build import fit_to_data, open_data
 from yaongi.train.checkpoint.model_folder import save_model
-from yaongi.train.command_line import parse
 from yaongi.train.config import Config
 from yaongi.train.evaluation.findings import Evaluation
 from yaongi.train.metrics.display import Display
@@ -21,10 +20,6 @@ class Pretraining:
     """Pretraining on token shards. Tuning puts its own in its place."""
 
     module = "yaongi.train"  # of `python -m`
-
-    def parse(self, arguments: Sequence[str]) -> Config:
-        """Parse a command line; errors as in `command_line.parse`."""
-        return parse(arguments)
 
     def open_data(self, config: Config) -> tuple[RowLoader, Tokenizer]:
         """Open what the run reads, and its tokenizer; errors as in `build.open_data`."""

@@ -3,7 +3,6 @@
 It resumes by itself when the output folder holds a run of the same configuration and data.
 """
 
-import contextlib
 import os
 import sys
 import traceback
@@ -92,16 +91,16 @@ def _way_past(session: Session, arguments: Sequence[str]) -> str:
     return f"go on from step {step} without these batches: {command}"
 
 
-def run(arguments: Sequence[str], job: Pretraining = PRETRAINING) -> int:
-    """Parse the command line, train, and return the exit code.
+def run(config: Config, arguments: Sequence[str], job: Pretraining = PRETRAINING) -> int:
+    """Train, or print a plan, and return the exit code.
 
     Args:
+        arguments: the command line of `config`, for commands that go on with the run.
         job: what the run is for.
 
     Raises:
         ValueError, TypeError, OSError, MemoryError: the user made a mistake or the machine is too small.
     """
-    config = _parsed(arguments, job)
     if config.run.plan_for != "none":
         print(make_plan(config, None, World(0, 1, torch.device("cpu"))).lines())
         return 0
@@ -131,17 +130,6 @@ def _say_once(world: World, error: Exception) -> None:
     sys.stderr.flush()
 
 
-def _parsed(arguments: Sequence[str], job: Pretraining) -> Config:
-    """Parse the command line; of the processes of one machine only the first says what is wrong with it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return job.parse(arguments)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        try:
-            return job.parse(arguments)
-        except cli.USER_ERRORS:
-            raise SystemExit(1) from None
-
-
 def _trained(config: Config, world: World, arguments: Sequence[str], job: Pretraining) -> int:
     """Train, and turn what a user can mend into a ValueError."""
     try:
@@ -157,8 +145,3 @@ def _trained(config: Config, world: World, arguments: Sequence[str], job: Pretra
         if not found:
             raise
         raise ValueError(f"{operation} can't give the same bits every time here: add --no-deterministic") from error
-
-
-def main(job: Pretraining = PRETRAINING) -> None:
-    """Run the command; an error is one line on standard error."""
-    cli.run(lambda: run(sys.argv[1:], job), interrupted="interrupted")

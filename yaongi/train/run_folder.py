@@ -1,6 +1,5 @@
 """The folder of a run: its files and its lock."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from yaongi.files import write_atomically
-from yaongi.model.hub.run_weights import CHECKPOINTS, METRICS
+from yaongi.files import write_json
+from yaongi.model.hub.checkpoint_folders import CHECKPOINTS, METRICS
 
 MODEL = "model"
 CONFIG = "config.json"
@@ -54,7 +53,7 @@ def _remove(path: Path) -> None:
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the resolved configuration to `config.json`."""
-    write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
+    write_json(folder / CONFIG, config)
 
 
 def check_writable(folder: Path) -> None:

@@ -17,7 +17,7 @@ from yaongi.data.tokenizer import MODEL_FILE
 from yaongi.files import has_sums, read_json_lines
 from yaongi.model.hub.push import open_repository, push_folder
 from yaongi.model.initialize import PartOf
-from yaongi.train.build import build_model, materialize
+from yaongi.train.build import build_model, materialize, matrix_momentum_dtype, weight_dtype
 from yaongi.train.checkpoint.branch import take_weights, taking_over
 from yaongi.train.checkpoint.checkpoints import Checkpoints, rng_state, set_rng_state
 from yaongi.train.checkpoint.model_folder import saved_bytes
@@ -151,11 +151,11 @@ class Session:
     def _build(self) -> None:
         config, world, plan = self.config, self.world, self.plan
         torch.manual_seed(config.train.seed)
-        dtype = config.train.weight_dtype(world.device)
+        dtype = weight_dtype(config.train, world.device)
         place = world.device if plan.parallel == "replicate" else "meta"
         self.model = build_model(config, self.tokenizer, place, dtype=dtype)
         engine = make_engine(self.model, config.train, world, plan.parallel, plan.expert_degree, dtype, self._fill)
-        momentum = config.train.matrix_momentum_dtype(world.device)
+        momentum = matrix_momentum_dtype(config.train, world.device)
         self.optimizer = RoleOptimizer(self.model, config.train, momentum, engine)
         self.guard = Guard(config.train.bad_steps)
         token_bytes = torch.from_numpy(self.tokenizer.byte_lengths)

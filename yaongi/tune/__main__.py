@@ -1,12 +1,23 @@
 """`python -m yaongi.tune --init RUN/model --data CHAT --out TUNED`: tuning, on one device or under `torchrun`."""
 
 import sys
-from importlib import import_module
 
 from yaongi import cli
 from yaongi.tune.command_line import parse
 
+
+def main() -> None:
+    """Run the command; an error is one line."""
+    cli.run(_run)
+
+
+def _run() -> int:
+    config = cli.parsed(parse)
+    from yaongi.train.program import run
+    from yaongi.tune.objectives import job_of
+
+    return run(config, sys.argv[1:], job_of(config))
+
+
 if __name__ == "__main__":
-    cli.show_help(parse)
-    job = import_module("yaongi.tune.objectives").job_of(sys.argv[1:])
-    import_module("yaongi.train.program").main(job)
+    main()

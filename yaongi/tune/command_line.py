@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from yaongi import cli
-from yaongi.model import ModelConfig, load_preset
-from yaongi.model.config import PrecisionConfig
-from yaongi.model.hub.folder import read_config
-from yaongi.model.hub.run_weights import find_weights, run_config
+from yaongi.model.config import PrecisionConfig, load_preset
 from yaongi.train.command_line import COUNTS, DEFAULT_PRESET, load_tyro
-from yaongi.train.config import Training
+from yaongi.train.config import Training, read_init
 from yaongi.tune.config import TuneConfig, TuneRunning, TuneSettings, tuning_defaults
 
 _RUNNING = TuneRunning()
@@ -40,7 +37,9 @@ def parse(arguments: Sequence[str]) -> TuneConfig:
             raise ValueError(f"tune: {option} must be left out: --epochs sets how long it is")
     model, compression = load_preset(DEFAULT_PRESET), "paper"  # for --help
     if chosen.init is not None:
-        model, compression = _of_init(Path(chosen.init))
+        model, trained = read_init(Path(chosen.init))
+        compressed = model.compressed_vocab_size is not None
+        compression = trained.get("engram_compression", "paper") if compressed else "none"
     elif not {"--help", "-h"} & set(arguments):
         raise ValueError("tune: --init must be a model folder or a run, got none")
     warmup, settings = BY_OBJECTIVE.get(chosen.objective, BY_OBJECTIVE["sft"])
@@ -62,11 +61,3 @@ def parse(arguments: Sequence[str]) -> TuneConfig:
         prog="python -m yaongi.tune",
         description="Tuning on conversations or preferences, from the weights of --init, which is needed.",
     )
-
-
-def _of_init(init: Path) -> tuple[ModelConfig, str]:
-    """Return the model of a folder or run, and which token ids its Engram takes for the same."""
-    folder = find_weights(init)
-    model, _ = read_config(folder)
-    trained = run_config(folder).get("train", {})
-    return model, "none" if model.compressed_vocab_size is None else trained.get("engram_compression", "paper")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from yaongi.model import ModelConfig
+from yaongi.model.config import ModelConfig
 from yaongi.settings import FieldChecks
 from yaongi.train.config import Config, Parallel, Running, Training
 

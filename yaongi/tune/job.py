@@ -1,7 +1,6 @@
 """Tuning as what a run is for: conversations as its data, answers as what it measures, and a folder that chats."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from yaongi.train.job import Pretraining
 from yaongi.train.metrics.display import Display
 from yaongi.tune.answers import NO_ANSWERS, AnswerEvaluation, chat_answers
 from yaongi.tune.chat_loader import ChatLoader
-from yaongi.tune.command_line import parse
 from yaongi.tune.config import TuneConfig
 from yaongi.world import World
 
@@ -29,10 +27,6 @@ class Tuning(Pretraining):
 
     module = "yaongi.tune"
     domain = CHAT  # what an epoch is counted by
-
-    def parse(self, arguments: Sequence[str]) -> TuneConfig:
-        """Parse a command line; errors as in `command_line.parse`."""
-        return parse(arguments)
 
     def open_data(self, config: Config) -> tuple[RowLoader, Tokenizer]:
         """Open what is tuned on, and the tokenizer stored with it.

@@ -1,15 +1,10 @@
-"""Which job a command line of tuning asks for."""
+"""Which job a tuning is."""
 
-import argparse
-from collections.abc import Sequence
-
+from yaongi.tune.config import TuneConfig
 from yaongi.tune.job import Tuning
 from yaongi.tune.preference_job import PreferenceTuning
 
 
-def job_of(arguments: Sequence[str]) -> Tuning:
+def job_of(config: TuneConfig) -> Tuning:
     """Return the job of `--objective`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--objective")
-    chosen, _ = parser.parse_known_args(arguments)
-    return PreferenceTuning() if chosen.objective == "dpo" else Tuning()
+    return PreferenceTuning() if config.tune.objective == "dpo" else Tuning()

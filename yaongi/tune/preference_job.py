@@ -12,6 +12,7 @@ from yaongi.data.row_loader import RowLoader
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.scoring import Scorer
 from yaongi.model import Yaongi
+from yaongi.train.build import weight_dtype
 from yaongi.train.config import Config
 from yaongi.train.evaluation.findings import Evaluation, Finding
 from yaongi.train.evaluation.held_out import evaluating
@@ -47,7 +48,7 @@ class PreferenceTuning(Tuning):
         """Have the reference score all pairs, if it hasn't yet. Raises OSError if their folder can't be written to."""
         assert isinstance(loader, PairLoader)
         assert config.run.init is not None
-        dtype = config.train.weight_dtype(world.device)
+        dtype = weight_dtype(config.train, world.device)
         loader.reference = reference_scores(config.run.init, loader.preferences, world, dtype, say)
         if has_held_out(loader):
             self._held_out = reference_scores(config.run.init, loader.held_out_pairs(), world, dtype, say)

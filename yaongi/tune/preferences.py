@@ -1,7 +1,6 @@
 """Pairs of a chosen and a rejected answer, in rows that hold whole pairs, with what a reference model says of them."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from yaongi.data.row_loader import Batch, HeldOut, RowLoader, RowStream
 from yaongi.data.shards import TOKEN
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.scoring import Request, Scorer
-from yaongi.files import sha256_file, write_atomically
+from yaongi.files import read_json, sha256_file, write_json
 from yaongi.model import Yaongi
-from yaongi.model.hub.run_weights import find_weights
+from yaongi.model.hub.checkpoint_folders import find_weights
 from yaongi.world import World
 
 Scores = NDArray[np.float64]  # (pairs, 2): the log-probabilities of the chosen and of the rejected answer
@@ -139,17 +138,18 @@ def reference_scores(
 
     Raises:
         OSError: the folder of the pairs can't be written to.
+        ValueError: what was kept is no JSON.
     """
     folder = find_weights(init)
     path = pairs.shard_set.folder / f"reference-{pairs.split}-{_hash(folder, dtype)[:16]}.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
     if world.all(found.get("pairs") == pairs.hash):
         return np.array(found["scores"])
     say(f"the reference's log-probabilities of {pairs.pairs:,} pairs ({pairs.split}) are computed once")
     model = Yaongi.from_pretrained(folder, dtype=dtype, device=world.device).eval()
     scores = score_pairs(Scorer(model, world, longest=pairs.longest, say=say), pairs)
     if world.is_main:
-        write_atomically(path, json.dumps({"pairs": pairs.hash, "scores": scores.tolist()}).encode())
+        write_json(path, {"pairs": pairs.hash, "scores": scores.tolist()})
     world.barrier()
     return scores
 

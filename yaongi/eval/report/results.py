@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.files import read_json, read_json_lines, sha256_file, write_atomically
+from yaongi.files import read_json, read_json_lines, sha256_file, write_atomically, write_json
 from yaongi.model import Yaongi
-from yaongi.model.hub.run_weights import META, METRICS, is_checkpoint, run_config
+from yaongi.model.hub.checkpoint_folders import META, METRICS, is_checkpoint, run_config
 
 VERSION = 1
 RESULTS = "results.json"
@@ -89,7 +89,7 @@ def add_results(
     found["model"] = dict(model)
     found["runs"].append(dict(run))
     found["tasks"] |= {name: {**entry, "run": len(found["runs"]) - 1} for name, entry in tasks.items()}
-    write_atomically(folder / RESULTS, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(folder / RESULTS, found)
     return found
 
 

@@ -3,10 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from yaongi.files import read_json
 from yaongi.model.config import ModelConfig
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 NEMOTRON_H = "nemotron_h"
 YAONGI = "yaongi"
 REMOTE_CODE = "modeling_yaongi"  # the module for transformers that a `yaongi` folder contains
@@ -138,6 +141,20 @@ def control_tokens(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
     }
+
+
+def read_config_json(folder: Path) -> ModelConfig:
+    """Read the config of a model folder.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it has something that this model does not support.
+    """
+    if not (folder / CONFIG).is_file():
+        made = "python -m yaongi.train --out RUN writes a model to RUN/model"
+        raise FileNotFoundError(f"from_pretrained: folder must hold {CONFIG}, got {folder}; {made}")
+    generation = folder / GENERATION
+    return config_from_json(read_json(folder / CONFIG), read_json(generation) if generation.is_file() else None)
 
 
 def config_from_json(fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:

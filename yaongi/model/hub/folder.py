@@ -11,8 +11,17 @@ from yaongi.files import read_json, write_json
 from yaongi.model.config import ModelConfig
 from yaongi.model.count import ParameterCounts
 from yaongi.model.hub.card import CARD, model_card
-from yaongi.model.hub.config_json import REMOTE_CODE, config_from_json, control_tokens, nemotron_h_config, yaongi_config
-from yaongi.model.hub.run_weights import is_checkpoint, read_run_config, read_run_weights
+from yaongi.model.hub.checkpoint_folders import is_checkpoint
+from yaongi.model.hub.config_json import (
+    CONFIG,
+    GENERATION,
+    REMOTE_CODE,
+    control_tokens,
+    nemotron_h_config,
+    read_config_json,
+    yaongi_config,
+)
+from yaongi.model.hub.run_weights import read_run_config, read_run_weights
 from yaongi.model.hub.weights import SHARD_BYTES, read_shards, staged, write_shards
 
 TOKENIZER_FILES = (
@@ -34,16 +43,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
     """
     if is_checkpoint(folder):
         return read_run_config(folder)
-    if not (folder / "config.json").is_file():
-        made = "python -m yaongi.train --out RUN writes a model to RUN/model"
-        raise FileNotFoundError(f"from_pretrained: folder must hold config.json, got {folder}; {made}")
-    fields = read_json(folder / "config.json")
+    config, fields = read_config_json(folder), read_json(folder / CONFIG)
     name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     dtype = getattr(torch, name, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"config.json: dtype must be a floating one, got {name!r}")
-    generation = folder / "generation_config.json"
-    return config_from_json(fields, read_json(generation) if generation.is_file() else None), dtype
+    return config, dtype
 
 
 def read_weights(folder: Path, targets: Mapping[str, torch.Tensor]) -> None:
@@ -100,7 +105,7 @@ def _write_nemotron_h(
     config, counts, dtype = config.without_engram(), counts.without_engram(), _dtype_name(model)
     kept = {n: t for n, t in _state(model).items() if not any(mark in n for mark in ENGRAM_TENSORS)}
     write_shards(kept, folder, shard_bytes)
-    write_json(folder / "config.json", nemotron_h_config(config, dtype))
+    write_json(folder / CONFIG, nemotron_h_config(config, dtype))
     _write_rest(config, folder, model_card(config, counts, dtype, hub=True, lost=lost))
 
 
@@ -109,14 +114,14 @@ def _write_yaongi(
 ) -> None:
     dtype = _dtype_name(model)
     write_shards(_state(model), folder, shard_bytes)
-    write_json(folder / "config.json", yaongi_config(config, dtype))
+    write_json(folder / CONFIG, yaongi_config(config, dtype))
     shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), folder / f"{REMOTE_CODE}.py")
     _write_rest(config, folder, model_card(config, counts, dtype, hub=False))
 
 
 def _write_rest(config: ModelConfig, folder: Path, card: str) -> None:
     """Write the generation config and the model card."""
-    write_json(folder / "generation_config.json", control_tokens(config))
+    write_json(folder / GENERATION, control_tokens(config))
     (folder / CARD).write_text(card, encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from yaongi.files import read_json_lines
 from yaongi.model.hub.card import CARD
-from yaongi.model.hub.run_weights import METRICS
+from yaongi.model.hub.checkpoint_folders import METRICS
 
 HEADING = "## Training"
 

@@ -15,8 +15,8 @@ import torch
 
 from yaongi.files import sha256_file
 from yaongi.model import ModelConfig, Yaongi
+from yaongi.model.hub.checkpoint_folders import CHECKPOINTS, TOKENIZER, checkpoints_in, find_weights, is_checkpoint
 from yaongi.model.hub.folder import read_config, read_weights
-from yaongi.model.hub.run_weights import CHECKPOINTS, TOKENIZER, checkpoints_in, find_weights, is_checkpoint
 from yaongi.train.checkpoint.checkpoints import DamagedError, read_meta
 
 MAY_DIFFER = ("precision", "max_sequence_length", "attention_backend", "stop_token_ids", "compressed_vocab_size")

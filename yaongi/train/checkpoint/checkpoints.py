@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from yaongi.files import find_damage, write_atomically
-from yaongi.model.hub.run_weights import LATEST, META, checkpoints_in
+from yaongi.model.hub.checkpoint_folders import LATEST, META, checkpoints_in
 from yaongi.train.checkpoint.hashes import HashingWriter
 from yaongi.train.checkpoint.room import MARGIN, check_room, kept_of, most_checkpoints
 from yaongi.train.checkpoint.staging import PinnedStaging

@@ -16,6 +16,7 @@ import torch
 
 from yaongi.kernels import info
 from yaongi.model import Yaongi
+from yaongi.train.build import matrix_momentum_dtype
 from yaongi.train.config import Config
 from yaongi.train.distributed.experts import spread_experts
 from yaongi.train.distributed.ownership import Ownership
@@ -152,7 +153,7 @@ class MemoryForecast:
         """
         train, sharded = self._config.train, processes > 1 and not ownerships
         roles = parameter_roles(model)
-        momentum = train.matrix_momentum_dtype(self._device) if train.matrix_optimizer == "teon" else None
+        momentum = matrix_momentum_dtype(train, self._device) if train.matrix_optimizer == "teon" else None
         fp8 = {id(weight) for weight in model.fp8_weights()}
         sizes = dict.fromkeys(("weights", "masters", "gradients", "momentum", "moments"), 0.0)
         for name, parameter in model.named_parameters():

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 
 from yaongi.data.tokenizer import Tokenizer
-from yaongi.model import flops_per_token
-from yaongi.train.build import build_model
+from yaongi.model import Yaongi, flops_per_token
+from yaongi.train.build import build_model, weight_dtype
 from yaongi.train.config import Config
 from yaongi.train.formatting import duration, gigabytes, short
 from yaongi.train.plan.advice import advise
 from yaongi.train.plan.machines import MACHINES, as_measured
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
+from yaongi.train.plan.passes import Passes, evaluation_seconds, guessed_passes, passes_here
 from yaongi.train.plan.scaling import REACHED, StepSeconds, step_seconds
-from yaongi.train.plan.speed import fp8_here, fp8_layers, kernels_here, link_speed, links_here, step_cost, step_speed
+from yaongi.train.plan.speed import fp8_here, fp8_layers, kernels_here, link_speed, links_here, step_cost
 from yaongi.train.plan.spreading import expert_degree, spread_cost
 from yaongi.world import World
 
@@ -136,22 +137,22 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
         raise ValueError(f"train: --processes must come with --dry-run, got {run.processes}: torchrun sets it")
     processes = run.processes or world.size
     precision = fp8_here(config.model, device) if machine is None else fp8_layers(config.model, machine.has_fp8)
-    dtype = train.weight_dtype(device)
-    model = build_model(config, tokenizer, "meta", dtype=dtype)
+    model = build_model(config, tokenizer, "meta", dtype=weight_dtype(train, device))
     forecast = MemoryForecast(model, config, device, processes, machine, expert_degree(run, world))
     _check_parallel(forecast.parallel, precision, run.evaluate_tasks)
     fits = run.micro_rows or min(world.gather(forecast.rows_that_fit()))
     rows = micro_rows(config, processes, forecast.parallel, fits)
     memory, counts = forecast(rows), model.count_parameters()
     flops = flops_per_token(config.model, counts.active, train.row_tokens)
-    speed = step_speed(device, dtype) if machine is None else machine.speed
-    cost, basis = step_cost(model, train, rows, flops, speed, device), "guessed from the speed of a matrix product"
+    passes = _passes(config, tokenizer, model, rows, flops, device)
+    cost, basis = step_cost(model, train, rows, flops, passes.speed, device), passes.basis
     if machine is not None:
         cost, basis = as_measured(cost, rows * train.row_tokens, machine, config)
     cost = spread_cost(cost, model, forecast.degree, rows * train.row_tokens, run.recompute)
     links, bandwidth = ("", None) if machine is not None or run.processes else _links(world)
     step = step_seconds(cost, processes, forecast.ownership.size, bandwidth)
-    tokens, seconds = train.steps * train.batch_tokens, train.steps * step.total
+    tokens = train.steps * train.batch_tokens
+    seconds = train.steps * step.total + evaluation_seconds(config, passes, processes)
     share = train.batch_rows if forecast.parallel == "replicate" else train.batch_rows // processes
     return Plan(
         preset=config.preset,
@@ -175,11 +176,21 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
         disk=(run.keep_last + 1) * forecast.checkpoint_bytes + 2 * counts.total + TOKEN_BYTES * tokens,
         dollars=seconds / 3600 * run.dollars_per_hour * processes,
         advice="" if forecast.fits(rows) else advise(share, rows, run.recompute, forecast.fits),
-        kernels=kernels_here(device, speed) if machine is None else machine.kernels,
+        kernels=kernels_here(device, passes.speed) if machine is None else machine.kernels,
         precision=precision,
         basis=basis,
         links=links,
     )
+
+
+def _passes(
+    config: Config, tokenizer: Tokenizer | None, model: Yaongi, rows: int, flops: float, device: torch.device
+) -> Passes:
+    """Return what the model's passes take, here or on the machine of `plan_for`."""
+    machine = MACHINES.get(config.run.plan_for)
+    if machine is None:
+        return passes_here(config, tokenizer, model, rows, flops, device)
+    return guessed_passes(machine.speed, flops * config.train.row_tokens, "guessed from the GPU's published speed")
 
 
 def _check_parallel(parallel: str, precision: str, tasks: str) -> None:

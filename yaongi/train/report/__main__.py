@@ -7,8 +7,6 @@ from pathlib import Path
 import tyro
 
 from yaongi import cli
-from yaongi.train.report.page import write_report
-from yaongi.train.report.run import Run
 from yaongi.train.report.words import Language
 
 
@@ -24,6 +22,8 @@ class Report:
 
     def run(self) -> None:
         """Write the page and print its path. Raises ValueError or OSError with a message of one line."""
+        from yaongi.train.report.run import Run
+
         if not self.run_folders:
             raise ValueError("report: run_folders must be one or more, got none")
         if self.watch < 0:
@@ -39,6 +39,8 @@ class Report:
                 return
 
     def _write(self, refresh: int) -> Path:
+        from yaongi.train.report.page import write_report
+
         return write_report(self.run_folders, self.out, self.benchmarks, self.language, refresh)
 
 
