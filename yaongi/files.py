@@ -57,8 +57,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as a JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write an object as a JSON file, atomically; text in any language stays readable."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode(errors="backslashreplace"))  # a lone surrogate becomes its escape in JSON
 
 
 def has_sums(folder: Path) -> bool:

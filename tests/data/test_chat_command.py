@@ -248,7 +248,7 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     said: list[str] = []
     (source,) = open_row_sources([str(tmp_path / "d")], say=said.append)
     assert [Path(file.name).name for file in source.files] == ["a.jsonl"]
-    assert said == ["left out 1 files: b.csv (a table: read if it is named itself)"]
+    assert said == ["left out 1 file: b.csv (a table: read if it is named itself)"]
 
 
 def test_options_and_sources_that_do_not_fit(tmp_path: Path, build: Build) -> None:

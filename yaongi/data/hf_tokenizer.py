@@ -11,13 +11,12 @@ end is the tokenizer's EOS, the only one that trainers and many servers look for
 apart from what follows, as in `chats.encode`; so is a role on a line of its own that begins a text.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from yaongi.data.chats.template import CHAT_TEMPLATE, ROLES
 from yaongi.data.pieces import CONTROL_PIECES, END_OF_TURN, SPACE_MARK, START_OF_TURN, USER_PIECES
-from yaongi.files import write_atomically
+from yaongi.files import write_atomically, write_json
 
 
 def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: Path, *, chat: bool = False) -> None:
@@ -42,7 +41,7 @@ def write_hf_files(pieces: Sequence[str], byte_pieces: Collection[str], folder: 
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": CHAT_TEMPLATE,
     }
-    write_atomically(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2).encode())
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def tokenizer_json(pieces: Sequence[str], byte_pieces: Collection[str], *, chat: bool = False) -> str:

@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yaongi.files import sha256_file, write_atomically
+from yaongi.files import sha256_file, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 TOKEN_BYTES = "token_bytes.npy"
@@ -241,7 +241,7 @@ def _verify(folder: Path, manifest: dict[str, Any], command: str) -> None:
 def _remember(record: Path, checked: dict[str, list[Any]]) -> None:
     """Record the check. In a read-only folder that is impossible, so each start checks again."""
     try:
-        write_atomically(record, json.dumps(checked).encode())
+        write_json(record, checked)
     except PermissionError:
         return
     except OSError as error:

@@ -118,4 +118,5 @@ def describe(left_out: Collection[tuple[str, str]]) -> str:
     """Return one line on the files left out, which names the first of them with their reasons."""
     named = [f"{name} ({reason})" for name, reason in islice(left_out, _SHOWN)]
     rest = [f"and {len(left_out) - _SHOWN:,} more"] if len(left_out) > _SHOWN else []
-    return f"left out {len(left_out):,} files: " + ", ".join(named + rest)
+    count = f"{len(left_out):,} file{'s' if len(left_out) > 1 else ''}"
+    return f"left out {count}: " + ", ".join(named + rest)

@@ -36,7 +36,7 @@ from yaongi.data.sources.readers import Row, read_rows, row_text
 from yaongi.data.sources.tally import BAD_ROWS, BadRows
 from yaongi.data.stages.forecast import PACKED_BYTES, check_disk, duration, size
 from yaongi.data.text import normalize
-from yaongi.files import read_json, write_atomically
+from yaongi.files import read_json, write_json
 
 PART_BYTES = 64_000_000
 _BLOBS_AT_ONCE = 64
@@ -242,7 +242,7 @@ class _Download:
         return None
 
     def _record(self, progress: Progress) -> None:
-        write_atomically(self.folder / "source.json", json.dumps(asdict(progress), indent=1).encode())
+        write_json(self.folder / "source.json", asdict(progress))
 
     def _texts(self) -> Iterator[tuple[int, int, str | ValueError]]:
         """Yield texts, or the errors of bad rows, from the recorded progress on, each with the (file, row) after it."""

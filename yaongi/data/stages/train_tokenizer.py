@@ -12,7 +12,7 @@ from yaongi.data.sources.sample import Sample
 from yaongi.data.sources.source import VAL
 from yaongi.data.sources.specs import open_sources
 from yaongi.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
-from yaongi.files import read_json, sha256_file, write_atomically
+from yaongi.files import read_json, sha256_file, write_json
 
 RECORD = "training.json"
 
@@ -61,7 +61,7 @@ def train_on_sources(
     tokenizer = train_tokenizer(sample, vocab_size, say)
     say(f"text for the tokenizer:\n{sample.lines()}")
     tokenizer.save(out)
-    write_atomically(out / RECORD, json.dumps({**plan, "hash": tokenizer.hash}, indent=1).encode())
+    write_json(out / RECORD, {**plan, "hash": tokenizer.hash})
     say(
         f"tokenizer {tokenizer.hash[:12]} of {tokenizer.vocab_size:,} pieces in {out}, {time.monotonic() - began:.0f} s"
     )

@@ -8,7 +8,7 @@ from typing import Any
 from yaongi.data.chats.template import ANSWER_HEADER, render_chat
 from yaongi.eval.answering import Answerer, Prompt
 from yaongi.eval.logickor.protocol import Protocol
-from yaongi.files import read_json, read_json_lines, write_atomically
+from yaongi.files import read_json, read_json_lines, write_atomically, write_json
 
 FOLDER = "logickor"
 MODEL = "model.json"
@@ -46,7 +46,7 @@ def write_answers(
         say(f"logickor {mode}: {2 * len(first)} answers" + (f", {empty} of them empty" if empty else ""))
     if answerer.world.is_main:
         facts = {**description, "max_new_tokens": max_new_tokens}
-        write_atomically(folder / MODEL, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(folder / MODEL, facts)
 
 
 def read_answers(out: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:

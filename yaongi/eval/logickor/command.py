@@ -1,6 +1,5 @@
 """`python -m yaongi.eval logickor generate|judge`."""
 
-import json
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,7 +66,7 @@ class Judge:
         from yaongi.eval.logickor.marks import summarise
         from yaongi.eval.logickor.protocol import TURNS, read_protocol
         from yaongi.eval.report.page import LOGICKOR, write_page
-        from yaongi.files import write_atomically
+        from yaongi.files import write_json
 
         if self.at_once < 1 or not self.timeout > 0:
             raise ValueError(f"logickor: --at-once and --timeout must be above 0, got {self.at_once}, {self.timeout}")
@@ -92,7 +91,7 @@ class Judge:
             "date": datetime.now(UTC).date().isoformat(),
             **summarise(replies, {question.id: question.category for question in protocol.questions}),
         }
-        write_atomically(self.out / LOGICKOR, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(self.out / LOGICKOR, found)
         print_means(found)
         print(f"report: {write_page([self.out], self.out / 'report.html')}")
         return 1 if found["failures"] else 0

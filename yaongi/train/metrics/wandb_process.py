@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from yaongi.files import read_json, write_atomically
+from yaongi.files import read_json, write_json
 from yaongi.train.run_folder import WANDB_ID
 
 _CONNECT_SECONDS = 5
@@ -106,7 +106,7 @@ def _run_id(folder: Path) -> str:
     if path.is_file():
         return str(read_json(path)["id"])
     new = secrets.token_hex(4)
-    write_atomically(path, json.dumps({"id": new}).encode())
+    write_json(path, {"id": new})
     return new
 
 
