@@ -15,7 +15,7 @@ usage: ./run_all_vessl.sh [options] [-- options of python -m yaongi.train]
   --text-field F   field of the rows that holds the text
   --encoding E     encoding of local files, such as cp949; default: utf-8
   --tokens N       tokens to train on; default: the preset's, but at most 4 epochs of what is there
-  --vocab-size N   pieces of the tokenizer; fewer if the text is too little
+  --vocab-size N   pieces of the tokenizer; default: 32768, of yaongi-tiny 4096; fewer if the text is too little
   --gpus N         GPUs to train on, or processes without one; default: all GPUs of the machine
   --stage NAME     only this one: env, data, tokenizer, tokens, train, report; or one that only runs when asked for: eval,
                    scores of the model, with options of python -m yaongi.eval tasks after --; tune, the model tuned on

@@ -71,7 +71,7 @@ class Session:
         self.loader, self.tokenizer = job.open_data(config)
         asked = config.train.tokens
         self.config = config = job.fit(config, self.tokenizer, self.loader)
-        self.plan: Plan = make_plan(config, self.tokenizer, world)
+        self.plan: Plan = make_plan(config, self.tokenizer, world, len(self.loader.measured))
         train = config.train
         self.schedule = Schedule(train.steps, train.schedule, train.warmup, train.decay, train.final_lr)
         self.display = Display(train.steps, quiet=not world.is_main)

@@ -102,13 +102,14 @@ def _seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def evaluation_seconds(config: Config, passes: Passes, processes: int) -> float:
+def evaluation_seconds(config: Config, passes: Passes, processes: int, domains: int) -> float:
     """Return what all evaluations of a run take: the held-out rows of each domain, and the samples.
 
     Args:
         processes: which share the rows, and draw the samples together.
+        domains: number of those whose held-out text is measured.
     """
     train, run = config.train, config.run
     evaluations = 1 + -(-train.steps // run.evaluate_every)  # before the first step, and after the last
-    rows = -(-run.evaluate_rows // processes) * train.mix.count("=")
+    rows = -(-run.evaluate_rows // processes) * domains
     return evaluations * (rows * passes.held_out_row + len(PROMPTS) * run.sample_tokens * passes.sample_token)

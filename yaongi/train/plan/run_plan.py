@@ -9,7 +9,7 @@ import torch
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.model import Yaongi, flops_per_token
 from yaongi.train.build import build_model, weight_dtype
-from yaongi.train.config import Config
+from yaongi.train.config import Config, Running
 from yaongi.train.formatting import duration, gigabytes, short
 from yaongi.train.plan.advice import advise
 from yaongi.train.plan.machines import MACHINES, as_measured
@@ -121,11 +121,12 @@ class Plan:
         )
 
 
-def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan:
+def make_plan(config: Config, tokenizer: Tokenizer | None, world: World, domains: int = 0) -> Plan:
     """Work out the figures; this takes a second or two.
 
     Args:
         tokenizer: needed unless the plan is for another machine (`plan_for`).
+        domains: number of those whose held-out text is measured.
 
     Raises:
         ValueError: the global batch can't be divided among the processes, or settings don't go together.
@@ -133,13 +134,11 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
     train, run = config.train, config.run
     machine = MACHINES.get(run.plan_for)
     device = world.device if machine is None else torch.device("cuda")
-    if run.processes and not run.dry_run and machine is None:
-        raise ValueError(f"train: --processes must come with --dry-run, got {run.processes}: torchrun sets it")
     processes = run.processes or world.size
     precision = fp8_here(config.model, device) if machine is None else fp8_layers(config.model, machine.has_fp8)
     model = build_model(config, tokenizer, "meta", dtype=weight_dtype(train, device))
     forecast = MemoryForecast(model, config, device, processes, machine, expert_degree(run, world))
-    _check_parallel(forecast.parallel, precision, run.evaluate_tasks)
+    _check_processes(run, forecast.parallel, precision)
     fits = run.micro_rows or min(world.gather(forecast.rows_that_fit()))
     rows = micro_rows(config, processes, forecast.parallel, fits)
     memory, counts = forecast(rows), model.count_parameters()
@@ -152,7 +151,7 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World) -> Plan
     links, bandwidth = ("", None) if machine is not None or run.processes else _links(world)
     step = step_seconds(cost, processes, forecast.ownership.size, bandwidth)
     tokens = train.steps * train.batch_tokens
-    seconds = train.steps * step.total + evaluation_seconds(config, passes, processes)
+    seconds = train.steps * step.total + evaluation_seconds(config, passes, processes, domains)
     share = train.batch_rows if forecast.parallel == "replicate" else train.batch_rows // processes
     return Plan(
         preset=config.preset,
@@ -193,9 +192,11 @@ def _passes(
     return guessed_passes(machine.speed, flops * config.train.row_tokens, "guessed from the GPU's published speed")
 
 
-def _check_parallel(parallel: str, precision: str, tasks: str) -> None:
-    """Check what only whole weights on each process can do."""
-    if tasks != "none" and parallel != "replicate":
+def _check_processes(run: Running, parallel: str, precision: str) -> None:
+    """Check that their number is only planned, and what only whole weights on each process can do."""
+    if run.processes and not run.dry_run and run.plan_for == "none":
+        raise ValueError(f"train: --processes must come with --dry-run, got {run.processes}: torchrun sets it")
+    if run.evaluate_tasks != "none" and parallel != "replicate":
         raise ValueError(f"train: --evaluate-tasks must be with --parallel replicate, got {parallel}")
     if precision and parallel == "fsdp":
         raise ValueError(
