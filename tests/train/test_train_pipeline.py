@@ -129,7 +129,7 @@ def test_one_click_with_one_language(tmp_path: Path) -> None:
         (tree / "글" / f"{number}.txt").write_bytes(text.encode("cp949"))
     printed = one_click(tree, "--source", "ko=글", "--encoding", "cp949")
     assert "mix: ko=40\n" in printed
-    assert re.search(r"^tokenizer: [\d,]+ pieces, not 32,768: the text is too little", printed, re.MULTILINE)
+    assert re.search(r"^tokenizer: [\d,]+ pieces, not 4,096: the text is too little", printed, re.MULTILINE)
     assert re.search(
         r"^ +[\d,]+ tokens: at most 4 epochs of what is there, not the 80,000 asked for", printed, re.MULTILINE
     )
