@@ -14,9 +14,9 @@ FLIPPED_CODES = 1e-4
 # in bfloat16. By `exact`.
 PRODUCT_ERRORS = {True: {"zero mean": 5e-4, "one sign": 1.2e-3}, False: {"zero mean": 4e-3, "one sign": 0.25}}
 BFLOAT16_PRODUCT_ERROR = 2.5e-3
-# The experts' results in FP8 against their emulation: expected, not yet measured. With the tensor cores' errors (8e-4
-# at K = 2048) emulated, 2 % of the codes of A and dH lie beyond a boundary, and results err by 5e-3 to 1e-2.
-EXPERTS_ERROR = 1.2e-2
+# The experts' results in FP8 against their emulation: twice the most that an H100 showed (1.22e-2, dg at D 2688 and
+# F 1856). By the tensor cores' errors (8e-4 at K = 2048) 2 % of the codes of A and dH lie beyond a boundary.
+EXPERTS_ERROR = 2.5e-2
 SMALLEST = 1e-35  # kernels flush denormals, and what is computed from them
 ROW = 1e-3  # of a row's largest value; the scan's float32 gradients have this error at step sizes of 1e4
 TINY = 1e-6  # tolerance for a plain result that happens to be exact; relative to the largest exact value

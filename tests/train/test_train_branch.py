@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
+from processes import train as in_process
 from safetensors.torch import load_file
 from small_run import FOR_KERNELS, arguments, final_tensors, losses, run, session_of, train_here
 
@@ -53,6 +55,31 @@ def test_a_decay_branched_off_is_the_straight_run(device: str, tokens: Path, tmp
     straight, branched = (final_tensors(tmp_path / name) for name in ("straight", "branch"))
     assert straight.keys() == branched.keys()
     assert [name for name, tensor in straight.items() if not torch.equal(tensor, branched[name])] == []
+
+
+@pytest.mark.parametrize("before", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_a_branch_on_two_processes(before: int, tokens: Path, tmp_path: Path) -> None:
+    """Off two processes the same bits as their straight run's; off one, whose sums have another order, nearly."""
+    decay = ("--warmup", "0", "--checkpoint-every", "6", "--dtype", "float64", *QUIET)
+
+    def two(out: Path, *more: str) -> None:
+        done = in_processes(2, tmp_path / "log", in_process, [*arguments(tokens, out), *decay, *more])
+        assert not any(done.codes), "\n".join(done.err)[-4000:]
+
+    straight, branch = tmp_path / "straight", tmp_path / "branch"
+    if before == 1:
+        assert train(tokens, straight, *decay, "--decay", "0.5") == 0
+    else:
+        two(straight, "--decay", "0.5")
+    two(branch, "--init", str(straight), "--init-step", "6", "--tokens", "3072", "--decay", "1")
+    wanted, found = (torch.tensor([values for _, *values in losses(out)[-6:]]) for out in (straight, branch))
+    ends = [final_tensors(out) for out in (straight, branch)]
+    assert ends[0].keys() == ends[1].keys()
+    if before == 2:
+        assert torch.equal(found, wanted)
+        assert [name for name, tensor in ends[0].items() if not torch.equal(tensor, ends[1][name])] == []
+    else:
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 def test_the_lineage(tokens: Path, stable: Path, tmp_path: Path) -> None:
