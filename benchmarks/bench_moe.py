@@ -178,7 +178,7 @@ def test_stages(compare: Compare) -> None:
             "dispatch": lambda: dispatch.dispatch(ids, case.E),
             "up": lambda: experts_forward.moe_up(x, w_up, plan),
             "down": lambda: grouped_gemm.moe_grouped_gemm(a, w_down, plan, weights),
-            "combine": lambda: dispatch.moe_combine(parts, plan, case.T, case.K),
+            "combine": lambda: dispatch.moe_combine(parts, plan.row, case.T, case.K),
             "dh": lambda: gradients.moe_dh(dy, w_down, a, plan, weights),
             "dw_up": lambda: gradients.moe_dw(dh, x, dw_up, plan, gather_left=False),
             "dw_up, added in fp32": lambda: gradients.moe_dw(dh, x, sums, plan, gather_left=False, accumulate=True),

@@ -153,7 +153,7 @@ def cases() -> dict[str, Case]:
 def _cases() -> dict[str, Case]:
     scan = scan_arguments(2, 300, 4, 16, 2, 24)
     conv = {"x": randn(2, 90, 48), "weight": randn(48, 4), "bias": randn(48)}
-    ids = torch.stack([torch.randperm(8)[:3] for _ in range(70)]).int()
+    ids = torch.stack([torch.randperm(8)[:3] for _ in range(200)]).int()  # more pairs than few_tokens.py takes
     matrices = {name: [randn(24, 40) for _ in range(4)] for name in ("params", "grads", "momenta", "masters")}
     half = torch.float16
     return {
@@ -181,6 +181,9 @@ def _cases() -> dict[str, Case]:
         ),
         "cross_entropy": Case(
             {"logits": randn(70, 48), "targets": torch.arange(-22, 48)}, ("logits",), rows=("logits", "targets")
+        ),
+        "linear_step": Case(
+            {"x": randn(5, 272), "weight": randn(40, 272), "addend": randn(5, 40)}, rows=("x", "addend")
         ),
         "mamba_core": Case(
             {
@@ -210,11 +213,11 @@ def _cases() -> dict[str, Case]:
         ),
         "moe": Case(
             {
-                "x": randn(70, 32),
+                "x": randn(200, 32),
                 "w_up": randn(8, 48, 32),
                 "w_down": randn(8, 32, 48),
                 "expert_ids": ids,
-                "expert_weights": randn(70, 3),
+                "expert_weights": randn(200, 3),
             },
             ("x", "w_up", "w_down", "expert_weights"),
             keep_float32=("expert_weights",),

@@ -215,13 +215,18 @@ def test_step_continues_a_prefix_exactly(activation: str | None, width: int, dty
     assert torch.equal(state, final_state)
 
 
-def test_step_follows_the_rule_and_keeps_no_graph() -> None:
-    args = arguments(3, 1, 7, 4, {}, torch.bfloat16)
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("channels", [7, 1000])
+def test_step_follows_the_rule_and_keeps_no_graph(channels: int, width: int, backend: str) -> None:
+    args = arguments(3, 1, channels, width, {}, torch.bfloat16, device_of(backend, "causal_conv1d_step"))
 
     def run(a: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {"y": causal_conv1d_step(a["x"][:, 0], a["initial_state"], a["weight"].requires_grad_(), a["bias"])}
+        state = a["initial_state"].clone()
+        y = causal_conv1d_step(a["x"][:, 0], state, a["weight"].requires_grad_(), a["bias"])
+        return {"y": y, "state": state}
 
-    assert_rule(run, args, "reference")
+    assert_rule(run, args, backend)
     assert not run(args)["y"].requires_grad
     assert not args["initial_state"].requires_grad
 

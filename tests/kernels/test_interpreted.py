@@ -52,6 +52,20 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
 
 
+@pytest.mark.parametrize(("width", "activation", "bias"), [(4, "silu", True), (3, None, False), (2, "silu", True)])
+def test_causal_conv1d_step(width: int, activation: str | None, bias: bool) -> None:
+    """Two blocks of channels, x from a slice, and a state with gaps."""
+    from yaongi.kernels.causal_conv1d import step
+
+    x, state = torch.randn(3, 320)[:, 8:308], torch.randn(3, 300, width + 4)[..., : width - 1]
+    inputs = (torch.randn(300, width), torch.randn(300) if bias else None, activation)
+    exact_state = state.double()
+    y = step.causal_conv1d_step_triton(x, state, *inputs)
+    exact = reference.causal_conv1d_step_reference(x.double(), exact_state, *wide(inputs))
+    assert_equal_to_float64(y, exact, 1e-6, "y")
+    assert torch.equal(state.double(), exact_state)
+
+
 @pytest.mark.parametrize("shape", [(1, 528, 70), (3, 5, 64), (1, 1, 1), (2, 129, 33), (2, 0, 5)], ids=str)
 def test_column_sums(shape: tuple[int, int, int]) -> None:
     """No rows, fewer and more rows than a block, and columns that don't fill the last block."""
@@ -80,6 +94,19 @@ def test_cross_entropy(T: int, V: int) -> None:
     assert_equal_to_float64(dlogits, wanted, 1e-5)
 
 
+@pytest.mark.parametrize(("T", "D", "N"), [(1, 512, 32), (5, 272, 40), (16, 24, 7), (0, 8, 8)])
+@pytest.mark.parametrize("addend", [False, True])
+def test_linear_step(T: int, D: int, N: int, addend: bool) -> None:
+    """Even and uneven blocks, x and the addend from slices."""
+    from yaongi.kernels.linear_step import few_rows_linear
+    from yaongi.kernels.linear_step import reference as linear_reference
+
+    x, weight = torch.randn(T, D + 8)[:, 8:], torch.randn(N, D)
+    inputs = (x, weight, torch.randn(T, N + 3)[:, :N] if addend else None)
+    exact = linear_reference.linear_step_reference(*wide(inputs), False)
+    assert_equal_to_float64(few_rows_linear.linear_step_triton(*inputs, False), exact, 1e-5)
+
+
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (37, 64, 6), (3, 3, 3), (20, 130, 16)])
 def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
     """Routing makes the same choice, ties included; dispatch sorts pairs stably by expert and skips bad ids."""
@@ -105,6 +132,31 @@ def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
     assert bool((plan.row[order[valid:]] == -1).all())
     assert torch.equal(plan.offset[1:], counts.cumsum(0).int())
     assert torch.equal(plan.tile_end, ((counts + 127) // 128).cumsum(0).int())
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "F", "E", "K", "bad"),
+    [
+        (1, 48, 32, 8, 3, False),
+        (3, 272, 40, 64, 2, True),
+        (16, 24, 80, 8, 2, True),
+        (20, 16, 16, 1, 1, False),
+        (3, 16, 16, 4, 4, False),
+    ],
+)
+def test_moe_few(T: int, D: int, F: int, E: int, K: int, bad: bool) -> None:
+    """Slots by pair and by expert, several tiles of rows, columns and inner elements, empty experts, and bad ids."""
+    from yaongi.kernels.moe import few_tokens
+
+    x, w_up, w_down = torch.randn(T, D + 8)[:, 4 : D + 4], torch.randn(E, F, D), torch.randn(E, D, F)
+    ids, weights = torch.rand(T, E).argsort(-1)[:, :K].int(), torch.rand(T, K)
+    if bad:
+        ids[0, 0], ids[-1, -1], ids[T // 2] = -1, E + 3, ids[T // 2, 0].item()
+    y, a = few_tokens.moe_few_triton(x, w_up, w_down, ids, weights)
+    exact, rows = moe_reference.moe_reference(*wide((x, w_up, w_down)), ids, weights.double())
+    valid = int(((ids >= 0) & (ids < E)).sum())
+    assert_equal_to_float64(y, exact, 1e-5)
+    assert_equal_to_float64(a[:valid], rows[:valid], 1e-5)
 
 
 FLAT = [value for step in POLAR_EXPRESS for value in step]

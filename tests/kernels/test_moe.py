@@ -98,13 +98,15 @@ def test_equals_the_token_loop(routing: str) -> None:
 @pytest.mark.parametrize(
     ("T", "D", "F", "E", "K", "change_ids"),
     [
+        (400, 64, 48, 8, 2, None),
         (200, 64, 48, 8, 2, None),
+        (24, 512, 272, 16, 2, None),
         (1, 16, 16, 4, 4, None),
         (0, 32, 16, 4, 2, None),
         (130, 32, 80, 6, 1, lambda ids: ids * 0 + 2),
         (77, 48, 32, 16, 3, lambda ids: torch.where(ids == 1, -1, torch.where(ids == 2, 16, ids)).int()),
     ],
-    ids=["usual", "one token", "no token", "all on one expert", "bad ids"],
+    ids=["usual", "few tokens", "fewer", "one token", "no token", "all on one expert", "bad ids"],
 )
 def test_float64_rule(
     T: int, D: int, F: int, E: int, K: int, change_ids: Any, dtype: torch.dtype, backend: str
@@ -126,6 +128,22 @@ def test_a_nan_in_a_weight_shows_in_the_output(backend: str) -> None:
     assert touched.any()
     assert not touched.all()
     assert torch.equal(y.isnan().any(-1), touched)
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize("T", [8, 64])
+def test_few_tokens_do_not_depend_on_each_other(T: int, backend: str) -> None:
+    """Not even on one that is NaN: a row has the same bits in a batch of half the size."""
+    args = arguments(T, 64, 48, 16, 4, dtype=torch.bfloat16, device=device_of(backend, "moe"))
+    with use_backend(backend):
+        together = moe(**args)
+        half = {name: t[: T // 2] if t.shape[0] == T else t for name, t in args.items()}
+        assert backend == "reference" or torch.equal(moe(**half), together[: T // 2])
+        args["x"][T // 2] = torch.nan
+        beside = moe(**args)
+    assert beside[T // 2].isnan().all()
+    beside[T // 2] = together[T // 2]
+    assert torch.equal(beside, together)
 
 
 @pytest.mark.parametrize("backend", backends("triton"))

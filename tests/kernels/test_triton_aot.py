@@ -1,5 +1,6 @@
 """Compile every config of every Triton launcher for sm_90 without a GPU; check registers, spills and code."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 import torch
 from aot import Compiled, compile_launcher
 
-from yaongi.kernels.causal_conv1d import conv_backward, conv_forward
+from yaongi.kernels.causal_conv1d import conv_backward, conv_forward, step
 from yaongi.kernels.cross_entropy import loss_kernels as cross_entropy
+from yaongi.kernels.linear_step import few_rows_linear
 from yaongi.kernels.moe import experts_backward as moe_gradients
 from yaongi.kernels.moe import experts_forward, routing
 from yaongi.kernels.newton_schulz import passes as newton_schulz
@@ -68,6 +70,15 @@ def test_causal_conv1d(launch: Launch) -> None:
     assert "LDG.E.64" in kernel.sass or "LDG.E.128" in kernel.sass
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_causal_conv1d_step(dtype: torch.dtype) -> None:
+    """Nothing spills, and the step of a whole layer is one kernel."""
+    x, state = meta(64, 10304, dtype=dtype)[:, 4096:10240], meta(64, 6144, 3, dtype=dtype)
+    (kernel,) = compile_launcher(step.causal_conv1d_step_triton, x, state, meta(6144, 4), meta(6144), "silu")
+    assert kernel.spilled_bytes == 0
+    assert kernel.registers <= 64
+
+
 @pytest.mark.parametrize("hidden", [*(pytest.param(h, marks=pytest.mark.long) for h in (256, 1024)), 512, 1856])
 def test_moe(hidden: int) -> None:
     """The stages of the flagship's layer and similar ones use tensor cores and TMA where expected, without spills."""
@@ -94,6 +105,34 @@ def test_moe(hidden: int) -> None:
             assert "UTMALDG" in kernel.sass
         if kernel.name == "_moe_dw_kernel":
             assert "HGMMA" in kernel.sass
+
+
+@pytest.mark.parametrize(("T", "D", "N"), [(1, 2048, 10304), (16, 4096, 2048), (8, 2048, 32768), (1, 2048, 64)])
+def test_linear_step(T: int, D: int, N: int) -> None:
+    """Weights go through asynchronous copies of 16 bytes to tensor cores."""
+    wide = N == 64
+    inputs = meta(T, D), meta(N, D), None if wide else meta(T, N)
+    (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, wide)
+    assert kernel.spilled_bytes == 0
+    assert kernel.registers <= 128
+    assert re.search("HMMA|HGMMA", kernel.sass)
+    assert re.search(r"LDGSTS\.E\S*\.128", kernel.sass)
+
+
+@pytest.mark.parametrize(("T", "hidden"), [(1, 512), (64, 512), pytest.param(8, 1856, marks=pytest.mark.long)])
+def test_moe_of_few_tokens(T: int, hidden: int) -> None:
+    """Weights go through asynchronous copies of 16 bytes to tensor cores; several programs fit an SM."""
+    D, E, K = 2048, 64, 6
+    routing = meta(T, K, dtype=torch.int32), meta(T, K, dtype=torch.float32)
+    kernels = compile_launcher(experts_forward.moe_triton, meta(T, D), meta(E, hidden, D), meta(E, D, hidden), *routing)
+    assert [k.name for k in kernels] == ["_moe_few_up_kernel", "_moe_few_down_kernel", "_moe_combine_kernel"]
+    for kernel in kernels:
+        assert kernel.spilled_bytes == 0, kernel.name
+        assert kernel.registers <= (128 if T == 64 else 168), kernel.name
+        assert kernel.shared_bytes <= 113 * 1024, kernel.name
+    for kernel in kernels[:2]:
+        assert re.search("HMMA|HGMMA", kernel.sass)
+        assert re.search(r"LDGSTS\.E\S*\.128", kernel.sass)
 
 
 def test_moe_route() -> None:

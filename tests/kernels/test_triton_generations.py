@@ -15,9 +15,10 @@ from support import assert_rule
 from test_triton_aot import FLAT, meta
 from test_triton_aot_mamba import scan_arguments
 
-from yaongi.kernels.causal_conv1d import conv_backward, conv_forward
+from yaongi.kernels.causal_conv1d import conv_backward, conv_forward, step
 from yaongi.kernels.common import generations
 from yaongi.kernels.cross_entropy import loss_kernels
+from yaongi.kernels.linear_step import few_rows_linear
 from yaongi.kernels.mamba_scan import decode, scan_backward, scan_forward
 from yaongi.kernels.moe import experts_backward, experts_forward, routing
 from yaongi.kernels.newton_schulz import passes, teon
@@ -38,6 +39,8 @@ def experts() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     ids, weights = meta(T, K, dtype=torch.int32), meta(T, K, dtype=FLOAT)
     backward = (x, x, w_up, w_down, ids, weights, a)
     yield experts_forward.moe_triton, (x, w_up, w_down, ids, weights)
+    routing_of_few = meta(64, K, dtype=torch.int32), meta(64, K, dtype=FLOAT)
+    yield experts_forward.moe_triton, (meta(64, D), w_up, w_down, *routing_of_few)
     yield experts_backward.moe_backward_triton, backward
     sums = (meta(*w.shape, dtype=FLOAT) for w in (w_up, w_down))
     yield experts_backward.moe_backward_accumulate_triton, (*backward, *sums)
@@ -62,6 +65,7 @@ def mamba() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
         meta(64),
     )
     yield decode.mamba_step_triton, (state, x, dt, head, b, b, head, head)
+    yield step.causal_conv1d_step_triton, (meta(64, 6144), meta(64, 6144, 3), meta(6144, 4), meta(6144), "silu")
     x = meta(8, 4096, 10304)[..., 4096:]
     state, ids = meta(8, 6208, 3), meta(8, 4096, dtype=torch.int32)
     inputs = (x, meta(6208, 4), meta(6208), ids, state, "silu")
@@ -70,6 +74,8 @@ def mamba() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
 
 
 def others() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    for width in (2048, 32768):
+        yield few_rows_linear.linear_step_triton, (meta(16, 2048), meta(width, 2048), meta(16, width), False)
     x, z, wide = meta(8, 4096, 4096), meta(8, 4096, 10304)[..., :4096], meta(8, 4096, 2048)
     yield norm_kernels.gated_rms_norm_triton, (x, z, meta(4096), 1e-5, 8)
     yield norm_kernels.gated_rms_norm_backward_triton, (x, x, z, meta(4096), 1e-5, 8)

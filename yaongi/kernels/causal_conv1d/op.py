@@ -91,6 +91,10 @@ def _triton_refuses(x: Tensor, weight: Tensor, *rest: object) -> str | None:
     return backend.refuses_float64(x, weight, *rest)
 
 
+def _step_triton_refuses(x: Tensor, state: Tensor, weight: Tensor, *rest: object) -> str | None:
+    return _triton_refuses(x, weight, *rest)
+
+
 def _backward_triton_refuses(dy: Tensor, dfinal_state: Tensor | None, *inputs: Tensor) -> str | None:
     return _triton_refuses(*inputs)
 
@@ -117,6 +121,8 @@ _step_op = backend.define(
     "causal_conv1d_step(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, str? activation) -> Tensor",
     reference=causal_conv1d_step_reference,
     fake=_step_fake,
+    triton="yaongi.kernels.causal_conv1d.step:causal_conv1d_step_triton",
+    triton_refuses=_step_triton_refuses,
     value_check=_step_value_check,
 )
 backend.define_autograd("causal_conv1d", _backward, _setup_context)

@@ -110,9 +110,6 @@ def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
     return Dispatch(order, token, row, offset, tile_end, triton.cdiv(pairs, BLOCK_M) + experts)
 
 
-Tensor = torch.Tensor
-
-
 @triton.jit
 def _moe_combine_kernel(
     part_ptr,  # (T·K, D)
@@ -141,15 +138,19 @@ def _moe_combine_kernel(
     tl.store(y_ptr + t * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def moe_combine(parts: Tensor, plan: Dispatch, tokens: int, top_k: int, addend: Tensor | None = None) -> Tensor:
-    """Return the sum of each token's K rows of parts (T·K, D), and of `addend` (T, D), as (T, D)."""
+def moe_combine(parts: Tensor, row: Tensor, tokens: int, top_k: int, addend: Tensor | None = None) -> Tensor:
+    """Return the sum of each token's K rows of parts (T·K, D), and of `addend` (T, D), as (T, D).
+
+    Args:
+        row: (T·K) int32, the row of each pair, −1 for none.
+    """
     width = parts.shape[1]
     y = torch.empty(tokens, width, dtype=parts.dtype, device=parts.device)
     block_t, block_d = 4, min(512, triton.next_power_of_2(width))
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(width, block_d))
     _moe_combine_kernel[grid](
         parts,
-        plan.row,
+        row,
         addend,
         y,
         tokens,

@@ -329,5 +329,5 @@ def _backward(
     weight_gradient(dh, x, dw_up, plan, gather_left=False)
     weight_gradient(ga, dy, dw_down, plan, gather_left=True)
     del ga  # memory peaks with the rows of dx
-    dx = moe_combine(moe_grouped_gemm(dh, w_up.contiguous(), plan, None), plan, T, K)
+    dx = moe_combine(moe_grouped_gemm(dh, w_up.contiguous(), plan, None), plan.row, T, K)
     return dx, dweights.view(T, K)

@@ -4,6 +4,8 @@ dispatch   counting sort of the routed pairs: rows by expert, and their inverse 
 up         gathers x as it loads the operand, writes A = relu(H)²                          (T·K, D) → (T·K, F)
 down       scales the accumulator by the expert weight, writes rows                        (T·K, F) → (T·K, D)
 combine    y_t = Σ_k of the token's rows, in order                                         (T·K, D) → (T, D)
+
+For few tokens `few_tokens.py` does the same without dispatch.
 """
 
 import torch
@@ -14,6 +16,7 @@ from yaongi.kernels.common.descriptors import matrix_descriptor
 from yaongi.kernels.common.fp8 import cast8, note_largest
 from yaongi.kernels.common.generations import for_gpu
 from yaongi.kernels.moe.dispatch import Dispatch, dispatch, moe_combine
+from yaongi.kernels.moe.few_tokens import FEW, moe_few_triton
 from yaongi.kernels.moe.grouped_gemm import (
     SMALL,
     Config,
@@ -112,7 +115,10 @@ def moe_triton(
     T, K = expert_ids.shape
     if not T:
         return x.new_empty(x.shape), x.new_empty(0, w_up.shape[1])
+    w_up, w_down = w_up.contiguous(), w_down.contiguous()
+    if T * K <= FEW:
+        return moe_few_triton(x, w_up, w_down, expert_ids, expert_weights)
     plan = dispatch(expert_ids, w_up.shape[0])
-    a = moe_up(x, w_up.contiguous(), plan)
-    parts = moe_grouped_gemm(a, w_down.contiguous(), plan, expert_weights.contiguous())
-    return moe_combine(parts, plan, T, K), a
+    a = moe_up(x, w_up, plan)
+    parts = moe_grouped_gemm(a, w_down, plan, expert_weights.contiguous())
+    return moe_combine(parts, plan.row, T, K), a

@@ -35,7 +35,7 @@ def moe8_triton(
     plan = dispatch(expert_ids, len(w_up8))
     a8 = moe_up(x8, w_up8.contiguous(), plan, Fp8(unit_up, scale, dtype, unit_x, amax=amax))
     parts = moe_grouped_gemm(a8, w_down8.contiguous(), plan, expert_weights.contiguous(), Fp8(unit_down, scale, dtype))
-    return moe_combine(parts, plan, T, K, residual), a8
+    return moe_combine(parts, plan.row, T, K, residual), a8
 
 
 def moe8_backward_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,4 +81,4 @@ def _backward(
         weight_gradient(ga, dy, dw_down, plan, gather_left=True)
     del dh, ga  # memory peaks with the rows of dx
     parts = moe_grouped_gemm(dh8, w_up8t.contiguous(), plan, None, Fp8(unit_up, scale, dy.dtype))
-    return moe_combine(parts, plan, T, K, addend), dweights.view(T, K), dh8
+    return moe_combine(parts, plan.row, T, K, addend), dweights.view(T, K), dh8

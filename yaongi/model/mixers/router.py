@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from yaongi.kernels import linear_step
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.accumulation import accumulation_target
 from yaongi.model.layers.compiled import compiled, on_gpu
 from yaongi.model.layers.float32 import KeepsFloat32
+from yaongi.model.layers.linear import is_step
 
 Tensor = torch.Tensor
 
@@ -31,6 +33,8 @@ class Router(KeepsFloat32):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, d) to logits (T, E)."""
+        if is_step(x) and x.dtype == self.weight.dtype:
+            return linear_step(x, self.weight, wide=True)
         if self._on_tensor_cores(x):
             return RouterProduct.apply(x, self.weight)[0]
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,33 @@
+"""Products of few rows with a large matrix: bound by reading the matrix once.
+
+The matrix is the tensor cores' first operand, for these take 16 rows of it but only 8 of the other. An element of the
+result is one sum in ascending order, whatever the other rows are.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def few_rows_dot(
+    rows_ptr,  # (ROWS, 1), the start of each row
+    known,  # (ROWS, 1), whether there is such a row
+    w_ptr,  # (width, inner), contiguous
+    n,  # (BLOCK_N, 1), the matrix's rows
+    inner,
+    width,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return w·rowsᵀ, (BLOCK_N, ROWS) fp32; with EVEN the blocks divide the matrix."""
+    total = tl.zeros((n.shape[0], known.shape[0]), tl.float32)
+    w_rows = w_ptr + n.to(tl.int64) * inner
+    for k in range(0, inner, BLOCK_K):
+        i = k + tl.arange(0, BLOCK_K)[None, :]
+        if EVEN:
+            rows, w = tl.load(rows_ptr + i, mask=known, other=0.0), tl.load(w_rows + i)
+        else:
+            rows = tl.load(rows_ptr + i, mask=known & (i < inner), other=0.0)
+            w = tl.load(w_rows + i, mask=(n < width) & (i < inner), other=0.0)
+        total = tl.dot(w, rows.T, total)
+    return total

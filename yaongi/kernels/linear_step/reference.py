@@ -1,0 +1,19 @@
+"""The product in plain torch."""
+
+import torch
+from torch.nn import functional as F
+
+Tensor = torch.Tensor
+
+
+def linear_step_reference(
+    x: Tensor,  # (T, D)
+    weight: Tensor,  # (N, D)
+    addend: Tensor | None,  # (T, N)
+    wide: bool,
+) -> Tensor:  # (T, N)
+    """Return x·weightᵀ + addend, in at least float32 if `wide`."""
+    if wide:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, weight, addend = x.to(dtype), weight.to(dtype), None if addend is None else addend.to(dtype)
+    return F.linear(x, weight) if addend is None else torch.addmm(addend, x, weight.T)
