@@ -86,10 +86,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
 def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that is gone or misspelt ends the parser. `RUN` is of a preset's form."""
     tables = read_preset("yaongi-tiny")
-    monkeypatch.setattr("yaongi.train.config._of_init", lambda init: (tables["model"], tables["train"]))
-    monkeypatch.setattr(
-        "yaongi.tune.command_line._of_init", lambda init: (ModelConfig.from_dict(tables["model"]), "none")
-    )
+    for module in ("yaongi.train.config", "yaongi.tune.command_line"):
+        monkeypatch.setattr(f"{module}.read_init", lambda _: (ModelConfig.from_dict(tables["model"]), tables["train"]))
     assert understood(shlex.split(command.replace("…", "").replace("'오늘은'", "x")), monkeypatch)
 
 
