@@ -48,9 +48,9 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Do total += a·b. On a GPU a `total` wider than a and b takes the product before it is rounded to their dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif on_gpu(a):
+    elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
+    elif not on_gpu(a):  # in a GPU's plan nothing is made, and torch 2.11 knows no out_dtype on the meta device
         total.add_(a @ b)
 
 
