@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from small_run import train_here
 
 from yaongi.train.config import PlanFor
-from yaongi.train.plan.machines import H100, MACHINES
+from yaongi.train.plan import run_plan
+from yaongi.train.plan.machines import H100, MACHINES, like_h100
 
 ROOT = Path(__file__).parents[2]
 RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -39,6 +41,23 @@ def test_times_are_those_of_the_results_page(preset: str, capsys: pytest.Capture
     speed = re.search(r" at (\d+)k tokens/s, ", found["time"])
     assert speed, found["time"]
     assert 1e3 * int(speed[1]) == pytest.approx(measured["tokens_per_s"], rel=0.03)
+    assert found["time"].endswith("measured on an H100 (docs/results.md)")
+
+
+@pytest.mark.parametrize(
+    ("name", "like"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", True), ("NVIDIA H100 PCIe", False)]
+)
+def test_a_gpu_that_is_here_may_be_like_an_h100(name: str, like: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert like_h100("none", torch.device("cuda")) == like
+    assert not like_h100("none", torch.device("cpu"))
+
+
+def test_a_run_on_such_a_gpu_is_planned_by_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_plan, "like_h100", lambda plan_for, device: True)
+    found = plan(capsys, "--preset", "yaongi-small", "--plan-for", "l40s")
     assert found["time"].endswith("measured on an H100 (docs/results.md)")
 
 

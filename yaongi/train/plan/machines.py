@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from yaongi.train.config import Config, load_config
 from yaongi.train.plan.scaling import COMMON_UPDATE, StepCost
 
@@ -35,6 +37,7 @@ class Measured:
 
 
 _TRITON = "Triton and torch's products, not measured"
+_LIKE_H100 = ("H100 80GB HBM3", "H200")  # in a GPU's name; the PCIe card is slower
 MACHINES = {
     "h100": Machine("H100 80 GB", 84_900_000_000, 989e12, "CUDA and Triton", like_h100=True),
     "h200": Machine("H200 141 GB", 150_000_000_000, 989e12, "CUDA and Triton", like_h100=True),
@@ -50,18 +53,27 @@ H100 = {  # from the milliseconds of micro-batches of 2, 2, 1 and 32 rows, and o
 }
 
 
-def as_measured(cost: StepCost, micro_tokens: int, machine: Machine, config: Config) -> tuple[StepCost, str]:
-    """Return what a step takes, measured where the preset was measured on such a GPU, and what it follows from.
+def like_h100(plan_for: str, device: torch.device) -> bool:
+    """Return whether what was measured on an H100 holds for the GPU to plan for, or else for the device that is here."""
+    machine = MACHINES.get(plan_for)
+    if machine is not None:
+        return machine.like_h100
+    return device.type == "cuda" and any(name in torch.cuda.get_device_name(device) for name in _LIKE_H100)
+
+
+def as_measured(cost: StepCost, basis: str, micro_tokens: int, config: Config) -> tuple[StepCost, str]:
+    """Return what a step takes on a GPU like an H100, measured where the preset was, and what it follows from.
 
     Args:
-        cost: what the step takes by the machine's guessed speed.
+        cost: what the step takes by a guessed speed.
+        basis: what that follows from.
         micro_tokens: per micro-batch.
     """
-    found = H100.get(config.preset) if machine.like_h100 else None
+    found = H100.get(config.preset)
     preset = load_config(config.preset) if found else None
     same = preset is not None and (preset.model, preset.train.row_tokens) == (config.model, config.train.row_tokens)
     if found is None or not same or config.run.recompute != "none":
-        return cost, "guessed from the GPU's published speed"
+        return cost, basis
     update = max(0.0, found.update_seconds - cost.zero_seconds - COMMON_UPDATE)
     seconds = micro_tokens * found.token_seconds
     return replace(cost, micro_seconds=seconds, update_seconds=update), f"measured on an H100 ({found.page})"

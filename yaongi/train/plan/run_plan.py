@@ -12,7 +12,7 @@ from yaongi.train.build import build_model, weight_dtype
 from yaongi.train.config import Config, Running
 from yaongi.train.formatting import duration, gigabytes, short
 from yaongi.train.plan.advice import advise
-from yaongi.train.plan.machines import MACHINES, as_measured
+from yaongi.train.plan.machines import MACHINES, as_measured, like_h100
 from yaongi.train.plan.memory import Memory, MemoryForecast, memory_of
 from yaongi.train.plan.passes import Passes, evaluation_seconds, guessed_passes, passes_here
 from yaongi.train.plan.scaling import REACHED, StepSeconds, step_seconds
@@ -145,8 +145,8 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World, domains
     flops = flops_per_token(config.model, counts.active, train.row_tokens)
     passes = _passes(config, tokenizer, model, rows, flops, device)
     cost, basis = step_cost(model, train, rows, flops, passes.speed, device), passes.basis
-    if machine is not None:
-        cost, basis = as_measured(cost, rows * train.row_tokens, machine, config)
+    if like_h100(run.plan_for, device):
+        cost, basis = as_measured(cost, basis, rows * train.row_tokens, config)
     cost = spread_cost(cost, model, forecast.degree, rows * train.row_tokens, run.recompute)
     links, bandwidth = ("", None) if machine is not None or run.processes else _links(world)
     step = step_seconds(cost, processes, forecast.ownership.size, bandwidth)
