@@ -54,7 +54,7 @@ H100 = {  # from the milliseconds of micro-batches of 2, 2, 1 and 32 rows, and o
 
 
 def like_h100(plan_for: str, device: torch.device) -> bool:
-    """Return whether what was measured on an H100 holds for the GPU to plan for, or else for the device that is here."""
+    """Return whether what was measured on an H100 holds for the GPU to plan for, or else for the device here."""
     machine = MACHINES.get(plan_for)
     if machine is not None:
         return machine.like_h100
