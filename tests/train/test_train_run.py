@@ -316,6 +316,7 @@ def test_out_of_gpu_memory(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79")
 
     monkeypatch.setattr("yaongi.model.mixers.moe.moe_route", refuse)
+    monkeypatch.setattr("yaongi.train.plan.passes._LARGEST", 0)  # the plan times no pass of its own
     monkeypatch.setattr(sys, "argv", ["train", *arguments(tokens, tmp_path / "run", *more)])
     with pytest.raises(SystemExit) as ended:
         main()
