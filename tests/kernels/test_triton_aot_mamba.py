@@ -35,7 +35,7 @@ def scan_arguments(L: int, P: int, G: int, N: int, dtype: torch.dtype, everythin
         (4096, 64, 8, 128, torch.bfloat16, False),
         (4096, 64, 8, 128, torch.bfloat16, True),
         pytest.param(32768, 64, 8, 128, torch.bfloat16, True, marks=pytest.mark.long),
-        (4096, 128, 1, 64, torch.float16, True),
+        pytest.param(4096, 128, 1, 64, torch.float16, True, marks=pytest.mark.long),
         pytest.param(4096, 64, 8, 256, torch.bfloat16, True, marks=pytest.mark.long),
         (128, 16, 2, 16, torch.float32, True),
     ],

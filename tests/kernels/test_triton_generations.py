@@ -26,7 +26,6 @@ from yaongi.kernels.rms_norm import norm_kernels
 
 # Most shared memory of a program, in KB, by compute capability (CUDA programming guide, technical specifications).
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-IN_CI = (86,)  # the least shared memory, and no TMA; `-m long` compiles for all
 SPILLED = 128  # bytes per thread that a kernel may spill; on generation 12 every kernel has a frame of 8
 # The scan's tiles go through descriptors, which the generation before TMA replaces by pointers: they cost registers.
 SPILLED_MORE = {(8, "_mamba_scan_gradients_kernel"): 4608, (12, "_mamba_scan_gradients_kernel"): 512}
@@ -89,8 +88,17 @@ def others() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     yield teon.teon_update_triton, ([narrow], [wide], [narrow], [wide], 1, 0.02, 0.95, True, 0.1, FLAT)
 
 
-@pytest.mark.parametrize("launches", [experts, mamba, others], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("capability", [c if c in IN_CI else pytest.param(c, marks=pytest.mark.long) for c in SHARED])
+IN_CI = {(86, experts), (86, others)}  # the least shared memory, and no TMA; `-m long` compiles all of them
+CASES = [(capability, launches) for capability in SHARED for launches in (experts, mamba, others)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "launches"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1].__name__}", marks=() if case in IN_CI else pytest.mark.long)
+        for case in CASES
+    ],
+)
 def test_every_kernel_fits(capability: int, launches: Callable[[], Iterator[Any]]) -> None:
     for launcher, arguments in launches():
         for kernel in compile_launcher(launcher, *arguments, capability=capability):

@@ -57,7 +57,8 @@ def test_a_decay_branched_off_is_the_straight_run(device: str, tokens: Path, tmp
     assert [name for name, tensor in straight.items() if not torch.equal(tensor, branched[name])] == []
 
 
-@pytest.mark.parametrize("before", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("before", [1, 2])
 def test_a_branch_on_two_processes(before: int, tokens: Path, tmp_path: Path) -> None:
     """Off two processes the same bits as their straight run's; off one, whose sums have another order, nearly."""
     decay = ("--warmup", "0", "--checkpoint-every", "6", "--dtype", "float64", *QUIET)

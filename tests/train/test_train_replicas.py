@@ -87,6 +87,7 @@ def measure(*given: str) -> None:
     study_processes.main()
 
 
+@pytest.mark.long
 def test_the_study_of_processes(tmp_path: Path) -> None:
     """Run it as on GPUs, on the smallest preset: every figure is there, and two runs have the same bits."""
     given = ("--preset", "yaongi-tiny", "--batch-tokens", "1024", "--steps", "1", "--bits", "1")

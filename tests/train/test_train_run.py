@@ -67,7 +67,7 @@ def test_the_model_folder(whole: Path) -> None:
         assert torch.equal(tensor, saved[f"model/{name}"]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_saves(tokens: Path, tmp_path: Path, whole: Path, number: int) -> None:
     """Resume with the command that it prints; the end equals that of the uninterrupted run, bit for bit."""
     out = tmp_path / "run"

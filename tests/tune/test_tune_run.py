@@ -108,6 +108,7 @@ def test_two_pieces_are_one(
     assert answers == again
 
 
+@pytest.mark.long
 def test_two_processes_are_one(model: Path, chats: Path, tokens: Path, tmp_path: Path) -> None:
     more = ["--mix", "chat=0.5,en=0.5", "--base-data", str(tokens), "--dtype", "float64", "--epochs", "0.5", *FEW]
     tune(arguments(model, chats, tmp_path / "1", *more))
