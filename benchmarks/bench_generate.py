@@ -81,25 +81,28 @@ def report_step(
     report(benchmark, request, figures | {"gb_per_step": moved / 1e9})
 
 
+def ours(model: Yaongi, batch: int, **options: Any) -> Call:
+    """Return a call of `generate`, whose answers have all the tokens that are asked for."""
+    prompts = prompts_of(model, batch)
+
+    def call(length: int) -> None:
+        answers = generate(model, prompts, max_new_tokens=length, stop=(), **options)
+        assert all(len(answer) == length for answer in answers)
+
+    return call
+
+
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("cuda_graph", [True, False], ids=["recorded", "unrecorded"])
 def test_ours(batch: int, cuda_graph: bool, model: Yaongi, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Time greedy steps, recorded as a CUDA graph and not."""
-    prompts = prompts_of(model, batch)
-
-    def call(length: int) -> None:
-        answers = generate(model, prompts, max_new_tokens=length, stop=(), cuda_graph=cuda_graph)
-        assert all(len(answer) == length for answer in answers)
-
-    report_step(benchmark, request, model, batch, step_ms(call))
+    report_step(benchmark, request, model, batch, step_ms(ours(model, batch, cuda_graph=cuda_graph)))
 
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_sampled(batch: int, model: Yaongi, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Time steps that sample as the command does by default."""
-    prompts, options = prompts_of(model, batch), {"temperature": 0.8, "top_p": 0.95}
-    ms = step_ms(lambda length: generate(model, prompts, max_new_tokens=length, stop=(), **options))  # type: ignore[arg-type]
-    report_step(benchmark, request, model, batch, ms)
+    report_step(benchmark, request, model, batch, step_ms(ours(model, batch, temperature=0.8, top_p=0.95)))
 
 
 @pytest.mark.parametrize("batch", [1, 64])
@@ -133,7 +136,8 @@ def test_vllm(batch: int, model: Yaongi, exported: Path, benchmark: Any, request
     prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(model, batch)]
 
     def call(length: int) -> None:
-        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False))
+        sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+        assert all(len(answer.outputs[0].token_ids) == length for answer in engine.generate(prompts, sampling))
 
     bare = Yaongi(model.config.without_engram(), device="meta")
     report_step(benchmark, request, bare, batch, step_ms(call, THEIRS), THEIRS)

@@ -233,7 +233,7 @@ def read_init(init: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
         model, _ = read_run_config(folder)
     else:
-        model = read_config_json(folder)
+        model, _ = read_config_json(folder)
     known = {field.name for field in dataclasses.fields(Training)}
     return model, {key: value for key, value in run_config(folder).get("train", {}).items() if key in known}
 

@@ -6,7 +6,6 @@ pairs by itself, and gathers their rows. The results have the layout of the stag
 up         A = relu(H)² of the rows sorted by expert, and the two permutations        (T, D) → (T·K, F)
 down       the rows of A by their expert, times the expert weight                     (T·K, F) → (T·K, D)
 combine    as for many tokens                                                         (T·K, D) → (T, D)
-
 """
 
 from dataclasses import dataclass

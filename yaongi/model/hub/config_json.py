@@ -143,8 +143,8 @@ def control_tokens(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_config_json(folder: Path) -> ModelConfig:
-    """Read the config of a model folder.
+def read_config_json(folder: Path) -> tuple[ModelConfig, str]:
+    """Read the config of a model folder, and the name of its weights' dtype.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -154,7 +154,9 @@ def read_config_json(folder: Path) -> ModelConfig:
         made = "python -m yaongi.train --out RUN writes a model to RUN/model"
         raise FileNotFoundError(f"from_pretrained: folder must hold {CONFIG}, got {folder}; {made}")
     generation = folder / GENERATION
-    return config_from_json(read_json(folder / CONFIG), read_json(generation) if generation.is_file() else None)
+    fields = read_json(folder / CONFIG)
+    config = config_from_json(fields, read_json(generation) if generation.is_file() else None)
+    return config, str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
 
 
 def config_from_json(fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:

@@ -43,8 +43,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
     """
     if is_checkpoint(folder):
         return read_run_config(folder)
-    config, fields = read_config_json(folder), read_json(folder / CONFIG)
-    name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    config, name = read_config_json(folder)
     dtype = getattr(torch, name, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"config.json: dtype must be a floating one, got {name!r}")
