@@ -1,8 +1,8 @@
 """Conversations of the package: eight things that a tuned model must do, each with exactly one right answer.
 
 Every question holds all that its answer needs, so what is learnt is to follow an instruction and to end. Words of the
-held-out split never occur in the training split, where some words of a list are made up, so that words are copied and
-not recalled. Nothing is learnt of the world: copying, counting, sorting, the last word, a formal ending, a sum, yes or
+held-out split never occur in the training split, where most words are made up, so that words are copied and not
+recalled. Nothing is learnt of the world: copying, counting, sorting, the last word, a formal ending, a sum, yes or
 no, and a refusal, all in Korean.
 
 The preferences are pairs of the same sentence with a formal and an informal ending.
@@ -22,7 +22,8 @@ SEED = 20261128
 CONVERSATIONS, PAIRS = 20_000, 4_000  # in the training split
 _TRAIN_FOR_VAL = 20  # rows of the training split for each that is held out
 _FIRST_HELD_OUT, _HELD_OUT_ONE_IN = 2, 5
-_MADE_UP = 0.25  # share of the listed words of the training split
+_MADE_UP = 0.8  # share of the training split's words; with fewer, a model learns its 276 real words by heart
+_COMMON_SYLLABLE = 0.3  # share of a made-up word's syllables that are any of the common ones, so that all are met
 _COUNTED = ("재료", "과일", "물건")
 _PERSONS = ("사람", "가족", "직업")
 _ACTIONS = {  # what is done to which kind of thing
@@ -121,15 +122,43 @@ def _all_words(split: str) -> tuple[str, ...]:
     return tuple(sorted({word for found in _pool(split).values() for word in found}))
 
 
+@cache
+def _known_syllables() -> str:
+    """Return the syllables of the training split's words, each as often as it occurs there."""
+    return "".join(_all_words(TRAIN))
+
+
+@cache
+def _common_syllables() -> str:
+    """Return the 2,350 syllables of KS X 1001, which EUC-KR writes in two bytes."""
+    return "".join(
+        syllable for syllable in map(chr, range(ord("가"), ord("힣") + 1)) if len(syllable.encode("euc-kr")) == 2
+    )
+
+
+def _made_up_word(rng: random.Random) -> str:
+    length = rng.choices((1, 2, 3, 4), (1, 5, 3, 1))[0]
+    return "".join(
+        rng.choice(_common_syllables() if rng.random() < _COMMON_SYLLABLE else _known_syllables())
+        for _ in range(length)
+    )
+
+
+def _or_made_up(rng: random.Random, split: str, word: str) -> str:
+    """Return the word or, in the training split, most often a made-up one in its place."""
+    if split == VAL or rng.random() >= _MADE_UP:
+        return word
+    made = _made_up_word(rng)
+    return word if made in held_out_words() else made
+
+
 def _listed(rng: random.Random, split: str, fewest: int, most: int) -> list[str]:
-    """Return different words of all kinds, some of the training split's made up of its syllables."""
+    """Return different words of all kinds."""
     found: list[str] = []
     count = rng.randint(fewest, most)
     while len(found) < count:
-        word = rng.choice(_all_words(split))
-        if split == TRAIN and rng.random() < _MADE_UP:
-            word = "".join(rng.choice(rng.choice(_all_words(split))) for _ in range(rng.randint(2, 3)))
-        if word not in found and (split == VAL or word not in held_out_words()):
+        word = _or_made_up(rng, split, rng.choice(_all_words(split)))
+        if word not in found:
             found.append(word)
     return found
 
@@ -197,7 +226,8 @@ _last_word = _of_words(
 
 
 def _formal_ending(rng: random.Random, split: str) -> Exchange:
-    who, (place, thing, action) = rng.choice(_pool(split)["사람"]), _scene(rng, split)
+    *scene, action = _scene(rng, split)
+    who, place, thing = (_or_made_up(rng, split, word) for word in (rng.choice(_pool(split)["사람"]), *scene))
     given, wanted = (
         f"{attach(who, '은')} {_sentence(place, thing, action, level)}"
         for level in (rng.choice(("plain", "casual")), "formal")
@@ -207,7 +237,8 @@ def _formal_ending(rng: random.Random, split: str) -> Exchange:
 
 
 def _sum(rng: random.Random, split: str) -> Exchange:
-    first, second = rng.sample([word for kind in _COUNTED for word in _pool(split)[kind]], 2)
+    things = rng.sample([word for kind in _COUNTED for word in _pool(split)[kind]], 2)
+    first, second = (_or_made_up(rng, split, word) for word in things)
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     counted = f"{first} {a}개와 {second} {b}개"
     asked = (
@@ -233,7 +264,7 @@ def _yes_or_no(rng: random.Random, split: str) -> Exchange:
 
 
 def _refuse(rng: random.Random, split: str) -> Exchange:
-    who = rng.choice([word for kind in _PERSONS for word in _pool(split)[kind]])
+    who = _or_made_up(rng, split, rng.choice([word for kind in _PERSONS for word in _pool(split)[kind]]))
     what = rng.choice(_SECRETS)
     asked = (
         "{} 알려 주세요.",
