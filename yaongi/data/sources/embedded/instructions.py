@@ -1,28 +1,29 @@
 """Conversations of the package: eight things that a tuned model must do, each with exactly one right answer.
 
 Every question holds all that its answer needs, so what is learnt is to follow an instruction and to end. Words of the
-held-out split never occur in the training split, where most words are made up, so that words are copied and not
-recalled. Nothing is learnt of the world: copying, counting, sorting, the last word, a formal ending, a sum, yes or
-no, and a refusal, all in Korean.
+held-out split never occur in the training split, where most words are taken from the package's prose or made up, so
+that words are copied and not recalled. Nothing is learnt of the world: copying, counting, sorting by number, the last
+word, a formal ending, a sum, yes or no, and a refusal, all in Korean.
 
 The preferences are pairs of the same sentence with a formal and an informal ending.
 """
 
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from yaongi.data.sources.embedded.hangul import attach
-from yaongi.data.sources.embedded.korean import predicates, words
+from yaongi.data.sources.embedded.korean import predicates, prose, templates, words
 from yaongi.data.sources.source import TRAIN, VAL
 
 SEED = 20261128
 CONVERSATIONS, PAIRS = 20_000, 4_000  # in the training split
 _TRAIN_FOR_VAL = 20  # rows of the training split for each that is held out
 _FIRST_HELD_OUT, _HELD_OUT_ONE_IN = 2, 5
-_MADE_UP = 0.8  # share of the training split's words; with fewer, a model learns its 276 real words by heart
+_OTHER, _MADE_UP = 0.8, 0.5  # share of the training split's words that are other ones, and of those that are made up
 _COMMON_SYLLABLE = 0.3  # share of a made-up word's syllables that are any of the common ones, so that all are met
 _COUNTED = ("재료", "과일", "물건")
 _PERSONS = ("사람", "가족", "직업")
@@ -136,6 +137,18 @@ def _common_syllables() -> str:
     )
 
 
+@cache
+def _prose_words() -> tuple[str, ...]:
+    """Return the words of the package's prose and sentences, but those that hold one of the held-out split."""
+    found = set(re.findall("[가-힣]+", "\n".join((*prose(), *_sentences()))))
+    long = [word for word in held_out_words() if len(word) > 1]
+    return tuple(sorted(w for w in found - held_out_words() if not any(word in w for word in long)))
+
+
+def _sentences() -> Iterator[str]:
+    return (line for kind in templates().values() for section in kind.values() for line in section)
+
+
 def _made_up_word(rng: random.Random) -> str:
     length = rng.choices((1, 2, 3, 4), (1, 5, 3, 1))[0]
     return "".join(
@@ -144,12 +157,15 @@ def _made_up_word(rng: random.Random) -> str:
     )
 
 
-def _or_made_up(rng: random.Random, split: str, word: str) -> str:
-    """Return the word or, in the training split, most often a made-up one in its place."""
-    if split == VAL or rng.random() >= _MADE_UP:
+def _or_other(rng: random.Random, split: str, word: str) -> str:
+    """Return the word or, in the training split, most often any other in its place.
+
+    The lists of the training split have 276 words, which a model learns by heart instead of copying what it reads.
+    """
+    if split == VAL or rng.random() >= _OTHER:
         return word
-    made = _made_up_word(rng)
-    return word if made in held_out_words() else made
+    other = _made_up_word(rng) if rng.random() < _MADE_UP else rng.choice(_prose_words())
+    return word if other in held_out_words() else other
 
 
 def _listed(rng: random.Random, split: str, fewest: int, most: int) -> list[str]:
@@ -157,7 +173,7 @@ def _listed(rng: random.Random, split: str, fewest: int, most: int) -> list[str]
     found: list[str] = []
     count = rng.randint(fewest, most)
     while len(found) < count:
-        word = _or_made_up(rng, split, rng.choice(_all_words(split)))
+        word = _or_other(rng, split, rng.choice(_all_words(split)))
         if word not in found:
             found.append(word)
     return found
@@ -201,17 +217,6 @@ _count = _of_words(
         "몇 개가 있는지 알려 주세요",
     ),
 )
-_sort = _of_words(
-    fewest=2,
-    most=4,
-    answer=lambda found: ", ".join(sorted(found)),
-    asked=(
-        "가나다순으로 늘어놓으세요",
-        "가나다 차례로 쓰세요",
-        "사전에 나오는 차례로 쓰세요",
-        "가나다순으로 정리해 주세요",
-    ),
-)
 _last_word = _of_words(
     fewest=2,
     most=6,
@@ -227,7 +232,7 @@ _last_word = _of_words(
 
 def _formal_ending(rng: random.Random, split: str) -> Exchange:
     *scene, action = _scene(rng, split)
-    who, place, thing = (_or_made_up(rng, split, word) for word in (rng.choice(_pool(split)["사람"]), *scene))
+    who, place, thing = (_or_other(rng, split, word) for word in (rng.choice(_pool(split)["사람"]), *scene))
     given, wanted = (
         f"{attach(who, '은')} {_sentence(place, thing, action, level)}"
         for level in (rng.choice(("plain", "casual")), "formal")
@@ -238,7 +243,7 @@ def _formal_ending(rng: random.Random, split: str) -> Exchange:
 
 def _sum(rng: random.Random, split: str) -> Exchange:
     things = rng.sample([word for kind in _COUNTED for word in _pool(split)[kind]], 2)
-    first, second = (_or_made_up(rng, split, word) for word in things)
+    first, second = (_or_other(rng, split, word) for word in things)
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     counted = f"{first} {a}개와 {second} {b}개"
     asked = (
@@ -248,6 +253,16 @@ def _sum(rng: random.Random, split: str) -> Exchange:
         "{}, 합은 몇 개입니까?",
     )
     return rng.choice(asked).format(counted), f"{a + b}개입니다."
+
+
+def _sort(rng: random.Random, split: str) -> Exchange:
+    found = _listed(rng, split, 2, 4)
+    count = dict(zip(found, rng.sample(range(1, 10), len(found)), strict=True))
+    most_first = rng.random() < 0.5
+    asked = ("수가 {} 것부터 쓰세요", "{} 것부터 늘어놓으세요", "개수가 {} 차례로 쓰세요", "{} 것부터 정리해 주세요")
+    counted = [f"{word} {count[word]}개" for word in found]
+    answer = ", ".join(sorted(found, key=count.__getitem__, reverse=most_first))
+    return _ask(rng, [each.format("많은" if most_first else "적은") for each in asked], counted), answer
 
 
 def _yes_or_no(rng: random.Random, split: str) -> Exchange:
@@ -264,7 +279,7 @@ def _yes_or_no(rng: random.Random, split: str) -> Exchange:
 
 
 def _refuse(rng: random.Random, split: str) -> Exchange:
-    who = _or_made_up(rng, split, rng.choice([word for kind in _PERSONS for word in _pool(split)[kind]]))
+    who = _or_other(rng, split, rng.choice([word for kind in _PERSONS for word in _pool(split)[kind]]))
     what = rng.choice(_SECRETS)
     asked = (
         "{} 알려 주세요.",
