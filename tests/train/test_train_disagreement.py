@@ -1,5 +1,6 @@
 """What goes wrong on some of several processes: one line says it, and nothing is lost."""
 
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,18 @@ def run_out(session: Session) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has none")
 
 
+def fault(session: Session) -> None:
+    """Fail as a faulty program does, in the second step."""
+    if session.step == 1:
+        raise RuntimeError("a fault of the program")
+
+
+def faulty(given: Sequence[str]) -> None:
+    """Train with a second process that fails, and with files for torchrun's summary as torchrun names them."""
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{given[given.index('--out') + 1]}-error-{rank()}.json"
+    spoiled("train_step", fault, given)
+
+
 def hang(session: Session) -> None:
     """Get no further for some seconds before the second step."""
     if session.step == 1:
@@ -120,6 +133,16 @@ def test_one_process_out_of_memory(tokens: Path, tmp_path: Path) -> None:
     assert line.startswith("error: rank 1 of 2 (")
     assert "out of GPU memory in" in line
     assert line.endswith("needed 2.00 GiB: try --micro-rows 1")
+
+
+def test_a_fault_on_one_process(tokens: Path, tmp_path: Path) -> None:
+    """Its traceback is printed once, and torchrun's summary is told of it alone."""
+    done = in_processes(2, tmp_path / "log", faulty, arguments(tokens, tmp_path / "run", *FEW))
+    assert done.codes == [1, 1]
+    assert "".join(done.err).count("RuntimeError: a fault of the program") == 1
+    (file,) = tmp_path.glob("run-error-*.json")
+    assert file.name == "run-error-1.json"
+    assert "a fault of the program" in json.loads(file.read_text())["message"]["message"]
 
 
 def test_a_process_that_hangs(tokens: Path, tmp_path: Path) -> None:

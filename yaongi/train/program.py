@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from yaongi import cli
 from yaongi.train.checkpoint.checkpoints import DamagedError, step_of
@@ -119,10 +120,14 @@ def run(config: Config, arguments: Sequence[str], job: Pretraining = PRETRAINING
 
 
 def _say_once(world: World, error: Exception) -> None:
-    """Print a user's mistake, or the loss of a process, on one process; of a fault of the program the traceback."""
+    """Print a user's mistake, or the loss of a process, on one process; of a fault of the program the traceback.
+
+    A fault goes to torchrun too, whose summary names the first one of its processes.
+    """
     mistake, loss = isinstance(error, cli.USER_ERRORS), is_loss(error)
     if not mistake and not loss and not others_failed(world):
         traceback.print_exception(error)
+        get_error_handler().record_exception(error)
     elif mistake or not others_failed(world):
         for line in agree_on_error(world, "another process has ended" if loss else cli.one_line(error)):
             print(f"error: {line}", file=sys.stderr)
