@@ -25,7 +25,6 @@ def cross_entropy_backward_reference(
 ) -> Tensor:  # (T, V) in the logits' dtype
     """Return the gradient of the logits."""
     dlosses = torch.where(targets < 0, 0, dlosses.to(normalizers.dtype))
-    softmax = (logits.to(normalizers.dtype) - normalizers[:, None]).exp()
-    dlogits = softmax * (dlosses + dnormalizers)[:, None]
+    dlogits = (logits.to(normalizers.dtype) - normalizers[:, None]).exp_().mul_((dlosses + dnormalizers)[:, None])
     dlogits.scatter_add_(-1, targets.long().clamp(min=0)[:, None], -dlosses[:, None])
     return dlogits.to(logits.dtype)

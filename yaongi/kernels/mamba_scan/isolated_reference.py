@@ -28,8 +28,8 @@ def isolated(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
         initial_state: Tensor | None,
         *options: object,
     ) -> tuple[Tensor, Tensor]:
-        if document_ids is None:
-            return scan(x, dt, A, b, c, D, dt_bias, None, initial_state, *options)
+        if document_ids is None or _all_finite(x, dt, b, initial_state):
+            return scan(x, dt, A, b, c, D, dt_bias, document_ids, initial_state, *options)
         lost = _lost_tokens(document_ids, x, _step(dt), b, first=initial_state)
         x, dt, b = _finite(x), dt.nan_to_num(0.0, 0.0, -torch.inf), _finite(b)
         initial_state = None if initial_state is None else _finite(initial_state)
@@ -57,8 +57,8 @@ def isolated_backward(scan_backward: Callable[..., tuple[Tensor, ...]]) -> Calla
         initial_state: Tensor | None,
         *options: object,
     ) -> tuple[Tensor, ...]:
-        if document_ids is None:
-            return scan_backward(dy, dfinal_state, x, dt, A, b, c, D, dt_bias, None, initial_state, *options)
+        if document_ids is None or _all_finite(x, dt, b, c, dy, initial_state, dfinal_state):
+            return scan_backward(dy, dfinal_state, x, dt, A, b, c, D, dt_bias, document_ids, initial_state, *options)
         tokens = (x, _step(dt), b, c, dy)
         lost = _lost_tokens(document_ids, *tokens, first=initial_state, last=dfinal_state)
         dy, x, b, c = map(_finite, (dy, x, b, c))
@@ -82,6 +82,11 @@ def isolated_backward(scan_backward: Callable[..., tuple[Tensor, ...]]) -> Calla
         )
 
     return backward
+
+
+def _all_finite(*tensors: Tensor | None) -> bool:
+    """Return whether nothing has to be kept apart: a sum is quick, and is not finite if one of its terms isn't."""
+    return all(t is None or bool(t.sum(dtype=torch.float64).isfinite()) for t in tensors)
 
 
 def _lost_tokens(

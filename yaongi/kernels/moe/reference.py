@@ -75,10 +75,10 @@ def moe_reference(
     weights = expert_weights.flatten()
     parts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # g·W_down·A of each pair; a skipped pair contributes zero
     for expert, rows, pairs in experts_with_rows(expert_ids, w_up.shape[0]):
-        hidden = x[pairs // K].to(wide) @ w_up[expert].to(wide).T  # (R, F)
-        a[rows] = hidden.relu().square().to(x.dtype)
-        part = weights[pairs, None] * (a[rows].to(wide) @ w_down[expert].to(wide).T)  # (R, D)
-        parts[pairs] = part.to(x.dtype).to(wide)  # rounded as the kernels store it
+        hidden = x.index_select(0, pairs // K).to(wide) @ w_up[expert].to(wide).T  # (R, F)
+        a[rows] = hidden.relu_().square_().to(x.dtype)
+        part = (a[rows].to(wide) @ w_down[expert].to(wide).T).mul_(weights[pairs, None])  # (R, D)
+        parts.index_copy_(0, pairs, part.to(x.dtype).to(wide))  # rounded as the kernels store it
     return parts.view(T, K, x.shape[1]).sum(1).to(x.dtype), a
 
 
@@ -100,12 +100,12 @@ def moe_backward_reference(
     dparts = x.new_zeros(T * K, x.shape[1], dtype=wide)  # each pair's share of dx
     for expert, rows, pairs in experts_with_rows(expert_ids, w_up.shape[0]):
         tokens, g, act = pairs // K, weights[pairs, None], a[rows].to(wide)
-        dy_rows = dy[tokens].to(wide)  # (R, D)
+        dy_rows = dy.index_select(0, tokens).to(wide)  # (R, D)
         dact = dy_rows @ w_down[expert].to(wide)  # (R, F), dA′: not yet weighted by g
         dweights[pairs] = (dact * act).sum(-1)
-        dhidden = (2 * act.sqrt() * (g * dact)).to(x.dtype).to(wide)  # relu(H) = sqrt(A); rounded as stored
-        dparts[pairs] = (dhidden @ w_up[expert].to(wide)).to(x.dtype).to(wide)
-        dw_up[expert] = (dhidden.T @ x[tokens].to(wide)).to(w_up.dtype)
+        dhidden = dact.mul_(2 * g).mul_(act.sqrt()).to(x.dtype).to(wide)  # relu(H) = sqrt(A); rounded as stored
+        dparts.index_copy_(0, pairs, (dhidden @ w_up[expert].to(wide)).to(x.dtype).to(wide))
+        dw_up[expert] = (dhidden.T @ x.index_select(0, tokens).to(wide)).to(w_up.dtype)
         dw_down[expert] = (dy_rows.T @ (g * act).to(x.dtype).to(wide)).to(w_down.dtype)
     return dparts.view(T, K, x.shape[1]).sum(1).to(x.dtype), dw_up, dw_down, dweights.view(T, K)
 

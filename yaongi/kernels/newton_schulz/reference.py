@@ -58,13 +58,14 @@ def _gram(x: Tensor, steps: Steps, storage: torch.dtype | None) -> Tensor:
     stored_gram = symmetric_rounding(storage, GRAM_SCALE)
     for part in (steps[:RESTART], steps[RESTART:]):
         gram = stored_gram(x @ x.mT)  # R
-        q = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(gram)
-        for a, b, c in part:
+        identity, q = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device), None
+        for i, (a, b, c) in enumerate(part, 1):
             z = stored_zq(b * gram + c * gram @ gram)
-            q = stored_zq(a * q + q @ z)
-            gram = stored_gram(a * gram + z @ gram)  # (aI + Z)·R
-            gram = stored_gram(a * gram + gram @ z)  # (aI + Z)·R·(aI + Z)
-        x = stored(q @ x)
+            q = stored_zq(a * identity + z if q is None else a * q + q @ z)
+            if i < len(part):
+                gram = stored_gram(a * gram + z @ gram)  # (aI + Z)·R
+                gram = stored_gram(a * gram + gram @ z)  # (aI + Z)·R·(aI + Z)
+        x = x if q is None else stored(q @ x)
     return x
 
 
@@ -102,17 +103,19 @@ def teon_update_reference(
         return
     m, n = params[0].shape[-2:]
     weights = masters or params
-    for first in range(0, len(params), stack):
-        layers = range(first, first + stack)
-        mask = None if active is None else active[first // stack]
-        directions = [teon_direction(grads[i], momenta[i], momentum, nesterov, mask) for i in layers]
-        joint = rounding(storage and DIRECTION)(torch.cat(directions, -1))
-        stacked = newton_schulz_reference(joint, coefficients, "gram", storage)
-        for i, o in zip(layers, stacked.split(n, -1), strict=True):
-            weight = weights[i].to(torch.promote_types(weights[i].dtype, torch.float32))
-            weights[i].copy_(teon_weight(weight, o, (m, n), lr, weight_decay, mask))
-            if masters:
-                params[i].copy_(_chosen(mask, weights[i], params[i]))
+    masks = [None if active is None else active[i // stack] for i in range(len(params))]
+    directions = [
+        teon_direction(grad, buffer, momentum, nesterov, mask)
+        for grad, buffer, mask in zip(grads, momenta, masks, strict=True)
+    ]
+    joint = torch.stack([torch.cat(directions[i : i + stack], -1) for i in range(0, len(params), stack)])
+    stacked = newton_schulz_reference(rounding(storage and DIRECTION)(joint), coefficients, "gram", storage)
+    updates = [o for joint_o in stacked for o in joint_o.split(n, -1)]
+    for i, (weight, o, mask) in enumerate(zip(weights, updates, masks, strict=True)):
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight.copy_(teon_weight(wide, o, (m, n), lr, weight_decay, mask))
+        if masters:
+            params[i].copy_(_chosen(mask, weight, params[i]))
 
 
 def teon_direction(

@@ -271,7 +271,7 @@ class RoleOptimizer(torch.optim.Optimizer):
         lr: float,
         decay: float,
     ) -> None:
-        """Update all of them, on a GPU in one launch. The step counters lie on the GPU too, so nothing waits for it."""
+        """Update all of them, on a GPU in one launch. The step counters lie there too, so nothing waits."""
         states = [self.state[v.parameter] for v in vectors]
         adamw(
             weights,
@@ -280,7 +280,7 @@ class RoleOptimizer(torch.optim.Optimizer):
             [local_part(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
-            fused=bool(weights) and weights[0].is_cuda,
+            fused=bool(weights),
             amsgrad=False,
             beta1=self._train.beta1,
             beta2=self._train.beta2,
