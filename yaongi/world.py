@@ -66,9 +66,9 @@ class World:
         """Return whether `flag` is set on every process; nothing waits for the GPU."""
         return not self.any(not flag)
 
-    def of_main(self, number: int) -> int:
-        """Return the number that the first process has; nothing waits for the GPU."""
-        return int(self.all_reduce(torch.tensor(number if self.is_main else 0)))
+    def of_main(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the whole numbers that the first process has, on the CPU; nothing waits for the GPU."""
+        return self.all_reduce(numbers if self.is_main else torch.zeros_like(numbers))
 
     def barrier(self) -> None:
         """Wait until all processes are here."""

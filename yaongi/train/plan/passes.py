@@ -19,7 +19,7 @@ from yaongi.train.plan.speed import step_speed
 
 _LARGEST = 50_000_000  # parameters of a model that is timed
 _SECONDS, _FEWEST = 1.5, 128  # that timing a micro-batch may take, as guessed; tokens that have to fit into them
-_PROMPT = 8  # tokens, of a sample
+_SAMPLE = 40  # tokens, of a sample that is being written
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Passes:
 
     speed: float  # FLOP/s of a micro-batch, forwards and backwards
     held_out_row: float  # seconds of a row, forwards
-    sample_token: float  # seconds of a pass over a short text; 0: not known
+    sample_token: float  # seconds of a pass over the samples; 0: not known
     basis: str  # what they follow from
 
 
@@ -78,7 +78,7 @@ def _timed(model: Yaongi, shape: tuple[int, int], length: int, flops: float) -> 
         nats(model, HeldOut(ids, documents, counted, counted.sum(1)), device=ids.device, rows_at_once=len(ids))
 
     def sample() -> None:
-        model(_random(model, 1, _PROMPT)[0])
+        model(_random(model, len(PROMPTS), _SAMPLE)[0])
 
     model.refresh_fp8()
     train(1, min(_FEWEST, shape[1]))
@@ -112,4 +112,4 @@ def evaluation_seconds(config: Config, passes: Passes, processes: int, domains: 
     train, run = config.train, config.run
     evaluations = 1 + -(-train.steps // run.evaluate_every)  # before the first step, and after the last
     rows = -(-run.evaluate_rows // processes) * domains
-    return evaluations * (rows * passes.held_out_row + len(PROMPTS) * run.sample_tokens * passes.sample_token)
+    return evaluations * (rows * passes.held_out_row + run.sample_tokens * passes.sample_token)
