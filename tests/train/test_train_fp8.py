@@ -206,7 +206,7 @@ def test_tiny_learns_as_without(tokens: Path, tmp_path: Path) -> None:
     means = {}
     for name, precision in (("bf16", []), ("fp8", FP8)):
         out = tmp_path / name
-        command = ["--preset", "yaongi-tiny", "--data", str(tokens), "--out", str(out), "--tokens", str(30 * 4096)]
+        command = ["--preset", "yaongi-tiny", "--data", str(tokens), "--out", str(out), "--tokens", str(30 * 2048)]
         command += ["--wandb", "off", "--no-tensorboard", "--sample-tokens", "0", "--evaluate-rows", "1"]
         assert train_here([*command, "--evaluate-every", "1000", "--checkpoint-every", "0", *precision]) == 0
         found = losses(out)
