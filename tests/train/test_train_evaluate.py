@@ -11,6 +11,7 @@ from small_run import ALONE, session_of
 
 from yaongi.data.row_loader import HeldOut
 from yaongi.eval.bits_per_byte import bits_per_byte, nats
+from yaongi.train.evaluation import samples
 from yaongi.train.evaluation.held_out import HeldOutBits
 from yaongi.train.evaluation.samples import draw_samples
 from yaongi.world import World
@@ -79,3 +80,17 @@ def test_samples_are_the_same_every_time(tokens: Path, tmp_path: Path) -> None:
         assert torch.equal(torch.get_rng_state(), state)
     assert drawn[0] == drawn[1]
     assert list(drawn[0]) == ["Korean", "code", "math"]
+
+
+def test_a_sample_is_the_same_alone(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pads the shorter texts of a pass changes none of them."""
+    session = session_of(tokens, tmp_path / "run")
+    with session:
+        together = draw_samples(session.model, session.tokenizer, 8, ALONE)
+        alone = {}
+        for name, prompt in samples.PROMPTS.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(samples, "PROMPTS", {name: prompt})
+                alone |= draw_samples(session.model, session.tokenizer, 8, ALONE)
+    assert together == alone
+    assert all(len(text) > len(samples.PROMPTS[name]) for name, text in together.items())
