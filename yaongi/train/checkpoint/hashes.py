@@ -6,7 +6,6 @@ They stand in `SHA256SUMS`, so `sha256sum -c SHA256SUMS` checks a checkpoint too
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -54,8 +53,8 @@ class _HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream, ThreadPoolExecutor(1) as thread:
-            hashed = _HashingStream(cast("IO[bytes]", stream), thread)
+        with super().create_stream(path, mode) as stream:
+            hashed = _HashingStream(cast("IO[bytes]", stream))
             yield hashed if mode == "wb" else stream
         if mode == "wb":
             write_atomically(Path(f"{path}{_PART}"), hashed.hexdigest().encode())
@@ -64,17 +63,14 @@ class _HashingFileSystem(FileSystem):
 class _HashingStream:
     """A file open for writing that hashes what passes; it can't seek."""
 
-    def __init__(self, stream: IO[bytes], thread: ThreadPoolExecutor) -> None:
-        self._stream, self._hash, self._thread = stream, hashlib.sha256(), thread
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._hash = stream, hashlib.sha256()
         self.fileno, self.tell, self.flush, self.close = stream.fileno, stream.tell, stream.flush, stream.close
 
     def write(self, data: Any) -> int:
-        """Write bytes, and hash them meanwhile."""
-        hashed = self._thread.submit(self._hash.update, data)
-        try:
-            return self._stream.write(data)
-        finally:
-            hashed.result()  # the writer uses its memory again after this call
+        """Write bytes, and hash them."""
+        self._hash.update(data)
+        return self._stream.write(data)
 
     def hexdigest(self) -> str:
         """Return the hash of all that was written."""
