@@ -16,6 +16,7 @@ from yaongi.kernels.backend import OPS
 
 Tensor = torch.Tensor
 IN_PLACE = {
+    "attention_step": ("keys", "values"),
     "causal_conv1d_step": ("state",),
     "mamba_step": ("state",),
     "teon_update": ("params", "momenta", "masters"),
@@ -156,7 +157,16 @@ def _cases() -> dict[str, Case]:
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(200)]).int()  # more pairs than few_tokens.py takes
     matrices = {name: [randn(24, 40) for _ in range(4)] for name in ("params", "grads", "momenta", "masters")}
     half = torch.float16
+    cache = {name: randn(3, 2, 160, 16) for name in ("keys", "values")}
+    place = torch.tensor([150, 0, 70])
+    visible = (torch.arange(160) <= place[:, None]) & ((torch.arange(160) > 40) | (place[:, None] < 100))
     return {
+        "attention_step": Case(
+            {"q": randn(3, 6, 16), "k": randn(3, 2, 16), "v": randn(3, 2, 16)}
+            | cache
+            | {"visible": visible, "place": place, "length": 152},
+            rows=("q", "k", "v", "keys", "values", "visible", "place"),
+        ),
         "causal_conv1d": Case(
             conv
             | {
@@ -183,7 +193,8 @@ def _cases() -> dict[str, Case]:
             {"logits": randn(70, 48), "targets": torch.arange(-22, 48)}, ("logits",), rows=("logits", "targets")
         ),
         "linear_step": Case(
-            {"x": randn(5, 272), "weight": randn(40, 272), "addend": randn(5, 40)}, rows=("x", "addend")
+            {"x": randn(5, 272), "weight": randn(40, 272), "addend": randn(5, 40), "activation": None},
+            rows=("x", "addend"),
         ),
         "mamba_core": Case(
             {

@@ -21,6 +21,25 @@ from yaongi.kernels.rms_norm import reference as norm_reference
 pytestmark = pytest.mark.interpret
 
 
+@pytest.mark.parametrize(("H", "J", "D", "places"), [(4, 1, 16, [37, 0]), (6, 2, 9, [5, 12]), (2, 2, 64, [130, 3])])
+def test_attention_step(H: int, J: int, D: int, places: list[int]) -> None:
+    """Several tiles of keys, heads that don't fill a tile, padding on the left that holds NaN, and places beyond."""
+    from yaongi.kernels.attention_step import cached_attention
+    from yaongi.kernels.attention_step import reference as attention_reference
+
+    B, S, place = 2, 140, torch.tensor(places)
+    q, k, v, keys, values = (torch.randn(B, *shape) for shape in ((H, D), (J, D), (J, D), (J, S, D), (J, S, D)))
+    visible = (torch.arange(S) <= place[:, None]) & (torch.arange(S) >= torch.tensor([[2], [0]]))
+    cache = [keys.double(), values.double()]
+    wanted = attention_reference.attention_step_reference(*wide((q, k, v)), *cache, visible, place, 136)
+    keys[0, :, :2] = values[0, :, 0] = keys[:, :, 138:] = torch.nan
+    y = cached_attention.attention_step_triton(q, k, v, keys, values, visible, place, 136)
+    assert_equal_to_float64(y, wanted, 1e-5)
+    for row, end in enumerate(places):
+        assert torch.equal(keys[row, :, end], k[row])
+        assert torch.equal(values[row, :, end], v[row])
+
+
 def causal_conv1d_cases() -> list[Any]:
     """Return shapes around the strip's length, with every combination of documents, states and activation."""
     shapes = [(2, 21, 40, 4), (1, 1, 8, 4), (2, 2, 260, 3), (1, 9, 16, 2)]
@@ -103,17 +122,18 @@ def test_linear_step(T: int, D: int, N: int, addend: bool) -> None:
 
     x, weight = torch.randn(T, D + 8)[:, 8:], torch.randn(N, D)
     inputs = (x, weight, torch.randn(T, N + 3)[:, :N] if addend else None)
-    exact = linear_reference.linear_step_reference(*wide(inputs), False)
-    assert_equal_to_float64(few_rows_linear.linear_step_triton(*inputs, False), exact, 1e-5)
+    for activation in (None, "squared_relu"):
+        exact = linear_reference.linear_step_reference(*wide(inputs), activation, False)
+        assert_equal_to_float64(few_rows_linear.linear_step_triton(*inputs, activation, False), exact, 1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (37, 64, 6), (3, 3, 3), (20, 130, 16)])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (137, 64, 6), (3, 3, 3), (20, 130, 16), (1, 8, 3)])
 def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
     """Routing makes the same choice, ties included; dispatch sorts pairs stably by expert and skips bad ids."""
     from yaongi.kernels.moe import dispatch, routing
 
     logits, bias = torch.randn(tokens, experts), torch.zeros(experts)
-    logits[1] = logits[1, 0]
+    logits[tokens // 3] = logits[tokens // 3, 0]
     ids, weights, load = routing.moe_route_triton(logits, bias, top_k, 2.5)
     expected = moe_reference.moe_route_reference(logits, bias, top_k, 2.5)
     assert torch.equal(ids, expected[0])
@@ -122,7 +142,7 @@ def test_moe_route_and_dispatch(tokens: int, experts: int, top_k: int) -> None:
     dweights = torch.randn(tokens, top_k)
     dlogits = routing.moe_route_backward_triton(dweights, logits, ids, 2.5)
     assert_equal_to_float64(dlogits, moe_reference.moe_route_backward_reference(dweights, logits, ids, 2.5), 1e-6)
-    ids[0, 0], ids[2, 1] = -1, experts + 5
+    ids[0, 0], ids[tokens // 2, 1] = -1, experts + 5
     plan, pairs = dispatch.dispatch(ids, experts), ids.flatten()
     key = torch.where((pairs >= 0) & (pairs < experts), pairs, experts)
     order, counts = key.argsort(stable=True), torch.bincount(key, minlength=experts + 1)[:experts]

@@ -27,6 +27,8 @@ def test_equals_its_definition(shape: tuple[int, int, int], addend: bool) -> Non
     args = arguments(*shape, addend)
     wanted = torch.einsum("td,nd->tn", args["x"], args["weight"]) + args.get("addend", 0)
     assert_equal_to_float64(linear_step(**args), wanted, 1e-13)
+    wanted = torch.einsum("td,nd->tn", args["x"], args["weight"]).relu() ** 2 + args.get("addend", 0)
+    assert_equal_to_float64(linear_step(**args, activation="squared_relu"), wanted, 1e-13)
 
 
 @pytest.mark.parametrize("backend", backends("triton"))
@@ -36,6 +38,7 @@ def test_equals_its_definition(shape: tuple[int, int, int], addend: bool) -> Non
 def test_follows_the_rule(shape: tuple[int, int, int], addend: bool, dtype: torch.dtype, backend: str) -> None:
     args = arguments(*shape, addend, dtype, device_of(backend, "linear_step"))
     assert_rule(lambda a: {"y": linear_step(**a)}, args, backend)
+    assert_rule(lambda a: {"y": linear_step(**a, activation="squared_relu")}, args, backend)
     with use_backend(backend):  # type: ignore[arg-type]
         wide = linear_step(args["x"], args["weight"], wide=True)
     # Tensor cores cut bits off as they add; cut at every 16 elements, 2,048 err by 4e-6 (float32 sums by 5e-7).
@@ -66,7 +69,7 @@ def test_wide_results_are_not_rounded() -> None:
 
 def test_opcheck_and_no_gradient() -> None:
     args = arguments(3, 8, 5, True, torch.float32)
-    torch.library.opcheck(torch.ops.yaongi.linear_step.default, (*args.values(), False))
+    torch.library.opcheck(torch.ops.yaongi.linear_step.default, (*args.values(), "squared_relu", False))
     assert not linear_step(**{name: t.requires_grad_() for name, t in args.items()}).requires_grad
 
 
@@ -77,6 +80,7 @@ def test_opcheck_and_no_gradient() -> None:
         ({"weight": torch.ones(5, 9)}, ValueError, "weight must be (N, D) = (N, 8), got (5, 9)"),
         ({"weight": torch.ones(5, 8).half()}, TypeError, "weight must be float32, got float16"),
         ({"addend": torch.ones(3, 6)}, ValueError, "addend must be (T, N) = (3, 5), got (3, 6)"),
+        ({"activation": "relu"}, ValueError, "activation must be 'squared_relu' or None, got 'relu'"),
         ({"wide": 1}, TypeError, "wide must be a bool, got int"),
     ]
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from aot import Compiled, compile_launcher
 
+from yaongi.kernels.attention_step import cached_attention
 from yaongi.kernels.causal_conv1d import conv_backward, conv_forward, step
 from yaongi.kernels.cross_entropy import loss_kernels as cross_entropy
 from yaongi.kernels.linear_step import few_rows_linear
@@ -38,6 +39,17 @@ class Launch:
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(("D", "dtype"), [(64, torch.bfloat16), (256, torch.float16)])
+def test_attention_step(D: int, dtype: torch.dtype) -> None:
+    """Keys go through asynchronous copies to tensor cores, without spills."""
+    q, k, cache = meta(64, 32, D, dtype=dtype), meta(64, 8, D, dtype=dtype), meta(64, 8, 512, D, dtype=dtype)
+    rows = meta(64, 512, dtype=torch.bool), meta(64, dtype=torch.int64)
+    (kernel,) = compile_launcher(cached_attention.attention_step_triton, q, k, k, cache, cache, *rows, 256)
+    assert kernel.spilled_bytes == 0
+    assert "HMMA" in kernel.sass
+    assert re.search(r"LDGSTS\.E\S*\.128", kernel.sass)
 
 
 def causal_conv1d_launches() -> Iterator[Any]:
@@ -112,7 +124,7 @@ def test_linear_step(T: int, D: int, N: int) -> None:
     """Weights go through asynchronous copies of 16 bytes to tensor cores."""
     wide = N == 64
     inputs = meta(T, D), meta(N, D), None if wide else meta(T, N)
-    (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, wide)
+    (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, "squared_relu", wide)
     assert kernel.spilled_bytes == 0
     assert kernel.registers <= 128
     assert re.search("HMMA|HGMMA", kernel.sass)
@@ -135,10 +147,11 @@ def test_moe_of_few_tokens(T: int, hidden: int) -> None:
         assert re.search(r"LDGSTS\.E\S*\.128", kernel.sass)
 
 
-def test_moe_route() -> None:
+@pytest.mark.parametrize("T", [1, 1024])
+def test_moe_route(T: int) -> None:
     """With 256 experts and 16 per token, nothing spills."""
-    logits, ids = meta(1024, 256, dtype=torch.float32), meta(1024, 16, dtype=torch.int32)
-    weights, bias = meta(1024, 16, dtype=torch.float32), meta(256, dtype=torch.float32)
+    logits, ids = meta(T, 256, dtype=torch.float32), meta(T, 16, dtype=torch.int32)
+    weights, bias = meta(T, 16, dtype=torch.float32), meta(256, dtype=torch.float32)
     kernels = compile_launcher(routing.moe_route_triton, logits, bias, 16, 2.5)
     kernels += compile_launcher(routing.moe_route_backward_triton, weights, logits, ids, 2.5)
     assert [kernel.spilled_bytes for kernel in kernels] == [0, 0]

@@ -15,6 +15,7 @@ from support import assert_rule
 from test_triton_aot import FLAT, meta
 from test_triton_aot_mamba import scan_arguments
 
+from yaongi.kernels.attention_step import cached_attention
 from yaongi.kernels.causal_conv1d import conv_backward, conv_forward, step
 from yaongi.kernels.common import generations
 from yaongi.kernels.cross_entropy import loss_kernels
@@ -74,7 +75,10 @@ def mamba() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
 
 def others() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     for width in (2048, 32768):
-        yield few_rows_linear.linear_step_triton, (meta(16, 2048), meta(width, 2048), meta(16, width), False)
+        yield few_rows_linear.linear_step_triton, (meta(16, 2048), meta(width, 2048), meta(16, width), None, False)
+    q, k, cache = meta(64, 32, 64), meta(64, 8, 64), meta(64, 8, 512, 64)
+    rows = meta(64, 512, dtype=torch.bool), meta(64, dtype=torch.int64)
+    yield cached_attention.attention_step_triton, (q, k, k, cache, cache, *rows, 256)
     x, z, wide = meta(8, 4096, 4096), meta(8, 4096, 10304)[..., :4096], meta(8, 4096, 2048)
     yield norm_kernels.gated_rms_norm_triton, (x, z, meta(4096), 1e-5, 8)
     yield norm_kernels.gated_rms_norm_backward_triton, (x, x, z, meta(4096), 1e-5, 8)

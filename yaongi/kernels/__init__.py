@@ -1,5 +1,6 @@
 """The public ops of Open-Yaongi."""
 
+from yaongi.kernels.attention_step.op import attention_step
 from yaongi.kernels.backend import check_values, info, unavailable, use_backend
 from yaongi.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from yaongi.kernels.cross_entropy.op import cross_entropy, cross_entropy_backward
@@ -23,6 +24,7 @@ from yaongi.kernels.rms_norm.op import gated_rms_norm, rms_norm, rms_norm8, rms_
 from yaongi.kernels.symmetric_product.op import symmetric_product
 
 __all__ = [
+    "attention_step",
     "causal_conv1d",
     "causal_conv1d_step",
     "check_values",

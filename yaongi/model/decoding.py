@@ -249,11 +249,7 @@ def _advance(model: Yaongi, tokens: Tensor, cache: Cache, length: int) -> Tensor
         window = torch.cat([backbone.compress(tokens).unsqueeze(-1), cache.tail], dim=1).unsqueeze(-1)
         cache.tail.copy_(window[:, :-1, 0])
     cache.visible.scatter_(1, cache.place.unsqueeze(1), True)
-    attention = None
-    if "*" in model.config.pattern:
-        unseen = ~cache.visible[:, None, None, :length]
-        mask = torch.zeros(unseen.shape, dtype=cache.dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
-        attention = CachedAttention(cache.place, mask, length)
+    attention = CachedAttention(cache.place, cache.visible, length)
     hidden, _ = backbone(tokens.unsqueeze(-1), Context(None, attention, window), caches=cache.layers)
     cache.place.add_(1).clamp_(max=cache.capacity - 1)
     cache.steps.add_(1)

@@ -36,22 +36,26 @@ def _linear_step_kernel(
     N,
     stride_x,
     stride_a,
+    SQUARED_RELU: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute y = x·wᵀ + addend for some rows of w."""
+    """Compute y = activation(x·wᵀ) + addend for some rows of w."""
     t, n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     known, mask = t < T, (t < T)[None, :] & (n < N)[:, None]
     y = few_rows_dot(x_ptr + t[:, None] * stride_x, known[:, None], w_ptr, n[:, None], D, N, EVEN, BLOCK_K)
+    if SQUARED_RELU:
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y *= y
     if HAS_ADDEND:
         y += tl.load(addend_ptr + t[None, :] * stride_a + n[:, None], mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + t[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_step_triton(x: Tensor, weight: Tensor, addend: Tensor | None, wide: bool) -> Tensor:
+def linear_step_triton(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> Tensor:
     """Compute what `linear_step_reference` does, for up to 16 rows in float16 or bfloat16."""
     (T, D), N = x.shape, weight.shape[0]
     y = torch.empty(T, N, dtype=torch.float32 if wide else x.dtype, device=x.device)
@@ -68,6 +72,7 @@ def linear_step_triton(x: Tensor, weight: Tensor, addend: Tensor | None, wide: b
         N,
         x.stride(0),
         0 if addend is None else addend.stride(0),
+        SQUARED_RELU=activation == "squared_relu",
         HAS_ADDEND=addend is not None,
         EVEN=D % config.block_k == 0 and N % config.block_n == 0,
         ROWS=8 if T <= 8 else 16,

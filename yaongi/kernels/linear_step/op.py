@@ -1,24 +1,27 @@
 """`linear_step`: registration and the public function."""
 
+from typing import Literal
+
 import torch
 
 from yaongi.kernels import backend, check
 from yaongi.kernels.linear_step.reference import linear_step_reference
 
 Tensor = torch.Tensor
+Activation = Literal["squared_relu"] | None
 MOST_ROWS = 16  # beyond, a library's products are as fast
 
 
-def _fake(x: Tensor, weight: Tensor, addend: Tensor | None, wide: bool) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
-def _value_check(x: Tensor, weight: Tensor, addend: Tensor | None, wide: bool) -> None:
+def _value_check(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> None:
     check.finite("linear_step", x=x, weight=weight, addend=addend)
 
 
-def _triton_refuses(x: Tensor, weight: Tensor, addend: Tensor | None, wide: bool) -> str | None:
+def _triton_refuses(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> str | None:
     if x.dtype not in check.HALF_DTYPES:
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
     if x.shape[0] > MOST_ROWS:
@@ -27,7 +30,7 @@ def _triton_refuses(x: Tensor, weight: Tensor, addend: Tensor | None, wide: bool
 
 
 _op = backend.define(
-    "linear_step(Tensor x, Tensor weight, Tensor? addend, bool wide) -> Tensor",
+    "linear_step(Tensor x, Tensor weight, Tensor? addend, str? activation, bool wide) -> Tensor",
     reference=linear_step_reference,
     fake=_fake,
     triton="yaongi.kernels.linear_step.few_rows_linear:linear_step_triton",
@@ -37,24 +40,33 @@ _op = backend.define(
 
 
 @torch.no_grad()
-def linear_step(x: Tensor, weight: Tensor, addend: Tensor | None = None, *, wide: bool = False) -> Tensor:
-    """Return x·weightᵀ + addend for few rows, as in a step of generation; it has no gradient.
+def linear_step(
+    x: Tensor,
+    weight: Tensor,
+    addend: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    wide: bool = False,
+) -> Tensor:
+    """Return activation(x·weightᵀ) + addend for few rows, as in a step of generation; it has no gradient.
 
     Args:
         x: (T, D), any float.
         weight: (N, D), x's dtype.
         addend: (T, N), x's dtype.
+        activation: "squared_relu", relu(·)², or None.
         wide: return the sums as they are, in at least float32.
 
     Returns:
         y (T, N) in x's dtype, contiguous; summed in float32 (float64 for float64) and rounded once.
 
     Raises:
-        TypeError: kind, dtype or device. ValueError: shape.
+        TypeError: kind, dtype or device. ValueError: shape or value.
     """
     args = check.Arguments("linear_step")
     args.tensor("x", x, ("T", "D"))
     args.tensor("weight", weight, ("N", "D"), (x.dtype,))
     args.optional("addend", addend, ("T", "N"), (x.dtype,))
+    args.choice("activation", activation, ("squared_relu", None))
     args.boolean("wide", wide)
-    return _op(x, weight, addend, wide)
+    return _op(x, weight, addend, activation, wide)

@@ -32,11 +32,12 @@ def _moe_route_kernel(
     bias_ptr,  # (E)
     ids_ptr,  # (T, K)
     weights_ptr,  # (T, K)
-    load_ptr,  # (E), zero-initialised
+    load_ptr,  # (E), zero-initialised unless ALONE
     T,
     E,
     scale,
     stride_t,
+    ALONE: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -65,7 +66,11 @@ def _moe_route_kernel(
     stored = (t < T)[:, None] & (k_index < K)[None, :]
     tl.store(ids_ptr + place, ids, mask=stored)
     tl.store(weights_ptr + place, weights, mask=stored)
-    tl.atomic_add(load_ptr + e, tl.sum(tl.where((t < T)[:, None], taken, 0), axis=0), mask=e < E, sem="relaxed")
+    load = tl.sum(tl.where((t < T)[:, None], taken, 0), axis=0)
+    if ALONE:
+        tl.store(load_ptr + e, load, mask=e < E)
+    else:
+        tl.atomic_add(load_ptr + e, load, mask=e < E, sem="relaxed")
 
 
 @triton.jit
@@ -105,14 +110,18 @@ def _moe_route_backward_kernel(
     tl.store(dlogits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], dlogits, mask=known)
 
 
-def _route_blocks(experts: int, top_k: int) -> dict[str, int]:
+FEW_TOKENS = 128  # up to so many, a warp per token: its maxima need no barrier
+
+
+def _route_blocks(tokens: int, experts: int, top_k: int) -> dict[str, int]:
     block_e = triton.next_power_of_2(experts)
+    few = tokens <= FEW_TOKENS and block_e <= 512
     return {
         "K": top_k,
-        "BLOCK_T": max(1, min(16, 2048 // block_e)),  # more logits per program spill registers
+        "BLOCK_T": 1 if few else max(1, min(16, 2048 // block_e)),  # more logits per program spill registers
         "BLOCK_E": block_e,
         "BLOCK_K": triton.next_power_of_2(top_k),
-        "num_warps": 4,
+        "num_warps": 1 if few else 4,
     }
 
 
@@ -121,11 +130,12 @@ def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> 
     T, E = logits.shape
     ids = torch.empty(T, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(T, top_k, dtype=torch.float32, device=logits.device)
-    load = torch.zeros(E, dtype=torch.int32, device=logits.device)
+    load = (torch.empty if T == 1 else torch.zeros)(E, dtype=torch.int32, device=logits.device)
     if T:
-        blocks = _route_blocks(E, top_k)
+        blocks = _route_blocks(T, E, top_k)
         grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
-        _moe_route_kernel[grid](logits, bias.contiguous(), ids, weights, load, T, E, scale, logits.stride(0), **blocks)
+        inputs = (logits, bias.contiguous(), ids, weights, load)
+        _moe_route_kernel[grid](*inputs, T, E, scale, logits.stride(0), ALONE=T == 1, **blocks)
     return ids, weights, load
 
 
@@ -134,7 +144,7 @@ def moe_route_backward_triton(dweights: Tensor, logits: Tensor, expert_ids: Tens
     (T, E), top_k = logits.shape, expert_ids.shape[1]
     dlogits = torch.empty(T, E, dtype=torch.float32, device=logits.device)
     if T:
-        blocks = _route_blocks(E, top_k)
+        blocks = _route_blocks(T, E, top_k)
         grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
         inputs = (dweights.contiguous(), logits, expert_ids.contiguous(), dlogits)
         _moe_route_backward_kernel[grid](*inputs, T, E, scale, logits.stride(0), **blocks)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from yaongi.kernels import attention_step
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.linear import Linear, fork
 from yaongi.model.mixers.attention_backends import (
@@ -13,7 +14,6 @@ from yaongi.model.mixers.attention_backends import (
     CachedAttention,
     ContinuedAttention,
     attend,
-    attend_to_cache,
     scaled_attention,
 )
 
@@ -112,10 +112,8 @@ class Attention(nn.Module):
         cache = _filled(cache)
         assert cache.keys is not None
         assert cache.values is not None
-        place = plan.place.view(-1, 1, 1, 1).expand_as(k.transpose(1, 2))
-        cache.keys.scatter_(2, place, k.transpose(1, 2))
-        cache.values.scatter_(2, place, v.transpose(1, 2))
-        return attend_to_cache(q, cache.keys, cache.values, plan)
+        q, k, v = (t.squeeze(1) for t in (q, k, v))
+        return attention_step(q, k, v, cache.keys, cache.values, plan.visible, plan.place, plan.length).unsqueeze(1)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, d) to q (B, L, heads, D), k and v (B, L, kv heads, D)."""

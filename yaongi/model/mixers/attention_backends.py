@@ -38,9 +38,6 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 
-# For a few queries at a time cuDNN would make a plan, which takes long, for every number of keys.
-CACHED_ORDER = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-
 # Tiles of flex_attention's backward pass: 1.31 ms instead of 1.46 ms with its own choice (2 × 4096, 32 query and 8
 # key-value heads of 64, H100).
 FLEX_OPTIONS = {f"bwd_BLOCK_{name}": 64 for name in ("M1", "N1", "M2", "N2")} | {
@@ -64,7 +61,7 @@ class CachedAttention:
     """How one new token of each row attends to a cache, made once per step for all attention layers."""
 
     place: Tensor  # (B,) int64, the token's place in its row of the cache
-    mask: Tensor  # (B, 1, 1, length), 0 for a place that may be attended to, −∞ for one that may not
+    visible: Tensor  # (B, capacity) bool, the places that may be attended to, its own included
     length: int  # places of the cache to look at
 
 
@@ -124,30 +121,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     return scaled_attention(q, k, v, plan.mask).transpose(1, 2)
 
 
-def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, plan: CachedAttention) -> Tensor:
-    """Attend from q (B, 1, heads, D) to a cache (B, kv heads, capacity, D): (B, 1, heads, D).
-
-    The query heads that share a key head are the rows of one attention, so that keys and values are read once.
-    """
-    k, v = keys[:, :, : plan.length], values[:, :, : plan.length]
-    rows = q.squeeze(1).unflatten(1, (k.shape[1], -1))  # (B, kv heads, heads / kv heads, D)
-    with _prefer(CACHED_ORDER, q):
-        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=plan.mask.expand(-1, *rows.shape[1:3], -1))
-    return y.flatten(1, 2).unsqueeze(1)
-
-
 def scaled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Run SDPA over (B, heads, L, D), causal if there is no mask."""
     if q.is_meta:
         return _ShapesOfAttention.apply(q, k, v, mask)
-    with _prefer(SDPA_ORDER, q):
+    with _prefer_fastest(q):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-def _prefer(order: list[SDPBackend], q: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Let SDPA take the first of these kernels that can run."""
-    return sdpa_kernel(order, set_priority=True) if q.device.type == "cuda" else contextlib.nullcontext()
+def _prefer_fastest(q: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Let SDPA take the first kernel of SDPA_ORDER that can run."""
+    return sdpa_kernel(SDPA_ORDER, set_priority=True) if q.device.type == "cuda" else contextlib.nullcontext()
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

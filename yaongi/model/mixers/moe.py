@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from yaongi.kernels import moe, moe_route
+from yaongi.kernels import linear_step, moe, moe_route
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.accumulation import accumulation_target
 from yaongi.model.layers.compiled import compiled
-from yaongi.model.layers.linear import Linear, add_linear, fork
+from yaongi.model.layers.linear import Linear, add_linear, fork, is_step
 from yaongi.model.layers.plain import is_plain, require_plain
 from yaongi.model.mixers.router import Router, correction_bias, sequence_balance
 
@@ -45,16 +45,19 @@ class SharedExpert(nn.Module):
         self.down_proj = Linear(hidden, width, device, dtype)
 
     def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return up(x) for x (T, d), and x again for the routed experts; see `Linear.fork`."""
-        return fork(self.up_proj, x)
+        """Return relu(up(x))² for x (T, d), and x again for the routed experts; see `Linear.fork`."""
+        if is_step(x) and is_plain(self.up_proj, Linear):
+            return linear_step(x, self.up_proj.weight.to(x.dtype), activation="squared_relu"), x
+        h, x = fork(self.up_proj, x)
+        return compiled(_squared_relu, h.device.type)(h), x
 
-    def down(self, h: Tensor, into: Tensor) -> Tensor:
-        """Return down(relu(h)²), added to `into` (T, d) in place."""
-        return add_linear(self.down_proj, compiled(_squared_relu, h.device.type)(h), into)
+    def down(self, a: Tensor, into: Tensor) -> Tensor:
+        """Return down(a), added to `into` (T, d), where possible in place."""
+        return add_linear(self.down_proj, a, into)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, d) to (T, d); `up` and `down` do it in two halves, with the routed experts between them."""
-        return self.down_proj(compiled(_squared_relu, x.device.type)(self.up_proj(x)))
+        return self.down_proj(self.up(x)[0])
 
 
 def _squared_relu(h: Tensor) -> Tensor:  # compiled, the fastest of three variants (docs/LAB.md)
@@ -82,9 +85,9 @@ class MoE(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         logits, rows = self._logits(rows)
         shared = is_plain(self.shared_experts, SharedExpert)
-        h, rows = self.shared_experts.up(rows) if shared else (rows, rows)
+        a, rows = self.shared_experts.up(rows) if shared else (rows, rows)
         y, ids, load = self._routed(rows, logits)
-        y = (self.shared_experts.down(h, y) if shared else y + self.shared_experts(rows)).view(x.shape)
+        y = (self.shared_experts.down(a, y) if shared else y + self.shared_experts(rows)).view(x.shape)
         return y, Routing(load, self._balance(logits, ids, x.shape[0])) if with_routing else None
 
     def core(self, rows: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:

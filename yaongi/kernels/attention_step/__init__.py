@@ -1,0 +1,1 @@
+"""Attention of one new token per row to a cache."""
