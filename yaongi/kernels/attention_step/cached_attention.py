@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+
 Tensor = torch.Tensor
 
 BLOCK_G = 16  # heads of a program, padded: the least that tensor cores take
@@ -36,11 +38,14 @@ def _attention_step_kernel(
     stride_vj,
     stride_vs,
     stride_b,
+    EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Store the token's key and value, and attend to them and to the visible places before, by the online softmax."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head = tl.program_id(0).to(tl.int64)  # b·J + j
     batch, shared = head // J, head % J
     keys_ptr += batch * stride_kb + shared * stride_kj
@@ -100,6 +105,7 @@ def attention_step_triton(
         *keys.stride()[:3],
         *values.stride()[:3],
         visible.stride(0),
+        **early_launch(q),
         BLOCK_G=BLOCK_G,
         BLOCK_S=ELEMENTS // block_d,
         BLOCK_D=block_d,

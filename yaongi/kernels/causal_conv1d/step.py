@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+
 Tensor = torch.Tensor
 
 BLOCK_C = 256  # channels per program, two per thread
@@ -22,10 +24,13 @@ def _causal_conv1d_step_kernel(
     stride_sc,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    EARLY: tl.constexpr,
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Compute y = activation(bias + Σ_k w_k · window_k), and drop the window's oldest input."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     blocks = tl.cdiv(C, BLOCK_C)
     batch, c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
@@ -64,6 +69,7 @@ def causal_conv1d_step_triton(
         *state.stride()[:2],
         HAS_BIAS=bias is not None,
         SILU=activation == "silu",
+        **early_launch(x),
         W=weight.shape[1],
         BLOCK_C=BLOCK_C,
         num_warps=4,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import few_rows_dot
 
 Tensor = torch.Tensor
@@ -38,13 +39,19 @@ def _linear_step_kernel(
     stride_a,
     SQUARED_RELU: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN: tl.constexpr,
+    LINES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Compute y = activation(x·wᵀ) + addend for some rows of w."""
+    let_next_start(EARLY)
     t, n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if EVEN:
+        fetch_into_l2(w_ptr + n.to(tl.int64)[:, None] * D + 64 * tl.arange(0, LINES)[None, :], EARLY)
+    wait_for_previous(EARLY)
     known, mask = t < T, (t < T)[None, :] & (n < N)[:, None]
     y = few_rows_dot(x_ptr + t[:, None] * stride_x, known[:, None], w_ptr, n[:, None], D, N, EVEN, BLOCK_K)
     if SQUARED_RELU:
@@ -53,6 +60,11 @@ def _linear_step_kernel(
     if HAS_ADDEND:
         y += tl.load(addend_ptr + t[None, :] * stride_a + n[:, None], mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + t[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _lines(D: int, N: int) -> int:
+    """Return how many cache lines of 128 bytes of each row of the weight are fetched early, 4 to 8 MB in all."""
+    return 1 << (min(max(1, D // 64), max(1, 2**16 // N)).bit_length() - 1)
 
 
 def linear_step_triton(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> Tensor:
@@ -74,6 +86,8 @@ def linear_step_triton(x: Tensor, weight: Tensor, addend: Tensor | None, activat
         0 if addend is None else addend.stride(0),
         SQUARED_RELU=activation == "squared_relu",
         HAS_ADDEND=addend is not None,
+        **early_launch(x),
+        LINES=_lines(D, N),
         EVEN=D % config.block_k == 0 and N % config.block_n == 0,
         ROWS=8 if T <= 8 else 16,
         BLOCK_N=config.block_n,

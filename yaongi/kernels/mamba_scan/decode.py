@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.mamba_scan.decays import softplus
 
 Tensor = torch.Tensor
@@ -51,10 +52,13 @@ def _mamba_step_kernel(
     stride_cg,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Compute h ← exp(δ·A)·h + δ·x ⊗ b and y = h·c + D·x."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head, batch = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     group = head // heads_per_group
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -113,6 +117,7 @@ def mamba_step_triton(
         *c.stride()[:2],
         HAS_D=D is not None,
         HAS_BIAS=dt_bias is not None,
+        **early_launch(x),
         BLOCK_P=block_p,
         BLOCK_N=triton.next_power_of_2(N),
         num_warps=STEP.num_warps,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+
 Tensor = torch.Tensor
 
 BLOCK_M = 128  # rows per tile of the experts' products; dispatch counts tiles of this height
@@ -121,10 +123,13 @@ def _moe_combine_kernel(
     stride_at,
     K: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Compute y_t = Σ_k part[row of (t, k)] + addend_t, k ascending; a pair without a row adds nothing."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -138,11 +143,14 @@ def _moe_combine_kernel(
     tl.store(y_ptr + t * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def moe_combine(parts: Tensor, row: Tensor, tokens: int, top_k: int, addend: Tensor | None = None) -> Tensor:
+def moe_combine(
+    parts: Tensor, row: Tensor, tokens: int, top_k: int, addend: Tensor | None = None, *, early: bool = False
+) -> Tensor:
     """Return the sum of each token's K rows of parts (T·K, D), and of `addend` (T, D), as (T, D).
 
     Args:
         row: (T·K) int32, the row of each pair, −1 for none.
+        early: launch early, see common/early_launch.py.
     """
     width = parts.shape[1]
     y = torch.empty(tokens, width, dtype=parts.dtype, device=parts.device)
@@ -158,6 +166,7 @@ def moe_combine(parts: Tensor, row: Tensor, tokens: int, top_k: int, addend: Ten
         0 if addend is None else addend.stride(0),
         K=top_k,
         HAS_ADDEND=addend is not None,
+        **(early_launch(parts) if early else {"EARLY": False}),
         BLOCK_T=block_t,
         BLOCK_D=block_d,
         num_warps=4,

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import few_rows_dot
 from yaongi.kernels.moe.dispatch import moe_combine
 
@@ -77,6 +78,7 @@ def _moe_few_up_kernel(
     E,
     stride_xt,
     BY_EXPERT: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -84,6 +86,8 @@ def _moe_few_up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Compute A = relu(x·W_upᵀ)² of an expert's pairs, in rows sorted by expert."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     columns = tl.cdiv(F, BLOCK_N)
     slot, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     p, ids = _load_ids(ids_ptr, pairs, E, BLOCK_P)
@@ -122,6 +126,7 @@ def _moe_few_down_kernel(
     D,
     E,
     BY_EXPERT: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -129,6 +134,8 @@ def _moe_few_down_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Compute g·A·W_downᵀ of an expert's rows."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     columns = tl.cdiv(D, BLOCK_N)
     slot, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     p, ids = _load_ids(ids_ptr, pairs, E, BLOCK_P)
@@ -171,11 +178,11 @@ def moe_few_triton(
     a, parts = (torch.empty(pairs, n, dtype=x.dtype, device=x.device) for n in (F, D))
     ids, slots = expert_ids.contiguous(), min(pairs, E)
     by_expert = pairs >= E
-    up, down = _launch_options(UP, pairs, D, F), _launch_options(DOWN, pairs, F, D)
+    early, up, down = early_launch(x), _launch_options(UP, pairs, D, F), _launch_options(DOWN, pairs, F, D)
     _moe_few_up_kernel[(slots * triton.cdiv(F, up["BLOCK_N"]),)](
-        x, w_up, ids, order, row, a, pairs, K, D, F, E, x.stride(0), BY_EXPERT=by_expert, **up
+        x, w_up, ids, order, row, a, pairs, K, D, F, E, x.stride(0), BY_EXPERT=by_expert, **early, **up
     )
     _moe_few_down_kernel[(slots * triton.cdiv(D, down["BLOCK_N"]),)](
-        a, w_down, ids, order, expert_weights.contiguous(), parts, pairs, F, D, E, BY_EXPERT=by_expert, **down
+        a, w_down, ids, order, expert_weights.contiguous(), parts, pairs, F, D, E, BY_EXPERT=by_expert, **early, **down
     )
-    return moe_combine(parts, row, T, K), a
+    return moe_combine(parts, row, T, K, early=True), a

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+
 Tensor = torch.Tensor
 
 TAKEN = tl.constexpr(-(2**31))  # a rank below that of −∞
@@ -38,12 +40,15 @@ def _moe_route_kernel(
     scale,
     stride_t,
     ALONE: tl.constexpr,
+    EARLY: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Pick the largest score + bias K times, ties to the lowest index; weights come from the logits alone."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     k_index = tl.arange(0, BLOCK_K)
@@ -134,8 +139,9 @@ def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> 
     if T:
         blocks = _route_blocks(T, E, top_k)
         grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
+        early = early_launch(logits) if T <= FEW_TOKENS else {"EARLY": False}
         inputs = (logits, bias.contiguous(), ids, weights, load)
-        _moe_route_kernel[grid](*inputs, T, E, scale, logits.stride(0), ALONE=T == 1, **blocks)
+        _moe_route_kernel[grid](*inputs, T, E, scale, logits.stride(0), ALONE=T == 1, **early, **blocks)
     return ids, weights, load
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.column_sums import column_sums
+from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 
 Tensor = torch.Tensor
 
@@ -30,6 +31,7 @@ FORWARD = Config(elements=2048, elements_per_warp=512)
 BACKWARD = Config(elements=2048, elements_per_warp=1024)
 # Pipeline stages by bytes per element: 16-bit rows are prefetched while the previous rows are computed.
 STAGES = {2: 2, 4: 1}
+FEW_ROWS = 128  # up to so many, as in a step of generation, the kernel is over so soon that its launch counts
 PROGRAMS = 528  # of the backward kernel: four for each of an H100's 132 multiprocessors
 
 
@@ -53,10 +55,13 @@ def _norm_kernel(
     stride_o,
     GATED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute y = u·r·w, where u is x, x + residual (also stored), or x·silu(z)."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     i = tl.arange(0, BLOCK)[None, :]
     mask, channel = (row < T) & (i < size), tl.program_id(1) * size + i
@@ -171,6 +176,7 @@ def _forward(
         0 if others is None else others.stride(0),
         GATED=other is not None and total is None,
         HAS_RESIDUAL=total is not None,
+        **(early_launch(x) if rows.shape[0] <= FEW_ROWS else {"EARLY": False}),
         **blocks,
     )
 
