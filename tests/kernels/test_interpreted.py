@@ -113,7 +113,9 @@ def test_cross_entropy(T: int, V: int) -> None:
     assert_equal_to_float64(dlogits, wanted, 1e-5)
 
 
-@pytest.mark.parametrize(("T", "D", "N"), [(1, 512, 32), (5, 272, 40), (16, 24, 7), (0, 8, 8)])
+@pytest.mark.parametrize(
+    ("T", "D", "N"), [(1, 512, 32), (1, 9000, 7), (3, 512, 32), (5, 272, 40), (16, 24, 7), (0, 8, 8)]
+)
 @pytest.mark.parametrize("addend", [False, True])
 def test_linear_step(T: int, D: int, N: int, addend: bool) -> None:
     """Even and uneven blocks, x and the addend from slices."""
@@ -123,8 +125,8 @@ def test_linear_step(T: int, D: int, N: int, addend: bool) -> None:
     x, weight = torch.randn(T, D + 8)[:, 8:], torch.randn(N, D)
     inputs = (x, weight, torch.randn(T, N + 3)[:, :N] if addend else None)
     for activation in (None, "squared_relu"):
-        exact = linear_reference.linear_step_reference(*wide(inputs), activation, False)
-        assert_equal_to_float64(few_rows_linear.linear_step_triton(*inputs, activation, False), exact, 1e-5)
+        exact = linear_reference.linear_step_reference(*wide(inputs), activation, False, True)
+        assert_equal_to_float64(few_rows_linear.linear_step_triton(*inputs, activation, False, True), exact, 1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (137, 64, 6), (3, 3, 3), (20, 130, 16), (1, 8, 3)])

@@ -47,17 +47,35 @@ def test_follows_the_rule(shape: tuple[int, int, int], addend: bool, dtype: torc
 
 @pytest.mark.parametrize("backend", backends("triton"))
 def test_a_row_does_not_depend_on_the_others(backend: str) -> None:
+    """Nor, by the kernel, on their number from two on; one alone is summed in another order."""
     args = arguments(16, 512, 64, False, torch.bfloat16, device_of(backend, "linear_step"))
     with use_backend(backend):  # type: ignore[arg-type]
         together = linear_step(**args)
-        alone = torch.cat([linear_step(row, args["weight"]) for row in args["x"].split(1)])
+        pairs = torch.cat([linear_step(rows, args["weight"]) for rows in args["x"].split(2)])
         args["x"][3] = torch.nan
         beside = linear_step(**args)
     if backend == "triton":
-        assert torch.equal(alone, together)
+        assert torch.equal(pairs, together)
     assert beside[3].isnan().all()
     beside[3] = together[3]
     assert torch.equal(beside, together)
+
+
+@pytest.mark.gpu
+def test_a_settled_weight_gives_the_same_bits() -> None:
+    """In a recorded chain, too, whose products begin before the ones ahead have ended."""
+    args = arguments(1, 1024, 1024, False, torch.bfloat16, "cuda")
+    wanted = x = args["x"]
+    for _ in range(20):
+        wanted = linear_step(wanted, args["weight"])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            x = linear_step(x, args["weight"], settled=True)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(x, wanted)
 
 
 def test_wide_results_are_not_rounded() -> None:
@@ -69,7 +87,7 @@ def test_wide_results_are_not_rounded() -> None:
 
 def test_opcheck_and_no_gradient() -> None:
     args = arguments(3, 8, 5, True, torch.float32)
-    torch.library.opcheck(torch.ops.yaongi.linear_step.default, (*args.values(), "squared_relu", False))
+    torch.library.opcheck(torch.ops.yaongi.linear_step.default, (*args.values(), "squared_relu", False, True))
     assert not linear_step(**{name: t.requires_grad_() for name, t in args.items()}).requires_grad
 
 
@@ -82,6 +100,7 @@ def test_opcheck_and_no_gradient() -> None:
         ({"addend": torch.ones(3, 6)}, ValueError, "addend must be (T, N) = (3, 5), got (3, 6)"),
         ({"activation": "relu"}, ValueError, "activation must be 'squared_relu' or None, got 'relu'"),
         ({"wide": 1}, TypeError, "wide must be a bool, got int"),
+        ({"settled": 0}, TypeError, "settled must be a bool, got int"),
     ]
 )
 def test_bad_arguments(bad: Any) -> None:

@@ -119,16 +119,31 @@ def test_moe(hidden: int) -> None:
             assert "HGMMA" in kernel.sass
 
 
-@pytest.mark.parametrize(("T", "D", "N"), [(1, 2048, 10304), (16, 4096, 2048), (8, 2048, 32768), (1, 2048, 64)])
+@pytest.mark.parametrize(("T", "D", "N"), [(2, 2048, 10304), (16, 4096, 2048), (8, 2048, 32768), (2, 2048, 64)])
 def test_linear_step(T: int, D: int, N: int) -> None:
     """Weights go through asynchronous copies of 16 bytes to tensor cores."""
     wide = N == 64
     inputs = meta(T, D), meta(N, D), None if wide else meta(T, N)
-    (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, "squared_relu", wide)
+    (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, "squared_relu", wide, True)
     assert kernel.spilled_bytes == 0
     assert kernel.registers <= 128
     assert re.search("HMMA|HGMMA", kernel.sass)
     assert re.search(r"LDGSTS\.E\S*\.128", kernel.sass)
+
+
+@pytest.mark.parametrize(("D", "N"), [(2048, 10304), (4096, 2048), (2048, 64)])
+def test_linear_step_of_one_row(D: int, N: int) -> None:
+    """All of a program's loads of a settled weight are under way before it waits for the kernel ahead."""
+    inputs = meta(1, D), meta(N, D), meta(1, N)
+    (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, "squared_relu", False, True)
+    assert kernel.spilled_bytes == 0
+    assert kernel.registers <= 128
+    before, _, after = kernel.sass.partition("ACQBULK")
+    assert "PREEXIT" in before
+    assert len(re.findall(r"LDG\.E\S*\.128", before)) >= (16 if N > 64 else 2)
+    assert "LDG" in after
+    (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, "squared_relu", False, False)
+    assert "LDG" not in kernel.sass.partition("ACQBULK")[0]
 
 
 @pytest.mark.parametrize(("T", "hidden"), [(1, 512), (64, 512), pytest.param(8, 1856, marks=pytest.mark.long)])

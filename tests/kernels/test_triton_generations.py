@@ -75,7 +75,9 @@ def mamba() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
 
 def others() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     for width in (2048, 32768):
-        yield few_rows_linear.linear_step_triton, (meta(16, 2048), meta(width, 2048), meta(16, width), None, False)
+        for rows in (1, 16):
+            inputs = meta(rows, 2048), meta(width, 2048), meta(rows, width)
+            yield few_rows_linear.linear_step_triton, (*inputs, None, False, True)
     q, k, cache = meta(64, 32, 64), meta(64, 8, 64), meta(64, 8, 512, 64)
     rows = meta(64, 512, dtype=torch.bool), meta(64, dtype=torch.int64)
     yield cached_attention.attention_step_triton, (q, k, k, cache, cache, *rows, 256)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import few_rows_dot
+from yaongi.kernels.linear_step.one_row_linear import one_row_linear
 
 Tensor = torch.Tensor
 
@@ -67,11 +68,16 @@ def _lines(D: int, N: int) -> int:
     return 1 << (min(max(1, D // 64), max(1, 2**16 // N)).bit_length() - 1)
 
 
-def linear_step_triton(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> Tensor:
+def linear_step_triton(
+    x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool, settled: bool
+) -> Tensor:
     """Compute what `linear_step_reference` does, for up to 16 rows in float16 or bfloat16."""
     (T, D), N = x.shape, weight.shape[0]
     y = torch.empty(T, N, dtype=torch.float32 if wide else x.dtype, device=x.device)
     if not y.numel():
+        return y
+    if T == 1:
+        one_row_linear(x, weight, addend, activation, settled, y)
         return y
     config = next(config for most, config in CONFIGS.items() if most >= N)
     _linear_step_kernel[(triton.cdiv(N, config.block_n),)](

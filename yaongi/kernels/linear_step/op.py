@@ -12,16 +12,18 @@ Activation = Literal["squared_relu"] | None
 MOST_ROWS = 16  # beyond, a library's products are as fast
 
 
-def _fake(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> Tensor:
+def _fake(
+    x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool, settled: bool
+) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
-def _value_check(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> None:
+def _value_check(x: Tensor, weight: Tensor, addend: Tensor | None, *rest: object) -> None:
     check.finite("linear_step", x=x, weight=weight, addend=addend)
 
 
-def _triton_refuses(x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, wide: bool) -> str | None:
+def _triton_refuses(x: Tensor, *rest: object) -> str | None:
     if x.dtype not in check.HALF_DTYPES:
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
     if x.shape[0] > MOST_ROWS:
@@ -30,7 +32,7 @@ def _triton_refuses(x: Tensor, weight: Tensor, addend: Tensor | None, activation
 
 
 _op = backend.define(
-    "linear_step(Tensor x, Tensor weight, Tensor? addend, str? activation, bool wide) -> Tensor",
+    "linear_step(Tensor x, Tensor weight, Tensor? addend, str? activation, bool wide, bool settled) -> Tensor",
     reference=linear_step_reference,
     fake=_fake,
     triton="yaongi.kernels.linear_step.few_rows_linear:linear_step_triton",
@@ -47,6 +49,7 @@ def linear_step(
     *,
     activation: Activation = None,
     wide: bool = False,
+    settled: bool = False,
 ) -> Tensor:
     """Return activation(x·weightᵀ) + addend for few rows, as in a step of generation; it has no gradient.
 
@@ -56,6 +59,8 @@ def linear_step(
         addend: (T, N), x's dtype.
         activation: "squared_relu", relu(·)², or None.
         wide: return the sums as they are, in at least float32.
+        settled: no work that is still under way on the GPU writes the weight, so that it may be read before that work
+            has ended.
 
     Returns:
         y (T, N) in x's dtype, contiguous; summed in float32 (float64 for float64) and rounded once.
@@ -69,4 +74,5 @@ def linear_step(
     args.optional("addend", addend, ("T", "N"), (x.dtype,))
     args.choice("activation", activation, ("squared_relu", None))
     args.boolean("wide", wide)
-    return _op(x, weight, addend, activation, wide)
+    args.boolean("settled", settled)
+    return _op(x, weight, addend, activation, wide, settled)

@@ -12,6 +12,7 @@ def linear_step_reference(
     addend: Tensor | None,  # (T, N)
     activation: str | None,
     wide: bool,
+    settled: bool,
 ) -> Tensor:  # (T, N)
     """Return activation(x·weightᵀ) + addend, in at least float32 if `wide`."""
     if wide:

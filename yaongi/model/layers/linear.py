@@ -5,11 +5,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from yaongi.kernels import linear_step
+from yaongi.kernels.linear_step.op import MOST_ROWS
 from yaongi.model.layers.accumulation import AccumulatingLinear, ForkedLinear, accumulation_target, linear_product
 from yaongi.model.layers.plain import is_plain
 
 Tensor = torch.Tensor
-FEW_ROWS = 16  # up to so many, `linear_step` reads a weight faster than the libraries' products do
 
 
 class Linear(nn.Linear):
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         """
         gradient, weight = accumulation_target(self.weight), self.weight.to(x.dtype)  # float32 where FP8 is trained
         if is_step(x):
-            return linear_step(x.flatten(0, -2), weight, into).view(*x.shape[:-1], -1)
+            return linear_step(x.flatten(0, -2), weight, into, settled=weight is self.weight).view(*x.shape[:-1], -1)
         if gradient is None:
             return linear_product(x, weight, into)
         return AccumulatingLinear.apply(x, weight, gradient, into)
@@ -48,7 +48,7 @@ class Linear(nn.Linear):
 
 def is_step(x: Tensor) -> bool:
     """Return whether x (…, inputs) has few rows and there are no gradients, as in a step of generation."""
-    return not torch.is_grad_enabled() and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+    return not torch.is_grad_enabled() and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
 
 
 def fork(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

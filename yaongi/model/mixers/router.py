@@ -34,7 +34,7 @@ class Router(KeepsFloat32):
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, d) to logits (T, E)."""
         if is_step(x) and x.dtype == self.weight.dtype:
-            return linear_step(x, self.weight, wide=True)
+            return linear_step(x, self.weight, wide=True, settled=True)
         if self._on_tensor_cores(x):
             return RouterProduct.apply(x, self.weight)[0]
         wide = torch.promote_types(x.dtype, torch.float32)
