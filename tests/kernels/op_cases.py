@@ -234,6 +234,19 @@ def _cases() -> dict[str, Case]:
             keep_float32=("expert_weights",),
             rows=("x", "expert_ids", "expert_weights"),
         ),
+        "moe_step": Case(
+            {
+                "x": randn(4, 32),
+                "w_up": randn(8, 48, 32),
+                "w_down": randn(8, 32, 48),
+                "shared_up": randn(40, 32),
+                "shared_down": randn(32, 40),
+                "expert_ids": ids[:4],
+                "expert_weights": randn(4, 3),
+            },
+            keep_float32=("expert_weights",),
+            rows=("x", "expert_ids", "expert_weights"),
+        ),
         "rms_norm": Case(
             {"x": randn(5, 7, 96), "weight": randn(96), "residual": randn(5, 7, 96)},
             ("x", "weight", "residual"),

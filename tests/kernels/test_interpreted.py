@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -179,6 +180,24 @@ def test_moe_few(T: int, D: int, F: int, E: int, K: int, bad: bool) -> None:
     valid = int(((ids >= 0) & (ids < E)).sum())
     assert_equal_to_float64(y, exact, 1e-5)
     assert_equal_to_float64(a[:valid], rows[:valid], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "F", "S", "E", "K"), [(1, 24, 40, 72, 8, 3), (2, 72, 8, 24, 3, 2), (2, 8, 16, 3, 3, 3)]
+)
+def test_moe_step(monkeypatch: pytest.MonkeyPatch, T: int, D: int, F: int, S: int, E: int, K: int) -> None:
+    """Several tiles of rows and inner elements, x from a slice, and bad ids, whose weights may be anything."""
+    from yaongi.kernels.moe_step import reference, token_experts
+
+    for table in ("UP", "DOWN"):
+        monkeypatch.setattr(token_experts, table, replace(getattr(token_experts, table), block_k=32))
+    x, weights = torch.randn(T, D + 8)[:, 4 : D + 4], torch.rand(T, K)
+    matrices = [torch.randn(E, F, D), torch.randn(E, D, F), torch.randn(S, D), torch.randn(D, S)]
+    ids = torch.rand(T, E).argsort(-1)[:, :K].int()
+    ids[0, 0], ids[-1, -1], weights[0, 0] = -1, E + 3 * (T > 1), torch.nan
+    y = token_experts.moe_step_triton(x, *matrices, ids, weights, True)
+    exact = reference.moe_step_reference(*wide((x, *matrices)), ids, weights.double(), True)
+    assert_equal_to_float64(y, exact, 1e-5)
 
 
 FLAT = [value for step in POLAR_EXPRESS for value in step]

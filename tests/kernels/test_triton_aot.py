@@ -16,6 +16,7 @@ from yaongi.kernels.cross_entropy import loss_kernels as cross_entropy
 from yaongi.kernels.linear_step import few_rows_linear
 from yaongi.kernels.moe import experts_backward as moe_gradients
 from yaongi.kernels.moe import experts_forward, routing
+from yaongi.kernels.moe_step import token_experts
 from yaongi.kernels.newton_schulz import passes as newton_schulz
 from yaongi.kernels.newton_schulz import teon
 from yaongi.kernels.newton_schulz.op import POLAR_EXPRESS
@@ -160,6 +161,22 @@ def test_moe_of_few_tokens(T: int, hidden: int) -> None:
     for kernel in kernels[:2]:
         assert re.search("HMMA|HGMMA", kernel.sass)
         assert re.search(r"LDGSTS\.E\S*\.128", kernel.sass)
+
+
+@pytest.mark.parametrize(("D", "hidden"), [(2048, 512), pytest.param(4096, 1856, marks=pytest.mark.long)])
+def test_moe_step(D: int, hidden: int) -> None:
+    """The shared expert's weights are under way before a program waits; the routed ones' loads go out together."""
+    E, K, routing = 64, 6, (meta(1, 6, dtype=torch.int32), meta(1, 6, dtype=torch.float32))
+    weights = meta(E, hidden, D), meta(E, D, hidden), meta(2 * hidden, D), meta(D, 2 * hidden)
+    up, down = compile_launcher(token_experts.moe_step_triton, meta(1, D), *weights, *routing, True)
+    for kernel in (up, down):
+        assert kernel.spilled_bytes == 0, kernel.name
+        assert "LDG" in kernel.sass.partition("ACQBULK")[0], kernel.name
+    if D == 2048:
+        assert up.registers <= 64
+        assert down.registers <= 104
+        assert down.sass.count("BAR.SYNC") <= 4  # none within the loads
+        assert len(re.findall(r"LDG\.E\S*\.128", down.sass)) >= 3 * (K + 2)
 
 
 @pytest.mark.parametrize("T", [1, 1024])

@@ -22,6 +22,7 @@ from yaongi.kernels.cross_entropy import loss_kernels
 from yaongi.kernels.linear_step import few_rows_linear
 from yaongi.kernels.mamba_scan import decode, scan_backward, scan_forward
 from yaongi.kernels.moe import experts_backward, experts_forward, routing
+from yaongi.kernels.moe_step import token_experts
 from yaongi.kernels.newton_schulz import passes, teon
 from yaongi.kernels.rms_norm import norm_kernels
 
@@ -41,6 +42,16 @@ def experts() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     yield experts_forward.moe_triton, (x, w_up, w_down, ids, weights)
     routing_of_few = meta(64, K, dtype=torch.int32), meta(64, K, dtype=FLOAT)
     yield experts_forward.moe_triton, (meta(64, D), w_up, w_down, *routing_of_few)
+    few = (
+        meta(4, D),
+        w_up,
+        w_down,
+        meta(2 * F, D),
+        meta(D, 2 * F),
+        meta(4, K, dtype=torch.int32),
+        meta(4, K, dtype=FLOAT),
+    )
+    yield token_experts.moe_step_triton, (*few, True)
     yield experts_backward.moe_backward_triton, backward
     sums = (meta(*w.shape, dtype=FLOAT) for w in (w_up, w_down))
     yield experts_backward.moe_backward_accumulate_triton, (*backward, *sums)

@@ -18,6 +18,7 @@ from yaongi.kernels.mamba_scan.op import mamba_scan, mamba_step
 from yaongi.kernels.matmul8.op import matmul8, matmul8_add
 from yaongi.kernels.moe.op import moe, moe_route
 from yaongi.kernels.moe8.op import moe8, moe8_backward
+from yaongi.kernels.moe_step.op import moe_step
 from yaongi.kernels.newton_schulz.op import newton_schulz, teon_update
 from yaongi.kernels.newton_schulz.reference import teon_direction, teon_weight
 from yaongi.kernels.rms_norm.op import gated_rms_norm, rms_norm, rms_norm8, rms_norm8_backward
@@ -42,6 +43,7 @@ __all__ = [
     "moe8",
     "moe8_backward",
     "moe_route",
+    "moe_step",
     "newton_schulz",
     "power_of_two_scale",
     "quantize8",

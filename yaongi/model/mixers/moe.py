@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from yaongi.kernels import linear_step, moe, moe_route
+from yaongi.kernels import linear_step, moe, moe_route, moe_step
+from yaongi.kernels.moe_step.op import MOST_TOKENS
 from yaongi.model.config import ModelConfig
 from yaongi.model.layers.accumulation import accumulation_target
 from yaongi.model.layers.compiled import compiled
@@ -84,11 +85,14 @@ class MoE(nn.Module):
         require_plain(self.experts, Experts, "experts")
         rows = x.reshape(-1, x.shape[-1])
         logits, rows = self._logits(rows)
-        shared = is_plain(self.shared_experts, SharedExpert)
-        a, rows = self.shared_experts.up(rows) if shared else (rows, rows)
-        y, ids, load = self._routed(rows, logits)
-        y = (self.shared_experts.down(a, y) if shared else y + self.shared_experts(rows)).view(x.shape)
-        return y, Routing(load, self._balance(logits, ids, x.shape[0])) if with_routing else None
+        if self._is_short_step(rows):
+            y, ids, load = self._stepped(rows, logits)
+        else:
+            shared = is_plain(self.shared_experts, SharedExpert)
+            a, rows = self.shared_experts.up(rows) if shared else (rows, rows)
+            y, ids, load = self._routed(rows, logits)
+            y = self.shared_experts.down(a, y) if shared else y + self.shared_experts(rows)
+        return y.view(x.shape), Routing(load, self._balance(logits, ids, x.shape[0])) if with_routing else None
 
     def core(self, rows: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Map (T, d), the tokens of `batch` rows, to the routed experts' sum (T, d), the balance loss and the load."""
@@ -106,6 +110,21 @@ class MoE(nn.Module):
     def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the router's logits, and the rows again for the experts."""
         return self.gate.fork(rows) if is_plain(self.gate, Router) else (self.gate(rows), rows)
+
+    def _is_short_step(self, rows: Tensor) -> bool:
+        """Return whether `moe_step` can do the work: few tokens, no gradients, and only the model's own weights."""
+        if not is_step(rows) or rows.shape[0] > MOST_TOKENS or self.dispatch is not None:
+            return False
+        shared = self.shared_experts
+        plain = is_plain(shared, SharedExpert) and all(is_plain(m, Linear) for m in (shared.up_proj, shared.down_proj))
+        return plain and all(w.dtype == rows.dtype for w in (self.experts.up_proj, shared.up_proj.weight))
+
+    def _stepped(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum of routed and shared experts (T, d), the routed ones (T, K), and their tokens (E)."""
+        ids, weights, load = self._choice(logits)
+        routed, shared = self.experts, self.shared_experts
+        matrices = routed.up_proj, routed.down_proj, shared.up_proj.weight, shared.down_proj.weight
+        return moe_step(rows, *matrices, ids, weights, settled=True), ids, load
 
     def _routed(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the routed experts' sum (T, d), the experts (T, K), and the tokens that each expert got (E)."""
