@@ -40,19 +40,21 @@ DOWN = {48: Config(8, 32, 256, 2, 3), FEW: Config(16, 128, 128, 4, 3)}
 
 
 @triton.jit
-def _load_ids(ids_ptr, pairs, E, BLOCK_P: tl.constexpr):
-    """Return the numbers of all pairs and their experts; −1 beyond the last pair and for no expert's id."""
+def _find_work(
+    ids_ptr, pairs, E, width, BY_EXPERT: tl.constexpr, EARLY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return all pairs and their experts (−1 for none), and this program's expert, its first row, its rows and columns.
+
+    A slot is an expert, or a pair: then the first pair of an expert does the work for all of them. Where there is
+    nothing to do, the number of rows is 0.
+    """
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
+    blocks = tl.cdiv(width, BLOCK_N)
+    slot, n = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     p = tl.arange(0, BLOCK_P)
     ids = tl.load(ids_ptr + p, mask=p < pairs, other=-1)
-    return p, tl.where(ids < E, ids, -1)
-
-
-@triton.jit
-def _find_expert(p, ids, slot, BY_EXPERT: tl.constexpr):
-    """Return a slot's expert, its first row and its number of rows, 0 if there is nothing to do.
-
-    A slot is an expert, or a pair: then the first pair of an expert does the work for all of them.
-    """
+    ids = tl.where(ids < E, ids, -1)
     if BY_EXPERT:
         expert, earlier = slot, 0
     else:
@@ -60,7 +62,7 @@ def _find_expert(p, ids, slot, BY_EXPERT: tl.constexpr):
         earlier = tl.sum(((ids == expert) & (p < slot)).to(tl.int32))
     count = tl.sum((ids == expert).to(tl.int32))
     start = tl.sum(((ids >= 0) & (ids < expert)).to(tl.int32))
-    return expert, start, tl.where((expert >= 0) & (earlier == 0), count, 0)
+    return p, ids, expert, start, tl.where((expert >= 0) & (earlier == 0), count, 0), n
 
 
 @triton.jit
@@ -86,21 +88,15 @@ def _moe_few_up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Compute A = relu(x·W_upᵀ)² of an expert's pairs, in rows sorted by expert."""
-    let_next_start(EARLY)
-    wait_for_previous(EARLY)
-    columns = tl.cdiv(F, BLOCK_N)
-    slot, column = tl.program_id(0) // columns, tl.program_id(0) % columns
-    p, ids = _load_ids(ids_ptr, pairs, E, BLOCK_P)
-    if (slot == 0) & (column == 0):
+    p, ids, expert, start, count, n = _find_work(ids_ptr, pairs, E, F, BY_EXPERT, EARLY, BLOCK_P, BLOCK_N)
+    if tl.program_id(0) == 0:
         tl.store(row_ptr + p, -1, mask=(ids < 0) & (p < pairs))
-    expert, start, count = _find_expert(p, ids, slot, BY_EXPERT)
     if count > 0:
         mine = ids == expert
         rows = start + tl.cumsum(mine.to(tl.int32), axis=0) - 1
         tl.store(row_ptr + p, rows, mask=mine)  # the programs of all columns store the same
         tl.store(order_ptr + rows, p, mask=mine)
         tl.debug_barrier()
-        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         for first in range(0, count, ROWS):
             r = first + tl.arange(0, ROWS)
             known = r < count
@@ -134,13 +130,7 @@ def _moe_few_down_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Compute g·A·W_downᵀ of an expert's rows."""
-    let_next_start(EARLY)
-    wait_for_previous(EARLY)
-    columns = tl.cdiv(D, BLOCK_N)
-    slot, column = tl.program_id(0) // columns, tl.program_id(0) % columns
-    p, ids = _load_ids(ids_ptr, pairs, E, BLOCK_P)
-    expert, start, count = _find_expert(p, ids, slot, BY_EXPERT)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, _, expert, start, count, n = _find_work(ids_ptr, pairs, E, D, BY_EXPERT, EARLY, BLOCK_P, BLOCK_N)
     for first in range(0, count, ROWS):
         r = first + tl.arange(0, ROWS)
         known = r < count
