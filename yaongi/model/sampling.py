@@ -80,14 +80,14 @@ def choose(logits: Tensor, sampling: Sampling | RowSampling, uniforms: Tensor | 
     Returns:
         (B,) int64, −1 for a row of which no logit is finite, or one is NaN or +∞.
     """
-    best = logits.argmax(-1)
-    wrong = ~logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
+    highest, best = logits.max(-1)
+    right = highest.abs() < math.inf
     if isinstance(sampling, RowSampling) or sampling.temperature > 0:
         if uniforms is None:
             raise ValueError("choose: uniforms must be given for a temperature above 0, got none")
         sampled = _sampled(logits, sampling, uniforms)
         best = torch.where(sampling.greedy, best, sampled) if isinstance(sampling, RowSampling) else sampled
-    return best.masked_fill(wrong, -1)
+    return torch.where(right, best, -1)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
