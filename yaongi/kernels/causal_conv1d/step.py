@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 
 Tensor = torch.Tensor
 
@@ -30,11 +30,13 @@ def _causal_conv1d_step_kernel(
 ):
     """Compute y = activation(bias + Σ_k w_k · window_k), and drop the window's oldest input."""
     let_next_start(EARLY)
-    wait_for_previous(EARLY)
     blocks = tl.cdiv(C, BLOCK_C)
     batch, c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
-    state_ptr += batch * stride_sb + c.to(tl.int64) * stride_sc
+    state_ptr += batch * stride_sb + tl.minimum(c, C - 1).to(tl.int64) * stride_sc
+    fetch_into_l2(state_ptr, EARLY)
+    fetch_into_l2(weight_ptr + tl.minimum(c, C - 1) * W, EARLY)
+    wait_for_previous(EARLY)
     newest = tl.load(x_ptr + batch * stride_xb + c, mask=mask, other=0.0)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for k in tl.static_range(W - 1):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 from yaongi.kernels.mamba_scan.decays import softplus
 
 Tensor = torch.Tensor
@@ -53,16 +53,20 @@ def _mamba_step_kernel(
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EARLY: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Compute h ← exp(δ·A)·h + δ·x ⊗ b and y = h·c + D·x."""
     let_next_start(EARLY)
-    wait_for_previous(EARLY)
     head, batch = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     group = head // heads_per_group
     p, n = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    place = batch * stride_sb + head * stride_sh + p.to(tl.int64)[:, None] * stride_sp + n[None, :] * stride_sn
+    state_ptr += batch * stride_sb + head * stride_sh
+    rows, lines = tl.minimum(p, P - 1).to(tl.int64), tl.minimum(tl.arange(0, LINES) * (BLOCK_N // LINES), N - 1)
+    fetch_into_l2(state_ptr + rows[:, None] * stride_sp + lines[None, :] * stride_sn, EARLY)
+    wait_for_previous(EARLY)
+    place = p.to(tl.int64)[:, None] * stride_sp + n[None, :] * stride_sn
     mask = (p < P)[:, None] & (n < N)[None, :]
     state = tl.load(state_ptr + place, mask=mask, other=0.0).to(tl.float32)
     raw = tl.load(dt_ptr + batch * stride_tb + head * stride_th).to(tl.float32)
@@ -96,6 +100,7 @@ def mamba_step_triton(
     if not state.numel():
         return y
     block_p = min(STEP.block_p, triton.next_power_of_2(P))
+    block_n = triton.next_power_of_2(N)
     _mamba_step_kernel[(B * H, triton.cdiv(P, block_p))](
         state,
         x,
@@ -118,8 +123,9 @@ def mamba_step_triton(
         HAS_D=D is not None,
         HAS_BIAS=dt_bias is not None,
         **early_launch(x),
+        LINES=max(1, block_n * state.element_size() // 128),  # of a row of the state
         BLOCK_P=block_p,
-        BLOCK_N=triton.next_power_of_2(N),
+        BLOCK_N=block_n,
         num_warps=STEP.num_warps,
     )
     return y

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 
 Tensor = torch.Tensor
 
@@ -48,6 +48,7 @@ def _moe_route_kernel(
 ):
     """Pick the largest score + bias K times, ties to the lowest index; weights come from the logits alone."""
     let_next_start(EARLY)
+    fetch_into_l2(bias_ptr + tl.minimum(tl.arange(0, BLOCK_E), E - 1), EARLY)
     wait_for_previous(EARLY)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)

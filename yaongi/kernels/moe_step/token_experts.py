@@ -25,7 +25,7 @@ class Config:
 
 
 UP = Config(block_n=4, block_k=2048, num_warps=4)
-DOWN = Config(block_n=2, block_k=512, num_warps=2)  # with more warps a tile's inner elements change threads
+DOWN = Config(block_n=4, block_k=512, num_warps=4)
 
 
 @triton.jit

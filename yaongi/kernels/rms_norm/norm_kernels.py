@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.column_sums import column_sums
-from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 
 Tensor = torch.Tensor
 
@@ -56,11 +56,13 @@ def _norm_kernel(
     GATED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
+    LINES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute y = u·r·w, where u is x, x + residual (also stored), or x·silu(z)."""
     let_next_start(EARLY)
+    fetch_into_l2(weight_ptr + tl.program_id(1) * size + tl.minimum(tl.arange(0, LINES) * 64, size - 1), EARLY)
     wait_for_previous(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     i = tl.arange(0, BLOCK)[None, :]
@@ -177,6 +179,7 @@ def _forward(
         GATED=other is not None and total is None,
         HAS_RESIDUAL=total is not None,
         **(early_launch(x) if rows.shape[0] <= FEW_ROWS else {"EARLY": False}),
+        LINES=max(1, blocks["BLOCK"] // 64),  # of 128 bytes, in 16 bits
         **blocks,
     )
 
