@@ -121,10 +121,13 @@ class Engram(nn.Module):
 
     def look_up(self, window: Tensor) -> Tensor:
         """Return e (B, L, orders·heads·head_dim). The table may be on another device, for instance in host memory."""
-        rows = hash_rows(window, self.plan, self.primes, self.starts)
+        constants = self.plan, self.primes, self.starts
         if not is_plain(self.table, Embedding):
-            return self.table(rows).flatten(-2)
+            return self.table(hash_rows(window, *constants)).flatten(-2)
         table = self.table.weight
+        if window.shape[-1] == 1 and not torch.is_grad_enabled() and table.device == window.device:
+            return compiled(_looked_up, window.device.type)(window, table, *constants)  # in a step each launch counts
+        rows = hash_rows(window, *constants)
         there = rows.to(table.device)
         gradient = accumulation_target(table)
         if gradient is None:
@@ -169,6 +172,11 @@ class Engram(nn.Module):
         tail = F.pad(x, (0, 0, history, 0))[:, -history:] if history else x[:, :0]
         steps = tail.unflatten(1, (self.taps - 1, self.dilation))  # (B, taps − 1, dilation, d), oldest first
         return steps.permute(2, 0, 3, 1).contiguous()
+
+
+def _looked_up(window: Tensor, table: Tensor, plan: HashPlan, primes: Tensor, starts: Tensor) -> Tensor:
+    """Return the tokens' table rows side by side, (B, L, orders·heads·head_dim)."""
+    return F.embedding(hash_rows(window, plan, primes, starts), table).flatten(-2)
 
 
 def _gated(query: Tensor, key: Tensor, value: Tensor, gate: str) -> Tensor:
