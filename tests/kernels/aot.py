@@ -48,6 +48,13 @@ class Compiled:
     sass: str
 
     @property
+    def early_loads(self) -> int:
+        """How many loads come before the wait for the kernel ahead: what that one writes must not be among them."""
+        before, wait, _ = self.sass.partition("ACQBULK")
+        assert wait, f"{self.name} doesn't wait"
+        return len(re.findall(r"\bLDG", before))
+
+    @property
     def rare(self) -> bool:
         """Whether it computes only where something isn't finite: how fast it is doesn't matter."""
         return bool(self.constants.get("ISOLATE"))

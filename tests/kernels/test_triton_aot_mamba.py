@@ -68,7 +68,15 @@ def test_mamba_step(state_dtype: torch.dtype) -> None:
     b, per_head = meta(B, G, N), meta(H, dtype=torch.float32)
     (kernel,) = compile_launcher(mamba_step.mamba_step_triton, state, x, dt, per_head, b, b, per_head, per_head)
     assert kernel.spilled_bytes == 0
+    assert kernel.early_loads == 0
     assert "LDG.E.128" in kernel.sass
+
+
+def test_norm_of_few_rows() -> None:
+    """It waits for the kernel ahead before it reads anything."""
+    kernels = compile_launcher(norm.gated_rms_norm_triton, meta(1, 4096), meta(1, 4096), meta(4096), 1e-5, 8)
+    kernels += compile_launcher(norm.rms_norm_triton, meta(1, 2048), meta(2048), meta(1, 2048), 1e-5)
+    assert [kernel.early_loads for kernel in kernels] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,7 +1,11 @@
 """Programmatic dependent launch, for the many short kernels of a step of generation.
 
 From Hopper on a kernel may be launched while the one before it still runs. Its programs take their places, begin to
-fetch weights, and wait until the kernel before has ended.
+fetch weights, and wait until the kernel before has ended. Every kernel of a chain waits before it writes, so that one
+that has waited may read what any kernel before it has written.
+
+Before the wait a kernel may fetch into L2, where nothing grows stale, but read only what is *settled*: what no kernel
+that may still run writes. Weights are.
 """
 
 from typing import Any

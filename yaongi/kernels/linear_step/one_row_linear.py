@@ -24,7 +24,7 @@ class Config:
 
 
 # By the weight's rows. Programs of a small weight are all there at once, so each fetches all its elements at once.
-CONFIGS = {4096: Config(4, 4096, 4), 2**31: Config(8, 1024, 4)}
+CONFIGS = {4096: Config(4, 4096, 4), 2**31: Config(4, 2048, 4)}
 PROGRAMS = 64  # at least, if the weight has so many rows
 
 
