@@ -293,7 +293,7 @@ if [[ $stage == tune || $stage == chat ]]; then
   say "tune"
   tuning=(--base-data "$folder/tokens")
   if [[ $preset == yaongi-tiny ]]; then
-    tuning+=(--row-tokens 512 --batch-tokens 2048 --lr-scale 0.3 --epochs 1)
+    tuning+=(--row-tokens 512 --batch-tokens 2048 --lr-scale 0.3 --epochs 0.4)
   fi
   ((smoke)) && chat=embedded:instructions:200
   run "$python" -m yaongi.data chat --source "${chat:-embedded:instructions}" "${benchmarks[@]}" \
