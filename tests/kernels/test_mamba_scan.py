@@ -339,3 +339,13 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_the_references_look_at_no_value_off_a_cpu() -> None:
+    """There the host would wait, and a recording would end; the meta device has none to look at."""
+    tensors = [t.to("meta") for t in positional(arguments(SIZES, *CASES["two documents"]))]
+    results = mamba_scan_reference(*tensors, True)
+    gradients = mamba_scan_backward_reference(*results, *tensors)
+    assert [t.shape for t in results] == [tensors[0].shape, tensors[-1].shape]
+    inputs = [t for t in tensors if t.is_floating_point()]
+    assert [t.shape for t in gradients] == [t.shape for t in inputs]

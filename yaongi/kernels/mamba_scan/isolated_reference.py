@@ -85,8 +85,12 @@ def isolated_backward(scan_backward: Callable[..., tuple[Tensor, ...]]) -> Calla
 
 
 def _all_finite(*tensors: Tensor | None) -> bool:
-    """Return whether nothing has to be kept apart: a sum is quick, and is not finite if one of its terms isn't."""
-    return all(t is None or bool(t.sum(dtype=torch.float64).isfinite()) for t in tensors)
+    """Return whether it is known that nothing has to be kept apart.
+
+    A sum is quick, and is not finite if one of its terms isn't. For a GPU's the host would wait, so there it isn't
+    known; nor is it on the meta device.
+    """
+    return all(t is None or (t.is_cpu and bool(t.sum(dtype=torch.float64).isfinite())) for t in tensors)
 
 
 def _lost_tokens(
