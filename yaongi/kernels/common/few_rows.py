@@ -1,11 +1,27 @@
 """Products of few rows with a large matrix: bound by reading the matrix once.
 
-The matrix is the tensor cores' first operand, for these take 16 rows of it but only 8 of the other. An element of the
-result is one sum in ascending order, whatever the other rows are.
+`few_rows_dot`: the matrix is the tensor cores' first operand, for these take 16 rows of it but only 8 of the other. An
+element of the result is one sum in ascending order, whatever the other rows are. `RowTile`: one row alone needs no
+tensor cores, and the matrix goes into registers.
 """
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """The matrix's rows that a program holds in registers, the inner elements that it takes at a time, and warps."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+    def inner(self, size: int) -> int:
+        """Return how many elements are taken at a time of so many."""
+        return min(self.block_k, max(16, triton.next_power_of_2(size)))
 
 
 @triton.jit

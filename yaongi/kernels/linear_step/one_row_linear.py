@@ -3,28 +3,17 @@
 All its loads are under way at once. Of a settled weight they are so before the kernel ahead has ended.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.few_rows import RowTile
 
 Tensor = torch.Tensor
 
-
-@dataclass(frozen=True)
-class Config:
-    """Rows of the weight per program, the inner elements that it takes at a time, and warps."""
-
-    block_n: int
-    block_k: int
-    num_warps: int
-
-
 # By the weight's rows. Programs of a small weight are all there at once, so each fetches all its elements at once.
-CONFIGS = {4096: Config(4, 4096, 4), 2**31: Config(4, 2048, 4)}
+TILES = {4096: RowTile(4, 4096, 4), 2**31: RowTile(4, 2048, 4)}
 PROGRAMS = 64  # at least, if the weight has so many rows
 
 
@@ -78,9 +67,9 @@ def one_row_linear(
 ) -> None:
     """Write to y (1, N) what `linear_step_reference` returns, for x (1, D) in float16 or bfloat16."""
     N, D = weight.shape
-    config = next(config for most, config in CONFIGS.items() if most >= N)
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(D)))
-    block_n = max(1, min(config.block_n, triton.next_power_of_2(N // PROGRAMS)))
+    tile = next(tile for most, tile in TILES.items() if most >= N)
+    block_k = tile.inner(D)
+    block_n = max(1, min(tile.block_n, triton.next_power_of_2(N // PROGRAMS)))
     _one_row_linear_kernel[(triton.cdiv(N, block_n),)](
         x,
         weight.contiguous(),
@@ -96,5 +85,5 @@ def one_row_linear(
         STEPS=triton.cdiv(D, block_k),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=config.num_warps,
+        num_warps=tile.num_warps,
     )

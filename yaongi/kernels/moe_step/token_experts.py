@@ -4,28 +4,17 @@ up         A = relu(W·x)² of all rows of the token's experts and of the shared
 down       the sum over the experts, weighted, and the shared one                      (T, K·F + S) → (T, D)
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.few_rows import RowTile
 
 Tensor = torch.Tensor
 
-
-@dataclass(frozen=True)
-class Config:
-    """The weight's rows of a program, the inner elements that it takes at a time, and warps."""
-
-    block_n: int
-    block_k: int
-    num_warps: int
-
-
-UP = Config(block_n=4, block_k=2048, num_warps=4)
-DOWN = Config(block_n=4, block_k=512, num_warps=4)
+UP = RowTile(block_n=4, block_k=2048, num_warps=4)
+DOWN = RowTile(block_n=4, block_k=512, num_warps=4)
 
 
 @triton.jit
@@ -131,10 +120,6 @@ def _moe_step_down_kernel(
     tl.store(y_ptr + token * D + n, tl.sum(products, axis=1).to(y_ptr.dtype.element_ty), mask=n < D)
 
 
-def _block(most: int, size: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(size)))
-
-
 def moe_step_triton(
     x: Tensor,
     w_up: Tensor,
@@ -152,7 +137,7 @@ def moe_step_triton(
         return y
     settled = settled and shared_up.is_contiguous() and shared_down.is_contiguous()
     ids, options = expert_ids.contiguous(), {"SETTLED": settled, "K": K} | early_launch(x)
-    block_k = _block(UP.block_k, D)
+    block_k = UP.inner(D)
     _moe_step_up_kernel[(triton.cdiv(S, UP.block_n) + K * triton.cdiv(F, UP.block_n), T)](
         x,
         w_up.contiguous(),
@@ -170,7 +155,7 @@ def moe_step_triton(
         num_warps=UP.num_warps,
         **options,
     )
-    block_k = _block(DOWN.block_k, max(F, S))
+    block_k = DOWN.inner(max(F, S))
     _moe_step_down_kernel[(triton.cdiv(D, DOWN.block_n), T)](
         a,
         w_down.contiguous(),

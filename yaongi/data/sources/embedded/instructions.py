@@ -140,12 +140,12 @@ def _common_syllables() -> str:
 @cache
 def _prose_words() -> tuple[str, ...]:
     """Return the words of the package's prose and sentences, but those that hold one of the held-out split."""
-    found = set(re.findall("[가-힣]+", "\n".join((*prose(), *_sentences()))))
+    found = set(re.findall("[가-힣]+", "\n".join((*prose(), *_template_lines()))))
     long = [word for word in held_out_words() if len(word) > 1]
     return tuple(sorted(w for w in found - held_out_words() if not any(word in w for word in long)))
 
 
-def _sentences() -> Iterator[str]:
+def _template_lines() -> Iterator[str]:
     return (line for kind in templates().values() for section in kind.values() for line in section)
 
 
