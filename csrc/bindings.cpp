@@ -42,7 +42,8 @@ YaongiType type_of(const Tensor& t) {
 
 // (…, rows, columns): Python has checked that the leading dimensions can be flattened into one.
 YaongiMatrices matrices(const Tensor& t) {
-  const int64_t dims = t.dim(), rows = t.size(dims - 2), columns = t.size(dims - 1), row_stride = t.stride(dims - 2);
+  const int64_t dims = t.dim(), rows = t.size(dims - 2), columns = t.size(dims - 1);
+  const int64_t row_stride = rows > 1 ? t.stride(dims - 2) : columns;  // that of a single row may be anything
   int64_t batch = 1;
   for (int64_t i = 0; i < dims - 2; ++i) batch *= t.size(i);
   const int64_t batch_stride = dims > 2 && batch > 1 ? t.stride(dims - 3) : rows * row_stride;
