@@ -92,6 +92,39 @@ void moe_weight_gradient(Tensor rows, Tensor gathered, Tensor token, Tensor offs
   raise_on_failure("moe_weight_gradient", yaongi_moe_weight_gradient(gradient, current_stream(rows)));
 }
 
+template <class T>
+T* data_or_null(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+void mamba_scan_backward(Tensor x, Tensor dy, Tensor b, Tensor c, Tensor states, Tensor steps, std::optional<Tensor> D,
+                         std::optional<Tensor> entry, std::optional<Tensor> first, Tensor dx, Tensor db, Tensor dc,
+                         Tensor sums, Tensor passed, std::optional<Tensor> flags, int64_t groups,
+                         int64_t segments, int64_t chunks_per_segment) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const YaongiScanBackward scan = {matrices(x),
+                                   matrices(dy),
+                                   matrices(dx),
+                                   matrices(b),
+                                   matrices(c),
+                                   matrices(db),
+                                   matrices(dc),
+                                   matrices(states),
+                                   static_cast<const float*>(steps.data_ptr()),
+                                   data_or_null<float>(D),
+                                   data_or_null<float>(entry),
+                                   data_or_null<float>(first),
+                                   static_cast<float*>(sums.data_ptr()),
+                                   static_cast<float*>(passed.data_ptr()),
+                                   data_or_null<int>(flags),
+                                   static_cast<int>(groups),
+                                   static_cast<int>(steps.size(1) / groups),
+                                   static_cast<int>(segments),
+                                   static_cast<int>(chunks_per_segment),
+                                   static_cast<int>(steps.size(3))};
+  raise_on_failure("mamba_scan_backward", yaongi_mamba_scan_backward(scan, current_stream(x)));
+}
+
 int64_t cublaslt_version() { return yaongi_cublaslt_version(); }
 
 }  // namespace
@@ -102,6 +135,10 @@ STABLE_TORCH_LIBRARY(yaongi_cuda, library) {
       "Tensor workspace) -> ()");
   library.def("cublaslt_version() -> int");
   library.def(
+      "mamba_scan_backward(Tensor x, Tensor dy, Tensor b, Tensor c, Tensor states, Tensor steps, Tensor? D, "
+      "Tensor? entry, Tensor(a!)? first, Tensor(b!) dx, Tensor(c!) db, Tensor(d!) dc, Tensor(e!) sums, "
+      "Tensor(f!) passed, Tensor(g!)? flags, int groups, int segments, int chunks_per_segment) -> ()");
+  library.def(
       "moe_weight_gradient(Tensor rows, Tensor gathered, Tensor token, Tensor offset, Tensor(a!) out, "
       "bool gather_left, bool wide, bool reduce) -> ()");
   library.def("symmetric_product(Tensor x, Tensor? y, Tensor? c, float alpha, float beta, Tensor(a!) out) -> ()");
@@ -110,6 +147,7 @@ STABLE_TORCH_LIBRARY(yaongi_cuda, library) {
 STABLE_TORCH_LIBRARY_IMPL(yaongi_cuda, CUDA, library) {
   library.impl("symmetric_product", TORCH_BOX(&symmetric_product));
   library.impl("matmul8", TORCH_BOX(&matmul8));
+  library.impl("mamba_scan_backward", TORCH_BOX(&mamba_scan_backward));
   library.impl("moe_weight_gradient", TORCH_BOX(&moe_weight_gradient));
 }
 

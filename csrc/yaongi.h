@@ -46,5 +46,23 @@ struct YaongiWeightGradient {
 
 const char* yaongi_moe_weight_gradient(const YaongiWeightGradient& gradient, cudaStream_t stream);
 
+// The gradients of a Mamba-2 scan in bfloat16, P 64, N 128, chunks of 64 tokens; H = groups · heads, of 4 or 8 heads a
+// group, padded = L rounded up to whole chunks. Blocks: B · groups · segments · heads / 4, a part of a group.
+struct YaongiScanBackward {
+  YaongiMatrices x, dy, dx;        // (B, L, H·P)
+  YaongiMatrices b, c, db, dc;     // (B, L, groups·N)
+  YaongiMatrices states;           // (B·H·chunks, N, P): the state at each chunk's entry
+  const float* steps;              // (B, H, 4, padded): see mamba_scan/decays.py
+  const float* D;                  // (H), or nullptr
+  const float* entry;              // (segments, B, H, P, N): the gradient at each segment's end; nullptr for zeros
+  float* first;                    // (B, H, P, N): the gradient of the row's first state; or nullptr
+  float* sums;                     // (B, H, padded, 4): x·du·δ, da_k's terms for tokens ≥ k, those for tokens < k, dy·x
+  float* passed;                   // (blocks, 32768): room for the sums that parts of a group pass on
+  int* flags;                      // (blocks): set to 1 where a result is not finite; or nullptr
+  int groups, heads, segments, chunks_per_segment, padded;
+};
+
+const char* yaongi_mamba_scan_backward(const YaongiScanBackward& scan, cudaStream_t stream);
+
 // Version of the cuBLASLt that torch has loaded, such as 130101; 0 if there is none.
 int64_t yaongi_cublaslt_version();

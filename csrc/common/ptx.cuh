@@ -1,4 +1,5 @@
-// Every asm statement of the project, one instruction per function. Names and operands follow the PTX ISA.
+// The asm statements of the project, one instruction per function; some of its matrix products are in products.cuh. Names
+// and operands follow the PTX ISA.
 #pragma once
 
 #include <cuda.h>
@@ -54,6 +55,16 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t ra
       : "memory");
 }
 
+// The same; what this thread has written or seen before can be read, in memory too, by who waits with barrier_acquire.
+__device__ __forceinline__ void barrier_release_at(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 __device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -68,6 +79,19 @@ __device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t par
 
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!barrier_try_wait(barrier, parity)) {
+  }
+}
+
+__device__ __forceinline__ void barrier_acquire(uint64_t* barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
   }
 }
 
@@ -99,6 +123,20 @@ __device__ __forceinline__ void tma_load_3d_multicast(void* shared, const CUtens
 __device__ __forceinline__ void tma_store_3d(const CUtensorMap* map, const void* shared, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
                "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+// Brings a box into the L2 cache.
+__device__ __forceinline__ void tma_prefetch_3d(const CUtensorMap* map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+// Copies of contiguous memory, by multiples of 16 bytes.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
 
@@ -148,6 +186,13 @@ __device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontr
 
 // ---- matrix fragments in shared memory ------------------------------------------------------------------------------
 
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
@@ -172,6 +217,16 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
 __device__ __forceinline__ uint32_t load_in_place(const void* address) {
   uint32_t v;
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
+
+// A load from L2, where other multiprocessors' writes are.
+__device__ __forceinline__ float4 load_float4(const float4* address) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(address)
+               : "memory");
   return v;
 }
 

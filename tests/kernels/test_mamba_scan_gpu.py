@@ -130,17 +130,18 @@ def test_a_million_tokens() -> None:
 
 
 @pytest.mark.gpu
-def test_a_million_tokens_backwards() -> None:
+@pytest.mark.parametrize(("backend", "H", "G"), [("triton", 64, 1), (None, 40, 5)])
+def test_a_million_tokens_backwards(backend: Any, H: int, G: int) -> None:
     """The last tokens' gradients equal those of a call on these tokens alone; db and dc are one sum over the heads."""
-    L, cut, (H, P, N) = 1_000_000, 999_936, (64, 64, 128)
-    args = arguments((1, H, P, 1, N), 128, absent=("initial_state", "dt_bias"), dtype=torch.bfloat16, device="cuda")
+    L, cut, (P, N) = 1_000_000, 999_936, (64, 128)
+    args = arguments((1, H, P, G, N), 128, absent=("initial_state", "dt_bias"), dtype=torch.bfloat16, device="cuda")
     names = ("x", "dt", "b", "c")
     long = {n: args[n].repeat(1, L // 128 + 1, *[1] * (args[n].dim() - 2))[:, :L] for n in names}
     given = args | {"return_final_state": False}
 
     def gradients(tokens: dict[str, torch.Tensor], **more: torch.Tensor) -> dict[str, torch.Tensor]:
         inputs = {n: t.detach().requires_grad_() for n, t in tokens.items()}
-        with use_backend("triton"):
+        with use_backend(backend):
             y = mamba_scan(**given | inputs | more)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

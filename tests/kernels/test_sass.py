@@ -24,6 +24,9 @@ class Budget:
 
 
 BUDGETS = {
+    "mamba_scan_backward_kernel": Budget(
+        128, ("HGMMA", "LDSM", "STSM", "UTMALDG.3D", "UTMASTG.3D", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC")
+    ),
     "moe_weight_gradient_kernel": Budget(168, ("HGMMA", "LDGSTS", "UTMALDG.3D", "UTMA(STG|REDG).3D", "USETMAXREG")),
     "symmetric_product_kernel": Budget(168, ("HGMMA", "UTMALDG.3D.MULTICAST", "UTMASTG", "USETMAXREG")),
 }

@@ -1,4 +1,7 @@
-"""The core of a Mamba-2 mixer from the Triton kernels of its three ops, which read and write slices in place."""
+"""The core of a Mamba-2 mixer from the kernels of its three ops, which read and write slices in place."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -6,6 +9,7 @@ from yaongi.kernels.causal_conv1d.conv_backward import causal_conv1d_backward_tr
 from yaongi.kernels.causal_conv1d.conv_forward import causal_conv1d_triton
 from yaongi.kernels.mamba_core.reference import composed, split_convolved, split_projected
 from yaongi.kernels.mamba_scan import scan_backward as scan
+from yaongi.kernels.mamba_scan.reverse_walk import fill_gradients_cuda
 from yaongi.kernels.mamba_scan.scan_forward import mamba_scan_triton
 from yaongi.kernels.rms_norm import norm_kernels as norm
 
@@ -15,7 +19,8 @@ Tensor = torch.Tensor
 mamba_core_triton = composed(causal_conv1d_triton, mamba_scan_triton, norm.gated_rms_norm_triton)
 
 
-def mamba_core_backward_triton(
+def _backward(
+    fill_scan_gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     dy: Tensor,
     xbc: Tensor,
     scanned: Tensor,
@@ -30,7 +35,7 @@ def mamba_core_backward_triton(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute what `mamba_core_backward_reference` does, writing each gradient into its columns of dprojected."""
+    """Write each gradient into its columns of dprojected."""
     if not projected.numel():
         dtaps, dtaps_bias, dweight = (t.new_zeros(t.shape, dtype=torch.float32) for t in (taps, taps_bias, weight))
         dprojected, dA, dD, ddt_bias = (torch.zeros_like(t) for t in (projected, A, D, dt_bias))
@@ -42,10 +47,20 @@ def mamba_core_backward_triton(
     x, b, c = split_convolved(xbc, A, weight, groups)
     dx, db, dc = split_convolved(dxbc, A, weight, groups)
     dweight = norm.fill_gradients(dy, None, scanned, z, weight, eps, groups, dscanned, dz)
-    dA, dD, ddt_bias, _ = scan.fill_gradients(
+    dA, dD, ddt_bias, _ = fill_scan_gradients(
         scan.Gradients(dx, ddt, db, dc), dscanned.view(x.shape), None, x, dt, A, b, c, D, dt_bias, document_ids, None
     )
     _, dtaps, dtaps_bias, _ = causal_conv1d_backward_triton(
         dxbc, None, conv_in, taps, taps_bias, document_ids, None, "silu", dconv_in
     )
     return dprojected, dtaps, dtaps_bias, dA, dD, ddt_bias, dweight
+
+
+def mamba_core_backward_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute what `mamba_core_backward_reference` does."""
+    return _backward(scan.fill_gradients, *arguments)
+
+
+def mamba_core_backward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute what `mamba_core_backward_reference` does, with the scan's reverse walk in CUDA."""
+    return _backward(fill_gradients_cuda, *arguments)

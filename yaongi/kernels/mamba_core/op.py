@@ -7,7 +7,7 @@ import torch
 from yaongi.kernels import backend, check
 from yaongi.kernels.common.dtypes import compute_dtype
 from yaongi.kernels.mamba_core.reference import mamba_core_backward_reference, mamba_core_reference
-from yaongi.kernels.mamba_scan.op import refuses_batch
+from yaongi.kernels.mamba_scan.op import cuda_refuses_sizes, refuses_batch
 
 Tensor = torch.Tensor
 
@@ -65,6 +65,14 @@ def _backward_triton_refuses(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: 
     return refuses_batch(dy) or _triton_refuses(*inputs)
 
 
+def _backward_cuda_refuses(dy: Tensor, xbc: Tensor, scanned: Tensor, *inputs: Any) -> str | None:
+    projected, taps, A, weight, groups = inputs[0], inputs[1], inputs[3], inputs[6], inputs[8]
+    heads, width = A.shape[0], weight.shape[0]
+    state = (taps.shape[0] - width) // (2 * groups)
+    sizes = cuda_refuses_sizes(projected, heads, width // heads, groups, state)
+    return sizes or _backward_triton_refuses(dy, xbc, scanned, *inputs)
+
+
 _INPUTS = (
     "Tensor projected, Tensor taps, Tensor taps_bias, Tensor A, Tensor D, Tensor dt_bias, Tensor weight, "
     "Tensor? document_ids, int groups, float eps"
@@ -86,6 +94,8 @@ _backward_op = backend.define(
     fake=_backward_fake,
     triton="yaongi.kernels.mamba_core.combined:mamba_core_backward_triton",
     triton_refuses=_backward_triton_refuses,
+    cuda="yaongi.kernels.mamba_core.combined:mamba_core_backward_cuda",
+    cuda_refuses=_backward_cuda_refuses,
 )
 
 backend.define_autograd("mamba_core", _backward, _setup_context)

@@ -162,16 +162,26 @@ def _mamba_scan_chain_kernel(
         state = tl.where(through > 0, state * through, 0.0) + total
 
 
-def _walk(
-    scan: Scan, x: Tensor, b: Tensor, entry: Tensor | None, states: Tensor | None, end: Tensor | None, reverse: bool
+def walk(
+    scan: Scan,
+    x: Tensor,
+    b: Tensor,
+    entry: Tensor | None,
+    states: Tensor | None,
+    end: Tensor | None,
+    reverse: bool,
+    flagged: Tensor | None = None,
 ) -> None:
-    """Launch the states kernel; without `states` it writes the totals of all segments but the walk's last to `end`."""
+    """Launch the states kernel; without `states` it writes the totals of all segments but the walk's last to `end`.
+
+    With `flagged` only those programs walk, and isolate what is not finite.
+    """
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
     segments = scan.segments - (states is None)
     grid = (B * H * triton.cdiv(P, block_p), segments)
-    flags = flags_for(scan.document_ids, grid[0] * grid[1], x)
-    for isolate in launches_for(flags):
+    flags = flags_for(scan.document_ids, grid[0] * grid[1], x) if flagged is None else flagged
+    for isolate in launches_for(flags) if flagged is None else (True,):
         config = ISOLATING if isolate else for_gpu(STATES, x)[x.element_size()]
         _mamba_scan_states_kernel[grid](
             by_head(x, scan.chunk, block_p),
@@ -210,7 +220,7 @@ def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, r
         return first
     (B, _, H, P), N = x.shape, b.shape[3]
     totals = torch.empty(scan.segments, B, H, P, N, dtype=torch.float32, device=x.device)
-    _walk(scan, x, b, None, None, totals, reverse)
+    walk(scan, x, b, None, None, totals, reverse)
     _mamba_scan_chain_kernel[(B * H, triton.cdiv(P * N, 1024))](
         totals,
         first,
@@ -237,5 +247,5 @@ def scan_states(
     """
     B, _, H, P = x.shape
     states = torch.empty(B * H * scan.chunks, b.shape[3], P, dtype=x.dtype, device=x.device)
-    _walk(scan, x, b, segment_entries(scan, x, b, first, reverse=reverse), states, end, reverse)
+    walk(scan, x, b, segment_entries(scan, x, b, first, reverse=reverse), states, end, reverse)
     return states

@@ -121,6 +121,21 @@ def refuses_batch(dy: Tensor) -> str | None:
     return f"it takes B up to 65535, got {dy.shape[0]}" if dy.shape[0] > 65535 else None
 
 
+def cuda_refuses_sizes(x: Tensor, heads: int, head_dim: int, groups: int, state: int) -> str | None:
+    """Refuse what the backward kernel in CUDA isn't written for; x is an input in the scan's dtype."""
+    if x.dtype != torch.bfloat16 or not x.numel():
+        return f"it takes bfloat16 and one token or more, got {x.dtype} of {tuple(x.shape)}"
+    if (head_dim, state) != (64, 128):
+        return f"it takes P 64 and N 128, got {head_dim} and {state}"
+    each = heads // groups  # four a block; with four blocks a group Triton is faster (docs/LAB.md)
+    return None if each in (4, 8) else f"it takes 4 or 8 heads a group, got {each}"
+
+
+def _backward_cuda_refuses(dy: Tensor, dfinal_state: Tensor | None, *inputs: Tensor) -> str | None:
+    x, b = inputs[0], inputs[3]
+    return cuda_refuses_sizes(x, *x.shape[2:], *b.shape[2:]) or _triton_refuses(*inputs)
+
+
 def _step_triton_refuses(state: Tensor, *rest: object) -> str | None:
     if not 1 <= state.shape[3] <= 1024:
         return f"it takes N from 1 to 1024, got {state.shape[3]}"
@@ -144,6 +159,8 @@ _backward_op = backend.define(
     fake=_backward_fake,
     triton="yaongi.kernels.mamba_scan.scan_backward:mamba_scan_backward_triton",
     triton_refuses=_backward_triton_refuses,
+    cuda="yaongi.kernels.mamba_scan.reverse_walk:mamba_scan_backward_cuda",
+    cuda_refuses=_backward_cuda_refuses,
 )
 _step_op = backend.define(
     "mamba_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor b, Tensor c, Tensor? D, Tensor? dt_bias) "

@@ -11,6 +11,7 @@ The heads are processed in slices, so that the states of all heads never exist a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ from yaongi.kernels.mamba_scan.isolation import (
 from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, state_block, store_tile
 
 Tensor = torch.Tensor
+SliceGradients = Callable[..., tuple[Tensor, Tensor | None]]
 
 # By GPU generation and bytes per element; Hopper's 2-byte options found on an H100 at 8 × 4096, 64 heads, 2026-11-24
 # (docs/LAB.md).
@@ -232,15 +234,19 @@ def scan_gradients(
     D: Tensor | None,
     states: Tensor,
     dstates: Tensor,
-) -> Tensor:
-    """Write dx, db and dc; return the sums along P, N and the chunk from which `decay_gradients` computes ddt."""
-    (B, _, H, P), (G, N) = x.shape, b.shape[2:]
+    sums: Tensor,
+    flagged: Tensor | None = None,
+) -> None:
+    """Write dx, db, dc and the sums along P, N and the chunk from which `decay_gradients` computes ddt.
+
+    With `flagged` only those programs compute, and isolate what is not finite.
+    """
+    (B, _, H, _), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
-    blocks_p = triton.cdiv(P, block_p)
-    sums = torch.empty(B, H, blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
+    blocks_p = sums.shape[2]
     grid = (scan.chunks, G, B)
-    flags = flags_for(scan.document_ids, math.prod(grid), x)
-    for isolate in launches_for(flags):
+    flags = flags_for(scan.document_ids, math.prod(grid), x) if flagged is None else flagged
+    for isolate in launches_for(flags) if flagged is None else (True,):
         config = ISOLATING if isolate else for_gpu(GRADIENTS if block_n <= 128 else WIDE_GRADIENTS, x)[x.element_size()]
         _mamba_scan_gradients_kernel[grid](
             *(by_head(t, scan.chunk, block_p) for t in (x, dy)),
@@ -271,7 +277,6 @@ def scan_gradients(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return sums
 
 
 def _slice_gradients(
@@ -294,7 +299,9 @@ def _slice_gradients(
     scan = scan_decays(x, dt, A, dt_bias, document_ids, backward=True)
     states = scan_states(scan, x, b, first, None)
     dstates = scan_states(scan, dy, c, dlast, dfirst, reverse=True)
-    sums = scan_gradients(scan, out, dy, x, b, c, D, states, dstates)
+    blocks_p = triton.cdiv(x.shape[3], state_block(x, b.shape[3])[0])
+    sums = torch.empty(*x.shape[:3:2], blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
+    scan_gradients(scan, out, dy, x, b, c, D, states, dstates, sums)
     return decay_gradients(scan, out.ddt, sums, dt, A, dt_bias, has_d=D is not None), dfirst
 
 
@@ -319,6 +326,11 @@ def slices_of(states_bytes: float, heads: int, groups: int) -> list[tuple[slice,
     return slices
 
 
+def bytes_of_states(x: Tensor, b: Tensor) -> float:
+    """Return the bytes of a state per chunk, for all heads."""
+    return x.numel() * b.shape[3] * x.element_size() / for_gpu(CHUNK, x)[x.element_size()]
+
+
 def fill_gradients(
     out: Gradients,
     dy: Tensor,
@@ -332,16 +344,18 @@ def fill_gradients(
     dt_bias: Tensor | None,
     document_ids: Tensor | None,
     initial_state: Tensor | None,
+    of_slice: SliceGradients = _slice_gradients,
+    slices: list[tuple[slice, slice]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Write dx, ddt, db and dc, which TMA must be able to address; return dA, dD, ddt_bias and dinitial_state."""
-    (B, L, H, P), (G, N) = x.shape, b.shape[2:]
-    slices = slices_of(2 * B * H * L * P * N * x.element_size() / for_gpu(CHUNK, x)[x.element_size()], H, G)
+    H, G = x.shape[2], b.shape[2]
+    slices = slices or slices_of(2 * bytes_of_states(x, b), H, G)
     db, dc, in_parts = out.db, out.dc, len(slices) > G
     if in_parts:  # a group's sum over its heads comes from several launches: it stays in fp32 and is rounded once
         db, dc = (torch.zeros(b.shape, dtype=torch.float32, device=b.device) for _ in range(2))
     parameters, dfirsts = [], []
     for heads, groups in slices:
-        of_slice = _slice_gradients(
+        found = of_slice(
             Gradients(out.dx[:, :, heads], out.ddt[:, :, heads], db[:, :, groups], dc[:, :, groups], in_parts),
             dy[:, :, heads],
             None if dfinal_state is None else dfinal_state[:, heads],
@@ -355,8 +369,8 @@ def fill_gradients(
             document_ids,
             None if initial_state is None else initial_state[:, heads],
         )
-        parameters.append(of_slice[0])
-        dfirsts.append(of_slice[1])
+        parameters.append(found[0])
+        dfirsts.append(found[1])
     if in_parts:
         out.db.copy_(db)
         out.dc.copy_(dc)
