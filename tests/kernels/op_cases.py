@@ -177,7 +177,10 @@ def _cases() -> dict[str, Case]:
             ("x", "weight", "bias", "initial_state"),
             rows=("x", "document_ids", "initial_state"),
         ),
-        "causal_conv1d_step": Case(conv | {"x": randn(2, 48), "state": randn(2, 48, 3)}, rows=("x", "state")),
+        "causal_conv1d_step": Case(
+            conv | {"x": randn(2, 48), "state": randn(2, 3, 48, 3), "steps": torch.tensor([4, 0])},
+            rows=("x", "state", "steps"),
+        ),
         "mamba_scan": Case(
             scan
             | {
@@ -196,6 +199,10 @@ def _cases() -> dict[str, Case]:
             {"x": randn(5, 272), "weight": randn(40, 272), "addend": randn(5, 40), "activation": None},
             rows=("x", "addend"),
         ),
+        "linear_steps": Case(
+            {"x": randn(5, 272), "weights": [randn(40, 272), randn(7, 272)], "settled": True}, rows=("x",)
+        ),
+        "likeliest": Case({"logits": randn(5, 2056)}, rows=("logits",)),
         "mamba_core": Case(
             {
                 "projected": randn(2, 90, 64 + 160 + 4),

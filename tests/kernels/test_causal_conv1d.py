@@ -216,6 +216,22 @@ def test_step_continues_a_prefix_exactly(activation: str | None, width: int, dty
 
 
 @pytest.mark.parametrize("backend", backends("triton"))
+def test_steps_take_turns(backend: str) -> None:
+    """A row's step touches only its own convolution of the three, exactly as a step of that one alone."""
+    args = arguments(3, 4, 16, 4, {}, torch.bfloat16, device_of(backend, "causal_conv1d_step"))
+    (x, weight), device = (args["x"], args["weight"]), args["x"].device
+    state = torch.randn(3, 3, 16, 3).to(x)
+    alone, steps = state.clone(), torch.tensor([5, 0, -1], device=device)
+    for t in range(4):
+        y = causal_conv1d_step(x[:, t], state, weight, steps=steps)
+        for row, step in enumerate((5 + t, t, t - 1)):
+            own = alone[row : row + 1, step % 3]
+            assert torch.equal(y[row : row + 1], causal_conv1d_step(x[row : row + 1, t], own, weight))
+        assert torch.equal(state, alone)
+        steps += 1
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("channels", [7, 1000])
 def test_step_follows_the_rule_and_keeps_no_graph(channels: int, width: int, backend: str) -> None:
@@ -272,7 +288,9 @@ def test_opcheck(case: str) -> None:
     torch.library.opcheck(ops.causal_conv1d_backward.default, (y, final_state, *plain, "silu"))
     torch.library.opcheck(ops.causal_conv1d_backward.default, (y, None, *plain, None))
     x, weight, bias = plain[:3]
-    torch.library.opcheck(ops.causal_conv1d_step.default, (x[:, 0], final_state, weight, bias, "silu"))
+    torch.library.opcheck(ops.causal_conv1d_step.default, (x[:, 0], final_state, weight, bias, "silu", None))
+    turns = torch.stack([final_state, final_state], dim=1), weight, None, "silu", torch.tensor([3, 0])
+    torch.library.opcheck(ops.causal_conv1d_step.default, (x[:, 0], *turns))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -463,6 +481,12 @@ def bad_step_arguments() -> Iterator[tuple[dict[str, Any], type[Exception], str]
     yield {"bias": ones(2)}, ValueError, "bias must be (C) = (3), got (2,)"
     yield {"bias": ones(3, device=meta)}, TypeError, f"bias {ON_META}"
     yield {"activation": "gelu"}, ValueError, "activation must be 'silu' or None, got 'gelu'"
+    steps, phases = torch.zeros(2, dtype=torch.int64), ones(2, 2, 3, 3)
+    yield {"steps": steps}, ValueError, "state must be (B, P, C, W-1) = (2, P, 3, 3), got (2, 3, 3)"
+    empty = {"steps": steps, "state": ones(2, 0, 3, 3)}
+    yield empty, ValueError, "state must be (B, P, C, W-1) with P >= 1, got (2, 0, 3, 3)"
+    yield {"steps": steps.int(), "state": phases}, TypeError, "steps must be int64, got int32"
+    yield {"steps": steps[:1], "state": phases}, ValueError, "steps must be (B) = (2), got (1,)"
 
 
 @bad_calls(bad_step_arguments())

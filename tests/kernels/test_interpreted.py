@@ -72,13 +72,16 @@ def test_causal_conv1d(shape: tuple[int, int, int, int], documents: bool, state:
         assert_equal_to_float64(ours, expected, 1e-5, f"result {i}")
 
 
+@pytest.mark.parametrize("steps", [None, [5, 0, -1]])
 @pytest.mark.parametrize(("width", "activation", "bias"), [(4, "silu", True), (3, None, False), (2, "silu", True)])
-def test_causal_conv1d_step(width: int, activation: str | None, bias: bool) -> None:
-    """Two blocks of channels, x from a slice, and a state with gaps."""
+def test_causal_conv1d_step(width: int, activation: str | None, bias: bool, steps: list[int] | None) -> None:
+    """Two blocks of channels, x from a slice, a state with gaps, and three convolutions that take turns."""
     from yaongi.kernels.causal_conv1d import step
 
-    x, state = torch.randn(3, 320)[:, 8:308], torch.randn(3, 300, width + 4)[..., : width - 1]
-    inputs = (torch.randn(300, width), torch.randn(300) if bias else None, activation)
+    phases = () if steps is None else (3,)
+    x, state = torch.randn(3, 320)[:, 8:308], torch.randn(3, *phases, 300, width + 4)[..., : width - 1]
+    turns = None if steps is None else torch.tensor(steps)
+    inputs = (torch.randn(300, width), torch.randn(300) if bias else None, activation, turns)
     exact_state = state.double()
     y = step.causal_conv1d_step_triton(x, state, *inputs)
     exact = reference.causal_conv1d_step_reference(x.double(), exact_state, *wide(inputs))
@@ -128,6 +131,32 @@ def test_linear_step(T: int, D: int, N: int, addend: bool) -> None:
     for activation in (None, "squared_relu"):
         exact = linear_reference.linear_step_reference(*wide(inputs), activation, False, True)
         assert_equal_to_float64(few_rows_linear.linear_step_triton(*inputs, activation, False, True), exact, 1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("widths", [(32, 16), (130, 1, 7), (64, 64, 64, 5)])
+def test_linear_steps(widths: tuple[int, ...], T: int) -> None:
+    """Blocks of each weight that fill its rows and that don't, and a second launch for a fourth weight."""
+    from yaongi.kernels.linear_step import few_rows_linear
+
+    x, weights = torch.randn(T, 528)[:, 16:], [torch.randn(width, 512) for width in widths]
+    ys = few_rows_linear.linear_steps_triton(x, weights, True)
+    for y, weight in zip(ys, weights, strict=True):
+        assert_equal_to_float64(y, x.double() @ weight.double().T, 1e-5)
+
+
+@pytest.mark.parametrize("V", [1, 1000, 2500])
+def test_likeliest(V: int) -> None:
+    """A part that isn't full, equal logits in several parts, and rows of which none or not all are finite."""
+    from yaongi.kernels.likeliest import reference as likeliest_reference
+    from yaongi.kernels.likeliest import two_stages
+
+    logits = torch.randn(7, V + 8).round()[:, 4 : V + 4]
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        logits[row, V // 2] = value
+    logits[3], logits[4, V // 2 :], logits[5] = -torch.inf, 5.0, -7.0
+    logits[6], logits[6, V // 2 :] = -0.0, 0.0
+    assert torch.equal(two_stages.likeliest_triton(logits), likeliest_reference.likeliest_reference(logits))
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(5, 8, 2), (137, 64, 6), (3, 3, 3), (20, 130, 16), (1, 8, 3)])

@@ -1,4 +1,4 @@
-"""`linear_step`: the product of few rows with a weight."""
+"""`linear_step` and `linear_steps`: the products of few rows with one weight, or with several."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from oracle import assert_equal_to_float64
 from support import assert_refused, assert_rule, backends, bad_calls, checked_mode, device_of
 
-from yaongi.kernels import linear_step, use_backend
+from yaongi.kernels import linear_step, linear_steps, use_backend
 
 Tensor = torch.Tensor
 
@@ -43,6 +43,23 @@ def test_follows_the_rule(shape: tuple[int, int, int], addend: bool, dtype: torc
         wide = linear_step(args["x"], args["weight"], wide=True)
     # Tensor cores cut bits off as they add; cut at every 16 elements, 2,048 err by 4e-6 (float32 sums by 5e-7).
     assert_equal_to_float64(wide, args["x"].double() @ args["weight"].double().T, 1.5e-5)
+
+
+@pytest.mark.parametrize("backend", backends("triton"))
+@pytest.mark.parametrize("widths", [(2048, 512, 512), (40, 7), (1, 300, 1, 9), (0, 5), (3,), ()], ids=str)
+@pytest.mark.parametrize("T", [0, 1, 2])
+def test_several_weights(T: int, widths: tuple[int, ...], backend: str) -> None:
+    """Each product follows the rule; of more rows than one it has the bits that it has without the others."""
+    device = device_of(backend, "linear_steps")
+    x = torch.randn(T, 272).to(device, torch.bfloat16)
+    weights = [(torch.randn(width, 272) / 16).to(x) for width in widths]
+    args = {"x": x, "weights": weights}
+    assert_rule(lambda a: dict(zip(map(str, range(len(widths))), linear_steps(**a), strict=True)), args, backend)
+    with use_backend(backend):  # type: ignore[arg-type]
+        for y, weight in zip(linear_steps(x, weights, settled=True), weights, strict=True):
+            assert y.is_contiguous()
+            assert y.shape == (T, len(weight))
+            assert T == 1 or torch.equal(y, linear_step(x, weight))
 
 
 @pytest.mark.parametrize("backend", backends("triton"))
@@ -89,6 +106,9 @@ def test_opcheck_and_no_gradient() -> None:
     args = arguments(3, 8, 5, True, torch.float32)
     torch.library.opcheck(torch.ops.yaongi.linear_step.default, (*args.values(), "squared_relu", False, True))
     assert not linear_step(**{name: t.requires_grad_() for name, t in args.items()}).requires_grad
+    x, *weights = (t.detach() for t in args.values())
+    torch.library.opcheck(torch.ops.yaongi.linear_steps.default, (x, weights[:1] * 2, True))
+    assert not linear_steps(args["x"], [args["weight"]])[0].requires_grad
 
 
 @bad_calls(
@@ -108,6 +128,29 @@ def test_bad_arguments(bad: Any) -> None:
     assert_refused(linear_step, good, bad)
 
 
+@bad_calls(
+    [
+        ({"x": torch.ones(3)}, ValueError, "x must be (T, D), got (3,)"),
+        ({"weights": torch.ones(5, 8)}, TypeError, "weights must be a list of tensors, got Tensor"),
+        ({"weights": [None]}, TypeError, "weights[0] must be a tensor, got NoneType"),
+        (
+            {"weights": [torch.ones(5, 8), torch.ones(5, 9)]},
+            ValueError,
+            "weights[1] must be (N1, D) = (N1, 8), got (5, 9)",
+        ),
+        ({"weights": [torch.ones(5, 8).half()]}, TypeError, "weights[0] must be float32, got float16"),
+        ({"settled": 0}, TypeError, "settled must be a bool, got int"),
+    ]
+)
+def test_bad_arguments_of_several_weights(bad: Any) -> None:
+    assert_refused(linear_steps, {"x": torch.ones(3, 8), "weights": [torch.ones(5, 8), torch.ones(4, 8)]}, bad)
+
+
 def test_checked_mode() -> None:
     with checked_mode(), pytest.raises(ValueError, match=r"^linear_step: x must be finite, got 1 non-finite values$"):
         linear_step(torch.tensor([[torch.inf, 1.0]]), torch.ones(2, 2))
+    with (
+        checked_mode(),
+        pytest.raises(ValueError, match=r"^linear_steps: weights\[1\] must be finite, got 4 non-finite"),
+    ):
+        linear_steps(torch.ones(1, 2), [torch.ones(3, 2), torch.full((2, 2), torch.nan)])

@@ -13,6 +13,7 @@ from aot import Compiled, compile_launcher
 from yaongi.kernels.attention_step import cached_attention
 from yaongi.kernels.causal_conv1d import conv_backward, conv_forward, step
 from yaongi.kernels.cross_entropy import loss_kernels as cross_entropy
+from yaongi.kernels.likeliest import two_stages
 from yaongi.kernels.linear_step import few_rows_linear
 from yaongi.kernels.moe import experts_backward as moe_gradients
 from yaongi.kernels.moe import experts_forward, routing
@@ -84,11 +85,13 @@ def test_causal_conv1d(launch: Launch) -> None:
     assert "LDG.E.64" in kernel.sass or "LDG.E.128" in kernel.sass
 
 
+@pytest.mark.parametrize("phases", [(), (3,)], ids=["plain", "dilated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_causal_conv1d_step(dtype: torch.dtype) -> None:
+def test_causal_conv1d_step(dtype: torch.dtype, phases: tuple[int, ...]) -> None:
     """Nothing spills, and the step of a whole layer is one kernel."""
-    x, state = meta(64, 10304, dtype=dtype)[:, 4096:10240], meta(64, 6144, 3, dtype=dtype)
-    (kernel,) = compile_launcher(step.causal_conv1d_step_triton, x, state, meta(6144, 4), meta(6144), "silu")
+    x, state = meta(64, 10304, dtype=dtype)[:, 4096:10240], meta(64, *phases, 6144, 3, dtype=dtype)
+    inputs = x, state, meta(6144, 4), meta(6144), "silu", meta(64, dtype=torch.int64) if phases else None
+    (kernel,) = compile_launcher(step.causal_conv1d_step_triton, *inputs)
     assert kernel.spilled_bytes == 0
     assert kernel.early_loads == 0
     assert kernel.registers <= 64
@@ -146,6 +149,29 @@ def test_linear_step_of_one_row(D: int, N: int, loads: int) -> None:
     assert len(re.findall(r"LDG\.E\S*\.128", kernel.sass)) > loads
     (kernel,) = compile_launcher(few_rows_linear.linear_step_triton, *inputs, "squared_relu", False, False)
     assert kernel.early_loads == 0
+
+
+def test_linear_steps_of_one_row() -> None:
+    """Three weights in one launch, read as early and as widely as one; a weight of one row compiles, too."""
+    x, weights = meta(1, 2048), [meta(2048, 2048), meta(512, 2048), meta(512, 2048)]
+    (kernel,) = compile_launcher(few_rows_linear.linear_steps_triton, x, weights, True)
+    assert kernel.spilled_bytes == 0
+    assert kernel.registers <= 64
+    assert kernel.early_loads == 8
+    assert set(re.findall(r"LDG\.E\S*", kernel.sass)) == {"LDG.E.128"}
+    (kernel,) = compile_launcher(
+        few_rows_linear.linear_steps_triton, x, [meta(1, 2048), weights[1], meta(1, 2048)], False
+    )
+    assert kernel.early_loads == 0
+
+
+@pytest.mark.parametrize("B", [1, 64])
+def test_likeliest(B: int) -> None:
+    """Logits are read widely, and nothing is read early: the kernel ahead makes it."""
+    parts, row = compile_launcher(two_stages.likeliest_triton, meta(B, 32768))
+    assert [kernel.spilled_bytes for kernel in (parts, row)] == [0, 0]
+    assert [kernel.early_loads for kernel in (parts, row)] == [0, 0]
+    assert "LDG.E.128" in parts.sass
 
 
 @pytest.mark.parametrize(("T", "hidden"), [(1, 512), (64, 512), pytest.param(8, 1856, marks=pytest.mark.long)])

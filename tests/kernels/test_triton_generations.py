@@ -19,6 +19,7 @@ from yaongi.kernels.attention_step import cached_attention
 from yaongi.kernels.causal_conv1d import conv_backward, conv_forward, step
 from yaongi.kernels.common import generations
 from yaongi.kernels.cross_entropy import loss_kernels
+from yaongi.kernels.likeliest import two_stages
 from yaongi.kernels.linear_step import few_rows_linear
 from yaongi.kernels.mamba_scan import decode, scan_backward, scan_forward
 from yaongi.kernels.moe import experts_backward, experts_forward, routing
@@ -76,7 +77,7 @@ def mamba() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
         meta(64),
     )
     yield decode.mamba_step_triton, (state, x, dt, head, b, b, head, head)
-    yield step.causal_conv1d_step_triton, (meta(64, 6144), meta(64, 6144, 3), meta(6144, 4), meta(6144), "silu")
+    yield step.causal_conv1d_step_triton, (meta(64, 6144), meta(64, 6144, 3), meta(6144, 4), meta(6144), "silu", None)
     x = meta(8, 4096, 10304)[..., 4096:]
     state, ids = meta(8, 6208, 3), meta(8, 4096, dtype=torch.int32)
     inputs = (x, meta(6208, 4), meta(6208), ids, state, "silu")
@@ -89,6 +90,8 @@ def others() -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
         for rows in (1, 16):
             inputs = meta(rows, 2048), meta(width, 2048), meta(rows, width)
             yield few_rows_linear.linear_step_triton, (*inputs, None, False, True)
+    yield few_rows_linear.linear_steps_triton, (meta(1, 2048), [meta(width, 2048) for width in (2048, 512, 512)], True)
+    yield two_stages.likeliest_triton, (meta(64, 32768),)
     q, k, cache = meta(64, 32, 64), meta(64, 8, 64), meta(64, 8, 512, 64)
     rows = meta(64, 512, dtype=torch.bool), meta(64, dtype=torch.int64)
     yield cached_attention.attention_step_triton, (q, k, k, cache, cache, *rows, 256)

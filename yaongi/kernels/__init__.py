@@ -12,7 +12,8 @@ from yaongi.kernels.fp8_quantize.op import (
     transpose8,
 )
 from yaongi.kernels.fp8_quantize.reference import power_of_two_scale
-from yaongi.kernels.linear_step.op import linear_step
+from yaongi.kernels.likeliest.op import likeliest
+from yaongi.kernels.linear_step.op import linear_step, linear_steps
 from yaongi.kernels.mamba_core.op import mamba_core
 from yaongi.kernels.mamba_scan.op import mamba_scan, mamba_step
 from yaongi.kernels.matmul8.op import matmul8, matmul8_add
@@ -33,7 +34,9 @@ __all__ = [
     "cross_entropy_backward",
     "gated_rms_norm",
     "info",
+    "likeliest",
     "linear_step",
+    "linear_steps",
     "mamba_core",
     "mamba_scan",
     "mamba_step",

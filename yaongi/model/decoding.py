@@ -76,7 +76,7 @@ class Cache:
         steps, layers = self.steps[:rows], []
         for layer in self.layers:
             mixer = None if layer.mixer is None else layer.mixer.first(rows)
-            phases = None if layer.engram is None or layer.engram.phases is None else layer.engram.phases[:, :rows]
+            phases = None if layer.engram is None or layer.engram.phases is None else layer.engram.phases[:rows]
             layers.append(LayerCache(mixer, None if layer.engram is None else EngramCache(steps, phases)))
         tail = None if self.tail is None else self.tail[:rows]
         return Cache(layers, self.visible[:rows], self.position, self.place[:rows], steps, tail)

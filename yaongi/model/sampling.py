@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from yaongi.kernels import likeliest
 from yaongi.settings import FieldChecks
 
 Tensor = torch.Tensor
@@ -80,14 +81,15 @@ def choose(logits: Tensor, sampling: Sampling | RowSampling, uniforms: Tensor | 
     Returns:
         (B,) int64, −1 for a row of which no logit is finite, or one is NaN or +∞.
     """
-    highest, best = logits.max(-1)
-    right = highest.abs() < math.inf
-    if isinstance(sampling, RowSampling) or sampling.temperature > 0:
-        if uniforms is None:
-            raise ValueError("choose: uniforms must be given for a temperature above 0, got none")
-        sampled = _sampled(logits, sampling, uniforms)
-        best = torch.where(sampling.greedy, best, sampled) if isinstance(sampling, RowSampling) else sampled
-    return torch.where(right, best, -1)
+    best = likeliest(logits)
+    if isinstance(sampling, Sampling) and sampling.temperature == 0:
+        return best
+    if uniforms is None:
+        raise ValueError("choose: uniforms must be given for a temperature above 0, got none")
+    chosen = _sampled(logits, sampling, uniforms)
+    if isinstance(sampling, RowSampling):
+        chosen = torch.where(sampling.greedy, best, chosen)
+    return torch.where(best < 0, -1, chosen)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

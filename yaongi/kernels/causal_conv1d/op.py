@@ -47,7 +47,7 @@ def _backward_fake(
     return x.new_empty(x.shape), dweight, dbias, dinitial_state
 
 
-def _step_fake(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _step_fake(x: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -81,7 +81,7 @@ def _value_check(
     check.documents("causal_conv1d", document_ids)
 
 
-def _step_value_check(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+def _step_value_check(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> None:
     check.finite("causal_conv1d_step", x=x, state=state, weight=weight, bias=bias)
 
 
@@ -118,7 +118,8 @@ _backward_op = backend.define(
     triton_refuses=_backward_triton_refuses,
 )
 _step_op = backend.define(
-    "causal_conv1d_step(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+    "causal_conv1d_step(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, str? activation, Tensor? steps) "
+    "-> Tensor",
     reference=causal_conv1d_step_reference,
     fake=_step_fake,
     triton="yaongi.kernels.causal_conv1d.step:causal_conv1d_step_triton",
@@ -197,16 +198,26 @@ def causal_conv1d(
 
 @torch.no_grad()
 def causal_conv1d_step(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "silu"
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+    steps: Tensor | None = None,
 ) -> Tensor:
     """Return the next output of `causal_conv1d`, given the last inputs in `state`; it has no gradient.
 
+    A dilated convolution is P plain ones that take turns: with `steps`, row b continues number steps_b % P.
+
     Args:
         x: (B, C), any float, unit stride along C.
-        state: (B, C, W − 1), x's dtype, the last inputs, oldest first; updated in place.
+        state: (B, C, W − 1), x's dtype, the last inputs, oldest first; with `steps` (B, P, C, W − 1), P ≥ 1. Updated in
+            place.
         weight: (C, W), any float.
         bias: (C), weight's dtype.
         activation: "silu" or None.
+        steps: (B,) int64, counted from the state's first convolution.
 
     Returns:
         y (B, C) in x's dtype, contiguous.
@@ -217,8 +228,11 @@ def causal_conv1d_step(
     args = check.Arguments("causal_conv1d_step")
     args.tensor("x", x, ("B", "C"), unit_stride=True)
     _check_filter(args, x, weight, bias, activation)
-    args.tensor("state", state, ("B", "C", "W-1"), (x.dtype,), written=True)
-    return _step_op(x, state, weight, bias, activation)
+    dims = ("B", "C", "W-1") if steps is None else ("B", "P", "C", "W-1")
+    args.tensor("state", state, dims, (x.dtype,), written=True)
+    args.require(steps is None or state.shape[1] >= 1, "state", "(B, P, C, W-1) with P >= 1", tuple(state.shape))
+    args.optional("steps", steps, ("B",), (torch.int64,))
+    return _step_op(x, state, weight, bias, activation, steps)
 
 
 def _check_filter(args: check.Arguments, x: Tensor, weight: Tensor, bias: Tensor | None, activation: object) -> None:

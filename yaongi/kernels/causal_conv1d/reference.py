@@ -69,18 +69,20 @@ def causal_conv1d_backward_reference(
 
 def causal_conv1d_step_reference(
     x: Tensor,  # (B, C)
-    state: Tensor,  # (B, C, W − 1), updated in place
+    state: Tensor,  # (B, C, W − 1), or (B, P, C, W − 1) with steps; updated in place
     weight: Tensor,  # (C, W)
     bias: Tensor | None,  # (C)
     activation: str | None,
+    steps: Tensor | None,  # (B)
 ) -> Tensor:  # (B, C)
-    """Return one output; the state drops its oldest input and appends x."""
+    """Return one output; the state, or the one of its phase, drops its oldest input and appends x."""
     wide = compute_dtype(x, weight)
-    window = torch.cat([state, x.unsqueeze(-1)], dim=-1)  # (B, C, W)
+    own = ... if steps is None else (torch.arange(len(steps), device=x.device), steps % state.shape[1])
+    window = torch.cat([state[own], x.unsqueeze(-1)], dim=-1)  # (B, C, W)
     pre = (window.to(wide) * weight.to(wide)).sum(-1)
     if bias is not None:
         pre = pre + bias.to(wide)
-    state.copy_(window[..., 1:])
+    state[own] = window[..., 1:]
     return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
 
 

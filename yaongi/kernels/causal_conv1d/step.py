@@ -14,13 +14,16 @@ BLOCK_C = 256  # channels per program, two per thread
 @triton.jit
 def _causal_conv1d_step_kernel(
     x_ptr,  # (B, C)
-    state_ptr,  # (B, C, W − 1), updated in place
+    state_ptr,  # (B, P, C, W − 1), updated in place
     weight_ptr,  # (C, W), contiguous
     bias_ptr,  # (C)
+    steps_ptr,  # (B), None for P = 1
     y_ptr,  # (B, C), contiguous
     C,
+    P,
     stride_xb,
     stride_sb,
+    stride_sp,
     stride_sc,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
@@ -34,9 +37,13 @@ def _causal_conv1d_step_kernel(
     batch, c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
     state_ptr += batch * stride_sb + tl.minimum(c, C - 1).to(tl.int64) * stride_sc
-    fetch_into_l2(state_ptr, EARLY)
+    if steps_ptr is None:
+        fetch_into_l2(state_ptr, EARLY)
     fetch_into_l2(weight_ptr + tl.minimum(c, C - 1) * W, EARLY)
     wait_for_previous(EARLY)
+    if steps_ptr is not None:
+        phase = tl.load(steps_ptr + batch) % P
+        state_ptr += tl.where(phase < 0, phase + P, phase) * stride_sp
     newest = tl.load(x_ptr + batch * stride_xb + c, mask=mask, other=0.0)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for k in tl.static_range(W - 1):
@@ -53,10 +60,11 @@ def _causal_conv1d_step_kernel(
 
 
 def causal_conv1d_step_triton(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, steps: Tensor | None
 ) -> Tensor:
     """Compute what `causal_conv1d_step_reference` does, for W of 2 to 4."""
     batch, channels = x.shape
+    phases = state.unsqueeze(1) if steps is None else state
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return y
@@ -65,10 +73,12 @@ def causal_conv1d_step_triton(
         state,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
+        None if steps is None else steps.contiguous(),
         y,
         channels,
+        phases.shape[1],
         x.stride(0),
-        *state.stride()[:2],
+        *phases.stride()[:3],
         HAS_BIAS=bias is not None,
         SILU=activation == "silu",
         **early_launch(x),

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import few_rows_dot
-from yaongi.kernels.linear_step.one_row_linear import one_row_linear
+from yaongi.kernels.linear_step.one_row_linear import AT_ONCE, one_row_linear, one_row_linears
 
 Tensor = torch.Tensor
 
@@ -102,3 +102,14 @@ def linear_step_triton(
         num_stages=config.num_stages,
     )
     return y
+
+
+def linear_steps_triton(x: Tensor, weights: list[Tensor], settled: bool) -> list[Tensor]:
+    """Compute what `linear_steps_reference` does, for up to 16 rows in float16 or bfloat16."""
+    if len(x) != 1:
+        return [linear_step_triton(x, weight, None, None, False, settled) for weight in weights]
+    ys = [torch.empty(1, len(weight), dtype=x.dtype, device=x.device) for weight in weights]
+    for start in range(0, len(weights), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        one_row_linears(x, weights[some], settled, ys[some])
+    return ys

@@ -1,7 +1,11 @@
 """`linear_step` of one row in Triton: a program holds its rows of the weight in registers, and adds up across them.
 
-All its loads are under way at once. Of a settled weight they are so before the kernel ahead has ended.
+All its loads are under way at once. Of a settled weight they are so before the kernel ahead has ended. One launch walks
+several weights one after another.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,16 +19,36 @@ Tensor = torch.Tensor
 # By the weight's rows. Programs of a small weight are all there at once, so each fetches all its elements at once.
 TILES = {4096: RowTile(4, 4096, 4), 2**31: RowTile(4, 2048, 4)}
 PROGRAMS = 64  # at least, if the weight has so many rows
+AT_ONCE = 3  # weights that one launch walks at most
+
+
+@triton.jit
+def _of_block(block, w_ptr, y_ptr, N, next_w_ptr, next_y_ptr, next_N, BLOCK_N: tl.constexpr):
+    """Return a block's place in its weight, that weight, its y and N: these ones, or behind their end the next ones."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    behind = block >= blocks
+    return (
+        tl.where(behind, block - blocks, block),
+        tl.where(behind, next_w_ptr, w_ptr),
+        tl.where(behind, next_y_ptr, y_ptr),
+        tl.where(behind, next_N, N),
+    )
 
 
 @triton.jit
 def _one_row_linear_kernel(
     x_ptr,  # (D)
-    w_ptr,  # (N, D), contiguous
-    addend_ptr,  # (N)
-    y_ptr,  # (N)
+    addend_ptr,  # (N), of a weight alone
     D,
+    w_ptr,  # (N, D), contiguous
+    y_ptr,  # (N)
     N,
+    second_w_ptr,  # these and the third ones like the first, or None
+    second_y_ptr,
+    second_N,
+    third_w_ptr,
+    third_y_ptr,
+    third_N,
     SQUARED_RELU: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
     SETTLED: tl.constexpr,
@@ -34,9 +58,14 @@ def _one_row_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute y = activation(w·x) + addend for some rows of w."""
+    """Compute y = activation(w·x) + addend for some rows of one w."""
     let_next_start(EARLY)
-    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    block = tl.program_id(0)
+    if second_w_ptr is not None:
+        block, w_ptr, y_ptr, N = _of_block(block, w_ptr, y_ptr, N, second_w_ptr, second_y_ptr, second_N, BLOCK_N)
+    if third_w_ptr is not None:
+        block, w_ptr, y_ptr, N = _of_block(block, w_ptr, y_ptr, N, third_w_ptr, third_y_ptr, third_N, BLOCK_N)
+    n, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * D + k[None, :]
     if not SETTLED:
         wait_for_previous(EARLY)
@@ -66,22 +95,38 @@ def one_row_linear(
     x: Tensor, weight: Tensor, addend: Tensor | None, activation: str | None, settled: bool, y: Tensor
 ) -> None:
     """Write to y (1, N) what `linear_step_reference` returns, for x (1, D) in float16 or bfloat16."""
-    N, D = weight.shape
-    tile = next(tile for most, tile in TILES.items() if most >= N)
+    _launch(x, addend, activation, settled, [weight], [y])
+
+
+def one_row_linears(x: Tensor, weights: Sequence[Tensor], settled: bool, ys: Sequence[Tensor]) -> None:
+    """Write to each y (1, N) the product of x (1, D) with a weight (N, D), for up to AT_ONCE weights."""
+    _launch(x, None, None, settled, weights, ys)
+
+
+def _launch(
+    x: Tensor,
+    addend: Tensor | None,
+    activation: str | None,
+    settled: bool,
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+) -> None:
+    D, widths = x.shape[1], [weight.shape[0] for weight in weights]
+    tile = next(tile for most, tile in TILES.items() if most >= sum(widths))
     block_k = tile.inner(D)
-    block_n = max(1, min(tile.block_n, triton.next_power_of_2(N // PROGRAMS)))
-    _one_row_linear_kernel[(triton.cdiv(N, block_n),)](
+    block_n = max(1, min(tile.block_n, triton.next_power_of_2(sum(widths) // PROGRAMS)))
+    products: list[Any] = [t for w, y, n in zip(weights, ys, widths, strict=True) for t in (w.contiguous(), y, n)]
+    _one_row_linear_kernel[(sum(triton.cdiv(n, block_n) for n in widths),)](
         x,
-        weight.contiguous(),
         addend,
-        y,
         D,
-        N,
+        *products,
+        *[None] * (3 * AT_ONCE - len(products)),
         SQUARED_RELU=activation == "squared_relu",
         HAS_ADDEND=addend is not None,
-        SETTLED=settled and weight.is_contiguous(),
+        SETTLED=settled and all(weight.is_contiguous() for weight in weights),
         **early_launch(x),
-        EVEN=D % block_k == 0 and N % block_n == 0,
+        EVEN=D % block_k == 0 and all(n % block_n == 0 for n in widths),
         STEPS=triton.cdiv(D, block_k),
         BLOCK_N=block_n,
         BLOCK_K=block_k,

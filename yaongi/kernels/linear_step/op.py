@@ -1,11 +1,12 @@
-"""`linear_step`: registration and the public function."""
+"""`linear_step` and `linear_steps`: registration and the public functions."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from yaongi.kernels import backend, check
-from yaongi.kernels.linear_step.reference import linear_step_reference
+from yaongi.kernels.linear_step.reference import linear_step_reference, linear_steps_reference
 
 Tensor = torch.Tensor
 Activation = Literal["squared_relu"] | None
@@ -23,6 +24,15 @@ def _value_check(x: Tensor, weight: Tensor, addend: Tensor | None, *rest: object
     check.finite("linear_step", x=x, weight=weight, addend=addend)
 
 
+def _fakes(x: Tensor, weights: list[Tensor], settled: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+def _value_checks(x: Tensor, weights: list[Tensor], settled: bool) -> None:
+    named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    check.finite("linear_steps", x=x, **named)
+
+
 def _triton_refuses(x: Tensor, *rest: object) -> str | None:
     if x.dtype not in check.HALF_DTYPES:
         return f"it takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
@@ -38,6 +48,14 @@ _op = backend.define(
     triton="yaongi.kernels.linear_step.few_rows_linear:linear_step_triton",
     triton_refuses=_triton_refuses,
     value_check=_value_check,
+)
+_ops = backend.define(
+    "linear_steps(Tensor x, Tensor[] weights, bool settled) -> Tensor[]",
+    reference=linear_steps_reference,
+    fake=_fakes,
+    triton="yaongi.kernels.linear_step.few_rows_linear:linear_steps_triton",
+    triton_refuses=_triton_refuses,
+    value_check=_value_checks,
 )
 
 
@@ -76,3 +94,28 @@ def linear_step(
     args.boolean("wide", wide)
     args.boolean("settled", settled)
     return _op(x, weight, addend, activation, wide, settled)
+
+
+@torch.no_grad()
+def linear_steps(x: Tensor, weights: Sequence[Tensor], *, settled: bool = False) -> tuple[Tensor, ...]:
+    """Return x·weightᵀ for each of several weights, for one row in one launch for three; it has no gradient.
+
+    Args:
+        x: (T, D), any float.
+        weights: (N, D) each, with an N of its own; x's dtype.
+        settled: as in `linear_step`, of all of them.
+
+    Returns:
+        (T, N) each, as from `linear_step`.
+
+    Raises:
+        TypeError: kind, dtype or device. ValueError: shape or value.
+    """
+    args = check.Arguments("linear_steps")
+    args.tensor("x", x, ("T", "D"))
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"linear_steps: weights must be a list of tensors, got {type(weights).__name__}")
+    for i, weight in enumerate(weights):
+        args.tensor(f"weights[{i}]", weight, (f"N{i}", "D"), (x.dtype,))
+    args.boolean("settled", settled)
+    return tuple(_ops(x, list(weights), settled))

@@ -1,4 +1,4 @@
-"""The product in plain torch."""
+"""The products in plain torch."""
 
 import torch
 from torch.nn import functional as F
@@ -22,3 +22,12 @@ def linear_step_reference(
         y = F.linear(x, weight).relu().square()
         return y if addend is None else y + addend
     return F.linear(x, weight) if addend is None else torch.addmm(addend, x, weight.T)
+
+
+def linear_steps_reference(
+    x: Tensor,  # (T, D)
+    weights: list[Tensor],  # (N, D) each
+    settled: bool,
+) -> list[Tensor]:  # (T, N) each
+    """Return x·weightᵀ for each weight."""
+    return [F.linear(x, weight) for weight in weights]

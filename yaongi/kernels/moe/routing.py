@@ -5,18 +5,11 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
+from yaongi.kernels.common.ranks import rank
 
 Tensor = torch.Tensor
 
 TAKEN = tl.constexpr(-(2**31))  # a rank below that of −∞
-
-
-@triton.jit
-def rank(value):
-    """Return an int32 that orders floats as torch's sort does: −∞ first, −0 equal to 0, NaN after ∞."""
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(value != value, 0x7FFFFFFF, ordered)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from yaongi.kernels.common.few_rows import RowTile
 Tensor = torch.Tensor
 
 UP = RowTile(block_n=4, block_k=2048, num_warps=4)
-DOWN = RowTile(block_n=4, block_k=512, num_warps=4)
+DOWN = RowTile(block_n=8, block_k=512, num_warps=8)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from yaongi.model.config import EngramConfig, ModelConfig
 from yaongi.model.engram.hashing import HashPlan, hash_rows
 from yaongi.model.layers.accumulation import AccumulatingEmbedding, accumulation_target
 from yaongi.model.layers.compiled import compiled
-from yaongi.model.layers.linear import DepthwiseConv, Embedding, Linear
+from yaongi.model.layers.linear import DepthwiseConv, Embedding, Linear, step_products
 from yaongi.model.layers.norm import RMSNorm
 from yaongi.model.layers.plain import is_plain, require_plain
 
@@ -27,26 +27,26 @@ class EngramCache:
     """
 
     steps: Tensor  # (B,) int64, the steps since the prefill, t; all layers share it
-    phases: Tensor | None = None  # (dilation, B, d, kernel − 1), that of step 0 first
+    phases: Tensor | None = None  # (B, dilation, d, kernel − 1), that of step 0 first
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
         if self.phases is not None:
-            self.phases = self.phases[:, rows]
+            self.phases = self.phases[rows]
 
     def put(self, row: int, other: "EngramCache", source: int) -> None:
         """Copy a row of another cache to a row of this one; its steps go along elsewhere."""
         assert self.phases is not None
         assert other.phases is not None
-        self.phases[:, row] = other.phases[:, source]
+        self.phases[row] = other.phases[source]
 
     def history(self) -> Tensor:
         """Return the inputs as a sequence, the oldest first: (B, (kernel − 1)·dilation, d)."""
         assert self.phases is not None
-        dilation, batch = self.phases.shape[:2]
-        rows = torch.arange(batch, device=self.phases.device)
-        order = (self.steps + torch.arange(dilation, device=self.phases.device).unsqueeze(-1)) % dilation
-        return self.phases[order, rows].permute(1, 3, 0, 2).flatten(1, 2)
+        (batch, dilation), device = self.phases.shape[:2], self.phases.device
+        order = (self.steps.unsqueeze(-1) + torch.arange(dilation, device=device)) % dilation
+        rows = torch.arange(batch, device=device).unsqueeze(-1)
+        return self.phases[rows, order].permute(0, 3, 1, 2).flatten(1, 2)
 
 
 class Engram(nn.Module):
@@ -103,21 +103,14 @@ class Engram(nn.Module):
         normed = self.value_norm(value)
         if cache is not None and cache.phases is not None:
             if hidden.shape[1] == 1:
-                return value + self._stepped(normed.squeeze(1), cache.phases, cache.steps).unsqueeze(1)
+                y = causal_conv1d_step(normed.squeeze(1), cache.phases, self.conv.taps, steps=cache.steps)
+                return value + y.unsqueeze(1)
             normed = torch.cat([cache.history(), normed], dim=1)
             cache.phases = self._last_inputs(normed, None)
             return value + self._convolved(normed, None)[:, -value.shape[1] :]
         if cache is not None:
             cache.phases = self._last_inputs(normed, document_ids)
         return value + self._convolved(normed, document_ids)
-
-    def _stepped(self, x: Tensor, phases: Tensor, steps: Tensor) -> Tensor:
-        """Return SiLU of the convolution for one token, (B, d), and update its phase in place."""
-        phase = (steps % self.dilation).view(1, -1, 1, 1).expand_as(phases[:1])
-        state = phases.gather(0, phase).squeeze(0)
-        y = causal_conv1d_step(x, state, self.conv.taps)
-        phases.scatter_(0, phase, state.unsqueeze(0))
-        return y
 
     def look_up(self, window: Tensor) -> Tensor:
         """Return e (B, L, orders·heads·head_dim). The table may be on another device, for instance in host memory."""
@@ -140,8 +133,10 @@ class Engram(nn.Module):
 
     def _gated_value(self, hidden: Tensor, found: Tensor) -> Tensor:
         """Return αv, (…, d)."""
-        query, key = self.hidden_norm(hidden), self.key_norm(self.key_proj(found))
-        return compiled(_gated, hidden.device.type)(query, key, self.value_proj(found), self.gate)
+        products = step_products(found, self.key_proj, self.value_proj)
+        key, value = products or (self.key_proj(found), self.value_proj(found))
+        query, key = self.hidden_norm(hidden), self.key_norm(key)
+        return compiled(_gated, hidden.device.type)(query, key, value, self.gate)
 
     def _convolved(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
         """Return SiLU of the dilated convolution, computed as a plain one on each of `dilation` interleaved phases."""
@@ -164,14 +159,14 @@ class Engram(nn.Module):
     def _last_inputs(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
         """Return each phase's last inputs after x (B, L, d), in the order in which the next tokens need them.
 
-        They are (dilation, B, d, taps − 1).
+        They are (B, dilation, d, taps − 1).
         """
         if document_ids is not None:
             x = torch.where((document_ids == document_ids[:, -1:]).unsqueeze(-1), x, 0)
         history = (self.taps - 1) * self.dilation
         tail = F.pad(x, (0, 0, history, 0))[:, -history:] if history else x[:, :0]
         steps = tail.unflatten(1, (self.taps - 1, self.dilation))  # (B, taps − 1, dilation, d), oldest first
-        return steps.permute(2, 0, 3, 1).contiguous()
+        return steps.permute(0, 2, 3, 1).contiguous()
 
 
 def _looked_up(window: Tensor, table: Tensor, plan: HashPlan, primes: Tensor, starts: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Projections without bias, embeddings, and the depthwise convolution's weights."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from yaongi.kernels import linear_step
+from yaongi.kernels import linear_step, linear_steps
 from yaongi.kernels.linear_step.op import MOST_ROWS
 from yaongi.model.layers.accumulation import AccumulatingLinear, ForkedLinear, accumulation_target, linear_product
 from yaongi.model.layers.plain import is_plain
@@ -54,6 +56,17 @@ def is_step(x: Tensor) -> bool:
 def fork(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return module(x), and x again for its other uses: by `Linear.fork` where nothing else is in its place."""
     return module.fork(x) if is_plain(module, Linear) else (module(x), x)  # type: ignore[operator]
+
+
+def step_products(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
+    """Return module(x) of each module from one product, in a step where all are the model's own; elsewhere None."""
+    if not is_step(x) or not all(is_plain(module, Linear) for module in modules):
+        return None
+    own: list[Any] = [module.weight for module in modules]
+    weights = [weight.to(x.dtype) for weight in own]
+    settled = all(weight is kept for weight, kept in zip(weights, own, strict=True))
+    ys = linear_steps(x.flatten(0, -2), weights, settled=settled)
+    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
 def add_linear(module: nn.Module, x: Tensor, total: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from yaongi.kernels import attention_step
 from yaongi.model.config import ModelConfig
-from yaongi.model.layers.linear import Linear, fork
+from yaongi.model.layers.linear import Linear, fork, step_products
 from yaongi.model.mixers.attention_backends import (
     AttentionPlan,
     CachedAttention,
@@ -117,9 +117,12 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, d) to q (B, L, heads, D), k and v (B, L, kv heads, D)."""
-        q, x = fork(self.q_proj, x)
-        k, x = fork(self.k_proj, x)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, self.v_proj(x)))
+        products = step_products(x, self.q_proj, self.k_proj, self.v_proj)
+        if products is None:
+            q, x = fork(self.q_proj, x)
+            k, x = fork(self.k_proj, x)
+            products = q, k, self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in products)
         return q, k, v
 
 
