@@ -17,13 +17,16 @@ from typing import Any
 
 from yaongi.data.sources.embedded.hangul import attach
 from yaongi.data.sources.embedded.korean import predicates, prose, templates, words
+from yaongi.data.sources.embedded.stdlib import english_documents
 from yaongi.data.sources.source import TRAIN, VAL
 
 SEED = 20261128
 CONVERSATIONS, PAIRS = 20_000, 4_000  # in the training split
 _TRAIN_FOR_VAL = 20  # rows of the training split for each that is held out
 _FIRST_HELD_OUT, _HELD_OUT_ONE_IN = 2, 5
-_OTHER, _MADE_UP = 0.8, 0.5  # share of the training split's words that are other ones, and of those that are made up
+_OTHER = 0.8  # share of the training split's words that are other ones, of these kinds
+_KOREAN = {"made up": 0.5, "prose": 0.5}  # those to which a particle can be attached
+_ANY = {"made up": 0.35, "prose": 0.35, "english": 0.25, "number": 0.05}
 _COMMON_SYLLABLE = 0.3  # share of a made-up word's syllables that are any of the common ones, so that all are met
 _COUNTED = ("재료", "과일", "물건")
 _PERSONS = ("사람", "가족", "직업")
@@ -145,6 +148,15 @@ def _prose_words() -> tuple[str, ...]:
     return tuple(sorted(w for w in found - held_out_words() if not any(word in w for word in long)))
 
 
+@cache
+def _english_words() -> tuple[str, ...]:
+    """Return the words of the installed Python's documentation, thousands of different tokens."""
+    return tuple(sorted({word for text in english_documents() for word in re.findall("[A-Za-z]+", text)}))
+
+
+_PROSE = {"prose": _prose_words, "english": _english_words}
+
+
 def _template_lines() -> Iterator[str]:
     return (line for kind in templates().values() for section in kind.values() for line in section)
 
@@ -157,23 +169,26 @@ def _made_up_word(rng: random.Random) -> str:
     )
 
 
-def _or_other(rng: random.Random, split: str, word: str) -> str:
-    """Return the word or, in the training split, most often any other in its place.
+def _or_other(rng: random.Random, split: str, word: str, kinds: Mapping[str, float] = _KOREAN) -> str:
+    """Return the word or, in the training split, most often another in its place, of these kinds by their shares.
 
     The lists of the training split have 276 words, which a model learns by heart instead of copying what it reads.
     """
     if split == VAL or rng.random() >= _OTHER:
         return word
-    other = _made_up_word(rng) if rng.random() < _MADE_UP else rng.choice(_prose_words())
+    (kind,) = rng.choices(tuple(kinds), tuple(kinds.values()))
+    if kind == "number":
+        return str(rng.randrange(10 ** rng.randint(1, 6)))
+    other = _made_up_word(rng) if kind == "made up" else rng.choice(_PROSE[kind]())
     return word if other in held_out_words() else other
 
 
-def _listed(rng: random.Random, split: str, fewest: int, most: int) -> list[str]:
-    """Return different words of all kinds."""
+def _listed(rng: random.Random, split: str, fewest: int, most: int, kinds: Mapping[str, float] = _ANY) -> list[str]:
+    """Return different words."""
     found: list[str] = []
     count = rng.randint(fewest, most)
     while len(found) < count:
-        word = _or_other(rng, split, rng.choice(_all_words(split)))
+        word = _or_other(rng, split, rng.choice(_all_words(split)), kinds)
         if word not in found:
             found.append(word)
     return found
@@ -266,7 +281,7 @@ def _sort(rng: random.Random, split: str) -> Exchange:
 
 
 def _yes_or_no(rng: random.Random, split: str) -> Exchange:
-    found = _listed(rng, split, 3, 6)
+    found = _listed(rng, split, 3, 6, _KOREAN)
     there = rng.random() < 0.5
     wanted = rng.choice(found[:-1]) if there else found[-1]
     shown = found[:-1]
