@@ -1,9 +1,9 @@
 """Conversations of the package: eight things that a tuned model must do, each with exactly one right answer.
 
 Every question holds all that its answer needs, so what is learnt is to follow an instruction and to end. Words of the
-held-out split never occur in the training split, where most words are taken from the package's prose or made up, so
-that words are copied and not recalled. Nothing is learnt of the world: copying, counting, sorting by number, the last
-word, a formal ending, a sum, yes or no, and a refusal, all in Korean.
+held-out split never occur in the training split. There most words are common nouns, words of the package's prose,
+English ones, or made up, so that words are copied and not recalled. Nothing is learnt of the world: copying, counting,
+sorting by number, the last word, a formal ending, a sum, yes or no, and a refusal, all in Korean.
 
 The preferences are pairs of the same sentence with a formal and an informal ending.
 """
@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from yaongi.data.sources.embedded.hangul import attach
-from yaongi.data.sources.embedded.korean import predicates, prose, templates, words
+from yaongi.data.sources.embedded.korean import nouns, predicates, prose, templates, words
 from yaongi.data.sources.embedded.stdlib import english_documents
 from yaongi.data.sources.source import TRAIN, VAL
 
@@ -25,8 +25,8 @@ CONVERSATIONS, PAIRS = 20_000, 4_000  # in the training split
 _TRAIN_FOR_VAL = 20  # rows of the training split for each that is held out
 _FIRST_HELD_OUT, _HELD_OUT_ONE_IN = 2, 5
 _OTHER = 0.8  # share of the training split's words that are other ones, of these kinds
-_KOREAN = {"made up": 0.5, "prose": 0.5}  # those to which a particle can be attached
-_ANY = {"made up": 0.35, "prose": 0.35, "english": 0.25, "number": 0.05}
+_KOREAN = {"made up": 0.3, "prose": 0.4, "noun": 0.3}  # those to which a particle can be attached
+_ANY = {"made up": 0.25, "prose": 0.3, "noun": 0.2, "english": 0.2, "number": 0.05}
 _COMMON_SYLLABLE = 0.3  # share of a made-up word's syllables that are any of the common ones, so that all are met
 _COUNTED = ("재료", "과일", "물건")
 _PERSONS = ("사람", "가족", "직업")
@@ -142,10 +142,16 @@ def _common_syllables() -> str:
 
 @cache
 def _prose_words() -> tuple[str, ...]:
-    """Return the words of the package's prose and sentences, but those that hold one of the held-out split."""
+    """Return the words of the package's prose and sentences, but those that hold a held-out one with a particle."""
     found = set(re.findall("[가-힣]+", "\n".join((*prose(), *_template_lines()))))
     long = [word for word in held_out_words() if len(word) > 1]
     return tuple(sorted(w for w in found - held_out_words() if not any(word in w for word in long)))
+
+
+@cache
+def _nouns() -> tuple[str, ...]:
+    """Return the common nouns but the held-out ones, which may be parts of others: 철학 of 철학자."""
+    return tuple(sorted(set(nouns()) - held_out_words()))
 
 
 @cache
@@ -154,7 +160,7 @@ def _english_words() -> tuple[str, ...]:
     return tuple(sorted({word for text in english_documents() for word in re.findall("[A-Za-z]+", text)}))
 
 
-_PROSE = {"prose": _prose_words, "english": _english_words}
+_WRITTEN = {"prose": _prose_words, "noun": _nouns, "english": _english_words}
 
 
 def _template_lines() -> Iterator[str]:
@@ -179,7 +185,7 @@ def _or_other(rng: random.Random, split: str, word: str, kinds: Mapping[str, flo
     (kind,) = rng.choices(tuple(kinds), tuple(kinds.values()))
     if kind == "number":
         return str(rng.randrange(10 ** rng.randint(1, 6)))
-    other = _made_up_word(rng) if kind == "made up" else rng.choice(_PROSE[kind]())
+    other = _made_up_word(rng) if kind == "made up" else rng.choice(_WRITTEN[kind]())
     return word if other in held_out_words() else other
 
 

@@ -63,6 +63,13 @@ def words() -> dict[str, tuple[str, ...]]:
 
 
 @cache
+def nouns() -> tuple[str, ...]:
+    """Read the common nouns, which no template needs: thousands, so that they have many different tokens."""
+    text = files("yaongi.data.sources.embedded").joinpath("nouns.txt").read_text("utf-8")
+    return tuple(re.findall("[가-힣]+", text))
+
+
+@cache
 def predicates() -> dict[str, Predicate]:
     """Read the verbs and adjectives by dictionary form."""
     lines = files("yaongi.data.sources.embedded").joinpath("predicates.txt").read_text("utf-8").splitlines()
