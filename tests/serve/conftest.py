@@ -1,7 +1,6 @@
 """Small models, and a server on loopback in a thread of this process."""
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from yaongi.data.tokenizer import Tokenizer, train_tokenizer
 from yaongi.model import EngramConfig, ModelConfig, Yaongi
 from yaongi.serve.app import make_app
 from yaongi.serve.engine import Limits
-from yaongi.serve.server import make_service
+from yaongi.serve.server import listen, make_service
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +59,7 @@ def serve(tokenizer: Tokenizer) -> Serving:
     def serving(model: Yaongi, limits: Limits | None = None, **options: Any) -> Iterator[httpx.Client]:
         limits = limits or Limits(slots=4, capacity=CAPACITY, chunk=32, queue=64)
         app = make_app(make_service(model, tokenizer, "small", limits, **options))
-        listening = socket.create_server(("127.0.0.1", 0), backlog=256)
+        listening = listen("127.0.0.1", 0)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

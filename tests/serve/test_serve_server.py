@@ -22,6 +22,7 @@ from serve_support import CAPACITY, Serving, until
 from yaongi.model import Yaongi
 from yaongi.serve.__main__ import Serve
 from yaongi.serve.engine import Limits
+from yaongi.serve.server import listen
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 LONG = {"prompt": "고양이", "temperature": 1, "max_tokens": 120, "stop": None}
@@ -128,6 +129,15 @@ def test_a_key_is_asked_for_and_a_stop_lets_answers_end(folder: Path) -> None:
     assert sorted(end["index"] for end in ends if end["finish_reason"]) == list(range(4))
     assert "401" in output
     assert KEY not in output + "".join(reply.text for reply in refusals)
+
+
+def test_small_packets_are_sent_at_once() -> None:
+    with (
+        listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_page_asks_no_one_else(serve: Serving, model: Yaongi) -> None:
