@@ -293,7 +293,10 @@ if [[ $stage == tune || $stage == chat ]]; then
   say "tune"
   tuning=(--base-data "$folder/tokens")
   if [[ $preset == yaongi-tiny ]]; then
-    tuning+=(--row-tokens 512 --batch-tokens 2048 --lr-scale 0.3 --epochs 0.4)
+    tuning+=(--row-tokens 512 --batch-tokens 2048 --lr-scale 0.3 --epochs 0.4 --mix chat=1)
+  elif [[ -z $chat ]]; then # what docs/LAB.md measured with yaongi-small: 96.5 % of the answers are exact
+    chat=embedded:instructions:400000
+    tuning+=(--row-tokens 2048 --batch-tokens 32768 --lr-scale 0.6 --epochs 1)
   fi
   ((smoke)) && chat=embedded:instructions:200
   run "$python" -m yaongi.data chat --source "${chat:-embedded:instructions}" "${benchmarks[@]}" \

@@ -48,11 +48,20 @@ def test_text_is_read_again_at_its_share_and_predicts_all_its_tokens(
     assert batch.input_ids[[name == "ko" for name in names]].equal(alone.read(range(40)).input_ids)
 
 
+def test_without_a_mix_two_rows_of_five_are_the_base_s(chats: Path, tokens: Path, tokenizer: Tokenizer) -> None:
+    loader = make(chats, tokenizer, tokens)
+    names = [loader.domains[number] for number in loader.read(range(500)).domains]
+    assert Counter(names) == {"chat": 300, "ko": 80, "en": 40, "code": 50, "math": 30}
+    alone = make(chats, tokenizer, tokens, "chat=1")
+    assert list(alone.domains) == ["chat"]
+    assert list(alone.measured) == ["chat", "ko", "en", "code", "math"]
+
+
 def test_the_position_belongs_to_the_text_that_is_read(chats: Path, tokens: Path, tokenizer: Tokenizer) -> None:
     state = make(chats, tokenizer, tokens, "chat=1,ko=1").state_dict()
     with pytest.raises(ValueError, match="mix must be"):
         make(chats, tokenizer, tokens).load_state_dict(state)
-    make(chats, tokenizer, tokens).load_state_dict(make(chats, tokenizer).state_dict())
+    make(chats, tokenizer, tokens, "chat=1").load_state_dict(make(chats, tokenizer).state_dict())
 
 
 def test_held_out_answers(chats: Path, tokens: Path, tokenizer: Tokenizer) -> None:

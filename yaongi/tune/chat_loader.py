@@ -16,6 +16,8 @@ from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.held_out import held_out_rows
 from yaongi.tune.config import TuneConfig
 
+REPLAY = 0.4  # share of pretraining text beside conversations, unless a mix says otherwise: see docs/LAB.md
+
 
 class ChatLoader(RowLoader):
     """The training order over conversations, the domain `chat`, and domains of token shards, which are read again."""
@@ -37,7 +39,7 @@ class ChatLoader(RowLoader):
             chats: folder of the conversations.
             base: folder of token shards; None: no text is read again, and what is forgotten isn't measured.
             row_tokens, batch_rows, seed: as of `Loader`.
-            mix: shares such as `chat=0.9,ko=0.1`; if empty, conversations alone.
+            mix: shares such as `chat=0.9,ko=0.1`; if empty, conversations, and `REPLAY` of the base's text in its mix.
 
         Raises:
             FileNotFoundError: a folder or a file of it is missing.
@@ -61,8 +63,11 @@ class ChatLoader(RowLoader):
                 mix=mix_text(again) if again else "",
                 tokenizer_hash=tokenizer.hash,
             )
+            if not mix:
+                again = {domain: share for domain, share in self.base.mix.items() if domain != CHAT}
+                shares = {CHAT: sum(again.values()) * (1 - REPLAY) / REPLAY, **again} if again else shares
         read = len(self.chats) * row_tokens
-        text = self.base.streams if self.base is not None and again else []
+        text = [] if self.base is None else [stream for stream in self.base.streams if stream.domain in again]
         super().__init__(
             [RowStream(CHAT, CHAT, shares[CHAT], self.chats, read), *text],
             shares,

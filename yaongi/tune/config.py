@@ -46,7 +46,7 @@ class TuneRunning(Running):
     evaluate_every: int = 100  # steps between evaluations; also before the first and after the last step
     checkpoint_every: int = 100  # steps between checkpoints; 0: only at the end
     sample_tokens: int = 64  # tokens in the answer to each of three fixed questions; 0: none
-    base_data: Path | None = None  # token shards of pretraining, for replay (--mix) and to measure what is forgotten
+    base_data: Path | None = None  # token shards of pretraining, to read again and to measure what is forgotten
     stop_prompts: int = 32  # held-out prompts of an evaluation, to see which answers end by themselves; 0: none
     answer_tokens: int = 256  # tokens within which these answers have to end
 
