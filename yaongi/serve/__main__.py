@@ -24,7 +24,7 @@ class Serve:
     name: str | None = None  # the model's name in the protocol; None: that of the folder
     slots: int = 0  # answers at once; 0: 64 on a GPU, 8 on a CPU
     max_sequence_length: int = 0  # tokens of prompt and answer together; 0: the model's own limit
-    chunk: int = 0  # tokens of prompts that are read between two steps of the answers; 0: 2,048 on a GPU, 512 on a CPU
+    chunk: int = 0  # tokens of prompts that are read between two steps of the answers; 0: 4,096 on a GPU, 512 on a CPU
     queue: int = 256  # answers that may wait for a slot; more are refused (503)
     grace: int = 30  # seconds that running answers have to end at a stop
     device: str = "auto"  # auto (a GPU where there is one), cpu, gpu, cuda or cuda:N
