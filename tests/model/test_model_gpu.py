@@ -220,7 +220,7 @@ def test_recorded_slots_give_the_same_bits() -> None:
     for cuda_graph in (True, False):
         slots, logits = Slots(model, 4, SHORTEST + 40, cuda_graph=cuda_graph), []
         for slot, length in enumerate((SHORTEST - 9, 5, 2)):
-            slots.put(slot, prefill(model, ids[slot : slot + 1, :length], capacity=length)[1], 0, length)
+            slots.put([slot], prefill(model, ids[slot : slot + 1, :length], capacity=length)[1], [length])
             for _ in range(9):
                 tokens = ids[: slots.rows(slot + 1), length]
                 tokens = torch.nn.functional.pad(tokens, (0, slots.rows(slot + 1) - len(tokens)))

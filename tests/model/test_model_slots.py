@@ -64,8 +64,7 @@ def test_rows_join_and_leave_a_running_batch(recorded: bool, monkeypatch: pytest
     _, alone = prefill(model, ids[2:3, :2], capacity=64)
     slots = Slots(model, 3, LENGTH)
     assert [slots.rows(needed) for needed in (1, 2, 3)] == [1, 2, 3]
-    slots.put(0, pair, 0, 5)
-    slots.put(1, pair, 1, 8)
+    slots.put([0, 1], pair, [5, 8])
     read_so_far = {0: 5, 1: 8}
 
     def check(rows: dict[int, int], size: int) -> None:
@@ -80,12 +79,12 @@ def test_rows_join_and_leave_a_running_batch(recorded: bool, monkeypatch: pytest
 
     for _ in range(4):
         check({0: 0, 1: 1}, 2)
-    slots.put(2, alone, 0, 2)
+    slots.put([2], alone, [2])
     read_so_far[2] = 2
     for _ in range(10):
         check({0: 0, 1: 1, 2: 2}, 3)
     _, late = prefill(model, ids[3:, :4], capacity=4)
-    slots.put(0, late, 0, 4)  # in place of row 0
+    slots.put([0], late, [4])  # in place of row 0
     read_so_far[3] = 4
     while read_so_far[1] < LENGTH:
         check({1: 1, 2: 2, 3: 0}, 3)
@@ -104,7 +103,7 @@ def test_what_a_slot_held_does_not_reach_its_next_row() -> None:
         for name, value in vars(layer.mixer).items() if layer.mixer else ():
             if isinstance(value, torch.Tensor) and name != "rates":
                 value.fill_(torch.nan)
-    slots.put(0, cache, 0, 3)
+    slots.put([0], cache, [3])
     assert_equal_to_float64(slots.step(ids[:, 3], LENGTH - 1), wanted, 1e-5)
 
 

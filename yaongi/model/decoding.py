@@ -81,21 +81,20 @@ class Cache:
         tail = None if self.tail is None else self.tail[:rows]
         return Cache(layers, self.visible[:rows], self.position, self.place[:rows], steps, tail)
 
-    def put(self, row: int, other: "Cache", source: int, length: int) -> None:
-        """Copy the last `length` tokens of a row of another cache, all of its last document, to a row of this one."""
-        places = slice(other.position - length, other.position)
-        self.visible[row, :length], self.visible[row, length:] = True, False
-        self.place[row] = length
-        self.steps[row] = other.steps[source]
+    def put(self, rows: Tensor, other: "Cache", lengths: Tensor) -> None:
+        """Copy another cache to rows (R,) of this one: of each the last `lengths` tokens (R,), all of its document."""
+        self.visible.index_copy_(0, rows, torch.arange(self.capacity, device=rows.device) < lengths.unsqueeze(1))
+        self.place.index_copy_(0, rows, lengths)
+        self.steps.index_copy_(0, rows, other.steps)
         if self.tail is not None and other.tail is not None:
-            self.tail[row] = other.tail[source]
+            self.tail.index_copy_(0, rows, other.tail)
         for own, new in zip(self.layers, other.layers, strict=True):
             if isinstance(own.mixer, AttentionCache) and isinstance(new.mixer, AttentionCache):
-                own.mixer.put(row, new.mixer, source, places)
+                own.mixer.put(rows, new.mixer, lengths, other.position)
             elif isinstance(own.mixer, MambaCache) and isinstance(new.mixer, MambaCache):
-                own.mixer.put(row, new.mixer, source)
+                own.mixer.put(rows, new.mixer)
             if own.engram is not None and new.engram is not None:
-                own.engram.put(row, new.engram, source)
+                own.engram.put(rows, new.engram)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """A running batch that rows join and leave: a fixed number of slots, whose caches are allocated once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,9 +28,10 @@ class Slots:
         """Return how many rows a step has that needs the first so many."""
         return next(size for size in self._sizes if size >= needed)
 
-    def put(self, slot: int, cache: Cache, row: int, length: int) -> None:
-        """Let a row of another cache go on in a slot: its last `length` tokens, which are all of its document."""
-        self._cache.put(slot, cache, row, length)
+    def put(self, slots: Sequence[int], cache: Cache, lengths: Sequence[int]) -> None:
+        """Let the rows of another cache go on in slots: the last `lengths` tokens of each, all of its document."""
+        rows, tokens = (torch.tensor(n).to(self._cache.place.device, non_blocking=True) for n in (slots, lengths))
+        self._cache.put(rows, cache, tokens)
 
     def step(self, tokens: Tensor, longest: int) -> Tensor:
         """Read a token of each of the first rows, (rows,) int64, and return the logits of the next ones, (rows, V).

@@ -193,14 +193,12 @@ class Engine:
     def _join(self, reading: "_Reading", last: Tensor) -> None:
         """Choose the first tokens, from the hidden states (B, d) of the last ones, and put the rows into the batch."""
         assert reading.cache is not None
-        slots = torch.tensor([row.slot for row in reading.rows]).to(self._device, non_blocking=True)
+        slots = [row.slot for row in reading.rows if row.slot is not None]
         chosen = self._choose(self._model.lm_head(last.unsqueeze(1))[:, 0], reading.rows)
-        self._last.index_copy_(0, slots, chosen.clamp(min=0))
-        for number, row in enumerate(reading.rows):
-            assert row.slot is not None
-            self._running[row.slot] = row
-            if row.goes_on:
-                self._slots.put(row.slot, reading.cache, number, len(row.request.prompt))
+        places = torch.tensor(slots).to(self._device, non_blocking=True)
+        self._last.index_copy_(0, places, chosen.clamp(min=0))
+        self._running.update(zip(slots, reading.rows, strict=True))
+        self._slots.put(slots, reading.cache, [len(row.request.prompt) for row in reading.rows])
 
     def _step(self) -> bool:
         """Choose a token for each row that goes on; return whether there was one."""

@@ -34,11 +34,11 @@ class EngramCache:
         if self.phases is not None:
             self.phases = self.phases[rows]
 
-    def put(self, row: int, other: "EngramCache", source: int) -> None:
-        """Copy a row of another cache to a row of this one; its steps go along elsewhere."""
+    def put(self, rows: Tensor, other: "EngramCache") -> None:
+        """Copy another cache to rows of this one; their steps go along elsewhere."""
         assert self.phases is not None
         assert other.phases is not None
-        self.phases[row] = other.phases[source]
+        self.phases.index_copy_(0, rows, other.phases)
 
     def history(self) -> Tensor:
         """Return the inputs as a sequence, the oldest first: (B, (kernel − 1)·dilation, d)."""

@@ -59,13 +59,21 @@ class AttentionCache:
         assert self.values is not None
         return AttentionCache(self.capacity, self.keys[:rows], self.values[:rows])
 
-    def put(self, row: int, other: "AttentionCache", source: int, places: slice) -> None:
-        """Copy places of a row of another cache to the start of a row of this one, and clear the rest: 0·NaN is NaN."""
+    def put(self, rows: Tensor, other: "AttentionCache", lengths: Tensor, end: int) -> None:
+        """Copy the places before `end` of another cache to the start of rows of this one, the last `lengths` of each.
+
+        The other places of these rows are cleared: 0·NaN is NaN.
+        """
+        places = torch.arange(end, device=rows.device)
+        source = (end - lengths.unsqueeze(1) + places).clamp(max=end - 1)[:, None, :, None]  # (rows, 1, end, 1)
+        beyond = (places >= lengths.unsqueeze(1))[:, None, :, None]
         for own, new in ((self.keys, other.keys), (self.values, other.values)):
             assert own is not None
             assert new is not None
-            length = places.stop - places.start
-            own[row, :, :length], own[row, :, length:] = new[source, :, places], 0
+            moved = new[:, :, :end]
+            moved = moved.gather(2, source.expand_as(moved)).masked_fill_(beyond, 0)
+            own[:, :, :end].index_copy_(0, rows, moved)
+            own[:, :, end:].index_fill_(0, rows, 0)
 
 
 class Attention(nn.Module):

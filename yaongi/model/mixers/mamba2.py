@@ -34,12 +34,12 @@ class MambaCache:
         assert self.state is not None
         return MambaCache(self.conv[:rows], self.state[:rows], self.rates)
 
-    def put(self, row: int, other: "MambaCache", source: int) -> None:
-        """Copy a row of another cache to a row of this one."""
+    def put(self, rows: Tensor, other: "MambaCache") -> None:
+        """Copy another cache to rows of this one."""
         for own, new in ((self.conv, other.conv), (self.state, other.state)):
             assert own is not None
             assert new is not None
-            own[row] = new[source]
+            own.index_copy_(0, rows, new)
 
 
 class Mamba2(KeepsFloat32):
