@@ -12,15 +12,20 @@ __device__ __forceinline__ void finish_inputs(Stage& in, Sums& sums, const Threa
                                               const float (&own_step)[2], float D) {
   const float own[2] = {own_step[0] + D, own_step[1] + D};
   float left[2] = {0, 0}, direct[2] = {0, 0}, skip[2] = {0, 0};
+  uint32_t x[2][4], dy[2][4];
+  t.load(x[0], in.x, 0);
+  t.load(dy[0], in.dy, 0);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    uint32_t x[4], dy[4], dx[4];
-    t.load(x, in.x, k);
-    t.load(dy, in.dy, k);
+    uint32_t dx[4];
+    if (k < 3) {  // the next columns, meanwhile
+      t.load(x[(k + 1) % 2], in.x, k + 1);
+      t.load(dy[(k + 1) % 2], in.dy, k + 1);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i % 2, j = k * 8 + i * 2;
-      const float2 xs = halves(x[i]), dys = halves(dy[i]);
+      const float2 xs = halves(x[k % 2][i]), dys = halves(dy[k % 2][i]);
       add_product(left[r], xs, {leaving[j], leaving[j + 1]});
       add_product(direct[r], xs, {dX[j], dX[j + 1]});
       add_product(skip[r], xs, dys);
@@ -55,11 +60,11 @@ __device__ __forceinline__ void inputs_side(Shared& s, const Problem& p, const T
       const float out[2] = {in.steps[3][t.row], in.steps[3][t.row + 8]};
       uint32_t weighted[4][4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        t.load(weighted[k], in.x, k);
+      for (int k = 0; k < 4; ++k) t.load(weighted[k], in.x, k);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) weighted[k][i] = scaled(weighted[k][i], out[i % 2]);
-      }
       ptx::barrier_wait(&s.g_written[head], (turn & 1) ^ 1);
       float leaving[32], dX[32];
       ptx::wgmma_fence();

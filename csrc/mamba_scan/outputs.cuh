@@ -80,8 +80,9 @@ __device__ __forceinline__ void outputs_side(Shared& s, const Problem& p, const 
       const float into[2] = {exp2_fast(in.steps[0][t.row]), exp2_fast(in.steps[0][t.row + 8])};
       uint32_t weighted[4][4];
 #pragma unroll
+      for (int k = 0; k < 4; ++k) t.load(weighted[k], in.dy, k);
+#pragma unroll
       for (int k = 0; k < 4; ++k) {
-        t.load(weighted[k], in.dy, k);
 #pragma unroll
         for (int i = 0; i < 4; ++i) weighted[k][i] = scaled(weighted[k][i], into[i % 2]);
         t.store(s.edy, k, weighted[k]);
@@ -108,16 +109,16 @@ __device__ __forceinline__ void outputs_side(Shared& s, const Problem& p, const 
       const float2 within = mix_step(s, t, in, products, dS);
       ptx::fence_async_proxy();
       t.arrive(&s.mix_written);
+      uint32_t dy[4][4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) t.load(dy[k], in.dy, k);
       ptx::wgmma_wait<0>();
       float entering[2] = {0, 0};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t dy[4];
-        t.load(dy, in.dy, k);
+      for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          add_product(entering[i % 2], halves(dy[i]), {y[k * 8 + i * 2], y[k * 8 + i * 2 + 1]});
-      }
+          add_product(entering[i % 2], halves(dy[k][i]), {y[k * 8 + i * 2], y[k * 8 + i * 2 + 1]});
       const float sums[2] = {sum_of_four(within.x + into[0] * entering[0]),
                              sum_of_four(within.y + into[1] * entering[1])};
       if (t.lane % 4 == 0) {

@@ -13,18 +13,21 @@ __device__ __forceinline__ float load_carried(const Carried& g, const Stage& in,
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const uint4 four = g.low[half * 2 + j][t.thread];
+    uint32_t highs[2][4], hs[2][4];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      t.load(highs[k], g.high + half * PANEL_BYTES, j * 2 + k);
+      t.load(hs[k], in.h + half * PANEL_BYTES, j * 2 + k);
+    }
     const uint32_t lows[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int k = j * 2; k < j * 2 + 2; ++k) {
-      uint32_t highs[4], hs[4];
-      t.load(highs, g.high + half * PANEL_BYTES, k);
-      t.load(hs, in.h + half * PANEL_BYTES, k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t low = lows[k % 2 * 2 + i / 2];
-        const float2 v = i % 2 ? float2{joined<2>(highs[i], low), joined<3>(highs[i], low)}
-                               : float2{joined<0>(highs[i], low), joined<1>(highs[i], low)};
-        add_product(product, v, halves(hs[i]));
+        const float2 v = i % 2 ? float2{joined<2>(highs[k % 2][i], low), joined<3>(highs[k % 2][i], low)}
+                               : float2{joined<0>(highs[k % 2][i], low), joined<1>(highs[k % 2][i], low)};
+        add_product(product, v, halves(hs[k % 2][i]));
         scaled_g[k * 8 + i * 2] = through * v.x;
         scaled_g[k * 8 + i * 2 + 1] = through * v.y;
       }

@@ -182,6 +182,7 @@ struct Thread {
   __device__ __forceinline__ uint32_t place(const uint8_t* panel, int k) const {
     return (ptx::shared_address(panel) + offset) ^ k << 5;  // the swizzle is an exclusive or, too
   }
+  // The compiler keeps loads and stores in their order, so loads that can wait together come first.
   __device__ __forceinline__ void load(uint32_t (&v)[4], const uint8_t* panel, int k) const {
     ptx::ldmatrix_x4(v, place(panel, k));
   }
