@@ -68,8 +68,8 @@ def test_scores_of_both_adapters_agree(plain_folder: Path, monkeypatch: pytest.M
     wanted = HFLM(pretrained=str(plain_folder), device="cpu", dtype="float32", batch_size=4).loglikelihood(instances)
     found = YaongiLM.load(plain_folder).loglikelihood(instances)
     assert bench_eval.differences(found, wanted)["largest difference"] < 1e-4
-    with pytest.raises(AssertionError, match="log-likelihoods differ by"):
+    with pytest.raises(AssertionError, match=r"differs? by"):
         bench_eval.differences([*found[1:], found[0]], wanted)
     spread = float(torch.tensor([value for value, _ in wanted]).std())
-    with pytest.raises(AssertionError, match=r"a log-likelihood differs by 0.6"):
-        bench_eval.differences([(found[0][0] + 0.6 * spread, False), *found[1:]], wanted)
+    with pytest.raises(AssertionError, match=r"a log-likelihood differs by 2.5"):
+        bench_eval.differences([(found[0][0] + 2.5 * spread, False), *found[1:]], wanted)
