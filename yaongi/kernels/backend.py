@@ -8,7 +8,6 @@ What every implementation may rely on is arranged here, once for all ops: autoca
 current device, and a fast implementation's tensors are addressable (see `addressable`) or have been copied.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -100,9 +99,12 @@ class Op:
             reason = self.unavailable(forced, device) or self._refusal(forced, args)
             if reason:
                 raise RuntimeError(f'{self.name}: use_backend("{forced}") is impossible here: {reason}')
-        elsewhere = device != torch.cuda.current_device()
-        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-            results = self._run(forced or self.pick(args, device), args)
+        backend = forced or self.pick(args, device)
+        if device == torch.cuda.current_device():
+            results = self._run(backend, args)
+        else:
+            with torch.cuda.device(device):
+                results = self._run(backend, args)
         for i in self.written:
             for target, source in zip(_tensors(given[i]), _tensors(args[i]), strict=True):
                 if target is not source:
@@ -126,7 +128,7 @@ class Op:
         return refuses(*args) if refuses else None
 
     def _run(self, backend: Backend, args: tuple[Any, ...]) -> Any:
-        device_type = _first_tensor(args).device.type
+        device_type = "cuda" if _first_tensor(args).is_cuda else "cpu"
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return self._run(backend, args)
@@ -146,14 +148,16 @@ def addressable(t: Tensor) -> Tensor:
     dimension and positive multiples of 16 bytes as its other strides, as TMA needs them. The strides of dimensions of
     size 1 don't count. A scalar may be anywhere: it can be an entry of a vector.
     """
-    if not t.dim() or (t.data_ptr() % 16 == 0 and (t.is_contiguous() or _tma_can_read(t))):
+    if not t.dim() or (
+        t.data_ptr() % 16 == 0 and (t.is_contiguous() or _tma_can_read(t.shape, t.stride(), t.element_size()))
+    ):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _tma_can_read(t: Tensor) -> bool:
-    *outer, last = zip(t.shape, t.stride(), strict=True)
-    size = t.element_size()
+@functools.lru_cache(maxsize=1024)
+def _tma_can_read(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> bool:
+    *outer, last = zip(shape, strides, strict=True)
     return last[1] == 1 and all(n == 1 or (stride > 0 and stride * size % 16 == 0) for n, stride in outer)
 
 

@@ -52,11 +52,10 @@ class Arguments:
         elif value.device != self.device:
             raise TypeError(f"{self.op}: {name} must be on {self.device} like the first tensor, got {value.device}")
         self._shape(name, value.shape, dims)
-        strides = tuple(value.stride())
-        if written and any(stride == 0 and size > 1 for size, stride in zip(value.shape, strides, strict=True)):
-            raise ValueError(f"{self.op}: {name} must not be expanded, for it is written, got strides {strides}")
-        if unit_stride and value.shape[-1] > 1 and value.stride(-1) != 1:
-            raise ValueError(f"{self.op}: {name} must have stride 1 along {dims[-1]}, got strides {strides}")
+        if written and any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+            raise ValueError(f"{self.op}: {name} must not be expanded, for it is written, got strides {value.stride()}")
+        if unit_stride and value.stride(-1) != 1 and value.shape[-1] > 1:
+            raise ValueError(f"{self.op}: {name} must have stride 1 along {dims[-1]}, got strides {value.stride()}")
 
     def optional(
         self, name: str, value: object, dims: tuple[str, ...], dtypes: Collection[torch.dtype] = FLOAT_DTYPES

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.sizes import next_power_of_2
 
 Tensor = torch.Tensor
 
@@ -86,7 +87,7 @@ def attention_step_triton(
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, next_power_of_2(D))
     _attention_step_kernel[(B * J,)](
         q.contiguous(),
         k.contiguous(),

@@ -19,6 +19,7 @@ from yaongi.kernels.causal_conv1d.conv_forward import (
     strip_config,
 )
 from yaongi.kernels.common.column_sums import column_sums
+from yaongi.kernels.common.sizes import cdiv
 
 Tensor = torch.Tensor
 
@@ -194,12 +195,12 @@ def causal_conv1d_backward_triton(
     """Compute what `causal_conv1d_backward_reference` does, for W of 2 to 4; `dx`, if given, may be a slice."""
     (batch, length, channels), width = x.shape, weight.shape[1]
     config = strip_config(BACKWARD, batch, length, channels)
-    strips = triton.cdiv(length, config.rows)
+    strips = cdiv(length, config.rows)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
     partial = x.new_empty(batch * strips, width + 1, channels, dtype=torch.float32)
     if batch * channels:
-        _causal_conv1d_backward_kernel[(triton.cdiv(channels, config.block_c) * strips * batch,)](
+        _causal_conv1d_backward_kernel[(cdiv(channels, config.block_c) * strips * batch,)](
             dy,
             None if dfinal_state is None else dfinal_state.contiguous(),
             x,

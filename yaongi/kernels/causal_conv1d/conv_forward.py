@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.sizes import cdiv
+
 Tensor = torch.Tensor
 
 
@@ -33,7 +35,7 @@ FORWARD = {"long": Config(rows=64, block_c=256, num_warps=2), "short": Config(ro
 def strip_config(table: dict[str, Config], batch: int, length: int, channels: int) -> Config:
     """Return the long strips if they fill the GPU's 132 multiprocessors several times over, else the short ones."""
     long = table["long"]
-    programs = batch * triton.cdiv(length, long.rows) * triton.cdiv(channels, long.block_c)
+    programs = batch * cdiv(length, long.rows) * cdiv(channels, long.block_c)
     return long if programs >= 1024 else table["short"]
 
 
@@ -198,7 +200,7 @@ def causal_conv1d_triton(
     final = x.new_empty((batch, channels, width - 1) if return_final_state else (0,))
     config = strip_config(FORWARD, batch, length, channels)
     if batch * channels:
-        programs = triton.cdiv(channels, config.block_c) * triton.cdiv(length, config.rows) * batch
+        programs = cdiv(channels, config.block_c) * cdiv(length, config.rows) * batch
         _causal_conv1d_kernel[(programs,)](
             x,
             weight.contiguous(),

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
+
 Tensor = torch.Tensor
 BLOCK_N, BLOCK_D = 128, 32
 ELEMENTS_PER_WARP = 512
@@ -32,7 +34,7 @@ def column_sums(partial: Tensor) -> Tensor:
     """Return the sums over N, (S, D), of partial sums (S, N, D), contiguous and fp32; zeros where N is 0."""
     S, N, D = partial.shape
     sums = torch.empty(S, D, dtype=torch.float32, device=partial.device)
-    block_n = min(BLOCK_N, triton.next_power_of_2(max(1, N)))
+    block_n = min(BLOCK_N, next_power_of_2(max(1, N)))
     warps = max(1, block_n * BLOCK_D // ELEMENTS_PER_WARP)
-    _column_sums_kernel[(triton.cdiv(D, BLOCK_D), S)](partial, sums, N, D, block_n, BLOCK_D, num_warps=warps)
+    _column_sums_kernel[(cdiv(D, BLOCK_D), S)](partial, sums, N, D, block_n, BLOCK_D, num_warps=warps)
     return sums

@@ -1,5 +1,6 @@
 """TMA descriptors of tensors, remembered: making one costs the host as much as half a launch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +26,22 @@ class _Address:
         return self.address
 
 
-def descriptor(t: Tensor, *box: int) -> TensorDescriptor:
-    """Return a TMA descriptor whose box covers the last dimensions of a tensor, and 1 along the others."""
-    key = (t.data_ptr(), t.shape, t.stride(), t.dtype, box)
-    if key in _remembered:
-        return _remembered[key]
+def descriptor(t: Tensor, *box: int, view: Callable[[Tensor], Tensor] | None = None) -> TensorDescriptor:
+    """Return a TMA descriptor whose box covers the last dimensions of a tensor, and 1 along the others.
+
+    Args:
+        view: the descriptor is that of `view(t)`, which is made only where the descriptor isn't known.
+    """
+    key = (t.data_ptr(), t.shape, t.stride(), t.dtype, box, view)
+    made = _remembered.get(key)
+    if made is not None:
+        return made
+    t = view(t) if view else t
     strides = [stride if n > 1 else UNUSED for n, stride in zip(t.shape, t.stride(), strict=True)]
     strides[-1] = 1
+    whole_box = [*(1 for _ in t.shape[len(box) :]), *box]
     base = t if INTERPRETED else _Address(t.dtype, t.data_ptr())
-    made = TensorDescriptor(base, list(t.shape), strides, [*(1 for _ in t.shape[len(box) :]), *box])
+    made = TensorDescriptor(base, list(t.shape), strides, whole_box)
     if not INTERPRETED:
         if len(_remembered) >= REMEMBERED:
             _remembered.clear()
@@ -43,4 +51,9 @@ def descriptor(t: Tensor, *box: int) -> TensorDescriptor:
 
 def matrix_descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Return a TMA descriptor for boxes of rows × columns; all dimensions but the last are flattened into rows."""
-    return descriptor(t.view(-1, t.shape[-1]), rows, columns)
+    return descriptor(t, rows, columns, view=flattened)
+
+
+def flattened(t: Tensor) -> Tensor:
+    """Return a tensor as a matrix: all dimensions but the last are flattened into rows."""
+    return t.view(-1, t.shape[-1])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.sizes import next_power_of_2
+
 
 @dataclass(frozen=True)
 class RowTile:
@@ -21,7 +23,7 @@ class RowTile:
 
     def inner(self, size: int) -> int:
         """Return how many elements are taken at a time of so many."""
-        return min(self.block_k, max(16, triton.next_power_of_2(size)))
+        return min(self.block_k, max(16, next_power_of_2(size)))
 
 
 @triton.jit

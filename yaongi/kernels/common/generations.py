@@ -17,7 +17,7 @@ Entry = TypeVar("Entry")
 def for_gpu(table: dict[int, Entry], t: torch.Tensor) -> Entry:
     """Return the entry for a tensor's GPU: that of its generation, else of the nearest older one."""
     generation = generation_of(t.device)
-    return table[max(key for key in table if key <= generation)]
+    return table[generation if generation in table else max(key for key in table if key < generation)]
 
 
 @functools.cache

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
+
 Tensor = torch.Tensor
 BLOCK = 4096  # logits per program, in registers: 16 per thread
 NUM_WARPS = 8
@@ -68,7 +70,7 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     T, V = logits.shape
     losses, normalizers = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(2))
     if T:
-        block = min(BLOCK, triton.next_power_of_2(V))
+        block = min(BLOCK, next_power_of_2(V))
         _cross_entropy_kernel[(T,)](
             logits,
             targets.contiguous(),
@@ -89,8 +91,8 @@ def cross_entropy_backward_triton(
     T, V = logits.shape
     dlogits = torch.empty(T, V, dtype=logits.dtype, device=logits.device)
     if T:
-        block = min(BLOCK, triton.next_power_of_2(V))
-        _cross_entropy_backward_kernel[(T * triton.cdiv(V, block),)](
+        block = min(BLOCK, next_power_of_2(V))
+        _cross_entropy_backward_kernel[(T * cdiv(V, block),)](
             dlosses.contiguous(),
             dnormalizers.contiguous(),
             logits,

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.sizes import cdiv
+
 Tensor = torch.Tensor
 WORDS, WARPS = 32, 4  # a program's block: 128 rows × 32 words, that is 128 × 128 bytes
 
@@ -51,6 +53,6 @@ def transpose8_triton(x8: Tensor) -> Tensor:
         x, y = (t.squeeze().view(torch.int32) for t in (x8, y8))  # a dimension of size 1 may have any stride
         x, y = (t[None] if t.dim() == 2 else t.flatten(0, -3) for t in (x, y))
         groups, words = T // 4, D // 4
-        grid = triton.cdiv(words, WORDS), triton.cdiv(groups, WORDS), x.shape[0]
+        grid = cdiv(words, WORDS), cdiv(groups, WORDS), x.shape[0]
         _transpose8_kernel[grid](x, y, groups, words, x.stride(0), x.stride(1), WORDS=WORDS, num_warps=WARPS)
     return y8

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.fp8 import cast8, note_largest
+from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.fp8_quantize.byte_transpose import transpose8_triton
 
 Tensor = torch.Tensor
@@ -95,7 +96,7 @@ def _cast(kernel: Any, inputs: tuple[Tensor, ...], scalars: tuple[Tensor, ...], 
     x8 = torch.empty(T, D, dtype=E4M3, device=inputs[0].device)
     if x8.numel():
         strides = [t.stride(0) for t in inputs]
-        grid = triton.cdiv(T, ROWS), triton.cdiv(D, COLUMNS)
+        grid = cdiv(T, ROWS), cdiv(D, COLUMNS)
         kernel[grid](
             *inputs, x8, *scalars, amax.view(torch.int32), T, D, *strides, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
         )

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.ranks import rank
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
 
@@ -59,10 +60,10 @@ def _likeliest_kernel(
 def likeliest_triton(logits: Tensor) -> Tensor:
     """Compute what `likeliest_reference` does, for floats of up to 32 bits."""
     B, V = logits.shape
-    ids, parts = torch.empty(B, dtype=torch.int64, device=logits.device), triton.cdiv(V, PART)
+    ids, parts = torch.empty(B, dtype=torch.int64, device=logits.device), cdiv(V, PART)
     if not B:
         return ids
     best, early = torch.empty(B, parts, dtype=torch.int64, device=logits.device), early_launch(logits)
     _parts_likeliest_kernel[(B * parts,)](logits, best, V, parts, logits.stride(0), **early, PART=PART, num_warps=4)
-    _likeliest_kernel[(B,)](best, ids, parts, **early, PARTS=triton.next_power_of_2(parts), num_warps=1)
+    _likeliest_kernel[(B,)](best, ids, parts, **early, PARTS=next_power_of_2(parts), num_warps=1)
     return ids

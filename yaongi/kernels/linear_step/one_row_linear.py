@@ -13,6 +13,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import RowTile
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
 
@@ -114,9 +115,9 @@ def _launch(
     D, widths = x.shape[1], [weight.shape[0] for weight in weights]
     tile = next(tile for most, tile in TILES.items() if most >= sum(widths))
     block_k = tile.inner(D)
-    block_n = max(1, min(tile.block_n, triton.next_power_of_2(sum(widths) // PROGRAMS)))
+    block_n = max(1, min(tile.block_n, next_power_of_2(sum(widths) // PROGRAMS)))
     products: list[Any] = [t for w, y, n in zip(weights, ys, widths, strict=True) for t in (w.contiguous(), y, n)]
-    _one_row_linear_kernel[(sum(triton.cdiv(n, block_n) for n in widths),)](
+    _one_row_linear_kernel[(sum(cdiv(n, block_n) for n in widths),)](
         x,
         addend,
         D,
@@ -127,7 +128,7 @@ def _launch(
         SETTLED=settled and all(weight.is_contiguous() for weight in weights),
         **early_launch(x),
         EVEN=D % block_k == 0 and all(n % block_n == 0 for n in widths),
-        STEPS=triton.cdiv(D, block_k),
+        STEPS=cdiv(D, block_k),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=tile.num_warps,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.mamba_scan.decays import PLANES, Scan, exp2, load_into, load_out, load_through, row_descriptor
 from yaongi.kernels.mamba_scan.isolation import (
     ISOLATING,
@@ -179,7 +180,7 @@ def walk(
     (B, _, H, P), (G, N) = x.shape, b.shape[2:]
     block_p, block_n = state_block(x, N)
     segments = scan.segments - (states is None)
-    grid = (B * H * triton.cdiv(P, block_p), segments)
+    grid = (B * H * cdiv(P, block_p), segments)
     flags = flags_for(scan.document_ids, grid[0] * grid[1], x) if flagged is None else flagged
     for isolate in launches_for(flags) if flagged is None else (True,):
         config = ISOLATING if isolate else for_gpu(STATES, x)[x.element_size()]
@@ -221,7 +222,7 @@ def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, r
     (B, _, H, P), N = x.shape, b.shape[3]
     totals = torch.empty(scan.segments, B, H, P, N, dtype=torch.float32, device=x.device)
     walk(scan, x, b, None, None, totals, reverse)
-    _mamba_scan_chain_kernel[(B * H, triton.cdiv(P * N, 1024))](
+    _mamba_scan_chain_kernel[(B * H, cdiv(P * N, 1024))](
         totals,
         first,
         scan.steps,
@@ -232,7 +233,7 @@ def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, r
         HAS_FIRST=first is not None,
         REVERSE=reverse,
         CHUNK=scan.chunk,
-        BLOCK_Z=triton.next_power_of_2(scan.chunks_per_segment),
+        BLOCK_Z=next_power_of_2(scan.chunks_per_segment),
         BLOCK=1024,
     )
     return totals

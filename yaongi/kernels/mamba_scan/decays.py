@@ -16,8 +16,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.common.descriptors import descriptor, flattened
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.mamba_scan.isolation import not_finite
 from yaongi.kernels.mamba_scan.tiles import state_block
 
@@ -63,7 +64,7 @@ class Scan:
     @property
     def chunks_per_segment(self) -> int:
         """Chunks per segment; the last segment may have fewer."""
-        return triton.cdiv(self.chunks, self.segments)
+        return cdiv(self.chunks, self.segments)
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def _mamba_scan_decays_kernel(
 
 def row_descriptor(scan: Scan) -> TensorDescriptor:
     """Return a TMA descriptor for chunks of the steps' rows."""
-    return descriptor(scan.steps.view(-1, scan.padded), scan.chunk)
+    return descriptor(scan.steps, scan.chunk, view=flattened)
 
 
 def scan_decays(
@@ -197,11 +198,11 @@ def scan_decays(
 ) -> Scan:
     """Compute the step sizes and decays of a call; cut it into chunks and, if heads are few, into segments."""
     (B, L, H, P), chunk = x.shape, for_gpu(CHUNK, x)[x.element_size()]
-    chunks = triton.cdiv(L, chunk)
+    chunks = cdiv(L, chunk)
     steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)
     ids = None if document_ids is None else document_ids.contiguous()
-    block_h = min(4, triton.next_power_of_2(H))
-    _mamba_scan_decays_kernel[(B * chunks, triton.cdiv(H, block_h))](
+    block_h = min(4, next_power_of_2(H))
+    _mamba_scan_decays_kernel[(B * chunks, cdiv(H, block_h))](
         dt,
         A.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),
@@ -217,9 +218,9 @@ def scan_decays(
         BLOCK_H=block_h,
         num_warps=1,
     )
-    walks = B * H * triton.cdiv(P, state_block(x, 1)[0])
+    walks = B * H * cdiv(P, state_block(x, 1)[0])
     segments = max(1, min(RESIDENT_PROGRAMS // walks, chunks // 8))
     if backward and walks >= UNSEGMENTED_FROM:
         segments = 1
-    segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
+    segments = cdiv(chunks, cdiv(chunks, segments))
     return Scan(steps, L, chunk, segments, ids)

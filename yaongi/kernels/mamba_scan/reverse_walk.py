@@ -12,9 +12,9 @@ With documents, a block in which something is not finite raises its flag, and th
 import dataclasses
 
 import torch
-import triton
 
 from yaongi.kernels.backend import cuda_launcher
+from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.mamba_scan.chunk_states import scan_states, segment_entries, walk
 from yaongi.kernels.mamba_scan.decay_gradients import decay_gradients
 from yaongi.kernels.mamba_scan.decays import Scan, scan_decays
@@ -37,7 +37,7 @@ PASSED = 2 * 2 * 64 * 128  # of db and dc, in two chunks
 def reverse_scan(scan: Scan, walks: int) -> Scan:
     """Return the same scan, cut into as many segments as fill the GPU."""
     wanted = max(1, min(BLOCKS // walks, scan.chunks // LEAST_CHUNKS))
-    return dataclasses.replace(scan, segments=triton.cdiv(scan.chunks, triton.cdiv(scan.chunks, wanted)))
+    return dataclasses.replace(scan, segments=cdiv(scan.chunks, cdiv(scan.chunks, wanted)))
 
 
 def _slice_gradients(

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.mamba_scan.chunk_states import scan_states
 from yaongi.kernels.mamba_scan.decay_gradients import decay_gradients
 from yaongi.kernels.mamba_scan.decays import (
@@ -49,7 +50,7 @@ from yaongi.kernels.mamba_scan.isolation import (
     program,
     reached_by,
 )
-from yaongi.kernels.mamba_scan.tiles import Config, by_head, load_tile, scaled, state_block, store_tile
+from yaongi.kernels.mamba_scan.tiles import Config, by_head, cut, load_tile, scaled, state_block, store_tile
 
 Tensor = torch.Tensor
 SliceGradients = Callable[..., tuple[Tensor, Tensor | None]]
@@ -299,7 +300,7 @@ def _slice_gradients(
     scan = scan_decays(x, dt, A, dt_bias, document_ids, backward=True)
     states = scan_states(scan, x, b, first, None)
     dstates = scan_states(scan, dy, c, dlast, dfirst, reverse=True)
-    blocks_p = triton.cdiv(x.shape[3], state_block(x, b.shape[3])[0])
+    blocks_p = cdiv(x.shape[3], state_block(x, b.shape[3])[0])
     sums = torch.empty(*x.shape[:3:2], blocks_p, scan.padded, 4, dtype=torch.float32, device=x.device)
     scan_gradients(scan, out, dy, x, b, c, D, states, dstates, sums)
     return decay_gradients(scan, out.ddt, sums, dt, A, dt_bias, has_d=D is not None), dfirst
@@ -356,18 +357,18 @@ def fill_gradients(
     parameters, dfirsts = [], []
     for heads, groups in slices:
         found = of_slice(
-            Gradients(out.dx[:, :, heads], out.ddt[:, :, heads], db[:, :, groups], dc[:, :, groups], in_parts),
-            dy[:, :, heads],
-            None if dfinal_state is None else dfinal_state[:, heads],
-            x[:, :, heads],
-            dt[:, :, heads],
-            A[heads],
-            b[:, :, groups],
-            c[:, :, groups],
-            None if D is None else D[heads],
-            None if dt_bias is None else dt_bias[heads],
+            Gradients(cut(out.dx, heads), cut(out.ddt, heads), cut(db, groups), cut(dc, groups), in_parts),
+            cut(dy, heads),
+            cut(dfinal_state, heads, 1),
+            cut(x, heads),
+            cut(dt, heads),
+            cut(A, heads, 0),
+            cut(b, groups),
+            cut(c, groups),
+            cut(D, heads, 0),
+            cut(dt_bias, heads, 0),
             document_ids,
-            None if initial_state is None else initial_state[:, heads],
+            cut(initial_state, heads, 1),
         )
         parameters.append(found[0])
         dfirsts.append(found[1])

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.mamba_scan.chunk_states import segment_entries
 from yaongi.kernels.mamba_scan.decays import (
     PLANES,
@@ -166,7 +167,7 @@ def mamba_scan_triton(
     first = None if initial_state is None else initial_state.contiguous()
     entry = segment_entries(scan, x, b, first)
     block_p, block_n = state_block(x, N)
-    grid = (B * H * triton.cdiv(P, block_p), scan.segments)
+    grid = (B * H * cdiv(P, block_p), scan.segments)
     flags = flags_for(document_ids, grid[0] * grid[1], x)
     for isolate in launches_for(flags):
         config = ISOLATING if isolate else for_gpu(OUTPUT if block_n <= 128 else WIDE_OUTPUT, x)[x.element_size()]

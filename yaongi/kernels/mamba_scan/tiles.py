@@ -1,6 +1,7 @@
-"""Tiles and states of the Mamba-2 scan: TMA descriptors, loads and stores."""
+"""Tiles, states and slices of the Mamba-2 scan: TMA descriptors, loads and stores."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -9,8 +10,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.sizes import next_power_of_2
 
 Tensor = torch.Tensor
+Part = TypeVar("Part", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,32 @@ def scaled(tile, weight):
     return (tile.to(tl.float32) * weight[:, None]).to(tile.dtype)
 
 
+def _heads_first(t: Tensor) -> Tensor:
+    return t.transpose(1, 2)
+
+
+def _listed(states: Tensor) -> Tensor:
+    return states.view(-1, *states.shape[-2:])
+
+
 def by_head(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Return a TMA descriptor for boxes of rows × columns of one head (or group) of a (B, L, heads, columns) tensor."""
-    return descriptor(t.transpose(1, 2), rows, columns)
+    return descriptor(t, rows, columns, view=_heads_first)
 
 
 def state_descriptor(t: Tensor | None, block_p: int, block_n: int) -> TensorDescriptor | None:
     """Return a TMA descriptor for blocks of states (…, P, N)."""
-    return None if t is None else descriptor(t.view(-1, *t.shape[-2:]), block_p, block_n)
+    return None if t is None else descriptor(t, block_p, block_n, view=_listed)
 
 
 def state_block(x: Tensor, N: int) -> tuple[int, int]:
     """Return the tile of a state: a block of P, all of N (padded to a power of two)."""
-    block_p = min(for_gpu(BLOCK_P, x)[x.element_size()], triton.next_power_of_2(x.shape[3]))
-    return max(16, block_p), max(16, triton.next_power_of_2(N))
+    block_p = min(for_gpu(BLOCK_P, x)[x.element_size()], next_power_of_2(x.shape[3]))
+    return max(16, block_p), max(16, next_power_of_2(N))
+
+
+def cut(t: Part, part: slice, dim: int = 2) -> Part:
+    """Return some of the heads or groups, the tensor itself if all: a view costs the host microseconds."""
+    if t is None or part == slice(0, t.shape[dim]):
+        return t
+    return t.narrow(dim, part.start, part.stop - part.start)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
 
@@ -93,14 +94,13 @@ class Dispatch:
 
 def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
     """Sort the pairs of expert_ids (T, K) by expert, stably, on the device."""
-    pairs, top_k, device = expert_ids.numel(), expert_ids.shape[1], expert_ids.device
-    block_e = triton.next_power_of_2(experts)
+    pairs, top_k = expert_ids.numel(), expert_ids.shape[1]
+    block_e = next_power_of_2(experts)
     block = max(16, min(512, 16384 // block_e))
-    blocks = triton.cdiv(pairs, block)
+    blocks = cdiv(pairs, block)
     ids = expert_ids.contiguous()
     count, order, token, row, offset, tile_end = (
-        torch.empty(n, dtype=torch.int32, device=device)
-        for n in (blocks * experts, pairs, pairs, pairs, experts + 1, experts)
+        ids.new_empty(n) for n in (blocks * experts, pairs, pairs, pairs, experts + 1, experts)
     )
     _moe_dispatch_count_kernel[(blocks,)](ids, count, pairs, experts, BLOCK=block, BLOCK_E=block_e, num_warps=8)
     _moe_dispatch_offset_kernel[(1,)](
@@ -109,7 +109,7 @@ def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
     _moe_dispatch_place_kernel[(blocks,)](
         ids, count, order, token, row, pairs, experts, top_k, BLOCK=block, BLOCK_E=block_e, num_warps=8
     )
-    return Dispatch(order, token, row, offset, tile_end, triton.cdiv(pairs, BLOCK_M) + experts)
+    return Dispatch(order, token, row, offset, tile_end, cdiv(pairs, BLOCK_M) + experts)
 
 
 @triton.jit
@@ -154,8 +154,8 @@ def moe_combine(
     """
     width = parts.shape[1]
     y = torch.empty(tokens, width, dtype=parts.dtype, device=parts.device)
-    block_t, block_d = 4, min(512, triton.next_power_of_2(width))
-    grid = (triton.cdiv(tokens, block_t), triton.cdiv(width, block_d))
+    block_t, block_d = 4, min(512, next_power_of_2(width))
+    grid = (cdiv(tokens, block_t), cdiv(width, block_d))
     _moe_combine_kernel[grid](
         parts,
         row,

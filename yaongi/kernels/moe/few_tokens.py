@@ -16,6 +16,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import few_rows_dot
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.moe.dispatch import moe_combine
 
 Tensor = torch.Tensor
@@ -146,12 +147,12 @@ def _moe_few_down_kernel(
 def _launch_options(table: dict[int, Config], pairs: int, inner: int, width: int) -> dict[str, int | bool]:
     """Return the constants and options of a launch over matrices (width, inner)."""
     config = next(config for most, config in table.items() if pairs <= most)
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(width)))
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(inner)))
+    block_n = min(config.block_n, max(16, next_power_of_2(width)))
+    block_k = min(config.block_k, max(16, next_power_of_2(inner)))
     return {
         "EVEN": inner % block_k == 0 and width % block_n == 0,
         "ROWS": config.rows,
-        "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
+        "BLOCK_P": max(16, next_power_of_2(pairs)),
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "num_warps": config.num_warps,
@@ -169,10 +170,10 @@ def moe_few_triton(
     ids, slots = expert_ids.contiguous(), min(pairs, E)
     by_expert = pairs >= E
     early, up, down = early_launch(x), _launch_options(UP, pairs, D, F), _launch_options(DOWN, pairs, F, D)
-    _moe_few_up_kernel[(slots * triton.cdiv(F, up["BLOCK_N"]),)](
+    _moe_few_up_kernel[(slots * cdiv(F, up["BLOCK_N"]),)](
         x, w_up, ids, order, row, a, pairs, K, D, F, E, x.stride(0), BY_EXPERT=by_expert, **early, **up
     )
-    _moe_few_down_kernel[(slots * triton.cdiv(D, down["BLOCK_N"]),)](
+    _moe_few_down_kernel[(slots * cdiv(D, down["BLOCK_N"]),)](
         a, w_down, ids, order, expert_weights.contiguous(), parts, pairs, F, D, E, BY_EXPERT=by_expert, **early, **down
     )
     return moe_combine(parts, row, T, K, early=True), a

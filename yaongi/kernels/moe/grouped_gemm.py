@@ -5,6 +5,7 @@ Contiguous operands are loaded through TMA descriptors, gathered ones through po
 order, so results are bitwise reproducible.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.descriptors import matrix_descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch
 
 Tensor = torch.Tensor
@@ -149,10 +151,11 @@ def _moe_grouped_gemm_kernel(
         tl.store(out_ptr + place, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@functools.lru_cache(maxsize=1024)
 def fit_block(block: int, width: int, least: int = 16) -> int:
     """Return the tile width: at most `block`, less for a narrow matrix, and half where a fifth of it would be empty."""
-    wide = max(least, min(block, triton.next_power_of_2(width)))
-    padded, halved = (triton.cdiv(width, n) * n for n in (wide, wide // 2))
+    wide = max(least, min(block, next_power_of_2(width)))
+    padded, halved = (cdiv(width, n) * n for n in (wide, wide // 2))
     return wide // 2 if wide > 128 and padded > 1.2 * width and halved < padded else wide
 
 
@@ -171,7 +174,7 @@ def launch_options(config: Config, left: Tensor, width: int) -> dict[str, int]:
 
 def block_e(experts: int) -> int:
     """Return BLOCK_E: a power of two, so that few variants are compiled."""
-    return max(16, triton.next_power_of_2(experts))
+    return max(16, next_power_of_2(experts))
 
 
 def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | None, fp8: Fp8 | None = None) -> Tensor:
@@ -187,7 +190,7 @@ def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | 
     blocks = launch_options(config, left, width)
     out = torch.empty(left.shape[0], width, dtype=fp8.dtype if fp8 else left.dtype, device=left.device)
     box = (blocks["BLOCK_K"], blocks["BLOCK_N"]) if transposed else (blocks["BLOCK_N"], blocks["BLOCK_K"])
-    _moe_grouped_gemm_kernel[(plan.tiles * triton.cdiv(width, blocks["BLOCK_N"]),)](
+    _moe_grouped_gemm_kernel[(plan.tiles * cdiv(width, blocks["BLOCK_N"]),)](
         matrix_descriptor(left, BLOCK_M, blocks["BLOCK_K"]),
         matrix_descriptor(w, *box),
         plan.order,

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 from yaongi.kernels.common.ranks import rank
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
 
@@ -113,13 +114,13 @@ FEW_TOKENS = 128  # up to so many, a warp per token: its maxima need no barrier
 
 
 def _route_blocks(tokens: int, experts: int, top_k: int) -> dict[str, int]:
-    block_e = triton.next_power_of_2(experts)
+    block_e = next_power_of_2(experts)
     few = tokens <= FEW_TOKENS and block_e <= 512
     return {
         "K": top_k,
         "BLOCK_T": 1 if few else max(1, min(16, 2048 // block_e)),  # more logits per program spill registers
         "BLOCK_E": block_e,
-        "BLOCK_K": triton.next_power_of_2(top_k),
+        "BLOCK_K": next_power_of_2(top_k),
         "num_warps": 1 if few else 4,
     }
 
@@ -132,7 +133,7 @@ def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> 
     load = (torch.empty if T == 1 else torch.zeros)(E, dtype=torch.int32, device=logits.device)
     if T:
         blocks = _route_blocks(T, E, top_k)
-        grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
+        grid = (cdiv(T, blocks["BLOCK_T"]),)
         early = early_launch(logits) if T <= FEW_TOKENS else {"EARLY": False}
         inputs = (logits, bias.contiguous(), ids, weights, load)
         _moe_route_kernel[grid](*inputs, T, E, scale, logits.stride(0), ALONE=T == 1, **early, **blocks)
@@ -145,7 +146,7 @@ def moe_route_backward_triton(dweights: Tensor, logits: Tensor, expert_ids: Tens
     dlogits = torch.empty(T, E, dtype=torch.float32, device=logits.device)
     if T:
         blocks = _route_blocks(T, E, top_k)
-        grid = (triton.cdiv(T, blocks["BLOCK_T"]),)
+        grid = (cdiv(T, blocks["BLOCK_T"]),)
         inputs = (dweights.contiguous(), logits, expert_ids.contiguous(), dlogits)
         _moe_route_backward_kernel[grid](*inputs, T, E, scale, logits.stride(0), **blocks)
     return dlogits

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import RowTile
+from yaongi.kernels.common.sizes import cdiv
 
 Tensor = torch.Tensor
 
@@ -138,7 +139,7 @@ def moe_step_triton(
     settled = settled and shared_up.is_contiguous() and shared_down.is_contiguous()
     ids, options = expert_ids.contiguous(), {"SETTLED": settled, "K": K} | early_launch(x)
     block_k = UP.inner(D)
-    _moe_step_up_kernel[(triton.cdiv(S, UP.block_n) + K * triton.cdiv(F, UP.block_n), T)](
+    _moe_step_up_kernel[(cdiv(S, UP.block_n) + K * cdiv(F, UP.block_n), T)](
         x,
         w_up.contiguous(),
         shared_up.contiguous(),
@@ -149,14 +150,14 @@ def moe_step_triton(
         S,
         E,
         x.stride(0),
-        STEPS=triton.cdiv(D, block_k),
+        STEPS=cdiv(D, block_k),
         BLOCK_N=UP.block_n,
         BLOCK_K=block_k,
         num_warps=UP.num_warps,
         **options,
     )
     block_k = DOWN.inner(max(F, S))
-    _moe_step_down_kernel[(triton.cdiv(D, DOWN.block_n), T)](
+    _moe_step_down_kernel[(cdiv(D, DOWN.block_n), T)](
         a,
         w_down.contiguous(),
         shared_down.contiguous(),
@@ -167,8 +168,8 @@ def moe_step_triton(
         F,
         S,
         E,
-        STEPS=triton.cdiv(F, block_k),
-        SHARED_STEPS=triton.cdiv(S, block_k),
+        STEPS=cdiv(F, block_k),
+        SHARED_STEPS=cdiv(S, block_k),
         BLOCK_N=DOWN.block_n,
         BLOCK_K=block_k,
         num_warps=DOWN.num_warps,

@@ -17,6 +17,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels import backend
+from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.newton_schulz.iteration import STORAGE, Product, bytes_per_matrix, iterate, torch_product
 from yaongi.kernels.newton_schulz.reference import triples
 
@@ -68,12 +70,12 @@ class Tiling:
     num_warps: int
 
 
-@cache  # triton.cdiv and next_power_of_2 cost the host some microseconds each
+@cache  # cdiv and next_power_of_2 cost the host some microseconds each
 def tiling_of(m: int, n: int, *, across: bool) -> Tiling:
     config = CONFIGS["across" if across else "along"]
-    columns = min(config.columns, triton.next_power_of_2(n))
-    rows = min(config.rows * config.columns // columns, triton.next_power_of_2(m))
-    return Tiling(rows, columns, triton.cdiv(m, rows) * triton.cdiv(n, columns), config.num_warps)
+    columns = min(config.columns, next_power_of_2(n))
+    rows = min(config.rows * config.columns // columns, next_power_of_2(m))
+    return Tiling(rows, columns, cdiv(m, rows) * cdiv(n, columns), config.num_warps)
 
 
 def _padded(size: int) -> int:
@@ -272,7 +274,7 @@ class WideLayout:
     def batches(self, count: int) -> list[slice]:
         """Return batches as large as the workspace allows, equal in size except for the last."""
         most = max(1, WORKSPACE // bytes_per_matrix(self.rows, self.columns))
-        size = triton.cdiv(count, triton.cdiv(count, most))
+        size = cdiv(count, cdiv(count, most))
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
     def empty(self, count: int, like: Tensor) -> Tensor:
@@ -283,7 +285,7 @@ class WideLayout:
         count = x.shape[0]
         divisors = torch.empty(count, 2, dtype=torch.float32, device=x.device)
         _newton_schulz_divisors_kernel[(count,)](
-            partial, divisors, partial.shape[1], BLOCK=min(REDUCTION, triton.next_power_of_2(partial.shape[1]))
+            partial, divisors, partial.shape[1], BLOCK=min(REDUCTION, next_power_of_2(partial.shape[1]))
         )
         padded = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
         tiling = tiling_of(*padded, across=self.transposed)
@@ -300,15 +302,15 @@ class WideLayout:
     def factors(self, q: Tensor, x: Tensor, config: ProductConfig) -> tuple[TensorDescriptor, TensorDescriptor]:
         """Return TMA descriptors of Q and X for a tile of the last product."""
         if self.transposed:
-            boxes = [1, config.inner, config.columns], [1, config.inner, config.rows]
+            boxes = (config.inner, config.columns), (config.inner, config.rows)
         else:
-            boxes = [1, config.rows, config.inner], [1, config.inner, config.columns]
-        return TensorDescriptor.from_tensor(q, boxes[0]), TensorDescriptor.from_tensor(x, boxes[1])
+            boxes = (config.rows, config.inner), (config.inner, config.columns)
+        return descriptor(q, *boxes[0]), descriptor(x, *boxes[1])
 
     def last_product(self, q: Tensor, x: Tensor, out: Tensor) -> None:
         """Compute out = Q·X, (B, m, n) in any dtype."""
         config = LAST_PRODUCT["result"]
-        tiles = triton.cdiv(self.m, config.rows) * triton.cdiv(self.n, config.columns)
+        tiles = cdiv(self.m, config.rows) * cdiv(self.n, config.columns)
         _newton_schulz_last_product_kernel[(out.shape[0] * tiles,)](
             *self.factors(q, x, config), out, self.m, self.n, self.rows, tiles, TRANSPOSED=self.transposed,
             ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner,

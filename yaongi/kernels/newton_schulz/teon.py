@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels import backend
+from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.newton_schulz.iteration import Product, iterate, torch_product
 from yaongi.kernels.newton_schulz.passes import (
     LAST_PRODUCT,
@@ -274,7 +275,7 @@ class TeonCall:
         }  # fmt: skip
         if self._fused:
             config = LAST_PRODUCT["weights"]
-            tiles = triton.cdiv(self.m, config.rows) * triton.cdiv(self.n, config.columns)
+            tiles = cdiv(self.m, config.rows) * cdiv(self.n, config.columns)
             _teon_last_product_kernel[(x.shape[0] * self.stack * tiles,)](
                 *layout.factors(q, x, config), *tables, first, self.E, self.m, self.n, layout.rows, decay, scale, tiles,
                 **types, ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.column_sums import column_sums
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
+from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
 
@@ -144,7 +145,7 @@ def _norm_backward_kernel(
 
 def row_blocks(config: Config, size: int) -> dict[str, int]:
     """Return the launch constants for groups of `size` channels."""
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     rows = max(1, config.elements // block)
     per_warp = config.elements_per_warp if block <= config.elements else LONG_ROW
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // per_warp))}
@@ -164,7 +165,7 @@ def _forward(
     rows, size = _rows(x), x.shape[-1] // groups
     others = None if other is None else _rows(other)
     blocks = row_blocks(FORWARD, size)
-    _norm_kernel[(triton.cdiv(rows.shape[0], blocks["ROWS"]), groups)](
+    _norm_kernel[(cdiv(rows.shape[0], blocks["ROWS"]), groups)](
         rows,
         others,
         weight.contiguous(),
@@ -203,7 +204,7 @@ def fill_gradients(
     extras, zs, dzs = (None if t is None else _rows(t) for t in (extra, z, dz))
     size = width // groups
     blocks = row_blocks(BACKWARD, size)
-    programs = min(triton.cdiv(us.shape[0], blocks["ROWS"]), triton.cdiv(PROGRAMS, groups))
+    programs = min(cdiv(us.shape[0], blocks["ROWS"]), cdiv(PROGRAMS, groups))
     partial = torch.empty(programs, width, dtype=torch.float32, device=u.device)
     _norm_backward_kernel[(programs, groups)](
         dys,
