@@ -21,7 +21,8 @@ from yaongi.world import set_determinism
 pytestmark = pytest.mark.gpu
 Tensor = torch.Tensor
 Results = dict[str, Tensor]
-BATCHES = 4
+BATCHES = 12
+TYPICAL, LARGEST = 2, 8  # times the plain computation's errors
 SIZES = {  # sizes that the fast kernels support: widths in multiples of 16
     "hidden_size": 128,
     "mamba_heads": 8,
@@ -59,7 +60,7 @@ def run(model: Yaongi, ids: Tensor, document_ids: Tensor | None) -> Results:
 
 
 def run_all(model: Yaongi, batches: list[Tensor], document_ids: Tensor | None) -> Results:
-    """Return the results of several batches, stacked: one alone has too few errors in a gradient of eight numbers."""
+    """Return the results of several batches, stacked."""
     found = [run(model, ids, document_ids) for ids in batches]
     return {name: torch.stack([results[name] for results in found]) for name in found[0]}
 
@@ -96,9 +97,23 @@ class PinnedRoutes:
         self.recording, self.calls = False, 0
 
 
+def assert_as_exact(ours: Tensor, exact: Tensor, plain: Tensor, name: str) -> None:
+    """Bound the batches' largest errors by those of the plain computation: their geometric mean, and the worst.
+
+    The worst is mostly chance. Of two computations that round equally well, one exceeds twice the other's in some
+    gradient in half of all runs; in the geometric mean it never did (docs/LAB.md, "a model's gradients in bfloat16").
+    """
+    own, theirs = ((t.double() - exact).abs().flatten(1).amax(1).clamp(min=1e-30) for t in (ours, plain))
+    for what, factor, error, allowed in (
+        ("typical", TYPICAL, own.log().mean().exp(), theirs.log().mean().exp()),
+        ("largest", LARGEST, own.max(), theirs.max()),
+    ):
+        assert error <= factor * allowed, f"{name}: {what} error {error:.3e} > {factor} · {allowed:.3e}"
+
+
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_documents: bool) -> None:
-    """Compare by the tolerance rule, over BATCHES batches, with all experts as float64 chose them.
+    """Compare with float64, over BATCHES batches, with all experts as float64 chose them.
 
     exact: float64 on the CPU; plain: the reference implementations in bfloat16.
     """
@@ -116,7 +131,7 @@ def test_bfloat16_under_the_houses_rule(monkeypatch: pytest.MonkeyPatch, with_do
         plain = run_all(narrow, batches, documents)
     routes.restart()
     for name, result in run_all(narrow, batches, documents).items():
-        assert_close(result, exact[name], plain[name], name)
+        assert_as_exact(result, exact[name], plain[name], name)
 
 
 @pytest.mark.parametrize("with_documents", [False, True])
