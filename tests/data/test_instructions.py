@@ -1,5 +1,6 @@
 """The conversations of the package: always the same, all of them right, and held-out words are held out."""
 
+import itertools
 import re
 from collections import Counter
 from typing import Any
@@ -10,6 +11,7 @@ from yaongi.data.sources.embedded.hangul import attach
 from yaongi.data.sources.embedded.instructions import (
     BEHAVIOURS,
     CONVERSATIONS,
+    MANY,
     held_out_words,
     instruction_rows,
     is_right,
@@ -23,6 +25,12 @@ from yaongi.data.sources.row_sources import open_row_sources
 def rows() -> list[dict[str, Any]]:
     """Return a tenth of the training split."""
     return list(instruction_rows("train", CONVERSATIONS // 10))
+
+
+@pytest.fixture(scope="module")
+def of_many() -> list[dict[str, Any]]:
+    """Return rows of so many conversations that their words are of all kinds."""
+    return list(itertools.islice(instruction_rows("train", MANY), 800))
 
 
 def exchanges(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -56,9 +64,9 @@ def right_answer(behaviour: str, question: str) -> str:
     raise KeyError(behaviour)
 
 
-def test_every_answer_is_right(rows: list[dict[str, Any]]) -> None:
+def test_every_answer_is_right(rows: list[dict[str, Any]], of_many: list[dict[str, Any]]) -> None:
     checked: Counter[str] = Counter()
-    for behaviour, question, answer in exchanges(rows):
+    for behaviour, question, answer in exchanges(rows + of_many):
         checked[behaviour] += 1
         if behaviour == "sum":
             total = sum(map(int, re.findall(r"\d+", question)))
@@ -108,6 +116,13 @@ def test_held_out_words_are_held_out(rows: list[dict[str, Any]]) -> None:
     assert listed(held_out) <= known
     asked = [{question for _, question, _ in exchanges(part)} for part in (rows, held_out)]
     assert not asked[0] & asked[1]
+
+
+def test_many_conversations_have_more_kinds_of_words(rows: list[dict[str, Any]], of_many: list[dict[str, Any]]) -> None:
+    few, many = ([question for _, question, _ in exchanges(part)] for part in (rows, of_many))
+    assert not any(re.search("[A-Za-z]", question) for question in few)
+    assert sum(re.search("[A-Za-z]", question) is not None for question in many) > len(many) / 5
+    assert not held_out_words() & {word for question in many for word in re.findall("[가-힣]+", question)}
 
 
 def test_an_answer_is_right_whatever_blanks_it_has_at_its_ends() -> None:

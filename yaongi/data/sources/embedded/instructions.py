@@ -2,8 +2,9 @@
 
 Every question holds all that its answer needs, so what is learnt is to follow an instruction and to end. Words of the
 held-out split never occur in the training split. There most words are common nouns, words of the package's prose,
-English ones, or made up, so that words are copied and not recalled. Nothing is learnt of the world: copying, counting,
-sorting by number, the last word, a formal ending, a sum, yes or no, and a refusal, all in Korean.
+English ones, or made up, so that words are copied and not recalled; of fewer conversations, which a small model learns,
+words of the prose or made up. Nothing is learnt of the world: copying, counting, sorting by number, the last word, a
+formal ending, a sum, yes or no, and a refusal, all in Korean.
 
 The preferences are pairs of the same sentence with a formal and an informal ending.
 """
@@ -12,6 +13,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,11 +24,13 @@ from yaongi.data.sources.source import TRAIN, VAL
 
 SEED = 20261128
 CONVERSATIONS, PAIRS = 20_000, 4_000  # in the training split
+MANY = 100_000  # conversations of the training split from which on words are of all kinds
 _TRAIN_FOR_VAL = 20  # rows of the training split for each that is held out
 _FIRST_HELD_OUT, _HELD_OUT_ONE_IN = 2, 5
 _OTHER = 0.8  # share of the training split's words that are other ones, of these kinds
+_FEW_KINDS = {"made up": 0.5, "prose": 0.5}
 _KOREAN = {"made up": 0.3, "prose": 0.4, "noun": 0.3}  # those to which a particle can be attached
-_ANY = {"made up": 0.25, "prose": 0.3, "noun": 0.2, "english": 0.2, "number": 0.05}
+_ALL_KINDS = {"made up": 0.25, "prose": 0.3, "noun": 0.2, "english": 0.2, "number": 0.05}
 _COMMON_SYLLABLE = 0.3  # share of a made-up word's syllables that are any of the common ones, so that all are met
 _COUNTED = ("재료", "과일", "물건")
 _PERSONS = ("사람", "가족", "직업")
@@ -42,7 +46,15 @@ _SECRETS = ("비밀번호", "통장 번호", "전화번호", "집 주소", "일�
 _SYSTEMS = ("당신은 친절한 도우미입니다.", "짧고 바르게 대답하세요.", "한국어로 대답하세요.")
 
 Exchange = tuple[str, str]  # question, answer
-Behaviour = Callable[[random.Random, str], Exchange]  # of a split
+Behaviour = Callable[[random.Random, "Origin"], Exchange]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the words of a conversation come from."""
+
+    split: str
+    many: bool = False  # whether there are MANY conversations
 
 
 def instruction_rows(split: str, conversations: int = CONVERSATIONS) -> Iterator[dict[str, Any]]:
@@ -54,7 +66,7 @@ def instruction_rows(split: str, conversations: int = CONVERSATIONS) -> Iterator
     Returns:
         Rows of `messages` and, for each answer in them, the name of its behaviour. The answer is the only right one.
     """
-    names = tuple(BEHAVIOURS)
+    names, origin = tuple(BEHAVIOURS), Origin(split, conversations >= MANY)
     seen: set[str] = set()
     number = 0
     while len(seen) < _rows_of(split, conversations):
@@ -64,7 +76,7 @@ def instruction_rows(split: str, conversations: int = CONVERSATIONS) -> Iterator
         number += 1
         messages = [{"role": "system", "content": rng.choice(_SYSTEMS)}] if rng.random() < 0.2 else []
         for name in chosen:
-            question, answer = BEHAVIOURS[name](rng, split)
+            question, answer = BEHAVIOURS[name](rng, origin)
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if (key := repr(messages)) not in seen:
             seen.add(key)
@@ -175,13 +187,14 @@ def _made_up_word(rng: random.Random) -> str:
     )
 
 
-def _or_other(rng: random.Random, split: str, word: str, kinds: Mapping[str, float] = _KOREAN) -> str:
-    """Return the word or, in the training split, most often another in its place, of these kinds by their shares.
+def _or_other(rng: random.Random, origin: Origin, word: str, kinds: Mapping[str, float] = _KOREAN) -> str:
+    """Return the word or, in the training split, most often another in its place: if MANY, of these kinds.
 
     The lists of the training split have 276 words, which a model learns by heart instead of copying what it reads.
     """
-    if split == VAL or rng.random() >= _OTHER:
+    if origin.split == VAL or rng.random() >= _OTHER:
         return word
+    kinds = kinds if origin.many else _FEW_KINDS
     (kind,) = rng.choices(tuple(kinds), tuple(kinds.values()))
     if kind == "number":
         return str(rng.randrange(10 ** rng.randint(1, 6)))
@@ -189,12 +202,14 @@ def _or_other(rng: random.Random, split: str, word: str, kinds: Mapping[str, flo
     return word if other in held_out_words() else other
 
 
-def _listed(rng: random.Random, split: str, fewest: int, most: int, kinds: Mapping[str, float] = _ANY) -> list[str]:
+def _listed(
+    rng: random.Random, origin: Origin, fewest: int, most: int, kinds: Mapping[str, float] = _ALL_KINDS
+) -> list[str]:
     """Return different words."""
     found: list[str] = []
     count = rng.randint(fewest, most)
     while len(found) < count:
-        word = _or_other(rng, split, rng.choice(_all_words(split)), kinds)
+        word = _or_other(rng, origin, rng.choice(_all_words(origin.split)), kinds)
         if word not in found:
             found.append(word)
     return found
@@ -209,8 +224,8 @@ def _ask(rng: random.Random, asked: Sequence[str], found: Sequence[str]) -> str:
 def _of_words(*, fewest: int, most: int, answer: Callable[[list[str]], str], asked: Sequence[str]) -> Behaviour:
     """Return what asks one of the questions about so many words."""
 
-    def exchange(rng: random.Random, split: str) -> Exchange:
-        found = _listed(rng, split, fewest, most)
+    def exchange(rng: random.Random, origin: Origin) -> Exchange:
+        found = _listed(rng, origin, fewest, most)
         return _ask(rng, asked, found), answer(found)
 
     return exchange
@@ -251,9 +266,9 @@ _last_word = _of_words(
 )
 
 
-def _formal_ending(rng: random.Random, split: str) -> Exchange:
-    *scene, action = _scene(rng, split)
-    who, place, thing = (_or_other(rng, split, word) for word in (rng.choice(_pool(split)["사람"]), *scene))
+def _formal_ending(rng: random.Random, origin: Origin) -> Exchange:
+    *scene, action = _scene(rng, origin.split)
+    who, place, thing = (_or_other(rng, origin, word) for word in (rng.choice(_pool(origin.split)["사람"]), *scene))
     given, wanted = (
         f"{attach(who, '은')} {_sentence(place, thing, action, level)}"
         for level in (rng.choice(("plain", "casual")), "formal")
@@ -262,9 +277,9 @@ def _formal_ending(rng: random.Random, split: str) -> Exchange:
     return _ask(rng, asked, [given]), wanted
 
 
-def _sum(rng: random.Random, split: str) -> Exchange:
-    things = rng.sample([word for kind in _COUNTED for word in _pool(split)[kind]], 2)
-    first, second = (_or_other(rng, split, word) for word in things)
+def _sum(rng: random.Random, origin: Origin) -> Exchange:
+    things = rng.sample([word for kind in _COUNTED for word in _pool(origin.split)[kind]], 2)
+    first, second = (_or_other(rng, origin, word) for word in things)
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     counted = f"{first} {a}개와 {second} {b}개"
     asked = (
@@ -276,8 +291,8 @@ def _sum(rng: random.Random, split: str) -> Exchange:
     return rng.choice(asked).format(counted), f"{a + b}개입니다."
 
 
-def _sort(rng: random.Random, split: str) -> Exchange:
-    found = _listed(rng, split, 2, 4)
+def _sort(rng: random.Random, origin: Origin) -> Exchange:
+    found = _listed(rng, origin, 2, 4)
     count = dict(zip(found, rng.sample(range(1, 10), len(found)), strict=True))
     most_first = rng.random() < 0.5
     asked = ("수가 {} 것부터 쓰세요", "{} 것부터 늘어놓으세요", "개수가 {} 차례로 쓰세요", "{} 것부터 정리해 주세요")
@@ -286,8 +301,8 @@ def _sort(rng: random.Random, split: str) -> Exchange:
     return _ask(rng, [each.format("많은" if most_first else "적은") for each in asked], counted), answer
 
 
-def _yes_or_no(rng: random.Random, split: str) -> Exchange:
-    found = _listed(rng, split, 3, 6, _KOREAN)
+def _yes_or_no(rng: random.Random, origin: Origin) -> Exchange:
+    found = _listed(rng, origin, 3, 6, _KOREAN)
     there = rng.random() < 0.5
     wanted = rng.choice(found[:-1]) if there else found[-1]
     shown = found[:-1]
@@ -299,8 +314,8 @@ def _yes_or_no(rng: random.Random, split: str) -> Exchange:
     return rng.choice((f"{listed}\n{question}", f"{question} {listed}", f"{question}\n{listed}")), answer
 
 
-def _refuse(rng: random.Random, split: str) -> Exchange:
-    who = _or_other(rng, split, rng.choice([word for kind in _PERSONS for word in _pool(split)[kind]]))
+def _refuse(rng: random.Random, origin: Origin) -> Exchange:
+    who = _or_other(rng, origin, rng.choice([word for kind in _PERSONS for word in _pool(origin.split)[kind]]))
     what = rng.choice(_SECRETS)
     asked = (
         "{} 알려 주세요.",
