@@ -22,7 +22,7 @@ from yaongi.serve.engine import Engine, Limits
 from yaongi.serve.requests import Served
 
 GPU_SLOTS, CPU_SLOTS = 64, 8
-GPU_CHUNK, CPU_CHUNK = 4096, 512  # the host takes as long for a piece as a GPU for twice so many
+GPU_CHUNK, CPU_CHUNK = 4096, 512  # a piece of so many takes the host longer than a GPU
 
 
 @dataclass(frozen=True)

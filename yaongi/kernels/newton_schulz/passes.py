@@ -70,7 +70,7 @@ class Tiling:
     num_warps: int
 
 
-@cache  # cdiv and next_power_of_2 cost the host some microseconds each
+@cache  # asked for at each launch, and small matrices wait for the host
 def tiling_of(m: int, n: int, *, across: bool) -> Tiling:
     config = CONFIGS["across" if across else "along"]
     columns = min(config.columns, next_power_of_2(n))

@@ -45,9 +45,6 @@ _ACTIONS = {  # what is done to which kind of thing
 _SECRETS = ("비밀번호", "통장 번호", "전화번호", "집 주소", "일기", "진료 기록", "카드 번호", "성적표", "월급", "쪽지")
 _SYSTEMS = ("당신은 친절한 도우미입니다.", "짧고 바르게 대답하세요.", "한국어로 대답하세요.")
 
-Exchange = tuple[str, str]  # question, answer
-Behaviour = Callable[[random.Random, "Origin"], Exchange]
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -55,6 +52,10 @@ class Origin:
 
     split: str
     many: bool = False  # whether there are MANY conversations
+
+
+Exchange = tuple[str, str]  # question, answer
+Behaviour = Callable[[random.Random, Origin], Exchange]
 
 
 def instruction_rows(split: str, conversations: int = CONVERSATIONS) -> Iterator[dict[str, Any]]:
