@@ -13,9 +13,10 @@ from small_run import FOR_KERNELS, arguments, config_of, final_tensors, losses, 
 from study_fp8_sites import study, table
 
 from yaongi.kernels.fp8_quantize.op import refuses_gpu
-from yaongi.model import load_preset
+from yaongi.model import Yaongi, load_preset
 from yaongi.train.command_line import parse
 from yaongi.train.config import load_config
+from yaongi.train.plan import passes
 from yaongi.train.plan.speed import fp8_here
 
 FP8 = [
@@ -169,6 +170,15 @@ def test_what_fp8_cannot_do_is_refused(tokens: Path, tmp_path: Path) -> None:
     rows = ("--row-tokens", "72", "--batch-tokens", "720", "--model.max-sequence-length", "72")
     with pytest.raises(ValueError, match=r"^train: a micro-batch must be a multiple of 16 tokens for fp8, got 1 x 72$"):
         config_of(tokens, tmp_path / "run", *FP8, *rows)
+
+
+def test_a_plan_times_a_multiple_of_16_tokens(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU so slow that a row of 64 tokens is too long to be timed, and 40 are not: 32 are."""
+    config = config_of(tokens, tmp_path / "run", *FP8)
+    monkeypatch.setattr(passes, "_FEWEST", 32)
+    monkeypatch.setattr(passes, "step_speed", lambda *_: 40 / passes._SECONDS)
+    found = passes.passes_here(config, None, Yaongi(config.model), 1, 1.0, torch.device("cpu"))
+    assert found.basis == "timed here"
 
 
 @pytest.mark.parametrize(("capability", "real"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])

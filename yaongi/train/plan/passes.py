@@ -11,6 +11,7 @@ from yaongi.data.row_loader import HeldOut
 from yaongi.data.tokenizer import Tokenizer
 from yaongi.eval.bits_per_byte import nats
 from yaongi.model import Yaongi
+from yaongi.model.layers.fp8_scales import MULTIPLE
 from yaongi.train.build import build_model
 from yaongi.train.config import Config
 from yaongi.train.evaluation.held_out import evaluating
@@ -55,7 +56,7 @@ def passes_here(
         return guessed_passes(speed, flops * length, "guessed from the speed of a matrix product")
     with torch.random.fork_rng(devices=[]):
         model = build_model(config, tokenizer, device, dtype=dtype)
-        shape = min(rows, max(1, tokens // length)), min(length, tokens)
+        shape = min(rows, max(1, tokens // length)), min(length, tokens - tokens % MULTIPLE)
         return _timed(model, shape, length, flops)
 
 
