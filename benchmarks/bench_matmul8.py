@@ -273,12 +273,19 @@ def te_linear(recipe: str, x: Tensor, dy: Tensor, w: Tensor, both: bool) -> Peer
     layer.weight.main_grad = torch.zeros(w.shape, device="cuda")
     chosen, leaf = getattr(recipes, recipe)(), x.detach().clone().requires_grad_(both)
 
-    def call(first: bool = False) -> None:
-        with torch.set_grad_enabled(both), te.fp8_autocast(enabled=True, fp8_recipe=chosen):
+    def call(first: bool = False) -> Tensor:
+        with torch.set_grad_enabled(both), te.autocast(enabled=True, recipe=chosen):
             y = layer(leaf, is_first_microbatch=first)
         if both:
             leaf.grad = None
             y.backward(dy)
+        return y.detach()
 
-    call(first=True)
+    call(first=True)  # casts the weight, and overwrites the weight's gradient
+    found, wanted = [call()], [F.linear(x, w)]
+    if both:
+        found += [leaf.grad, layer.weight.main_grad]
+        wanted += [dy @ w, 2 * (dy.T @ x)]
+    for result, exact in zip(found, wanted, strict=True):
+        assert frobenius_error(result, exact) <= 8e-2  # its gradients are E5M2
     return call
