@@ -35,9 +35,9 @@ MICRO_ROWS = {"yaongi-4b": 2, "yaongi-4b-fp8": 2, "yaongi-4b-pairs": 1, "yaongi-
 PEER_ROWS = {"yaongi-4b": 3, "yaongi-4b-pairs": 2}  # rows of 4096 tokens that fit with the composition
 LENGTHS = (2, 6)  # micro-batches per timed step
 PARTS = {  # of a step, by substrings of kernel names; the first match counts
-    "experts": ("_moe",),
+    "experts": ("moe_",),
     "casts to fp8": ("_quantize8", "_transpose8", "_squared_relu8", "_weight8"),
-    "scan and step sizes": ("_mamba",),
+    "scan and step sizes": ("mamba_",),
     "convolution": ("_causal_conv1d", "_conv1d"),
     "norms": ("_norm", "_rms"),
     "optimizer": ("_teon", "_newton_schulz", "symmetric_product", "adam"),
