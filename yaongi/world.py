@@ -17,7 +17,12 @@ T = TypeVar("T")
 # Their names from torch 2.13 on, where the former ones warn.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-PATIENCE = datetime.timedelta(minutes=30)  # for the others, until a collective fails
+# How long processes wait for the others, until a collective fails:
+FIRST_STEP = datetime.timedelta(minutes=30)  # at the start and in the first step, for some compile longer than others,
+LATER_STEPS = datetime.timedelta(minutes=10)  # in later ones, which may take long themselves: or the time
+STEPS = 4  # of so many,
+HOST = datetime.timedelta(minutes=60)  # and for what some do alone: an evaluation, a checkpoint, a model's folder
+NO_LIMIT = datetime.timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class World:
     mesh: DeviceMesh | None = None
     store: dist.Store | None = None  # which the processes reach also while some of them wait in a collective
     local_size: int = 1  # processes on this host
+    host: dist.ProcessGroup | None = None  # collectives on the CPU, in which processes may wait long for each other
 
     @property
     def is_main(self) -> bool:
@@ -53,14 +59,18 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host)
         return values
+
+    def sum_on_host(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Sum `numbers`, which are on the CPU, over the processes, in place, and return them; no GPU is waited for."""
+        if self.size > 1:
+            dist.all_reduce(numbers, group=self.host)
+        return numbers
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process; nothing waits for the GPU."""
-        if self.size == 1:
-            return flag
-        return bool(self.all_reduce(torch.tensor(int(flag))).item())
+        return bool(self.sum_on_host(torch.tensor(int(flag))).item())
 
     def all(self, flag: bool) -> bool:
         """Return whether `flag` is set on every process; nothing waits for the GPU."""
@@ -68,11 +78,27 @@ class World:
 
     def of_main(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the whole numbers that the first process has, on the CPU; nothing waits for the GPU."""
-        return self.all_reduce(numbers if self.is_main else torch.zeros_like(numbers))
+        return self.sum_on_host(numbers if self.is_main else torch.zeros_like(numbers))
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
+
+    def wait_without_limit(self) -> None:
+        """Wait until all processes are here, from now on however long that takes."""
+        if self.host is not None:
+            self.host.set_timeout(NO_LIMIT)
+        self.barrier()
+
+    def expect_steps(self, seconds: float) -> None:
+        """Let collectives of later steps fail earlier than those of the first one, which takes the longest.
+
+        Args:
+            seconds: that the first one took.
+        """
+        if self.mesh is not None:
+            longer = max(LATER_STEPS, STEPS * datetime.timedelta(seconds=seconds))
+            self.mesh.get_group().set_timeout(min(FIRST_STEP, longer))
 
     def close(self) -> None:
         """Destroy the process group, when all processes are here."""
@@ -85,7 +111,7 @@ class World:
 def init_world(device: str, command: str = "train") -> World:
     """Join the processes that `torchrun` started, if any, and choose the device.
 
-    Collectives on the CPU, for which a process may wait long, go by gloo; those on GPUs by NCCL.
+    Collectives of a step go by NCCL, on a CPU by gloo; all others by gloo, in a group of their own.
 
     Raises:
         ValueError: `device` is "cuda" or "gpu", and there is no GPU.
@@ -102,14 +128,15 @@ def init_world(device: str, command: str = "train") -> World:
             raise ValueError(f"{command}: --nproc-per-node must be at most the {there} GPUs of this machine")
         torch.cuda.set_device(local)
     found, rank, size = next(rendezvous("env://"))
-    found.set_timeout(PATIENCE)
+    found.set_timeout(FIRST_STEP)
     store = _unused_part(found, rank, size)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    backend = "nccl" if kind == "cuda" else "gloo"
     own = dist.PrefixStore("collectives", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=FIRST_STEP)
+    host = dist.new_group(backend="gloo", timeout=HOST)
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    return World(rank, size, here, init_device_mesh(kind, (size,)), store, local)
+    return World(rank, size, here, init_device_mesh(kind, (size,)), store, local, host)
 
 
 def _unused_part(store: dist.Store, rank: int, size: int) -> dist.Store:
@@ -118,7 +145,7 @@ def _unused_part(store: dist.Store, rank: int, size: int) -> dist.Store:
     When torchrun starts all processes anew, it may give them the store of the dead ones, whose addresses they would
     take for those of the living. So the first process chooses a name, and answers each other one that found it.
     """
-    mine, end = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+    mine, end = uuid.uuid4().hex, time.monotonic() + FIRST_STEP.total_seconds()
     if rank == 0:
         store.set("name", mine)
         for other in range(1, size):
@@ -131,7 +158,7 @@ def _unused_part(store: dist.Store, rank: int, size: int) -> dist.Store:
         if store.check([answer]) and store.get(answer).decode() == mine:
             return dist.PrefixStore(name, store)
         time.sleep(0.02)
-    raise TimeoutError(f"train: {size} processes must start within {PATIENCE}, got no answer of the first")
+    raise TimeoutError(f"train: {size} processes must start within {FIRST_STEP}, got no answer of the first")
 
 
 def set_determinism(deterministic: bool) -> None:

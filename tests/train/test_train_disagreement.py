@@ -1,9 +1,11 @@
 """What goes wrong on some of several processes: one line says it, and nothing is lost."""
 
+import datetime
 import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from processes import Done, in_processes, train
 from small_run import arguments
 
-from yaongi.train.distributed import agreement, watch
+from yaongi import world
+from yaongi.train.distributed import agreement, errors, watch
 from yaongi.train.session import Session
 from yaongi.world import World
 
@@ -89,6 +92,43 @@ def hanging(given: Sequence[str]) -> None:
     spoiled("train_step", hang, given)
 
 
+def impatient() -> None:
+    """Leave the others two seconds from the second step on."""
+    world.LATER_STEPS, world.STEPS, errors.PATIENCE = datetime.timedelta(seconds=2), 0, 1.0
+
+
+def hanging_too_long(given: Sequence[str]) -> None:
+    """Train with a second process that hangs for longer than a step may."""
+    impatient()
+    spoiled("train_step", hang, given)
+
+
+def slow_parts(given: Sequence[str]) -> None:
+    """Train where the first step, an evaluation and a push each take one process longer than a later step may."""
+    impatient()
+    finish = Session.finish
+
+    def slower(method: str, now: Callable[[Session], bool]) -> None:
+        usual = getattr(Session, method)
+
+        def call(session: Session, *args: Any) -> Any:
+            time.sleep(3 if now(session) else 0)
+            return usual(session, *args)
+
+        setattr(Session, method, call)
+
+    def finish_soon(session: Session) -> None:
+        assert session.world.host is not None
+        session.world.host.set_timeout(datetime.timedelta(seconds=2))
+        finish(session)
+
+    slower("train_step", lambda session: rank() == 1 and session.step == 0)
+    slower("evaluate", lambda session: rank() == 1 and session.step == 1)
+    slower("_push", lambda session: True)
+    Session.finish = finish_soon  # type: ignore[method-assign]
+    train(given)
+
+
 def said(done: Done, codes: list[int]) -> list[str]:
     """Return the lines on standard error that are no gloo warnings."""
     assert done.codes == codes
@@ -154,6 +194,18 @@ def test_a_process_that_hangs(tokens: Path, tmp_path: Path) -> None:
     assert {m[1]: m[2] for m in found if m} == {"0": "the count of targets", "1": "the next step"}, lines
 
 
+def test_a_process_that_hangs_too_long(tokens: Path, tmp_path: Path) -> None:
+    """Later steps wait less long than the first one: then a line names the process that did not come."""
+    done = in_processes(2, tmp_path / "log", hanging_too_long, arguments(tokens, tmp_path / "run", *FEW))
+    assert said(done, [1, 1]) == [f"error: rank 1 of 2 ({socket.gethostname()}) did not come within 2s"]
+
+
+def test_what_may_take_longer_than_a_step(tokens: Path, tmp_path: Path) -> None:
+    given = arguments(tokens, tmp_path / "run", *FEW, "--tokens", "1024", "--evaluate-every", "1")
+    assert said(in_processes(2, tmp_path / "log", slow_parts, given), [0, 0]) == []
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 @pytest.mark.parametrize("option", ["--no-such-option", "--steps"])
 def test_a_wrong_option(option: str, tokens: Path, tmp_path: Path) -> None:
     done = in_processes(3, tmp_path / "log", train, arguments(tokens, tmp_path / "run", option))
@@ -183,6 +235,6 @@ def test_the_flight_recorder(
         while not printed and time.monotonic() < end:
             time.sleep(0.01)
             printed = capsys.readouterr().err
-    assert 'GPU 1): no progress for 0 s in "the update", after step 3; after 30 minutes the last coll' in printed
+    assert 'GPU 1): no progress for 0 s in "the update", after step 3; if NCCL gives up, the last coll' in printed
     assert printed.endswith(f"are written to {tmp_path}/nccl\n")
     assert (tmp_path / "nccl").is_dir()

@@ -111,9 +111,8 @@ class Scorer:
         for batch, sums, greedy in self._run(todo[self.world.rank :: self.world.size], len(todo)):
             totals[batch.requests], hits[batch.requests] = sums, greedy
             self.done.add(batch.digest, [sums.tolist(), greedy.tolist()])
-        device = self.world.device
-        totals = self.world.all_reduce(torch.from_numpy(totals).to(device)).cpu().numpy()
-        hits = self.world.all_reduce(torch.from_numpy(hits).to(device)).cpu().numpy()
+        totals = self.world.sum_on_host(torch.from_numpy(totals)).numpy()
+        hits = self.world.sum_on_host(torch.from_numpy(hits)).numpy()
         self._count(requests, passes, len(rows) * row_tokens, time.perf_counter() - began)
         return self._scores(requests, totals, hits)
 

@@ -5,6 +5,7 @@ It resumes by itself when the output folder holds a run of the same configuratio
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from yaongi import cli
 from yaongi.train.checkpoint.checkpoints import DamagedError, step_of
 from yaongi.train.config import Config
-from yaongi.train.distributed.errors import agree_on_error, is_loss, others_failed
+from yaongi.train.distributed.errors import agree_on_error, introduce, is_consequence, name_absent
 from yaongi.train.distributed.watch import Watch, record_collectives
 from yaongi.train.job import PRETRAINING, Pretraining
 from yaongi.train.plan.advice import explain_out_of_memory
@@ -53,8 +54,11 @@ def _train(session: Session, world: World, arguments: Sequence[str]) -> int:
         if session.lacks_evaluation():
             with stop.unwatched(), watch.paused():
                 session.evaluate()
+        began, first = time.monotonic(), session.step + 1
         for batches in session.batches():
             session.train_step(batches)
+            if session.step == first:
+                world.expect_steps(time.monotonic() - began)
             stopping = stop.requested()
             last = session.step == run.stop_after
             saved = stopping or last or session.due(run.checkpoint_every)
@@ -108,6 +112,7 @@ def run(config: Config, arguments: Sequence[str], job: Pretraining = PRETRAINING
     set_determinism(config.run.deterministic)
     record_collectives(config.run.out)
     world = init_world(config.run.device)
+    introduce(world)
     try:
         status = _trained(config, world, arguments, job)
     except Exception as error:
@@ -120,17 +125,20 @@ def run(config: Config, arguments: Sequence[str], job: Pretraining = PRETRAINING
 
 
 def _say_once(world: World, error: Exception) -> None:
-    """Print a user's mistake, or the loss of a process, on one process; of a fault of the program the traceback.
+    """Print a user's mistake, or which process is missing, on one process; of a fault of the program the traceback.
 
     A fault goes to torchrun too, whose summary names the first one of its processes.
     """
-    mistake, loss = isinstance(error, cli.USER_ERRORS), is_loss(error)
-    if not mistake and not loss and not others_failed(world):
+    lines: list[str] = []
+    if isinstance(error, cli.USER_ERRORS):
+        lines = agree_on_error(world, cli.one_line(error))
+    elif is_consequence(world, error):
+        lines = name_absent(world, error)
+    else:
         traceback.print_exception(error)
         get_error_handler().record_exception(error)
-    elif mistake or not others_failed(world):
-        for line in agree_on_error(world, "another process has ended" if loss else cli.one_line(error)):
-            print(f"error: {line}", file=sys.stderr)
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
 

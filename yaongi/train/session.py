@@ -363,7 +363,7 @@ class Session:
             report = write_report([out], benchmarks=self.config.run.benchmarks)
             self.display.say(f"model: {out / MODEL}\nreport: {report}")
             self._push()
-        self.world.barrier()
+        self.world.wait_without_limit()  # for the push
 
     def _push(self) -> None:
         """Push the model to the hub, if asked to; what goes wrong there is a warning."""

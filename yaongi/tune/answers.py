@@ -110,7 +110,7 @@ class AnswerEvaluation(Evaluation):
             size, rank = self.world.size, self.world.rank
             answers = self._generate(model, prompts[rank::size], self._run.answer_tokens)
             counts = torch.tensor([sum(ends for _, ends in answers), sum(len(answer) for answer, _ in answers)])
-            ended, tokens = self.world.all_reduce(counts.to(self.world.device)).tolist()
+            ended, tokens = self.world.sum_on_host(counts).tolist()
             values |= {"stop_rate": ended / len(prompts), "length": tokens / len(prompts)}
             said.append(f"{ended} of {len(prompts)} generated ones ended, {values['length']:.0f} tokens on average")
             if step == self.config.train.steps and values["stop_rate"] < ENDING:

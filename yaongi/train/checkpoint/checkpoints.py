@@ -29,7 +29,7 @@ from yaongi.train.checkpoint.room import MARGIN, check_room, kept_of, most_check
 from yaongi.train.checkpoint.staging import PinnedStaging
 from yaongi.train.distributed.sharding import local_part
 from yaongi.train.step.guard import first_nonfinite
-from yaongi.world import PATIENCE, World
+from yaongi.world import HOST, World
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
 Problem = tuple[int, str]  # errno and one line
@@ -51,7 +51,7 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writing: tuple[int, Future[Any]] | None = None
         several = world.size > 1  # a group of its own: the background uses it while training uses the others
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self._group = dist.new_group(backend="gloo", timeout=HOST) if several else None
         self._stager = PinnedStaging(world.device)
 
     def prepare(self) -> None:

@@ -1,14 +1,24 @@
 """An error of several processes, said once: each leaves its message in the store, and one of them prints all."""
 
+import re
 import socket
 import time
 
 import torch.distributed as dist
 
+from yaongi import cli
+from yaongi.train.formatting import duration
 from yaongi.world import World
 
 _LOST = ("Connection reset by peer", "Connection closed by peer", "Connection refused", "Broken pipe")  # says gloo
+_LATE = re.compile(r"Timed out waiting (\d+)ms|timeout caused pair closure")  # also by another's limit
 PATIENCE = 5.0  # seconds for the others' messages
+
+
+def introduce(world: World) -> None:
+    """Leave this process's place in the store, for what others say of it when it no longer can."""
+    if world.store is not None:
+        world.store.set(f"place/{world.rank}", place_of(world))
 
 
 def agree_on_error(world: World, message: str) -> list[str]:
@@ -22,18 +32,40 @@ def agree_on_error(world: World, message: str) -> list[str]:
     if world.store is None:
         return [message]
     try:
-        found = _collect(world, world.store, f"{place_of(world)}\n{message}")
+        found = {rank: text for rank, text in _collect(world, world.store, message).items() if text}
+        if min(found) != world.rank:
+            return []
+        if len(found) == world.size and len(set(found.values())) == 1:
+            return [message]
+        lines: dict[str, str] = {}
+        for rank, text in found.items():
+            lines.setdefault(text, f"{_name(world, world.store, rank)}: {text}")
+        return list(lines.values())
     except RuntimeError:
         return []  # the store was in the first process, which has ended, and has printed
-    if min(found) != world.rank:
-        return []
-    places, messages = zip(*(text.split("\n", 1) for text in found.values()), strict=True)
-    if len(found) == world.size and len(set(messages)) == 1:
-        return [message]
-    lines: dict[str, str] = {}
-    for rank, place, text in zip(found, places, messages, strict=True):
-        lines.setdefault(text, f"rank {rank} of {world.size} ({place}): {text}")
-    return list(lines.values())
+
+
+def name_absent(world: World, error: Exception) -> list[str]:
+    """Return the lines that this process must print where another one has ended or doesn't come.
+
+    None, if a process of a lower rank prints them, or one has left a message, which is the cause.
+
+    Args:
+        error: what this process met in consequence.
+    """
+    if world.store is None:
+        return [cli.one_line(error)]
+    try:
+        found = _collect(world, world.store, "")
+        if any(found.values()) or min(found) != world.rank:
+            return []
+        absent = [_name(world, world.store, rank) for rank in range(world.size) if rank not in found]
+    except RuntimeError:
+        return []  # as above
+    late = _LATE.search(str(error))
+    limit = f" within {duration(int(late[1]) / 1e3)}" if late and late[1] else ""
+    what = f"did not come{limit}" if late else "has ended"
+    return [f"{name} {what}" for name in absent] or [cli.one_line(error)]
 
 
 def _collect(world: World, store: dist.Store, text: str) -> dict[int, str]:
@@ -45,14 +77,16 @@ def _collect(world: World, store: dist.Store, text: str) -> dict[int, str]:
     return {r: store.get(_key(r)).decode() for r in range(world.size) if store.check([_key(r)])}
 
 
-def is_loss(error: Exception) -> bool:
-    """Return whether an error says that another process is gone."""
-    return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in _LOST)
+def _name(world: World, store: dist.Store, rank: int) -> str:
+    place = f"place/{rank}"
+    return f"rank {rank} of {world.size}" + (f" ({store.get(place).decode()})" if store.check([place]) else "")
 
 
-def others_failed(world: World) -> bool:
-    """Return whether another process has left a message: what fails here may then be a consequence."""
-    store = world.store
+def is_consequence(world: World, error: Exception) -> bool:
+    """Return whether an error follows from another process's: that one is gone, did not come, or has said so."""
+    text, store = str(error), world.store
+    if isinstance(error, dist.DistBackendError) or any(sign in text for sign in _LOST) or _LATE.search(text):
+        return True
     return store is not None and any(store.check([_key(r)]) for r in range(world.size) if r != world.rank)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from yaongi.train.distributed.errors import place_of
 from yaongi.train.run_folder import NCCL
-from yaongi.world import PATIENCE, World
+from yaongi.world import World
 
 LEAST = 120.0  # seconds without progress after which a line is printed,
 STEPS = 10  # or the time of so many steps
@@ -87,6 +87,5 @@ class Watch:
         step, doing = progress
         where = f"rank {self._world.rank} ({place_of(self._world)})"
         what = f'no progress for {seconds:.0f} s in "{doing}", after step {step}'
-        minutes = PATIENCE.total_seconds() / 60
-        then = f"; after {minutes:.0f} minutes the last collectives are written to {self._records}"
+        then = f"; if NCCL gives up, the last collectives are written to {self._records}"
         print(f"warning: {where}: {what}{then if self._records else ''}", file=sys.stderr, flush=True)

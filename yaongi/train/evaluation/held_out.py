@@ -31,7 +31,7 @@ class HeldOutBits:
                 nats(model, self._share(rows), device=device, rows_at_once=rows_at_once)
                 for rows in self._held_out.values()
             ]
-        return self._world.all_reduce(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
+        return self._world.sum_on_host(torch.tensor(sums, dtype=torch.float64)).tolist()
 
     def _share(self, rows: HeldOut) -> HeldOut:
         """Return this process's rows. Every process gets the same number; rows added as padding don't count."""
