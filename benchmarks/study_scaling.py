@@ -7,7 +7,7 @@ which all start anew from the last checkpoint, count by their expected number. `
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,26 @@ from yaongi.train.plan.scaling import StepCost, step_seconds
 TOKENS = 1e12
 ROWS, ROW_TOKENS, EXPERTS = 2, 4096, 64  # of a micro-batch; of yaongi-4b
 MICRO_SECONDS = 0.1618  # of four H100s, the mean (docs/LAB.md, 2026-11-27)
-MEASURED = {2: 1.99, 4: 3.94}  # times one GPU; two were H200s
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Steps of 2^20 tokens in micro-batches of two rows, by `benchmarks.study_processes`."""
+
+    gpus: int
+    cards: str
+    micro: float  # seconds of a micro-batch, one GPU alone, the mean of all
+    step: float  # seconds
+    times: float  # the speed of one GPU
+    exchange: float  # seconds: gradients reduced, weights gathered
+    update: float  # seconds: gradients to zero, the optimizer
+
+
+MEASURED = (  # docs/LAB.md; the update of one GPU is docs/results.md's
+    Measured(1, "H100, 2026-11-27", 0.1618, 20.748, 1.0, 0.0, 0.1477),
+    Measured(2, "H200, 2026-11-28", 0.1531, 9.8846, 1.99, 0.0519, 0.0786),
+    Measured(4, "H100, 2026-11-27", 0.1618, 5.2705, 3.94, 0.0633, 0.0494),
+)
 SPREAD = 0.003  # standard deviation of the GPUs' speed: 161.1 to 162.1 ms
 NOISE = 0.003  # of a micro-batch
 GPU_HOURS_PER_FAILURE = 51_000  # 419 interruptions in 54 days of 16,384 GPUs (the Llama 3 report)
@@ -88,9 +107,22 @@ def table(faster: float = 1.0) -> list[str]:
 
 
 def checks() -> list[str]:
-    """Return lines that compare the simulation with what was measured."""
-    found = {gpus: simulate(gpus, 1 << 20).times for gpus in MEASURED}
-    return [f"{gpus} GPUs: simulated {found[gpus]:.2f} ×, measured {times} ×" for gpus, times in MEASURED.items()]
+    """Return a table that compares the parts of a step with what was measured, in Markdown."""
+    names = ("GPUs", "cards", "s a step", "× one GPU", "exchange, ms", "update, ms")
+    lines = [f"| {' | '.join(names)} |", "|" + len(names) * "---|"]
+    for found in MEASURED:
+        each = replace(cost(1 << 20), micro_seconds=found.micro)
+        one, parts = step_seconds(each, 1, 1).total, step_seconds(each, found.gpus, count_owners(found.gpus, EXPERTS))
+        cells = (
+            f"{found.gpus}",
+            found.cards,
+            f"{parts.total:.3f} / {found.step:.3f}",
+            f"{one / parts.total:.2f} / {found.times:.2f}",
+            f"{1e3 * parts.exchange:.1f} / {1e3 * found.exchange:.1f}",
+            f"{1e3 * parts.update:.1f} / {1e3 * found.update:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def page() -> str:
@@ -117,8 +149,11 @@ def page() -> str:
             "# One trillion tokens, planned",
             "",
             "`yaongi-4b` on H100s in nodes of eight, made by `python -m benchmarks.study_scaling --page "
-            "docs/trillion.md`. A simulation, not a measurement: of more than four GPUs nothing was measured. "
-            f"{'; '.join(checks())}.",
+            "docs/trillion.md`. A simulation, not a measurement: of more than four GPUs nothing was measured.",
+            "",
+            "Simulated / measured, of steps of 1 M tokens, with the micro-batches of those cards:",
+            "",
+            *checks(),
             "",
             "In bf16, as one GPU trains today (50,600 tokens/s):",
             "",
@@ -146,7 +181,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.page:
         asked.page.write_text(page())
-    print("\n".join([*table(), *checks()]))
+    print("\n".join([*table(), "", "simulated / measured:", *checks()]))
 
 
 if __name__ == "__main__":

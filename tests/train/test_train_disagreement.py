@@ -4,7 +4,9 @@ import datetime
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -90,6 +92,14 @@ def hanging(given: Sequence[str]) -> None:
     """Train with a second process that hangs, watched impatiently."""
     watch.LEAST, watch.STEPS, watch.POLL = 3.0, 0, 0.1
     spoiled("train_step", hang, given)
+
+
+def without_room(given: Sequence[str]) -> None:
+    """Train with a second process whose files can't grow, as on a full disk."""
+    if rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    train(given)
 
 
 def impatient() -> None:
@@ -192,6 +202,17 @@ def test_a_process_that_hangs(tokens: Path, tmp_path: Path) -> None:
     form = r'warning: rank (\d) \(.*\): no progress for [3-9] s in "(.*)", after step 1'
     found = [re.fullmatch(form, line) for line in lines]
     assert {m[1]: m[2] for m in found if m} == {"0": "the count of targets", "1": "the next step"}, lines
+
+
+def test_a_write_that_fails_on_one_process(tokens: Path, tmp_path: Path) -> None:
+    """All end, one says why, and the checkpoint before stays."""
+    given, kept = arguments(tokens, tmp_path / "run", *FEW), tmp_path / "run" / "checkpoints"
+    assert in_processes(2, tmp_path / "log", train, [*given, "--stop-after", "1"]).codes == [0, 0]
+    done = in_processes(2, tmp_path / "log", without_room, given)
+    (line,) = said(done, [1, 1])
+    assert line.startswith("error: checkpoint: step 2 could not be saved: ")
+    assert line.endswith(f"; the last checkpoint is {kept / 'step-00000001'}")
+    assert [path.name for path in kept.iterdir() if path.is_dir()] == ["step-00000001"]
 
 
 def test_a_process_that_hangs_too_long(tokens: Path, tmp_path: Path) -> None:

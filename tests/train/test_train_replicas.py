@@ -43,6 +43,21 @@ def test_several_processes_are_one(runs: dict[int, Path], count: int) -> None:
     assert_close(runs[count], runs[1], loss=1e-12, tensor=1e-10)
 
 
+def test_the_same_bits_in_two_pieces(runs: dict[int, Path], tokens: Path, tmp_path: Path) -> None:
+    for stop in ("3", "5"):
+        run(3, tokens, tmp_path / "run", "--dtype", "float64", "--stop-after", stop)
+    assert_same(tmp_path / "run", runs[3])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-3)])
+def test_narrower(dtype: str, tolerance: float, tokens: Path, tmp_path: Path) -> None:
+    for count in (1, 3):
+        run(count, tokens, tmp_path / str(count), "--dtype", dtype)
+    for (step, loss, _), (_, wanted, _) in zip(losses(tmp_path / "3"), losses(tmp_path / "1"), strict=True):
+        assert loss == pytest.approx(wanted, rel=tolerance), step
+
+
 def test_idle_experts(tokens: Path, tmp_path: Path) -> None:
     """Compare runs whose bias leaps by 5, so that in many steps one or two experts of four get no tokens."""
     leaps = ("--bias-travel", "0", "--bias-rate", "5", "--dtype", "float64", "--log-every", "1")

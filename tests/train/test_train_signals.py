@@ -128,9 +128,10 @@ def test_ctrl_c_twice(tokens: Path, tmp_path: Path) -> None:
     assert find_damage(newest) is None
 
 
-def test_the_file_stop(tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [[sys.executable, PROGRAM], pytest.param(TORCHRUN, marks=LONG)])
+def test_the_file_stop(program: list[str], tokens: Path, tmp_path: Path) -> None:
     """`touch RUN/stop` ends after the step with code 0, and is gone; one of an earlier time stops nothing."""
-    out, program = tmp_path / "run", [sys.executable, PROGRAM]
+    out = tmp_path / "run"
     out.mkdir()
     (out / "stop").touch()
     words = arguments(tokens, out, *OPTIONS)
