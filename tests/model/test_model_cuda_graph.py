@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from yaongi.model.layers.cuda_graph import GraphedFunction
+from yaongi.model.layers.cuda_graph import GraphedFunction, GraphMemory
 
 recording = False
 
@@ -126,3 +126,23 @@ def test_an_older_graph_in_a_cycle_spoils_nothing() -> None:
     newer(one)
     newer(one)
     assert total.item() == 5
+
+
+@pytest.mark.gpu
+def test_graphs_share_memory() -> None:
+    """Each gives what it gives alone, in any order, and a smaller one takes no memory of its own."""
+    memory, total = GraphMemory(), torch.zeros(1, device="cuda")
+    graphs, reserved = [], []
+    for numbers in (2**24, 2**23, 2**22):
+
+        def add(x: torch.Tensor, numbers: int = numbers) -> None:
+            total.add_((x.repeat(numbers) + 1).sum() / numbers)
+
+        graphs.append(GraphedFunction(add, "a sum", "do without", memory))
+        for _ in range(2):
+            graphs[-1](total.new_zeros(1))
+        reserved.append(torch.cuda.memory_reserved())
+    assert max(reserved) - reserved[0] < 2**23  # bytes; a graph's numbers take 2^24 or more
+    for number in (1, 0, 2, 2, 1):
+        graphs[number](total.new_full((1,), float(number)))
+    assert total.item() == 2 * len(graphs) + (2 + 1 + 3 + 3 + 2)

@@ -9,6 +9,7 @@ from oracle import assert_close
 
 from yaongi.kernels import use_backend
 from yaongi.model import Yaongi
+from yaongi.model import slots as slots_module
 from yaongi.model.decoding import SHORTEST, RecordedStep, prefill, stepper
 from yaongi.model.generation import generate
 from yaongi.model.layers.accumulation import fused_accumulation
@@ -245,12 +246,53 @@ def test_recorded_slots_give_the_same_bits() -> None:
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+ROUNDS = (((5,), (1, 100, 64)), ((64,), (128, 70, 3, 9)), ((33,), (65, 2, 8)), ((1,), (90, 128, 40)))
+
+
+def read_rounds(slots: Slots, ids: Tensor) -> list[Tensor]:
+    """Read prompts of two shapes in turn, (1, 64) and (4, 128), with steps after each; return what has come."""
+    found = []
+    for lengths in (lengths for both in ROUNDS for lengths in both):
+        rows = list(range(len(lengths)))[::-1]
+        hidden = slots.read(rows, [ids[row, :length].tolist() for row, length in enumerate(lengths)])
+        found += [hidden[row, -length:].clone() for row, length in enumerate(lengths)]
+        for more in range(3):
+            tokens = torch.zeros(slots.rows(len(rows)), dtype=torch.int64, device="cuda")
+            tokens[rows] = torch.stack([ids[row, length + more] for row, length in enumerate(lengths)])
+            found.append(slots.step(tokens, max(lengths) + more)[: len(rows)].clone())
+        ids = ids.roll(1, 1)
+    return found
+
+
+def test_recorded_readings_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("MEM*ME", torch.bfloat16, **SIZES).to("cuda")
+    ids = token_ids(model, 4, 140).to("cuda")
+    recorded = read_rounds(Slots(model, 4, 192, recorded_tokens=512), ids)
+    monkeypatch.setattr(slots_module, "GraphedFunction", lambda function, *_: function)
+    plain = read_rounds(Slots(model, 4, 192, recorded_tokens=512), ids)
+    assert all(torch.equal(*pair) for pair in zip(recorded, plain, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_recorded_readings_are_readings(dtype: torch.dtype, relative: float) -> None:
+    """Compare with prompts that are read as they are. Without experts, the choice of which rounding may change."""
+    model = small_model("MM*M", dtype, **SIZES).to("cuda")
+    ids = token_ids(model, 4, 140).to("cuda")
+    slots = Slots(model, 4, 192, recorded_tokens=512)
+    assert slots.recorded_lengths == [64, 128, 192]
+    plain = Slots(model, 4, 192, recorded_tokens=512, cuda_graph=False)
+    assert not plain.recorded_lengths
+    for number, (found, wanted) in enumerate(zip(read_rounds(slots, ids), read_rounds(plain, ids), strict=True)):
+        assert_relative(found, wanted, relative, str(number))
+
+
 def test_a_model_with_hooks_is_not_recorded() -> None:
     model = small_model("MEM*ME", **SIZES).to("cuda")
     calls: list[int] = []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     generate(model, [[1, 2]], max_new_tokens=9, stop=())
     assert len(calls) == 9
+    assert not Slots(model, 1, 64, recorded_tokens=64).recorded_lengths
 
 
 def test_compiled_layers_give_the_same() -> None:

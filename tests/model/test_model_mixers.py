@@ -136,6 +136,20 @@ def test_document_starts_count_rows_too() -> None:
     assert (starts.tolist(), longest) == ([0, 6, 12], 6)
 
 
+@pytest.mark.parametrize("rows", [((2, 4), (6,)), ((1, 1, 4), (3, 3)), ((6,), (6,))], ids=str)
+def test_a_known_number_of_documents_gives_the_same_starts_without_waiting(rows: tuple[tuple[int, ...], ...]) -> None:
+    documents, shape = packed(*rows), torch.Size([2, 6])
+    wanted, _ = document_cu_seqlens(shape, documents, documents.device)
+    found, longest = document_cu_seqlens(shape, documents, documents.device, 3)
+    assert found.dtype == torch.int32
+    assert len(found) == 2 * 3 + 1
+    assert found.diff().min() >= 0
+    assert found.unique().tolist() == wanted.tolist()
+    assert longest == 6
+    there = documents.to("meta")  # where no number can be had
+    assert document_cu_seqlens(shape, there, there.device, 3)[0].shape == found.shape
+
+
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
 def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
     model = small_model("*", attention_backend=backend)

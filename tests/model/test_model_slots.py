@@ -6,12 +6,14 @@ import pytest
 import torch
 from model_support import ENGRAM, roughened, small_config, small_model, token_ids
 from oracle import assert_equal_to_float64
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from yaongi.model import EngramConfig, Yaongi, decoding
+from yaongi.model import EngramConfig, Yaongi, decoding, slots
 from yaongi.model.count import cache_bytes
 from yaongi.model.decoding import Cache, RecordedStep, prefill, read, read_on, step
 from yaongi.model.sampling import RowSampling, Sampling, choose
-from yaongi.model.slots import Slots
+from yaongi.model.slots import RecordedReads, Slots
 
 LENGTH = 30
 ENGRAMS = (ENGRAM, EngramConfig(layer=3, heads=2, head_dim=4, rows=70, orders=(2, 3, 4), gate="demo"))
@@ -20,6 +22,26 @@ ENGRAMS = (ENGRAM, EngramConfig(layer=3, heads=2, head_dim=4, rows=70, orders=(2
 def model_with_engrams() -> Yaongi:
     """Return a small model with two Engrams of different orders over compressed ids."""
     return roughened(Yaongi(small_config(engram=ENGRAMS), compression=[token // 2 for token in range(61)]))
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations with tensors that are not on the meta device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and look at its tensors."""
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in tensors), function
+        return result
+
+
+@pytest.fixture
+def recorded_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let slots without a GPU do what they would record; prompts are padded to 4, 8, 16 … tokens."""
+    monkeypatch.setattr(slots, "may_be_recorded", lambda model, cache: True)
+    monkeypatch.setattr(slots, "GraphMemory", lambda: None)
+    monkeypatch.setattr(slots, "GraphedFunction", lambda function, *_: function)
+    monkeypatch.setattr(slots, "SHORTEST_READ", 4)
 
 
 @pytest.mark.parametrize("pieces", [(9, 21), (1, 1, 28), (2, 3, 1, 5, 19), (29, 1)], ids=str)
@@ -91,6 +113,62 @@ def test_rows_join_and_leave_a_running_batch(recorded: bool, monkeypatch: pytest
     for _ in range(5):  # the others are stepped beyond their room
         check({3: 0}, 3)
     check({3: 0}, 1)
+
+
+@pytest.mark.usefixtures("recorded_reads")
+def test_shapes_of_readings_are_few() -> None:
+    recorded = Slots(small_model(), 6, 40, recorded_tokens=64)
+    assert recorded.recorded_lengths == [4, 8, 16, 32, 40]
+    assert [recorded.shape(1, longest) for longest in (1, 4, 5, 33, 40, 41)] == [
+        *((1, length) for length in (4, 4, 8, 40, 40)),
+        (1, 41),
+    ]
+    assert [recorded.shape(rows, 7) for rows in (1, 2, 3, 5)] == [(1, 8), (2, 8), (4, 8), (6, 8)]
+    assert Slots(small_model(), 6, 400, recorded_tokens=10).recorded_lengths == [4, 8, 10]
+    assert Slots(small_model(), 6, 40).shape(3, 7) == (3, 7)
+
+
+@pytest.mark.usefixtures("recorded_reads")
+def test_a_recorded_reading_is_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of other lengths, whose rows and tokens are padded, into slots that held others before; then steps."""
+    model, shapes = model_with_engrams(), []
+    read_into = RecordedReads.__call__
+    monkeypatch.setattr(
+        RecordedReads, "__call__", lambda *given: (shapes.append(tuple(given[1].shape)), read_into(*given))[1]
+    )
+    ids = token_ids(model, 4, LENGTH)
+    with torch.no_grad():
+        wanted, logits = model.hidden_states(ids), model(ids)
+    both = Slots(model, 4, LENGTH, recorded_tokens=64)
+    for rows, places, lengths in (
+        ([0, 1, 2], [3, 0, 1], [5, 1, 13]),
+        ([3], [3], [26]),
+        ([2, 0], [1, 0], [4, 3]),
+        ([1, 3, 0], [0, 1, 2], [LENGTH - 5] * 3),  # too many tokens to be recorded
+    ):
+        hidden = both.read(places, [ids[row, :length].tolist() for row, length in zip(rows, lengths, strict=True)])
+        assert hidden.shape == (len(rows), max(lengths), model.config.hidden_size)
+        for row, length, found in zip(rows, lengths, hidden, strict=True):
+            assert_equal_to_float64(found[-length:], wanted[row, :length], 1e-5)
+        for more in range(4):
+            tokens = torch.zeros(4, dtype=torch.int64)
+            for row, place, length in zip(rows, places, lengths, strict=True):
+                tokens[place] = ids[row, length + more]
+            found = both.step(tokens, max(lengths) + more)
+            for row, place, length in zip(rows, places, lengths, strict=True):
+                assert_equal_to_float64(found[place], logits[row, length + more], 1e-5)
+    assert shapes == [(4, 16), (1, LENGTH), (2, 4)]
+
+
+def test_a_recorded_reading_never_waits_for_the_gpu() -> None:
+    """Read on the meta device, where no number can be had, and let no tensor come from the host."""
+    model = Yaongi(small_config(engram=ENGRAMS), device="meta", dtype=torch.bfloat16)
+    cache = prefill(model, torch.zeros(3, 1, dtype=torch.int64, device="meta"), capacity=LENGTH)[1]
+    ids, numbers = (torch.zeros(shape, dtype=torch.int64, device="meta") for shape in ((2, 16), (2,)))
+    result: list[torch.Tensor] = []
+    with torch.no_grad(), OneDevice():
+        slots._read_into(model, cache, 64, result, ids, numbers, numbers)
+    assert result[0].shape == (64, model.config.hidden_size)
 
 
 def test_what_a_slot_held_does_not_reach_its_next_row() -> None:

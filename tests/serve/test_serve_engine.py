@@ -2,20 +2,22 @@
 
 import random
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from model_support import ENGRAM, roughened, small_config
 
-from yaongi.model import Yaongi
+from yaongi.model import Yaongi, slots
 from yaongi.model.generation import generate
 from yaongi.model.sampling import Sampling
 from yaongi.serve.engine import Engine, Limits, QueueFullError, Said
 from yaongi.serve.rows import Piece, Request, Row
 
 LIMITS = Limits(slots=3, capacity=64, chunk=8, queue=40)
+GPU_SIZES = {"hidden_size": 128, "mamba_heads": 8, "mamba_head_dim": 16, "mamba_state": 16, "attention_head_dim": 32}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,56 @@ def test_answers_are_those_of_generate(model: Yaongi, ahead: bool) -> None:
         lengths.add(last.finish)
     assert lengths == {"stop", "length"}
     assert served.engine.load() == (0, 0)
+
+
+def test_a_recorded_engine_warms_up_and_answers_the_same(model: Yaongi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what would be recorded is called twice for each length, and later answers are those of others."""
+    calls: Counter[tuple[int, ...]] = Counter()
+
+    def counted(function: Callable[..., None], *_: Any) -> Callable[..., None]:
+        def run(*inputs: torch.Tensor) -> None:
+            calls[tuple(inputs[0].shape)] += 1
+            function(*inputs)
+
+        return run
+
+    monkeypatch.setattr(slots, "may_be_recorded", lambda model, cache: True)
+    monkeypatch.setattr(slots, "GraphMemory", lambda: None)
+    monkeypatch.setattr(slots, "GraphedFunction", counted)
+    monkeypatch.setattr(slots, "SHORTEST_READ", 4)
+    served = Collected(model, Limits(slots=3, capacity=64, chunk=16, queue=40), runs_ahead=True)
+    assert served.engine.warm_up() == [4, 8, 16]
+    assert calls == {(1, 4): 2, (1, 8): 2, (1, 16): 2}
+    assert served.engine.load() == (0, 0)
+    rows = [served.ask(prompt=prompt, max_tokens=5, alternatives=1, echo=True) for prompt in prompts(12)]
+    served.work()
+    assert any(rows > 1 for rows, _ in calls)
+    for row in rows:
+        assert served.ids(row) == generate(model, [row.request.prompt], max_new_tokens=5, stop=())[0]
+        scored = [score for piece in served.pieces[row] for score in piece.scored]
+        assert [score.token for score in scored] == [*row.request.prompt, *served.ids(row)]
+
+
+@pytest.mark.gpu
+def test_answers_on_a_gpu_are_those_of_generate() -> None:
+    """Recorded readings and steps after the warm-up, and a long prompt in pieces, in float32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    model = roughened(Yaongi(small_config("MM*M", engram=[ENGRAM], **GPU_SIZES))).to("cuda")
+    served = Collected(model, Limits(slots=6, capacity=512, chunk=256, queue=40), runs_ahead=True)
+    assert served.engine.warm_up() == [64, 128, 256]
+    draw = random.Random(3)
+    lengths = [1, 64, 65, 256, 300, 7, 120, 130, *(draw.randint(1, 60) for _ in range(16))]
+    for _ in range(3):  # each shape as usual, recorded, and replayed
+        rows = [served.ask(prompt=tuple(draw.choices(range(61), k=n)), max_tokens=9) for n in lengths]
+        served.work()
+        for row in rows:
+            assert served.ids(row) == generate(model, [row.request.prompt], max_new_tokens=9, stop=())[0]
+    torch.set_float32_matmul_precision(precision)
+
+
+def test_an_engine_that_records_nothing_has_nothing_to_warm_up(model: Yaongi) -> None:
+    assert Collected(model).engine.warm_up() == []
 
 
 def test_copies_are_those_of_generate(model: Yaongi) -> None:

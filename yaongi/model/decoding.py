@@ -116,15 +116,23 @@ def prefill(
 
 
 def read(
-    model: Yaongi, input_ids: Tensor, document_ids: Tensor | None = None, *, capacity: int
+    model: Yaongi,
+    input_ids: Tensor,
+    document_ids: Tensor | None = None,
+    *,
+    capacity: int,
+    most_documents: int | None = None,
 ) -> tuple[Tensor, Cache]:
-    """Do what `prefill` does, but return the normalised hidden states of all tokens, (B, L, d)."""
+    """Do what `prefill` does, but return the normalised hidden states of all tokens, (B, L, d).
+
+    Where no row has more than `most_documents`, nothing waits for the GPU: this may be recorded.
+    """
     check_tokens(input_ids, document_ids, model.config.vocab_size)
     batch, length = input_ids.shape
     if length > capacity:
         raise ValueError(f"prefill: input_ids must be at most {capacity} tokens long (capacity), got {length}")
     cache = _empty_cache(model, batch, capacity, input_ids.device)
-    context = model.backbone.context(input_ids, document_ids)
+    context = model.backbone.context(input_ids, document_ids, most_documents)
     hidden, _ = model.backbone(input_ids, context, caches=cache.layers)
     cache.visible[:, :length] = True if document_ids is None else document_ids == document_ids[:, -1:]
     cache.position = length
@@ -207,7 +215,14 @@ class RecordedStep:
 
 
 def stepper(model: Yaongi, cache: Cache, *, cuda_graph: bool) -> Callable[[Tensor], Tensor]:
-    """Return a function that does a `step` with these caches, recorded where that is possible and wanted.
+    """Return a function that does a `step` with these caches, recorded where that is possible and wanted."""
+    if cuda_graph and may_be_recorded(model, cache):
+        return RecordedStep(model, cache)
+    return lambda tokens: step(model, tokens, cache)
+
+
+def may_be_recorded(model: Yaongi, cache: Cache) -> bool:
+    """Return whether what a model does with these caches may be recorded as a CUDA graph.
 
     Hooks are Python, which a graph would run only once: a model that has some is not recorded. Neither is one with a
     part on another device, such as a table in host memory, nor one with experts in float32: their kernels take 16 bits,
@@ -215,9 +230,7 @@ def stepper(model: Yaongi, cache: Cache, *, cuda_graph: bool) -> Callable[[Tenso
     """
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     waits = "E" in model.config.pattern and cache.dtype.itemsize != 2
-    if cuda_graph and len(places) == 1 and next(iter(places)).type == "cuda" and not any_hooks(model) and not waits:
-        return RecordedStep(model, cache)
-    return lambda tokens: step(model, tokens, cache)
+    return len(places) == 1 and next(iter(places)).type == "cuda" and not any_hooks(model) and not waits
 
 
 def _check_room(cache: Cache) -> None:

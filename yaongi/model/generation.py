@@ -206,13 +206,22 @@ def even_capacity(tokens: int) -> int:
 def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return the prompts (B, L), padded on the left, and document ids: 0 for padding, 1 for text (None: no padding)."""
     longest = max(map(len, prompts))
-    rows = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    input_ids = torch.tensor(rows, dtype=torch.int64, device=device)
+    input_ids = padded_ids(prompts, pad, longest).to(device)
     if all(len(prompt) == longest for prompt in prompts):
         return input_ids, None
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    places = torch.arange(longest, device=device)
-    return input_ids, (places >= longest - lengths[:, None]).int()
+    return input_ids, padding_documents(lengths, longest)
+
+
+def padded_ids(prompts: Sequence[Sequence[int]], pad: int, length: int) -> Tensor:
+    """Return the prompts (B, length), int64, padded on the left."""
+    rows = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def padding_documents(lengths: Tensor, length: int) -> Tensor:
+    """Return document ids (B, length), int32: 1 for the last `lengths` (B,) tokens of each row, 0 before."""
+    return (torch.arange(length, device=lengths.device) >= length - lengths.unsqueeze(1)).int()
 
 
 def _check_prompts(model: Yaongi, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

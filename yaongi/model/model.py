@@ -136,15 +136,17 @@ class Backbone(nn.Module):
             layer.fp8 = Fp8Products(layer, f"layers.{i}", before, scales, travelling, precision)
         return scales
 
-    def context(self, input_ids: Tensor, document_ids: Tensor | None, *, with_routing: bool = False) -> Context:
-        """Prepare the inputs that the layers share, for these tokens."""
+    def context(
+        self, ids: Tensor, document_ids: Tensor | None, most_documents: int | None = None, *, with_routing: bool = False
+    ) -> Context:
+        """Prepare the inputs that the layers share, for these tokens; no row has more than `most_documents`."""
         plan = None
         if "*" in self.config.pattern:
-            dtype, device = next(self.parameters()).dtype, input_ids.device
-            plan = plan_attention(self.config.attention_backend, input_ids.shape, document_ids, device, dtype)
+            wanted, dtype = self.config.attention_backend, next(self.parameters()).dtype
+            plan = plan_attention(wanted, ids.shape, document_ids, ids.device, dtype, most_documents)
         window = None
         if self.longest:
-            window = ngram_window(self.compress(input_ids), document_ids, self.longest, self.engram_pad)
+            window = ngram_window(self.compress(ids), document_ids, self.longest, self.engram_pad)
         return Context(document_ids, plan, window, with_routing)
 
     def compress(self, ids: Tensor) -> Tensor:

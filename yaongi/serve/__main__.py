@@ -28,7 +28,7 @@ class Serve:
     queue: int = 256  # answers that may wait for a slot; more are refused (503)
     grace: int = 30  # seconds that running answers have to end at a stop
     device: str = "auto"  # auto (a GPU where there is one), cpu, gpu, cuda or cuda:N
-    cuda_graph: bool = True  # on a GPU, record a step as a CUDA graph and replay it
+    cuda_graph: bool = True  # on a GPU, record steps and the reading of prompts as CUDA graphs and replay them
 
     def run(self) -> int:
         """Load the model, print the plan, and serve until a signal. Raises ValueError or OSError with one line."""

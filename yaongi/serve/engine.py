@@ -1,6 +1,7 @@
 """The running batch: requests wait, are read, join at the boundary of two steps, and leave when they end."""
 
 import heapq
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -10,10 +11,10 @@ import torch
 
 from yaongi.model import Yaongi
 from yaongi.model.decoding import Cache, read, read_on
-from yaongi.model.generation import Copied, even_capacity, padded
+from yaongi.model.generation import Copied, even_capacity
 from yaongi.model.sampling import RowSampling, Sampling, choose
 from yaongi.model.slots import Slots
-from yaongi.serve.rows import GREEDY, Piece, Row, Scored
+from yaongi.serve.rows import GREEDY, Piece, Request, Row, Scored
 
 Tensor = torch.Tensor
 Said = list[tuple[Row, Piece]]
@@ -53,13 +54,15 @@ class Engine:
 
         Args:
             ends: tokens that end an answer.
-            cuda_graph: on a GPU, record the steps and replay them.
+            cuda_graph: on a GPU, record the steps and the reading of prompts, and replay them.
             runs_ahead: begin a step before the tokens of the last one are known.
         """
         self._model, self._ends, self._limits = model, set(ends), limits
         self._ahead = runs_ahead
         self._device = next(model.parameters()).device
-        self._slots = Slots(model, limits.slots, even_capacity(limits.capacity), cuda_graph=cuda_graph)
+        self._slots = Slots(
+            model, limits.slots, even_capacity(limits.capacity), cuda_graph=cuda_graph, recorded_tokens=limits.chunk
+        )
         self._last = torch.zeros(limits.slots, dtype=torch.int64, device=self._device)  # the newest token of each slot
         self._free = list(range(limits.slots))  # a heap: the first slots are used first
         self._running: dict[int, Row] = {}
@@ -133,6 +136,20 @@ class Engine:
         said, self._said = self._said, []
         return said
 
+    def warm_up(self) -> list[int]:
+        """Answer requests whose reading and steps are recorded, so that no user waits for that.
+
+        Returns:
+            The lengths of their prompts: one for each length of recorded prompts that are read alone.
+        """
+        lengths = [min(length, self._limits.capacity - 1) for length in self._slots.recorded_lengths]
+        for length in reversed(lengths):  # see `GraphMemory`
+            for sampling in (GREEDY, Sampling(1.0)):  # the second call is recorded, and both ways to choose are ready
+                self.submit([Row(Request((0,) * length, 2, sampling), lambda ids: "", lambda piece: None)])
+                while self.busy:
+                    self.work()
+        return lengths
+
     @property
     def busy(self) -> bool:
         """Whether there is something to do."""
@@ -168,13 +185,12 @@ class Engine:
             rows = self._admitted()
             if not rows:
                 return
-            prompts = [row.request.prompt for row in rows]
-            self._reading = _Reading(rows, *padded(prompts, self._model.config.pad_token_id, self._device))
+            self._reading = _Reading(rows)
         reading = self._reading
-        hidden = reading.read(self._model, self._limits.chunk)
+        hidden = reading.read(self._model, self._slots, self._limits.chunk)
         if reading.whole:
             self._reading = None
-            self._join(reading, hidden[:, -1])
+            self._join(reading.rows, hidden[:, -1])
 
     def _admitted(self) -> list[Row]:
         """Take the next rows that wait: one, or several whose padded prompts are a piece together. They get slots."""
@@ -183,22 +199,20 @@ class Engine:
         with self._wake:
             while self._waiting and self._free:
                 longest = max(longest, len(self._waiting[0].request.prompt))
-                if rows and (len(rows) + 1) * longest > self._limits.chunk:
+                if rows and math.prod(self._slots.shape(len(rows) + 1, longest)) > self._limits.chunk:
                     break
                 row = self._waiting.popleft()
                 row.slot = heapq.heappop(self._free)
                 rows.append(row)
         return rows
 
-    def _join(self, reading: "_Reading", last: Tensor) -> None:
-        """Choose the first tokens, from the hidden states (B, d) of the last ones, and put the rows into the batch."""
-        assert reading.cache is not None
-        slots = [row.slot for row in reading.rows if row.slot is not None]
-        chosen = self._choose(self._model.lm_head(last.unsqueeze(1))[:, 0], reading.rows)
+    def _join(self, rows: list[Row], last: Tensor) -> None:
+        """Choose the first tokens, from the hidden states (B, d) of the last ones, and let the rows go on."""
+        slots = _slots_of(rows)
+        chosen = self._choose(self._model.lm_head(last.unsqueeze(1))[:, 0], rows)
         places = torch.tensor(slots).to(self._device, non_blocking=True)
         self._last.index_copy_(0, places, chosen.clamp(min=0))
-        self._running.update(zip(slots, reading.rows, strict=True))
-        self._slots.put(slots, reading.cache, [len(row.request.prompt) for row in reading.rows])
+        self._running.update(zip(slots, rows, strict=True))
 
     def _step(self) -> bool:
         """Choose a token for each row that goes on; return whether there was one."""
@@ -263,45 +277,62 @@ class _Flight:
 
 
 class _Reading:
-    """Prompts that are being read, piece by piece."""
+    """Prompts that are being read into their slots: short ones together at once, or a long one piece by piece."""
 
-    def __init__(self, rows: list[Row], input_ids: Tensor, document_ids: Tensor | None) -> None:
+    def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self._input_ids, self._document_ids, self._done = input_ids, document_ids, 0
-        self.cache: Cache | None = None
+        self._longest, self._done = max(len(row.request.prompt) for row in rows), 0
+        self._cache: Cache | None = None
 
     @property
     def whole(self) -> bool:
         """Whether the prompts are read to their ends."""
-        return self._done == self._input_ids.shape[1]
+        return self._done == self._longest
 
-    def read(self, model: Yaongi, chunk: int) -> Tensor:
+    def read(self, model: Yaongi, slots: Slots, chunk: int) -> Tensor:
         """Read up to `chunk` more tokens of each row, and return their hidden states (B, L, d)."""
-        ids = self._input_ids[:, self._done : self._done + chunk]
-        if self.cache is None:
-            capacity = even_capacity(self._input_ids.shape[1])
-            hidden, self.cache = read(model, ids, self._document_ids, capacity=capacity)
+        if self._longest <= chunk:
+            hidden = slots.read(_slots_of(self.rows), [row.request.prompt for row in self.rows])
         else:
-            hidden = read_on(model, ids, self.cache)
+            hidden = self._read_piece(model, slots, chunk)
         for number, row in enumerate(self.rows):
             if row.request.echo and row.request.alternatives is not None:
-                self._score(model, hidden[number], number, row)
-        self._done += ids.shape[1]
+                self._score(model, hidden[number], row)
+        self._done += hidden.shape[1]
         return hidden
 
-    def _score(self, model: Yaongi, hidden: Tensor, number: int, row: Row) -> None:
+    def _read_piece(self, model: Yaongi, slots: Slots, chunk: int) -> Tensor:
+        """Read the next tokens of a long prompt, which is alone, and put it into its slot at its end."""
+        (row,) = self.rows
+        piece, device = row.request.prompt[self._done : self._done + chunk], next(model.parameters()).device
+        ids = torch.tensor([piece]).to(device, non_blocking=True)
+        if self._cache is None:
+            hidden, self._cache = read(model, ids, capacity=even_capacity(self._longest))
+        else:
+            hidden = read_on(model, ids, self._cache)
+        if self._done + len(piece) == self._longest:
+            slots.put(_slots_of(self.rows), self._cache, [self._longest])
+        return hidden
+
+    def _score(self, model: Yaongi, hidden: Tensor, row: Row) -> None:
         """Score the prompt's tokens that come after these hidden states (L, d)."""
-        end = self._input_ids.shape[1]
-        begin = max(self._done, end - len(row.request.prompt))
-        last = min(self._done + hidden.shape[0], end - 1)
+        prompt, begin = row.request.prompt, self._longest - len(row.request.prompt)  # of the prompt, after its padding
+        first = max(self._done, begin)
+        last = min(self._done + hidden.shape[0], self._longest - 1)
         if not row.prompt_scores:
-            row.prompt_scores.append(Scored(row.request.prompt[0], None))
-        if last > begin:
-            following = self._input_ids[number, begin + 1 : last + 1]
-            logits = model.lm_head(hidden[begin - self._done : last - self._done].unsqueeze(0))[0]
+            row.prompt_scores.append(Scored(prompt[0], None))
+        if last > first:
+            following = prompt[first + 1 - begin : last + 1 - begin]
+            logits = model.lm_head(hidden[first - self._done : last - self._done].unsqueeze(0))[0]
+            tokens = torch.tensor(following).to(logits.device, non_blocking=True)
             most = row.request.alternatives or 0
-            for token, scores in zip(following.tolist(), _scores(logits, following, most).numbers(), strict=True):
+            for token, scores in zip(following, _scores(logits, tokens, most).numbers(), strict=True):
                 row.prompt_scores.append(_as_scored(token, scores, most))
+
+
+def _slots_of(rows: Sequence[Row]) -> list[int]:
+    """Return the slots of rows that have some."""
+    return [row.slot for row in rows if row.slot is not None]
 
 
 def _scores(logits: Tensor, tokens: Tensor, most: int) -> Copied:

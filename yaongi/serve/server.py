@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ def serve(folder: Path, options: Options, key: str | None) -> int:
         print(_plan(model, limits), flush=True)
         name = options.name or folder.resolve().name
         service = make_service(model, tokenizer, name, limits, key=key, cuda_graph=options.cuda_graph)
+        began = time.monotonic()
+        if lengths := service.engine.warm_up():
+            seconds = time.monotonic() - began
+            print(f"recorded as CUDA graphs in {seconds:.1f} s: prompts of up to {lengths[-1]:,} tokens", flush=True)
         service.local = options.host in ("127.0.0.1", "localhost", "::1")
         config = uvicorn.Config(
             make_app(service), log_level="warning", timeout_graceful_shutdown=options.grace, lifespan="on", ws="none"

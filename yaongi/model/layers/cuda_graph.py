@@ -7,6 +7,18 @@ from collections.abc import Callable, Iterator
 import torch
 
 
+class GraphMemory:
+    """Memory for the temporary tensors of several graphs, as much as the largest needs.
+
+    They must run one after the other, and leave nothing in it. Record the largest first: others then fit into its
+    pieces.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()  # the allocator keeps memory per stream
+        self.pool = torch.cuda.graph_pool_handle()
+
+
 class GraphedFunction:
     """A function of tensors that returns nothing; from the second call on, a call is one graph launch.
 
@@ -17,15 +29,19 @@ class GraphedFunction:
     records the graph; memory that the first call left in the allocator's cache is released before.
     """
 
-    def __init__(self, function: Callable[..., None], what: str, otherwise: str) -> None:
+    def __init__(
+        self, function: Callable[..., None], what: str, otherwise: str, memory: GraphMemory | None = None
+    ) -> None:
         """Prepare to record.
 
         Args:
             what: what the function does, for the error that it can't be recorded.
             otherwise: how to do without, for the same error.
+            memory: for temporary tensors; None for memory of its own.
         """
         self._function, self._what, self._otherwise = function, what, otherwise
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream() if memory is None else memory.stream
+        self._pool = None if memory is None else memory.pool
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -62,7 +78,7 @@ class GraphedFunction:
             # thread_local: other threads load data and write checkpoints, and their CUDA calls are not captured.
             with (
                 _no_collection(),
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
             ):
                 self._function(*self._inputs)
         except torch.OutOfMemoryError:

@@ -79,10 +79,12 @@ def plan_attention(
     document_ids: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
+    most_documents: int | None = None,
 ) -> AttentionPlan:
     """Choose the backend for tokens of shape (B, L) and prepare its mask.
 
-    For varlen and flash this synchronises with the GPU twice per forward pass.
+    Args:
+        most_documents: no row has more; without it varlen and flash synchronise with the GPU twice per forward pass.
 
     Raises:
         ValueError: the backend that the config names can't run on this device or dtype.
@@ -98,7 +100,7 @@ def plan_attention(
                 f"attention: attention_backend={wanted!r} must have a GPU and float16 or bfloat16, got {device} and "
                 f"{str(dtype).removeprefix('torch.')}"
             )
-        cu_seqlens, max_seqlen = document_cu_seqlens(shape, document_ids, device)
+        cu_seqlens, max_seqlen = document_cu_seqlens(shape, document_ids, device, most_documents)
         return AttentionPlan(wanted, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     if wanted == "flex":
         return AttentionPlan("flex", mask=_flex_mask(shape, document_ids, device))
@@ -140,13 +142,23 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :, None] == document_ids[:, None, :]).tril().unsqueeze(1)
 
 
-def document_cu_seqlens(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
-    """Return where each document begins in the B·L tokens, then their end, int32; and the longest document's length."""
+def document_cu_seqlens(
+    shape: torch.Size, document_ids: Tensor | None, device: torch.device, most_documents: int | None = None
+) -> tuple[Tensor, int]:
+    """Return where each document begins in the B·L tokens, then their end, int32; and the longest document's length.
+
+    Where it is known that no row has more than `most_documents`, nothing waits for the GPU: each row has so many then,
+    the last of them empty, and the length is at most L.
+    """
     batch, length = shape
     if document_ids is None:
         return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device), length
     first = torch.ones_like(document_ids, dtype=torch.bool)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    if most_documents is not None:
+        earlier = first.cumsum(1).unsqueeze(-1) <= torch.arange(most_documents, device=device)  # than each document
+        starts = earlier.sum(1) + length * torch.arange(batch, device=device).unsqueeze(1)
+        return F.pad(starts.flatten(), (0, 1), value=batch * length).int(), length
     cu_seqlens = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=batch * length).int()
     return cu_seqlens, int(cu_seqlens.diff().max())
 
