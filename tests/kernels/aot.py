@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from yaongi.kernels.common import generations
+from yaongi.kernels.common import generations, launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
@@ -66,10 +66,12 @@ def compiled_launches(capability: int = 90) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
 
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch.check_arguments(self, len(args))
         compiled.append(_compile(self, args, kwargs, capability))
 
     generation = mock.patch.object(generations, "generation_of", return_value=capability // 10)
-    with generation, mock.patch.object(JITFunction, "run", compile_instead):
+    through_triton = mock.patch.object(launch, "DIRECT", False)
+    with generation, through_triton, mock.patch.object(JITFunction, "run", compile_instead):
         yield compiled
 
 

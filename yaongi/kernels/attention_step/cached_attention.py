@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import next_power_of_2
 
 Tensor = torch.Tensor
@@ -88,7 +89,7 @@ def attention_step_triton(
     if not y.numel():
         return y
     block_d = max(16, next_power_of_2(D))
-    _attention_step_kernel[(B * J,)](
+    launcher(_attention_step_kernel, (B * J,))(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),

@@ -19,6 +19,7 @@ from yaongi.kernels.causal_conv1d.conv_forward import (
     strip_config,
 )
 from yaongi.kernels.common.column_sums import column_sums
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 
 Tensor = torch.Tensor
@@ -200,7 +201,7 @@ def causal_conv1d_backward_triton(
     dinitial_state = x.new_empty(0 if initial_state is None else initial_state.shape)
     partial = x.new_empty(batch * strips, width + 1, channels, dtype=torch.float32)
     if batch * channels:
-        _causal_conv1d_backward_kernel[(cdiv(channels, config.block_c) * strips * batch,)](
+        launcher(_causal_conv1d_backward_kernel, (cdiv(channels, config.block_c) * strips * batch,))(
             dy,
             None if dfinal_state is None else dfinal_state.contiguous(),
             x,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 
 Tensor = torch.Tensor
@@ -201,7 +202,7 @@ def causal_conv1d_triton(
     config = strip_config(FORWARD, batch, length, channels)
     if batch * channels:
         programs = cdiv(channels, config.block_c) * cdiv(length, config.rows) * batch
-        _causal_conv1d_kernel[(programs,)](
+        launcher(_causal_conv1d_kernel, (programs,))(
             x,
             weight.contiguous(),
             bias,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 
 Tensor = torch.Tensor
@@ -69,7 +70,7 @@ def causal_conv1d_step_triton(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return y
-    _causal_conv1d_step_kernel[(batch * cdiv(channels, BLOCK_C),)](
+    launcher(_causal_conv1d_step_kernel, (batch * cdiv(channels, BLOCK_C),))(
         x,
         state,
         weight.contiguous(),

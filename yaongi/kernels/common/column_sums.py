@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
@@ -36,5 +37,7 @@ def column_sums(partial: Tensor) -> Tensor:
     sums = torch.empty(S, D, dtype=torch.float32, device=partial.device)
     block_n = min(BLOCK_N, next_power_of_2(max(1, N)))
     warps = max(1, block_n * BLOCK_D // ELEMENTS_PER_WARP)
-    _column_sums_kernel[(cdiv(D, BLOCK_D), S)](partial, sums, N, D, block_n, BLOCK_D, num_warps=warps)
+    launcher(_column_sums_kernel, (cdiv(D, BLOCK_D), S))(
+        partial, sums, N, D, BLOCK_N=block_n, BLOCK_D=BLOCK_D, num_warps=warps
+    )
     return sums

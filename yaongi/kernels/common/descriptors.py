@@ -1,7 +1,7 @@
-"""TMA descriptors of tensors, remembered: making one costs the host as much as half a launch."""
+"""TMA descriptors of tensors, remembered: making and encoding one costs the host as much as half a launch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -14,12 +14,14 @@ INTERPRETED = triton.knobs.runtime.interpret  # the interpreter reads the tensor
 _remembered: dict[tuple[object, ...], TensorDescriptor] = {}
 
 
-@dataclass(frozen=True)
-class _Address:
+@dataclass(frozen=True, slots=True)
+class Address:
     """What a launch asks of a descriptor's tensor; the tensor itself would be kept alive."""
 
     dtype: torch.dtype
     address: int
+    kind: tuple[object, ...]  # what a compiled kernel depends on: dtype and box
+    encoded: dict[str, list[object]] = field(default_factory=dict)  # what launches pass, see launch.py
 
     def data_ptr(self) -> int:
         """Return the address of the first element."""
@@ -40,7 +42,7 @@ def descriptor(t: Tensor, *box: int, view: Callable[[Tensor], Tensor] | None = N
     strides = [stride if n > 1 else UNUSED for n, stride in zip(t.shape, t.stride(), strict=True)]
     strides[-1] = 1
     whole_box = [*(1 for _ in t.shape[len(box) :]), *box]
-    base = t if INTERPRETED else _Address(t.dtype, t.data_ptr())
+    base = t if INTERPRETED else Address(t.dtype, t.data_ptr(), (t.dtype, *whole_box))
     made = TensorDescriptor(base, list(t.shape), strides, whole_box)
     if not INTERPRETED:
         if len(_remembered) >= REMEMBERED:

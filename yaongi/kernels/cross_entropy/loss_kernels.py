@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
@@ -71,7 +72,7 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     losses, normalizers = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(2))
     if T:
         block = min(BLOCK, next_power_of_2(V))
-        _cross_entropy_kernel[(T,)](
+        launcher(_cross_entropy_kernel, (T,))(
             logits,
             targets.contiguous(),
             losses,
@@ -92,7 +93,7 @@ def cross_entropy_backward_triton(
     dlogits = torch.empty(T, V, dtype=logits.dtype, device=logits.device)
     if T:
         block = min(BLOCK, next_power_of_2(V))
-        _cross_entropy_backward_kernel[(T * cdiv(V, block),)](
+        launcher(_cross_entropy_backward_kernel, (T * cdiv(V, block),))(
             dlosses.contiguous(),
             dnormalizers.contiguous(),
             logits,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 
 Tensor = torch.Tensor
@@ -54,5 +55,5 @@ def transpose8_triton(x8: Tensor) -> Tensor:
         x, y = (t[None] if t.dim() == 2 else t.flatten(0, -3) for t in (x, y))
         groups, words = T // 4, D // 4
         grid = cdiv(words, WORDS), cdiv(groups, WORDS), x.shape[0]
-        _transpose8_kernel[grid](x, y, groups, words, x.stride(0), x.stride(1), WORDS=WORDS, num_warps=WARPS)
+        launcher(_transpose8_kernel, grid)(x, y, groups, words, x.stride(0), x.stride(1), WORDS=WORDS, num_warps=WARPS)
     return y8

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.fp8 import cast8, note_largest
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.fp8_quantize.byte_transpose import transpose8_triton
 
@@ -97,7 +98,7 @@ def _cast(kernel: Any, inputs: tuple[Tensor, ...], scalars: tuple[Tensor, ...], 
     if x8.numel():
         strides = [t.stride(0) for t in inputs]
         grid = cdiv(T, ROWS), cdiv(D, COLUMNS)
-        kernel[grid](
+        launcher(kernel, grid)(
             *inputs, x8, *scalars, amax.view(torch.int32), T, D, *strides, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
         )
     return x8

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.fp8 import cast8, note_largest
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.fp8_quantize.byte_transpose import transpose8_triton
 
@@ -44,6 +45,6 @@ def quantize_weight8_triton(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     amax, unit = torch.zeros((), dtype=torch.int32, device=w.device), torch.ones((), device=w.device)
     if w.numel():
         grid = (cdiv(w.numel(), BLOCK),)
-        _weight8_amax_kernel[grid](w, amax, w.numel(), BLOCK=BLOCK, num_warps=WARPS)
-        _weight8_cast_kernel[grid](w, w8, amax, unit, w.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        launcher(_weight8_amax_kernel, grid)(w, amax, w.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        launcher(_weight8_cast_kernel, grid)(w, w8, amax, unit, w.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return w8, transpose8_triton(w8), unit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.ranks import rank
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
@@ -64,6 +65,8 @@ def likeliest_triton(logits: Tensor) -> Tensor:
     if not B:
         return ids
     best, early = torch.empty(B, parts, dtype=torch.int64, device=logits.device), early_launch(logits)
-    _parts_likeliest_kernel[(B * parts,)](logits, best, V, parts, logits.stride(0), **early, PART=PART, num_warps=4)
-    _likeliest_kernel[(B,)](best, ids, parts, **early, PARTS=next_power_of_2(parts), num_warps=1)
+    launcher(_parts_likeliest_kernel, (B * parts,))(
+        logits, best, V, parts, logits.stride(0), **early, PART=PART, num_warps=4
+    )
+    launcher(_likeliest_kernel, (B,))(best, ids, parts, **early, PARTS=next_power_of_2(parts), num_warps=1)
     return ids

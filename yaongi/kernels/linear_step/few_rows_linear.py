@@ -8,6 +8,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import few_rows_dot
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.linear_step.one_row_linear import AT_ONCE, one_row_linear, one_row_linears
 
@@ -81,7 +82,7 @@ def linear_step_triton(
         one_row_linear(x, weight, addend, activation, settled, y)
         return y
     config = next(config for most, config in CONFIGS.items() if most >= N)
-    _linear_step_kernel[(cdiv(N, config.block_n),)](
+    launcher(_linear_step_kernel, (cdiv(N, config.block_n),))(
         x,
         weight.contiguous(),
         addend,

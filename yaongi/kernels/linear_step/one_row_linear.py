@@ -13,6 +13,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import RowTile
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
@@ -117,7 +118,7 @@ def _launch(
     block_k = tile.inner(D)
     block_n = max(1, min(tile.block_n, next_power_of_2(sum(widths) // PROGRAMS)))
     products: list[Any] = [t for w, y, n in zip(weights, ys, widths, strict=True) for t in (w.contiguous(), y, n)]
-    _one_row_linear_kernel[(sum(cdiv(n, block_n) for n in widths),)](
+    launcher(_one_row_linear_kernel, (sum(cdiv(n, block_n) for n in widths),))(
         x,
         addend,
         D,

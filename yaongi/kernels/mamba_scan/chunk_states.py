@@ -10,6 +10,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.mamba_scan.decays import PLANES, Scan, exp2, load_into, load_out, load_through, row_descriptor
 from yaongi.kernels.mamba_scan.isolation import (
@@ -184,7 +185,7 @@ def walk(
     flags = flags_for(scan.document_ids, grid[0] * grid[1], x) if flagged is None else flagged
     for isolate in launches_for(flags) if flagged is None else (True,):
         config = ISOLATING if isolate else for_gpu(STATES, x)[x.element_size()]
-        _mamba_scan_states_kernel[grid](
+        launcher(_mamba_scan_states_kernel, grid)(
             by_head(x, scan.chunk, block_p),
             by_head(b, scan.chunk, block_n),
             row_descriptor(scan),
@@ -222,7 +223,7 @@ def segment_entries(scan: Scan, x: Tensor, b: Tensor, first: Tensor | None, *, r
     (B, _, H, P), N = x.shape, b.shape[3]
     totals = torch.empty(scan.segments, B, H, P, N, dtype=torch.float32, device=x.device)
     walk(scan, x, b, None, None, totals, reverse)
-    _mamba_scan_chain_kernel[(B * H, cdiv(P * N, 1024))](
+    launcher(_mamba_scan_chain_kernel, (B * H, cdiv(P * N, 1024)))(
         totals,
         first,
         scan.steps,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.column_sums import column_sums
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.mamba_scan.decays import LOG2E, Scan, load_delta
 
@@ -105,7 +106,7 @@ def decay_gradients(
     B, H, blocks_p = sums.shape[:3]
     partial = torch.empty(3, B * scan.chunks, H, dtype=torch.float32, device=dt.device)
     block_h = min(4, next_power_of_2(H))
-    _mamba_scan_decays_backward_kernel[(B * scan.chunks, cdiv(H, block_h))](
+    launcher(_mamba_scan_decays_backward_kernel, (B * scan.chunks, cdiv(H, block_h)))(
         sums,
         dt,
         A.contiguous(),

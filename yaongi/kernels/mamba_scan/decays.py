@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels.common.descriptors import descriptor, flattened
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.mamba_scan.isolation import not_finite
 from yaongi.kernels.mamba_scan.tiles import state_block
@@ -202,7 +203,7 @@ def scan_decays(
     steps = torch.empty(B, H, PLANES.value, chunks * chunk, dtype=torch.float32, device=x.device)
     ids = None if document_ids is None else document_ids.contiguous()
     block_h = min(4, next_power_of_2(H))
-    _mamba_scan_decays_kernel[(B * chunks, cdiv(H, block_h))](
+    launcher(_mamba_scan_decays_kernel, (B * chunks, cdiv(H, block_h)))(
         dt,
         A.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),

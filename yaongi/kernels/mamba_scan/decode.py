@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.mamba_scan.decays import softplus
 
@@ -102,7 +103,7 @@ def mamba_step_triton(
         return y
     block_p = min(STEP.block_p, next_power_of_2(P))
     block_n = next_power_of_2(N)
-    _mamba_step_kernel[(B * H, cdiv(P, block_p))](
+    launcher(_mamba_step_kernel, (B * H, cdiv(P, block_p)))(
         state,
         x,
         dt,

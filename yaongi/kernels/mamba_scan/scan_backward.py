@@ -20,6 +20,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.descriptors import descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.mamba_scan.chunk_states import scan_states
 from yaongi.kernels.mamba_scan.decay_gradients import decay_gradients
@@ -249,7 +250,7 @@ def scan_gradients(
     flags = flags_for(scan.document_ids, math.prod(grid), x) if flagged is None else flagged
     for isolate in launches_for(flags) if flagged is None else (True,):
         config = ISOLATING if isolate else for_gpu(GRADIENTS if block_n <= 128 else WIDE_GRADIENTS, x)[x.element_size()]
-        _mamba_scan_gradients_kernel[grid](
+        launcher(_mamba_scan_gradients_kernel, grid)(
             *(by_head(t, scan.chunk, block_p) for t in (x, dy)),
             *(by_head(t, scan.chunk, block_n) for t in (b, c)),
             *(descriptor(t, block_n, block_p) for t in (states, dstates)),

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.mamba_scan.chunk_states import segment_entries
 from yaongi.kernels.mamba_scan.decays import (
@@ -171,7 +172,7 @@ def mamba_scan_triton(
     flags = flags_for(document_ids, grid[0] * grid[1], x)
     for isolate in launches_for(flags):
         config = ISOLATING if isolate else for_gpu(OUTPUT if block_n <= 128 else WIDE_OUTPUT, x)[x.element_size()]
-        _mamba_scan_output_kernel[grid](
+        launcher(_mamba_scan_output_kernel, grid)(
             by_head(x, scan.chunk, block_p),
             by_head(b, scan.chunk, block_n),
             by_head(c, scan.chunk, block_n),

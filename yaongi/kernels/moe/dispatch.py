@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
@@ -102,11 +103,13 @@ def dispatch(expert_ids: Tensor, experts: int) -> Dispatch:
     count, order, token, row, offset, tile_end = (
         ids.new_empty(n) for n in (blocks * experts, pairs, pairs, pairs, experts + 1, experts)
     )
-    _moe_dispatch_count_kernel[(blocks,)](ids, count, pairs, experts, BLOCK=block, BLOCK_E=block_e, num_warps=8)
-    _moe_dispatch_offset_kernel[(1,)](
+    launcher(_moe_dispatch_count_kernel, (blocks,))(
+        ids, count, pairs, experts, BLOCK=block, BLOCK_E=block_e, num_warps=8
+    )
+    launcher(_moe_dispatch_offset_kernel, (1,))(
         count, offset, tile_end, blocks, experts, BLOCK_M=BLOCK_M, BLOCK=8192 // block_e, BLOCK_E=block_e, num_warps=8
     )
-    _moe_dispatch_place_kernel[(blocks,)](
+    launcher(_moe_dispatch_place_kernel, (blocks,))(
         ids, count, order, token, row, pairs, experts, top_k, BLOCK=block, BLOCK_E=block_e, num_warps=8
     )
     return Dispatch(order, token, row, offset, tile_end, cdiv(pairs, BLOCK_M) + experts)
@@ -156,7 +159,7 @@ def moe_combine(
     y = torch.empty(tokens, width, dtype=parts.dtype, device=parts.device)
     block_t, block_d = 4, min(512, next_power_of_2(width))
     grid = (cdiv(tokens, block_t), cdiv(width, block_d))
-    _moe_combine_kernel[grid](
+    launcher(_moe_combine_kernel, grid)(
         parts,
         row,
         addend,

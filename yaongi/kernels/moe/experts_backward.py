@@ -19,6 +19,7 @@ from yaongi.kernels.backend import cuda_launcher
 from yaongi.kernels.common.descriptors import descriptor, matrix_descriptor
 from yaongi.kernels.common.fp8 import cast8, note_largest
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.grouped_gemm import (
@@ -226,7 +227,7 @@ def moe_dh(
     dh, ga = (torch.empty(a.shape, dtype=fp8.dtype if fp8 else a.dtype, device=a.device) for _ in range(2))
     dh8 = a.new_empty(a.shape) if fp8 else None
     partial, dweights = (torch.empty(n * pairs, dtype=torch.float32, device=a.device) for n in (columns, 1))
-    _moe_dh_kernel[(plan.tiles * columns,)](
+    launcher(_moe_dh_kernel, (plan.tiles * columns,))(
         dy,
         matrix_descriptor(w_down, *(box[::-1] if fp8 else box)),
         matrix_descriptor(a, BLOCK_M, blocks["BLOCK_N"] // (4 if fp8 else 2)),
@@ -250,7 +251,7 @@ def moe_dh(
         BLOCK_E=block_e(E),
         **blocks,
     )
-    _moe_dg_kernel[(cdiv(pairs, 1024),)](partial, plan.row, dweights, pairs, columns, BLOCK=1024)
+    launcher(_moe_dg_kernel, (cdiv(pairs, 1024),))(partial, plan.row, dweights, pairs, columns, BLOCK=1024)
     return dh, ga, dweights, dh8
 
 
@@ -261,7 +262,7 @@ def moe_dw(
     R, G, config = rows.shape[1], gathered.shape[1], for_gpu(DW, rows)
     block_r, block_g = fit_block(config.block_r, R), fit_block(config.block_g, G)
     box = (block_g, block_r) if gather_left else (block_r, block_g)
-    _moe_dw_kernel[(out.shape[0] * cdiv(R, block_r) * cdiv(G, block_g),)](
+    launcher(_moe_dw_kernel, (out.shape[0] * cdiv(R, block_r) * cdiv(G, block_g),))(
         matrix_descriptor(rows, config.block_k, block_r),
         gathered,
         plan.token,

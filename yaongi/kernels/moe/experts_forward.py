@@ -15,6 +15,7 @@ import triton.language as tl
 from yaongi.kernels.common.descriptors import matrix_descriptor
 from yaongi.kernels.common.fp8 import cast8, note_largest
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.moe.dispatch import Dispatch, dispatch, moe_combine
 from yaongi.kernels.moe.few_tokens import FEW, moe_few_triton
@@ -89,7 +90,7 @@ def moe_up(x: Tensor, w_up: Tensor, plan: Dispatch, fp8: Fp8 | None = None) -> T
     """Return A = relu(H)², (T·K, F), with rows sorted by expert, in the dtype of the operands."""
     (E, F, D), blocks = w_up.shape, launch_options(for_gpu(UP, x), x, w_up.shape[1])
     a = torch.empty(plan.order.numel(), F, dtype=x.dtype, device=x.device)
-    _moe_up_kernel[(plan.tiles * cdiv(F, blocks["BLOCK_N"]),)](
+    launcher(_moe_up_kernel, (plan.tiles * cdiv(F, blocks["BLOCK_N"]),))(
         x,
         matrix_descriptor(w_up, blocks["BLOCK_N"], blocks["BLOCK_K"]),
         plan.token,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import few_rows_dot
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.moe.dispatch import moe_combine
 
@@ -170,10 +171,10 @@ def moe_few_triton(
     ids, slots = expert_ids.contiguous(), min(pairs, E)
     by_expert = pairs >= E
     early, up, down = early_launch(x), _launch_options(UP, pairs, D, F), _launch_options(DOWN, pairs, F, D)
-    _moe_few_up_kernel[(slots * cdiv(F, up["BLOCK_N"]),)](
+    launcher(_moe_few_up_kernel, (slots * cdiv(F, up["BLOCK_N"]),))(
         x, w_up, ids, order, row, a, pairs, K, D, F, E, x.stride(0), BY_EXPERT=by_expert, **early, **up
     )
-    _moe_few_down_kernel[(slots * cdiv(D, down["BLOCK_N"]),)](
+    launcher(_moe_few_down_kernel, (slots * cdiv(D, down["BLOCK_N"]),))(
         a, w_down, ids, order, expert_weights.contiguous(), parts, pairs, F, D, E, BY_EXPERT=by_expert, **early, **down
     )
     return moe_combine(parts, row, T, K, early=True), a

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.descriptors import matrix_descriptor
 from yaongi.kernels.common.generations import for_gpu
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.moe.dispatch import BLOCK_M, Dispatch
 
@@ -190,7 +191,7 @@ def moe_grouped_gemm(left: Tensor, w: Tensor, plan: Dispatch, weights: Tensor | 
     blocks = launch_options(config, left, width)
     out = torch.empty(left.shape[0], width, dtype=fp8.dtype if fp8 else left.dtype, device=left.device)
     box = (blocks["BLOCK_K"], blocks["BLOCK_N"]) if transposed else (blocks["BLOCK_N"], blocks["BLOCK_K"])
-    _moe_grouped_gemm_kernel[(plan.tiles * cdiv(width, blocks["BLOCK_N"]),)](
+    launcher(_moe_grouped_gemm_kernel, (plan.tiles * cdiv(width, blocks["BLOCK_N"]),))(
         matrix_descriptor(left, BLOCK_M, blocks["BLOCK_K"]),
         matrix_descriptor(w, *box),
         plan.order,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.ranks import rank
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
@@ -136,7 +137,7 @@ def moe_route_triton(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> 
         grid = (cdiv(T, blocks["BLOCK_T"]),)
         early = early_launch(logits) if T <= FEW_TOKENS else {"EARLY": False}
         inputs = (logits, bias.contiguous(), ids, weights, load)
-        _moe_route_kernel[grid](*inputs, T, E, scale, logits.stride(0), ALONE=T == 1, **early, **blocks)
+        launcher(_moe_route_kernel, grid)(*inputs, T, E, scale, logits.stride(0), ALONE=T == 1, **early, **blocks)
     return ids, weights, load
 
 
@@ -148,5 +149,5 @@ def moe_route_backward_triton(dweights: Tensor, logits: Tensor, expert_ids: Tens
         blocks = _route_blocks(T, E, top_k)
         grid = (cdiv(T, blocks["BLOCK_T"]),)
         inputs = (dweights.contiguous(), logits, expert_ids.contiguous(), dlogits)
-        _moe_route_backward_kernel[grid](*inputs, T, E, scale, logits.stride(0), **blocks)
+        launcher(_moe_route_backward_kernel, grid)(*inputs, T, E, scale, logits.stride(0), **blocks)
     return dlogits

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.early_launch import early_launch, let_next_start, wait_for_previous
 from yaongi.kernels.common.few_rows import RowTile
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 
 Tensor = torch.Tensor
@@ -139,7 +140,7 @@ def moe_step_triton(
     settled = settled and shared_up.is_contiguous() and shared_down.is_contiguous()
     ids, options = expert_ids.contiguous(), {"SETTLED": settled, "K": K} | early_launch(x)
     block_k = UP.inner(D)
-    _moe_step_up_kernel[(cdiv(S, UP.block_n) + K * cdiv(F, UP.block_n), T)](
+    launcher(_moe_step_up_kernel, (cdiv(S, UP.block_n) + K * cdiv(F, UP.block_n), T))(
         x,
         w_up.contiguous(),
         shared_up.contiguous(),
@@ -157,7 +158,7 @@ def moe_step_triton(
         **options,
     )
     block_k = DOWN.inner(max(F, S))
-    _moe_step_down_kernel[(cdiv(D, DOWN.block_n), T)](
+    launcher(_moe_step_down_kernel, (cdiv(D, DOWN.block_n), T))(
         a,
         w_down.contiguous(),
         shared_down.contiguous(),

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yaongi.kernels import backend
 from yaongi.kernels.common.descriptors import descriptor
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 from yaongi.kernels.newton_schulz.iteration import STORAGE, Product, bytes_per_matrix, iterate, torch_product
 from yaongi.kernels.newton_schulz.reference import triples
@@ -284,12 +285,12 @@ class WideLayout:
         """Write X/‖X‖_F to `wide` from x, (B, m, n) in any dtype, and the partial norms of its tiles, (B, P, 2)."""
         count = x.shape[0]
         divisors = torch.empty(count, 2, dtype=torch.float32, device=x.device)
-        _newton_schulz_divisors_kernel[(count,)](
+        launcher(_newton_schulz_divisors_kernel, (count,))(
             partial, divisors, partial.shape[1], BLOCK=min(REDUCTION, next_power_of_2(partial.shape[1]))
         )
         padded = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
         tiling = tiling_of(*padded, across=self.transposed)
-        _newton_schulz_normalise_kernel[(count * tiling.count,)](
+        launcher(_newton_schulz_normalise_kernel, (count * tiling.count,))(
             x, divisors, wide, self.m, self.n, self.rows, self.columns, tiling.count, TRANSPOSED=self.transposed,
             ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
@@ -311,7 +312,7 @@ class WideLayout:
         """Compute out = Q·X, (B, m, n) in any dtype."""
         config = LAST_PRODUCT["result"]
         tiles = cdiv(self.m, config.rows) * cdiv(self.n, config.columns)
-        _newton_schulz_last_product_kernel[(out.shape[0] * tiles,)](
+        launcher(_newton_schulz_last_product_kernel, (out.shape[0] * tiles,))(
             *self.factors(q, x, config), out, self.m, self.n, self.rows, tiles, TRANSPOSED=self.transposed,
             ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -320,7 +321,7 @@ class WideLayout:
     def result(self, wide: Tensor, out: Tensor) -> None:
         """Copy the results in `wide` to out, (B, m, n) in any dtype."""
         tiling = tiling_of(self.m, self.n, across=self.transposed)
-        _newton_schulz_result_kernel[(out.shape[0] * tiling.count,)](
+        launcher(_newton_schulz_result_kernel, (out.shape[0] * tiling.count,))(
             wide, out, self.m, self.n, self.rows, self.columns, tiling.count, TRANSPOSED=self.transposed,
             ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
         )  # fmt: skip
@@ -331,7 +332,7 @@ def _partial_norms(x: Tensor) -> Tensor:
     count, m, n = x.shape
     tiling = tiling_of(m, n, across=False)
     partial = torch.empty(count, tiling.count, 2, dtype=torch.float32, device=x.device)
-    _newton_schulz_norm_kernel[(count * tiling.count,)](
+    launcher(_newton_schulz_norm_kernel, (count * tiling.count,))(
         x, partial, m, n, tiling.count, ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps
     )
     return partial

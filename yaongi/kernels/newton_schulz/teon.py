@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from yaongi.kernels import backend
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.newton_schulz.iteration import Product, iterate, torch_product
 from yaongi.kernels.newton_schulz.passes import (
@@ -258,7 +259,7 @@ class TeonCall:
         K, count = self.stack, u.shape[0]
         tiling = tiling_of(self.m, self.n, across=False)
         partial = torch.empty(count, K * tiling.count, 2, dtype=torch.float32, device=u.device)
-        _teon_momentum_kernel[(count * K * tiling.count,)](
+        launcher(_teon_momentum_kernel, (count * K * tiling.count,))(
             self._grads.table, self._momenta.table, self._active, u, partial, first, self.E, self.m, self.n, momentum,
             tiling.count, GRAD=self._grads.type, MOMENTUM=self._momenta.type,
             NESTEROV=nesterov, K=K, ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,
@@ -276,14 +277,14 @@ class TeonCall:
         if self._fused:
             config = LAST_PRODUCT["weights"]
             tiles = cdiv(self.m, config.rows) * cdiv(self.n, config.columns)
-            _teon_last_product_kernel[(x.shape[0] * self.stack * tiles,)](
+            launcher(_teon_last_product_kernel, (x.shape[0] * self.stack * tiles,))(
                 *layout.factors(q, x, config), *tables, first, self.E, self.m, self.n, layout.rows, decay, scale, tiles,
                 **types, ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
             return
         tiling = tiling_of(self.m, self.n, across=layout.transposed)
-        _teon_weight_kernel[(x.shape[0] * self.stack * tiling.count,)](
+        launcher(_teon_weight_kernel, (x.shape[0] * self.stack * tiling.count,))(
             torch.bmm(q, x, out=scratch), *tables, first, self.E, self.m, self.n, layout.rows, layout.columns,
             decay, scale, tiling.count, **types,
             ROWS=tiling.rows, COLUMNS=tiling.columns, num_warps=tiling.num_warps,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.column_sums import column_sums
 from yaongi.kernels.common.fp8 import cast8, note_largest
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv
 from yaongi.kernels.fp8_quantize.byte_transpose import transpose8_triton
 from yaongi.kernels.rms_norm.norm_kernels import FORWARD, PROGRAMS, STAGES, Config, row_blocks
@@ -114,7 +115,7 @@ def rms_norm8_triton(
     inverse_rms = torch.empty(T, dtype=torch.float32, device=x.device)
     if x.numel():
         blocks = row_blocks(FORWARD, D)
-        _norm8_kernel[(cdiv(T, blocks["ROWS"]),)](
+        launcher(_norm8_kernel, (cdiv(T, blocks["ROWS"]),))(
             x,
             weight.contiguous(),
             scale,
@@ -151,7 +152,7 @@ def rms_norm8_backward_triton(
     blocks = row_blocks(BACKWARD, D)
     programs = min(cdiv(T, blocks["ROWS"]), PROGRAMS)
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)
-    _norm8_backward_kernel[(programs,)](
+    launcher(_norm8_backward_kernel, (programs,))(
         dy,
         extra,
         x,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from yaongi.kernels.common.column_sums import column_sums
 from yaongi.kernels.common.early_launch import early_launch, fetch_into_l2, let_next_start, wait_for_previous
+from yaongi.kernels.common.launch import launcher
 from yaongi.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
@@ -165,7 +166,7 @@ def _forward(
     rows, size = _rows(x), x.shape[-1] // groups
     others = None if other is None else _rows(other)
     blocks = row_blocks(FORWARD, size)
-    _norm_kernel[(cdiv(rows.shape[0], blocks["ROWS"]), groups)](
+    launcher(_norm_kernel, (cdiv(rows.shape[0], blocks["ROWS"]), groups))(
         rows,
         others,
         weight.contiguous(),
@@ -206,7 +207,7 @@ def fill_gradients(
     blocks = row_blocks(BACKWARD, size)
     programs = min(cdiv(us.shape[0], blocks["ROWS"]), cdiv(PROGRAMS, groups))
     partial = torch.empty(programs, width, dtype=torch.float32, device=u.device)
-    _norm_backward_kernel[(programs, groups)](
+    launcher(_norm_backward_kernel, (programs, groups))(
         dys,
         extras,
         us,
