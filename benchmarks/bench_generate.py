@@ -3,7 +3,8 @@
 A step's time is that between two tokens of one answer, between which nothing is recorded. Of the others it comes from
 calls for two numbers of new tokens: a call for n takes t₀ + n·t. The floor is the bytes that a step must move, at
 COPY_BYTES_PER_S: weights, states, keys and values (`bytes_per_step`), at the middle of the two numbers. Ours has its
-Engrams, which the others can't hold.
+Engrams, which the others can't hold. 64 rows of transformers want 32 GB in one piece for a prompt's scan, which takes
+`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`.
 """
 
 import gc
