@@ -16,11 +16,14 @@ from yaongi.train.config import Config, load_config
 from yaongi.train.distributed.ownership import Group, assign_owners, count_owners
 from yaongi.train.optimizer.partition import divide_parameters, partition_parameters
 from yaongi.train.plan import passes
+from yaongi.train.plan.advice import advise
 from yaongi.train.plan.machines import MACHINES
 from yaongi.train.plan.memory import MemoryForecast
 from yaongi.train.plan.scaling import StepCost, step_seconds
 from yaongi.train.plan.speed import link_speed, links_here
 from yaongi.world import init_world
+
+LONG = pytest.mark.long
 
 
 def flagship(rows: int) -> StepCost:
@@ -94,6 +97,14 @@ def test_memory_is_what_was_measured(preset: str, processes: int, rows: int, gig
     forecast = MemoryForecast(model, config, torch.device("cuda"), processes, MACHINES["h200"])
     parts = forecast(rows)
     assert (parts.total - parts.base) / 1e9 + 0.1 == pytest.approx(gigabytes, rel=0.01)
+
+
+@pytest.mark.parametrize(("preset", "wanted"), [("yaongi-4b", "8"), pytest.param("yaongi-4b-fp8", "more", marks=LONG)])
+def test_how_many_gpus_are_enough(preset: str, wanted: str, model: Yaongi) -> None:
+    """The flagship on cards of 24 GB: where its experts can be spread, eight hold a row."""
+    forecast = MemoryForecast(model, load_config(preset), torch.device("cuda"), 1, MACHINES["rtx4090"])
+    advice = advise(1, 1, "none", forecast.fits, forecast.enough)
+    assert advice == f"try {wanted} GPUs (torchrun), shorter rows (--row-tokens) or a smaller preset"
 
 
 def test_fsdp_holds_some_layers_whole() -> None:

@@ -26,22 +26,26 @@ PARTS = {  # the module that ran out of memory, the innermost of the traceback l
     "yaongi.train.evaluation": "an evaluation",
     "yaongi.train.optimizer": "the optimizer",
 }
-LAST_RESORT = "try more GPUs (torchrun), shorter rows (--row-tokens) or a smaller preset"
 
 
 def advise(
-    share: int, rows: int, recompute: str, fits: Callable[[int, str], bool] = lambda rows, recompute: True
+    share: int,
+    rows: int,
+    recompute: str,
+    fits: Callable[[int, str], bool] = lambda rows, recompute: True,
+    enough: Callable[[], int] = lambda: 0,
 ) -> str:
     """Return the settings to try next instead of micro-batches of `rows` rows and the policy `recompute`.
 
     Args:
         share: rows per step and process; micro-batches must divide it.
         fits: predicts whether such settings fit into memory; by default all do.
+        enough: predicts the number of GPUs with which the run fits if no settings help; 0 if that isn't known.
     """
     for fewer, policy in _smaller(share, rows, recompute):
         if fits(fewer, policy):
             return f"try --micro-rows {fewer}" + (f" --recompute {policy}" if policy != recompute else "")
-    return LAST_RESORT
+    return f"try {enough() or 'more'} GPUs (torchrun), shorter rows (--row-tokens) or a smaller preset"
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, share: int, rows: int, recompute: str) -> str:

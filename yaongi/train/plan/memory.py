@@ -24,6 +24,7 @@ from yaongi.train.optimizer.partition import divide_experts, divide_parameters
 from yaongi.train.optimizer.roles import parameter_roles
 from yaongi.train.plan.activations import activation_bytes
 from yaongi.train.plan.machines import Machine
+from yaongi.train.plan.scaling import PER_NODE
 from yaongi.train.plan.spreading import refusal
 from yaongi.train.recompute import recomputed_layers
 
@@ -33,6 +34,7 @@ _REFERENCES = {"cpu": 1.6, "cuda": 1.4}
 _GPU_BASE = 100_000_000  # workspaces of cuBLAS and of the kernels, as the allocator counts them
 _NCCL = 1_100_000_000  # buffers of NCCL on each of several GPUs, which the allocator doesn't count (docs/LAB.md)
 _GATHERED_LAYERS = 5  # of the largest: two gathered, a gradient, and it again in float32; reckoned, not measured
+_MOST_GPUS = 1024  # that are planned
 _CPU_TOKENS = 1 << 12  # tokens per micro-batch on a CPU, where more is not faster
 
 
@@ -78,7 +80,7 @@ class MemoryForecast:
         self._whole = self._model = model
         self._counted: dict[tuple[bool, bool, int, str], int] = {}  # activations
         self._in_place = device.type == "cuda"  # whether gradients are added up where they lie
-        self._config, self._device, self._processes = config, device, processes
+        self._config, self._device, self._processes, self._machine = config, device, processes, machine
         self._has_kernels = _has_kernel("mamba_scan") if machine is None else True
         self._usable = _USABLE * (memory_of(device) if machine is None else machine.memory)
         self.ownership = divide_parameters(model, config.train, processes)
@@ -175,7 +177,20 @@ class MemoryForecast:
 
     def fits(self, rows: int, recompute: str | None = None) -> bool:
         """Return whether the memory with these settings fits into the device."""
-        return self(rows, recompute).total <= self._usable
+        return sum(self._state.values()) <= self._usable and self(rows, recompute).total <= self._usable
+
+    def enough(self) -> int:
+        """Return the least power of two of GPUs, up to `_MOST_GPUS`, with which a row fits; 0 if none is known.
+
+        FP8 and sharded weights don't go together.
+        """
+        if self._device.type == "cpu" or self._config.run.parallel == "experts":
+            return 0
+        for processes in (2**n for n in range(_MOST_GPUS.bit_length())):
+            given = self._whole, self._config, self._device, processes, self._machine, min(processes, PER_NODE)
+            if processes > self._processes and (more := MemoryForecast(*given)).fits(1):
+                return 0 if more.parallel == "fsdp" and self._config.model.precision.roles else processes
+        return 0
 
     def rows_that_fit(self) -> int:
         """Return the rows of the largest micro-batch that fits, on a CPU of the largest that helps; at least 1."""

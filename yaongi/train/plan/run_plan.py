@@ -174,7 +174,7 @@ def make_plan(config: Config, tokenizer: Tokenizer | None, world: World, domains
         checkpoint=forecast.checkpoint_bytes,
         disk=(run.keep_last + 1) * forecast.checkpoint_bytes + 2 * counts.total + TOKEN_BYTES * tokens,
         dollars=seconds / 3600 * run.dollars_per_hour * processes,
-        advice="" if forecast.fits(rows) else advise(share, rows, run.recompute, forecast.fits),
+        advice="" if forecast.fits(rows) else advise(share, rows, run.recompute, forecast.fits, forecast.enough),
         kernels=kernels_here(device, passes.speed) if machine is None else machine.kernels,
         precision=precision,
         basis=basis,
