@@ -156,8 +156,8 @@ def page() -> str:
             "`yaongi-4b` on H100s in nodes of eight, made by `python -m benchmarks.study_scaling --page "
             "docs/trillion.md`. A simulation, not a measurement: of more than four GPUs nothing was measured.",
             "",
-            "Simulated / measured, of steps of 1 M tokens, with the mean micro-batch of those cards; one of the four H200s "
-            "was 3 % slower:",
+            "Simulated / measured, of steps of 1 M tokens, with the mean micro-batch of those cards; one of the four "
+            "H200s was 3 % slower:",
             "",
             *checks(),
             "",
