@@ -17,11 +17,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from serve_support import CAPACITY, Serving, until
 
 from yaongi.model import Yaongi
 from yaongi.serve.__main__ import Serve
-from yaongi.serve.engine import Limits
+from yaongi.serve.engine import Engine, Limits
 from yaongi.serve.server import listen
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -178,6 +179,25 @@ def test_a_mistake_is_one_line(folder: Path, options: dict[str, Any], line: str)
     with pytest.raises(ValueError, match=f"^{re.escape(line)}") as raised:
         Serve(folder, **({"port": 0} | options)).run()
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_recorded_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(Engine, "warm_up", lambda self: [64, 4095])
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    Serve(folder, port=0).run()
+    assert re.search(
+        r"^recorded as CUDA graphs in 0\.\d s: prompts of up to 4,095 tokens$", capsys.readouterr().out, re.M
+    )
+
+
+def test_too_little_memory_to_read_prompts_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Engine) -> list[int]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Engine, "warm_up", fail)
+    wanted = "memory must have room to read 16 tokens at a time beside weights and caches, got too little"
+    with pytest.raises(MemoryError, match=f"^serve: {wanted}: a smaller --chunk, or fewer --slots$"):
+        Serve(folder, port=0, chunk=16).run()
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])

@@ -59,6 +59,7 @@ def serve(folder: Path, options: Options, key: str | None) -> int:
     Raises:
         ValueError: an option doesn't fit the model or this machine.
         OSError: the folder can't be read.
+        MemoryError: there is too little.
     """
     device = device_of(options.device, "serve")
     listening = listen(options.host, options.port)
@@ -68,10 +69,7 @@ def serve(folder: Path, options: Options, key: str | None) -> int:
         print(_plan(model, limits), flush=True)
         name = options.name or folder.resolve().name
         service = make_service(model, tokenizer, name, limits, key=key, cuda_graph=options.cuda_graph)
-        began = time.monotonic()
-        if lengths := service.engine.warm_up():
-            seconds = time.monotonic() - began
-            print(f"recorded as CUDA graphs in {seconds:.1f} s: prompts of up to {lengths[-1]:,} tokens", flush=True)
+        _warm_up(service.engine, limits)
         service.local = options.host in ("127.0.0.1", "localhost", "::1")
         config = uvicorn.Config(
             make_app(service), log_level="warning", timeout_graceful_shutdown=options.grace, lifespan="on", ws="none"
@@ -163,6 +161,19 @@ def _limits(options: Options, model: Yaongi) -> Limits:
                 f"serve: {wanted}, got {needed / 1e9:.1f} GB: fewer --slots, or a smaller --max-sequence-length"
             )
     return limits
+
+
+def _warm_up(engine: Engine, limits: Limits) -> None:
+    """Record what can be, and say so. Raises MemoryError if there is too little memory to read a piece of a prompt."""
+    began = time.monotonic()
+    try:
+        lengths = engine.warm_up()
+    except torch.OutOfMemoryError as error:
+        wanted = f"memory must have room to read {limits.chunk:,} tokens at a time beside weights and caches"
+        raise MemoryError(f"serve: {wanted}, got too little: a smaller --chunk, or fewer --slots") from error
+    if lengths:
+        seconds = time.monotonic() - began
+        print(f"recorded as CUDA graphs in {seconds:.1f} s: prompts of up to {lengths[-1]:,} tokens", flush=True)
 
 
 def _cache_bytes(model: Yaongi, limits: Limits) -> int:
