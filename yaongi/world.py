@@ -131,7 +131,7 @@ def init_world(device: str, command: str = "train") -> World:
     found.set_timeout(FIRST_STEP)
     store = _unused_part(found, rank, size)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    backend = "nccl" if kind == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # gloo: for CPU tensors that torch itself may send
     own = dist.PrefixStore("collectives", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=FIRST_STEP)
     host = dist.new_group(backend="gloo", timeout=HOST)
