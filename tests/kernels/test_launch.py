@@ -4,7 +4,9 @@ Triton itself, as installed, finds the kernel of each launch anew; only its comp
 are stand-ins here.
 """
 
+import ast
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -269,6 +271,15 @@ def test_numbers_by_name_and_constants_by_place_are_refused(tritons: list[str]) 
         launch.launcher(_plain_kernel, (1,))(x, x, 1, s=2.0, A=1)
     with pytest.raises(TypeError, match="launcher: A of _plain_kernel must be given by name"):
         launch.launcher(_plain_kernel, (1,))(x, x, 1, 2.0, 0.5)
+
+
+def test_every_kernel_is_launched_so() -> None:
+    files = [path for path in Path(launch.__file__).parents[1].rglob("*.py") if path.name != "launch.py"]
+    assert len(files) > 50
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                assert not ast.unparse(node.func.value).endswith("_kernel"), f"{path}:{node.lineno}"
 
 
 @pytest.mark.gpu
