@@ -7,7 +7,7 @@ which all start anew from the last checkpoint, count by their expected number. `
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +114,14 @@ def checks() -> list[str]:
     names = ("GPUs", "cards", "s a step", "× one GPU", "exchange, ms", "update, ms")
     lines = [f"| {' | '.join(names)} |", "|" + len(names) * "---|"]
     for found in MEASURED:
-        each = replace(cost(1 << 20), micro_seconds=found.micro)
-        one, parts = step_seconds(each, 1, 1).total, step_seconds(each, found.gpus, count_owners(found.gpus, EXPERTS))
+        faster = MICRO_SECONDS / found.micro
+        run = simulate(found.gpus, 1 << 20, faster)
+        parts = step_seconds(cost(run.batch, faster), found.gpus, count_owners(found.gpus, EXPERTS))
         cells = (
             f"{found.gpus}",
             found.cards,
-            f"{parts.total:.3f} / {found.step:.3f}",
-            f"{one / parts.total:.2f} / {found.times:.2f}",
+            f"{run.step:.3f} / {found.step:.3f}",
+            f"{run.times:.2f} / {found.times:.2f}",
             f"{1e3 * parts.exchange:.1f} / {1e3 * found.exchange:.1f}",
             f"{1e3 * parts.update:.1f} / {1e3 * found.update:.1f}",
         )

@@ -36,10 +36,12 @@ def test_several_gpus_take_what_was_measured(found: study_scaling.Measured) -> N
     """Compare the parts of a step with the flagship's, with the micro-batches of those cards; H200s update faster."""
     each = dataclasses.replace(flagship(256), micro_seconds=found.micro)
     step = step_seconds(each, found.gpus, found.gpus)
-    assert step.total == pytest.approx(found.step, rel=0.015)
-    assert step_seconds(each, 1, 1).total / step.total == pytest.approx(found.times, rel=0.015)
-    assert step.exchange == pytest.approx(found.exchange, rel=0.03)
+    assert step.total == pytest.approx(found.step, rel=0.01)
+    assert step.exchange == pytest.approx(found.exchange, rel=0.01)
     assert step.update == pytest.approx(found.update, rel=0.15 if "H200" in found.cards else 0.02)
+    uneven = (found.gpus, found.cards[:4]) == (4, "H200")  # one of them was 3 % slower
+    times = study_scaling.simulate(found.gpus, 1 << 20).times
+    assert times == pytest.approx(found.times, rel=0.015 if uneven else 0.01)
 
 
 @pytest.mark.parametrize(
