@@ -181,6 +181,11 @@ def _runs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers as a tensor on the device, without waiting for it."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 class Copied:
     """Numbers on their way to the host: work that is launched after them goes on meanwhile."""
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from yaongi.model.decoding import Cache, may_be_recorded, prefill, read, stepper
-from yaongi.model.generation import even_capacity, padded, padded_ids, padding_documents
+from yaongi.model.generation import even_capacity, padded, padded_ids, padding_documents, sent
 from yaongi.model.layers.cuda_graph import GraphedFunction, GraphMemory
 from yaongi.model.model import Yaongi
 
@@ -71,12 +71,12 @@ class Slots:
             return hidden
         order = [row if row < count else 0 for row in range(rows)]  # the first one again: its slot gets the same twice
         ids = padded_ids([prompts[i] for i in order], pad, length).to(self._device, non_blocking=True)
-        places, ends = self._sent([slots[i] for i in order]), self._sent([lengths[i] for i in order])
+        places, ends = (sent([numbers[i] for i in order], self._device) for numbers in (slots, lengths))
         return self._reads(ids, places, ends)[:count, -longest:]
 
     def put(self, slots: Sequence[int], cache: Cache, lengths: Sequence[int]) -> None:
         """Let the rows of another cache go on in slots: the last `lengths` tokens of each, all of its document."""
-        self._cache.put(self._sent(slots), cache, self._sent(lengths))
+        self._cache.put(sent(slots, self._device), cache, sent(lengths, self._device))
 
     def step(self, tokens: Tensor, longest: int) -> Tensor:
         """Read a token of each of the first rows, (rows,) int64, and return the logits of the next ones, (rows, V).
@@ -91,10 +91,6 @@ class Slots:
         cache, advance = self._steps[rows]
         cache.position = longest
         return advance(tokens)
-
-    def _sent(self, numbers: Sequence[int]) -> Tensor:
-        """Return integers on the device, without waiting for it."""
-        return torch.tensor(numbers).to(self._device, non_blocking=True)
 
 
 def _doubled(first: int, last: int) -> list[int]:

@@ -31,7 +31,7 @@ class Serve:
     cuda_graph: bool = True  # on a GPU, record steps and the reading of prompts as CUDA graphs and replay them
 
     def run(self) -> int:
-        """Load the model, print the plan, and serve until a signal. Raises ValueError or OSError with one line."""
+        """Load the model, print the plan, and serve until a signal. Errors are those of `serve`, one line each."""
         for package in ("starlette", "uvicorn"):
             cli.require(package)
         from yaongi.serve.server import Options, serve

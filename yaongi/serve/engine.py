@@ -11,7 +11,7 @@ import torch
 
 from yaongi.model import Yaongi
 from yaongi.model.decoding import Cache, read, read_on
-from yaongi.model.generation import Copied, even_capacity
+from yaongi.model.generation import Copied, even_capacity, sent
 from yaongi.model.sampling import RowSampling, Sampling, choose
 from yaongi.model.slots import Slots
 from yaongi.serve.rows import GREEDY, Piece, Request, Row, Scored
@@ -210,7 +210,7 @@ class Engine:
         """Choose the first tokens, from the hidden states (B, d) of the last ones, and let the rows go on."""
         slots = _slots_of(rows)
         chosen = self._choose(self._model.lm_head(last.unsqueeze(1))[:, 0], rows)
-        places = torch.tensor(slots).to(self._device, non_blocking=True)
+        places = sent(slots, self._device)
         self._last.index_copy_(0, places, chosen.clamp(min=0))
         self._running.update(zip(slots, rows, strict=True))
 
@@ -232,12 +232,12 @@ class Engine:
         uniforms = None
         if any(sampling.temperature > 0 for sampling in samplings):
             numbers = [0.0 if row is None else row.uniform() for row in rows]
-            uniforms = torch.tensor(numbers, dtype=torch.float64).to(self._device, non_blocking=True)
+            uniforms = sent(numbers, self._device, torch.float64)
         chosen = choose(logits, self._settings[1], uniforms)
         wanted = [(number, row) for number, row in enumerate(rows) if row and row.request.alternatives is not None]
         scores = None
         if wanted:
-            places = torch.tensor([number for number, _ in wanted]).to(self._device, non_blocking=True)
+            places = sent([number for number, _ in wanted], self._device)
             most = max(row.request.alternatives or 0 for _, row in wanted)
             scores = _scores(logits[places], chosen[places].clamp(min=0), most)
         self._flying.append(_Flight(rows, Copied(chosen), [number for number, _ in wanted], scores))
@@ -305,7 +305,7 @@ class _Reading:
         """Read the next tokens of a long prompt, which is alone, and put it into its slot at its end."""
         (row,) = self.rows
         piece, device = row.request.prompt[self._done : self._done + chunk], next(model.parameters()).device
-        ids = torch.tensor([piece]).to(device, non_blocking=True)
+        ids = sent([piece], device)
         if self._cache is None:
             hidden, self._cache = read(model, ids, capacity=even_capacity(self._longest))
         else:
@@ -324,7 +324,7 @@ class _Reading:
         if last > first:
             following = prompt[first + 1 - begin : last + 1 - begin]
             logits = model.lm_head(hidden[first - self._done : last - self._done].unsqueeze(0))[0]
-            tokens = torch.tensor(following).to(logits.device, non_blocking=True)
+            tokens = sent(following, logits.device)
             most = row.request.alternatives or 0
             for token, scores in zip(following, _scores(logits, tokens, most).numbers(), strict=True):
                 row.prompt_scores.append(_as_scored(token, scores, most))
